@@ -1,0 +1,1 @@
+"""RL post-training of mixture-of-experts language models on Megatron-Core."""

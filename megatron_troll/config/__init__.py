@@ -1,0 +1,1 @@
+from megatron_troll.config.tree import Config

@@ -1,0 +1,90 @@
+"""Process groups as values: whoever communicates is handed the group it may use."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group, this process's rank in it and its size. handle is None for a group of one, on
+    which every operation is the identity."""
+
+    handle: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """In place; returns `tensor`. Blocks until every rank of the group has called it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op, group=self.handle)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """One tensor per rank, in rank order; shapes must be equal. Holds `size` copies. Blocks."""
+        if self.size == 1:
+            return [tensor]
+        parts = [tensor.new_empty(tensor.shape) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.handle)
+        return parts
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """One small picklable object per rank, in rank order. Blocks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.handle)
+        return values
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """In place from the group's rank `source`; returns `tensor`. Blocks."""
+        if self.size > 1:
+            assert self.handle is not None
+            dist.broadcast(tensor, dist.get_global_rank(self.handle, source), group=self.handle)
+        return tensor
+
+    def broadcast_object(self, value: Any, source: int) -> Any:
+        """`value` of the group's rank `source`, on every rank. Blocks."""
+        if self.size == 1:
+            return value
+        assert self.handle is not None
+        box = [value]
+        dist.broadcast_object_list(box, dist.get_global_rank(self.handle, source), group=self.handle)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.handle)
+
+
+ALONE = Group(None, 0, 1)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one layout. A rank's place in each follows Megatron's order tp-cp-ep-dp-pp.
+
+    dp     ranks that hold the same shards and see different data (context-parallel ranks not included)
+    dp_cp  dp x cp: everyone whose gradients are summed
+    model  tp x pp: the ranks that together hold one replica
+    """
+
+    world: Group = ALONE
+    tp: Group = ALONE
+    pp: Group = ALONE
+    cp: Group = ALONE
+    dp: Group = ALONE
+    dp_cp: Group = ALONE
+    ep: Group = ALONE
+    etp: Group = ALONE
+    model: Group = ALONE
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank == self.pp.size - 1

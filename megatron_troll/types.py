@@ -1,0 +1,217 @@
+"""The records that pass between rooms. Shapes are in the docstrings; N counts the tokens that carry loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+NO_ID = -1
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat turn. `train` says whether its tokens carry loss; only assistant turns may."""
+
+    role: str
+    content: str
+    train: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A task: the chat so far, its answer, and whatever else its record holds (given to the reward)."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenTopK:
+    """Top-K of one response on the host, as the rollout engine or a file gives it.
+
+    ids     [T, K] int32, value descending then id ascending; NO_ID pads rows that keep fewer
+    logp    [T, K] float32 log-probabilities of the sampling law (after temperature), -inf on padding
+    """
+
+    ids: np.ndarray
+    logp: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. T counts response tokens, the stop token included.
+
+    prompt_ids, response_ids   int64 [P], [T]
+    mask       float32 [T], 1 where the token was sampled by the policy and carries loss
+    logp       float32 [T], engine log-probability of each sampled token, after temperature
+    group      index of the prompt in its rollout batch; sample: which of its G samples
+    """
+
+    prompt: Prompt
+    group: int
+    sample: int
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    mask: np.ndarray
+    logp: np.ndarray
+    topk: TokenTopK | None
+    text: str
+    finish: FinishReason
+    version: int
+
+    @property
+    def name(self) -> str:
+        """How errors and reports call this sample."""
+        return f"{self.prompt.id}#{self.sample}"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Sparse token distributions of N positions: the record every method reads.
+
+    The first `count` slots of a row are kept tokens: the top-K prefix (value descending, id ascending),
+    then the sampled token where the prefix lacks it. W = K + 1.
+
+    ids     [N, W] int64, NO_ID on unused slots
+    logits  [N, W] float32 or better, after temperature; -inf on unused slots. May require grad.
+    count   [N] int64
+    place   [N] int64, slot of the sampled token; NO_ID where its logit is -inf and it was left outside
+    lse     [N] logsumexp over the full vocabulary of the same logits, so that logits - lse are
+            log-probabilities; None where the full row was never formed (`support: old`)
+    vocab   number of tokens V, padded rows excluded
+    """
+
+    ids: Tensor
+    logits: Tensor
+    count: Tensor
+    place: Tensor
+    lse: Tensor | None
+    vocab: int
+
+    @property
+    def valid(self) -> Tensor:
+        """[N, W] bool, True on kept slots."""
+        slots = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return slots < self.count[:, None]
+
+    def detach(self) -> "TopK":
+        lse = None if self.lse is None else self.lse.detach()
+        return TopK(self.ids, self.logits.detach(), self.count, self.place, lse, self.vocab)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Which token ids a top-K read keeps. `own`: the k largest logits, cut at mass 1 - delta, plus the
+    sampled token (ALGORITHMS 1.1); `old`: the ids of the old policy's record."""
+
+    kind: Literal["own", "old"]
+    k: int
+    delta: float
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What an objective reads of the LM head: the full-softmax log-prob of the sampled token with
+    gradient, and/or a sparse record with gradient."""
+
+    logp: bool = False
+    topk: Support | None = None
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the LM head gave for N positions. logp [N]; entropy [N] (detached, nats), None where the full
+    row was never formed."""
+
+    logp: Tensor | None
+    topk: TopK | None
+    entropy: Tensor | None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Reductions over the tokens of one response, which may lie on several context-parallel ranks.
+
+    sum     [N] -> [S], total per response over every rank (differentiable)
+    expand  [S] -> [N]
+    """
+
+    sum: Callable[[Tensor], Tensor]
+    expand: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ObjectiveInputs:
+    """Everything an objective may read, for N tokens of one micro-batch on one rank.
+
+    new          differentiable readings of the current policy
+    old          readings of the policy at the start of the update, detached
+    rollout_logp [N] log-prob of the sampled token under the rollout engine
+    rollout_topk the engine's own record, where it was kept
+    advantage    [N] detached
+    weight       [N] aggregation weight of each token; sums over the whole optimizer step, every
+                 micro-batch and rank, are what the loss is normalised by. 0 masks a token.
+    position     [N] index of the token inside its response, masked tokens not counted
+    segments     reductions over responses
+    """
+
+    new: Readings
+    old: Readings
+    rollout_logp: Tensor
+    rollout_topk: TopK | None
+    advantage: Tensor
+    weight: Tensor
+    position: Tensor
+    segments: Segments
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What an objective returns for one micro-batch.
+
+    loss        scalar, -sum weight * J, connected to the graph even when every weight is 0
+    per_token   name -> [N] detached diagnostics; the loop reduces them over the step as the
+                objective's `diagnostics` table says
+    """
+
+    loss: Tensor
+    per_token: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One packed (b = 1) or padded (b sequences) forward of one data- and context-parallel rank.
+
+    tokens, positions  [b, s] int64 on this context-parallel rank; s is a multiple of the tensor-parallel size
+    padding            [b, s] bool, True on padding
+    cu_seqlens         [S + 1] int32 padded sequence starts over all context-parallel ranks; None: unpacked
+    max_seqlen         longest padded sequence
+    index              [N] position in the flattened [b * s] whose hidden state predicts `target`
+    target             [N] sampled token
+    sequence           [N] which of the S responses of this micro-batch the token belongs to
+    position           [N] index inside its response, masked tokens not counted
+    weight, advantage, rollout_logp   [N] float32
+    rollout_topk       engine record of the same N tokens, or None
+    rollouts           [S] index of each response in the rollout batch, for names in errors
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    padding: Tensor
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    index: Tensor
+    target: Tensor
+    sequence: Tensor
+    position: Tensor
+    weight: Tensor
+    advantage: Tensor
+    rollout_logp: Tensor
+    rollout_topk: TopK | None
+    rollouts: tuple[int, ...]
