@@ -1,7 +1,7 @@
 """The records that pass between rooms. Shapes are in the docstrings; N counts the tokens that carry loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -215,3 +215,12 @@ class MicroBatch:
     rollout_logp: Tensor
     rollout_topk: TopK | None
     rollouts: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, TopK):
+        return replace(value, **{name: _moved(part, device) for name, part in vars(value).items()})
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

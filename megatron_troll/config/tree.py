@@ -6,25 +6,26 @@ fields of their own slot beside their maths (objectives/), rewards beside theirs
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Files = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Node(BaseModel):
     """Strict and frozen: unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Slot(BaseModel):
     """A method by name (or by import path `package.module:Class`) with the fields of its own config."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
     name: str
 
     @property
@@ -37,7 +38,9 @@ class Layout(Node):
 
     tp: Positive = 1
     pp: Positive = 1
-    vpp: Positive | None = Field(None, description="virtual pipeline stages per rank (interleaved schedule)")
+    vpp: Positive | None = Field(
+        default=None, description="virtual pipeline stages per rank (interleaved schedule)"
+    )
     cp: Positive = 1
     ep: Positive = 1
     etp: Positive = 1
@@ -48,7 +51,7 @@ class Schedule(Node):
 
     decay: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: Natural = 0
-    decay_steps: Positive | None = Field(None, description="default: all optimizer steps of the run")
+    decay_steps: Positive | None = Field(default=None, description="default: all optimizer steps of the run")
     min_lr_ratio: Fraction = 0.0
 
 
@@ -59,7 +62,9 @@ class Optimizer(Node):
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegative = 0.0
-    grad_norm: NonNegative = Field(1.0, description="clip the global gradient norm to this; 0 never clips")
+    grad_norm: NonNegative = Field(
+        default=1.0, description="clip the global gradient norm to this; 0 never clips"
+    )
     distributed: bool = True
     schedule: Schedule = Schedule()
 
@@ -76,7 +81,7 @@ class Model(Node):
     layout: Layout = Layout()
     optimizer: Optimizer = Optimizer()
     aux_loss: NonNegative = Field(
-        0.0, description="coefficient of the load-balancing loss, global over a step"
+        default=0.0, description="coefficient of the load-balancing loss, global over a step"
     )
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     recompute: Literal["none", "selective", "full"] = "none"
@@ -85,9 +90,9 @@ class Model(Node):
 class Data(Node):
     """Prompt files, JSONL or Parquet."""
 
-    files: tuple[str, ...]
-    held_out: int | tuple[str, ...] = Field(1024, description="a count split from `files`, or files")
-    schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field("auto", alias="schema")
+    files: Files
+    held_out: Natural | Files = Field(default=1024, description="a count split from `files`, or files")
+    schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field(default="auto", alias="schema")
     malformed: Literal["error", "skip"] = "error"
     max_prompt_tokens: Positive = 1024
     overlong_prompts: Literal["error", "skip"] = "error"
@@ -99,22 +104,28 @@ class Sampling(Node):
 
     temperature: NonNegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Natural = Field(0, description="0: all tokens")
+    top_k: Natural = Field(default=0, description="0: all tokens")
     min_p: Fraction = 0.0
-    stop: tuple[str, ...] = Field((), description="stop tokens beside the tokenizer's end of sequence")
+    stop: tuple[str, ...] = Field(
+        default=(), description="stop tokens beside the tokenizer's end of sequence"
+    )
     max_tokens: Positive = 1024
 
 
 class RolloutConfig(Node):
     """What is sampled for one rollout batch, and by which engine."""
 
-    engine: str = Field("inprocess", description="engine by name or import path")
-    prompts: Positive = Field(64, description="prompts per rollout batch")
-    samples: Positive = Field(8, description="samples per prompt (the group)")
+    engine: str = Field(default="inprocess", description="engine by name or import path")
+    prompts: Positive = Field(default=64, description="prompts per rollout batch")
+    samples: Positive = Field(default=8, description="samples per prompt (the group)")
     sampling: Sampling = Sampling()
-    top_k: Natural = Field(64, description="top-K entries the engine returns per position; 0: none")
-    max_sequences: Positive = Field(512, description="sequences decoded at once on one data-parallel rank")
-    kv_cache: Literal["auto", "fp8_e4m3"] = Field("auto", description="fp8_e4m3 simulates a quantised cache")
+    top_k: Natural = Field(default=64, description="top-K entries the engine returns per position; 0: none")
+    max_sequences: Positive = Field(
+        default=512, description="sequences decoded at once on one data-parallel rank"
+    )
+    kv_cache: Literal["auto", "fp8_e4m3"] = Field(
+        default="auto", description="fp8_e4m3 simulates a quantised cache"
+    )
 
 
 class Overlong(Node):
@@ -141,7 +152,7 @@ class ObjectiveConfig(Node):
     correction: Slot = Slot(name="none")
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = "token-mean"
     sum_norm_length: Positive | None = Field(
-        None, description="L_max of seq-mean-token-sum-norm; default: rollout.sampling.max_tokens"
+        default=None, description="L_max of seq-mean-token-sum-norm; default: rollout.sampling.max_tokens"
     )
     old: Literal["trainer", "engine"] = "trainer"
 
@@ -149,40 +160,50 @@ class ObjectiveConfig(Node):
 class Train(Node):
     """How long, and how a rollout batch becomes optimizer steps."""
 
-    steps: Positive = Field(30, description="rollout batches")
-    updates: Positive = Field(4, description="optimizer steps per rollout batch")
-    epochs: Positive = Field(1, description="times each response is trained on; updates is over all epochs")
-    token_budget: Positive = Field(8192, description="tokens of one micro-batch on one data-parallel rank")
+    steps: Positive = Field(default=30, description="rollout batches")
+    updates: Positive = Field(default=4, description="optimizer steps per rollout batch")
+    epochs: Positive = Field(
+        default=1, description="times each response is trained on; updates is over all epochs"
+    )
+    token_budget: Positive = Field(
+        default=8192, description="tokens of one micro-batch on one data-parallel rank"
+    )
     packing: bool = True
-    shuffle_rewards: bool = Field(False, description="control experiment: rewards permuted over the batch")
-    max_skipped: Positive = Field(3, description="consecutive steps with NaN or Inf before the run stops")
+    shuffle_rewards: bool = Field(
+        default=False, description="control experiment: rewards permuted over the batch"
+    )
+    max_skipped: Positive = Field(
+        default=3, description="consecutive steps with NaN or Inf before the run stops"
+    )
 
 
 class WarmStart(Node):
     """Supervised steps on demonstrations (`mtroll sft`): chat files whose assistant turns carry loss."""
 
-    files: tuple[str, ...]
+    files: Files
     steps: Positive = 200
-    sequences: Positive = Field(128, description="demonstrations per optimizer step")
+    sequences: Positive = Field(default=128, description="demonstrations per optimizer step")
 
 
 class Evaluation(Node):
     """Held-out success, sampled at training temperature unless set otherwise."""
 
-    every: Natural = Field(10, description="rollout batches between evaluations; 0: only before and after")
-    prompts: Positive | None = Field(None, description="default: all held-out prompts")
+    every: Natural = Field(
+        default=10, description="rollout batches between evaluations; 0: only before and after"
+    )
+    prompts: Positive | None = Field(default=None, description="default: all held-out prompts")
     samples: Positive = 1
-    temperature: NonNegative | None = Field(None, description="default: that of training")
+    temperature: NonNegative | None = Field(default=None, description="default: that of training")
 
 
 class Checkpoint(Node):
     """torch_dist checkpoints under runs/<name>/checkpoints."""
 
-    every: Natural = Field(0, description="rollout batches between checkpoints; 0: only at the end")
+    every: Natural = Field(default=0, description="rollout batches between checkpoints; 0: only at the end")
     keep_last: Positive = 2
     keep_best: bool = True
     asynchronous: bool = False
-    export: bool = Field(True, description="write the final policy in Hugging Face format")
+    export: bool = Field(default=True, description="write the final policy in Hugging Face format")
 
 
 class Observe(Node):
@@ -190,18 +211,20 @@ class Observe(Node):
 
     tensorboard: bool = True
     wandb_project: str | None = None
-    rollouts: bool = Field(True, description="keep every rollout's text, reward and log-probs")
+    rollouts: bool = Field(default=True, description="keep every rollout's text, reward and log-probs")
     hang_timeout_s: PositiveFloat = 600.0
-    peak_tflops: PositiveFloat | None = Field(None, description="per device, for MFU; default: known devices")
+    peak_tflops: PositiveFloat | None = Field(
+        default=None, description="per device, for MFU; default: known devices"
+    )
 
 
 class Launch(Node):
     """How many ranks `mtroll` starts by itself when nothing (srun, torchrun) has started it."""
 
     ranks: Positive | None = Field(
-        None, description="default: the smallest world the layouts allow, or all GPUs"
+        default=None, description="default: the smallest world the layouts allow, or all GPUs"
     )
-    threads: Positive | None = Field(None, description="CPU threads per rank; default: cores / ranks")
+    threads: Positive | None = Field(default=None, description="CPU threads per rank; default: cores / ranks")
 
 
 class Config(Node):
@@ -209,7 +232,7 @@ class Config(Node):
 
     name: str
     runs: str = "runs"
-    seed: int = 0
+    seed: Natural = 0
     resume: bool = False
     models: dict[str, Model]
     data: Data
@@ -222,6 +245,13 @@ class Config(Node):
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()
     launch: Launch = Launch()
+
+    @field_validator("models")
+    @classmethod
+    def _policy_is_named(cls, models: dict[str, Model]) -> dict[str, Model]:
+        if "policy" not in models:
+            raise ValueError(f"the model to train must be named 'policy'; got {sorted(models)}")
+        return models
 
     @property
     def policy(self) -> Model:

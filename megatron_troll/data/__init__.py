@@ -1,0 +1,1 @@
+"""Prompt files, chat templates, tokenizers, and the demo task."""

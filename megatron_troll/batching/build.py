@@ -1,0 +1,168 @@
+"""One micro-batch of one rank, from the rollouts chosen for it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_troll.batching.context import zigzag
+from megatron_troll.batching.engine_topk import engine_topk
+from megatron_troll.types import NO_ID, MicroBatch, Rollout
+
+
+@dataclass(frozen=True)
+class Form:
+    """The shape of micro-batches on one rank.
+
+    vocab    number of tokens V, padded rows excluded
+    packed   sequences one after the other in [1, s]; otherwise one per row, right padded, in [b, s]
+    topk     entries kept of the engine's record; 0: none
+    """
+
+    vocab: int
+    packed: bool = True
+    cp_rank: int = 0
+    cp_size: int = 1
+    tp_size: int = 1
+    topk: int = 0
+
+    @property
+    def align(self) -> int:
+        """Padded sequence lengths are multiples of this."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
+    def total_align(self) -> int:
+        """The padded total, over context-parallel ranks, is a multiple of this: each rank's part is then a
+        multiple of the tensor-parallel size, as sequence parallelism needs."""
+        return math.lcm(self.align, self.cp_size * self.tp_size)
+
+
+class _Row(NamedTuple):
+    """Tokens of one padded sequence, each [s].
+
+    step   which response token the position predicts; NO_ID where none, or one that carries no loss
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    padding: Tensor
+    step: Tensor
+
+
+def build(
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[float],
+    weights: Sequence[float],
+    chosen: Sequence[int],
+    form: Form,
+) -> MicroBatch:
+    """The micro-batch of rollouts `chosen`, on the host. `advantages` and `weights`: one number per rollout.
+
+    The model reads prompt + response without its last token; the N positions are those that predict a
+    response token whose mask is 1 and that lie on this context-parallel rank. Packed, the last sequence takes
+    the padding of the total. Without a rollout there is one sequence of padding, so that the forward still
+    runs: N = 0, `rollouts` is empty, and cu_seqlens has that one sequence.
+
+    `rollout_topk` is None where `form.topk` is 0 or a rollout has no engine record. Raises ValueError naming
+    the sample for an empty prompt, arrays of different lengths, or a log-probability that is not finite.
+    """
+    picked = [rollouts[i] for i in chosen]
+    for rollout in picked:
+        _check(rollout)
+    nothing = torch.empty(0, dtype=torch.int64)
+    inputs = [_input(rollout) for rollout in picked] or [(nothing, nothing)]
+    lengths = _padded_lengths([len(tokens) for tokens, _ in inputs], form)
+    rows = [_local(tokens, step, length, form) for (tokens, step), length in zip(inputs, lengths)]
+    whole = _Row(*(torch.cat(column) for column in zip(*rows)))
+    index = (whole.step != NO_ID).nonzero()[:, 0]
+    steps = [row.step[row.step != NO_ID] for row in rows[: len(picked)]]
+    sequence = torch.arange(len(picked)).repeat_interleave(torch.tensor([len(s) for s in steps]).long())
+    has_topk = form.topk > 0 and all(rollout.topk is not None for rollout in picked)
+    shape = (1 if form.packed else len(rows), -1)
+    return MicroBatch(
+        tokens=whole.tokens.view(shape),
+        positions=whole.positions.view(shape),
+        padding=whole.padding.view(shape),
+        cu_seqlens=_starts(lengths) if form.packed else None,
+        max_seqlen=max(lengths),
+        index=index,
+        target=_read(picked, steps, lambda r: r.response_ids, torch.int64),
+        sequence=sequence,
+        position=_read(picked, steps, lambda r: np.cumsum(r.mask > 0) - 1, torch.int64),
+        weight=torch.tensor([weights[i] for i in chosen], dtype=torch.float32)[sequence],
+        advantage=torch.tensor([advantages[i] for i in chosen], dtype=torch.float32)[sequence],
+        rollout_logp=_read(picked, steps, lambda r: r.logp, torch.float32),
+        rollout_topk=engine_topk(picked, steps, form.topk, form.vocab) if has_topk else None,
+        rollouts=tuple(chosen),
+    )
+
+
+def _check(rollout: Rollout) -> None:
+    if len(rollout.prompt_ids) == 0:
+        raise ValueError(f"sample {rollout.name}: the prompt has no tokens, nothing predicts the first one")
+    sizes = {"response_ids": len(rollout.response_ids), "mask": len(rollout.mask), "logp": len(rollout.logp)}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"sample {rollout.name}: arrays over the response differ in length: {sizes}")
+    bad = np.flatnonzero((rollout.mask > 0) & ~np.isfinite(rollout.logp))
+    if bad.size:
+        raise ValueError(
+            f"sample {rollout.name}: engine log-prob of response token {bad[0]} is {rollout.logp[bad[0]]}"
+        )
+
+
+def _input(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """What the model reads of one rollout, and the response token each position predicts; see `_Row`."""
+    prompt = len(rollout.prompt_ids)
+    tokens = torch.from_numpy(np.concatenate([rollout.prompt_ids, rollout.response_ids])[:-1]).long()
+    step = torch.full_like(tokens, NO_ID)
+    carries_loss = torch.from_numpy(np.flatnonzero(rollout.mask > 0))
+    step[prompt - 1 + carries_loss] = carries_loss
+    return tokens, step
+
+
+def _padded_lengths(lengths: Sequence[int], form: Form) -> list[int]:
+    """Over all context-parallel ranks; none is 0. Unpacked they are all the same."""
+    if not form.packed:
+        return [_round_up(max(1, *lengths), form.total_align)] * len(lengths)
+    padded = [_round_up(max(1, length), form.align) for length in lengths]
+    total = sum(padded)
+    padded[-1] += _round_up(total, form.total_align) - total
+    return padded
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _local(tokens: Tensor, step: Tensor, length: int, form: Form) -> _Row:
+    """The sequence padded on the right to `length` and cut to this context-parallel rank."""
+    missing = length - len(tokens)
+    positions = torch.arange(length)
+    whole = _Row(
+        tokens=torch.nn.functional.pad(tokens, (0, missing)),
+        positions=positions,
+        padding=positions >= len(tokens),
+        step=torch.nn.functional.pad(step, (0, missing), value=NO_ID),
+    )
+    mine = zigzag(length, form.cp_size, form.cp_rank)
+    return _Row(*(column[mine] for column in whole))
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def _read(
+    rollouts: Sequence[Rollout],
+    steps: Sequence[Tensor],
+    values: Callable[[Rollout], np.ndarray],
+    dtype: torch.dtype,
+) -> Tensor:
+    """[N]: `values(rollout)` [T] of the response tokens that are on this rank."""
+    parts = [torch.as_tensor(values(rollout), dtype=dtype)[step] for rollout, step in zip(rollouts, steps)]
+    return torch.cat([torch.empty(0, dtype=dtype), *parts])

@@ -1,0 +1,113 @@
+"""YAML and overrides in, a typed Config out; and back."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from megatron_troll.config.document import Entry, parse, render
+from megatron_troll.config.errors import ConfigError, nearest
+from megatron_troll.config.shape import Shape
+from megatron_troll.config.tree import Config
+from megatron_troll.config.validate import validate
+
+PRESETS = Path(str(files("megatron_troll"))) / "presets"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, what it `extends`, and then `a.b.c=value` overrides (values are YAML).
+
+    `extends` names a preset, a path relative to the file (it ends with .yaml), or a list of either, later
+    ones winning. Mappings merge; a slot whose `name` changes loses the fields of the method it held.
+    Raises ConfigError.
+    """
+    shape = Shape.of(Config)
+    tree = _read(Path(path), (), shape)
+    for text in overrides:
+        tree = merge(tree, _override(text), shape)
+    return validate(Config, tree.plain(), "", lambda keys: _place(tree, keys))
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` reads it back to an equal Config."""
+    return render(config.model_dump(by_alias=True))
+
+
+def merge(base: Entry, over: Entry, shape: Shape | None) -> Entry:
+    """`over` on top of `base`; `shape` is what the tree allows here."""
+    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+        return over
+    kept = base.value
+    if shape is not None and shape.is_slot and _method_changes(kept, over.value, shape):
+        kept = {key: entry for key, entry in kept.items() if key in shape.keys}
+    merged = dict(kept)
+    for key, entry in over.value.items():
+        below = shape.child(key) if shape else None
+        merged[key] = merge(merged[key], entry, below) if key in merged else entry
+    return Entry(merged, over.place)
+
+
+def _method_changes(base: dict[str, Entry], over: dict[str, Entry], shape: Shape) -> bool:
+    if "name" not in over:
+        return False
+    before = base["name"].value if "name" in base else shape.default_name
+    return over["name"].value != before
+
+
+def _read(path: Path, chain: tuple[Path, ...], shape: Shape) -> Entry:
+    """The file over everything it extends. `chain` holds the files that led here."""
+    resolved = path.resolve()
+    if resolved in chain:
+        raise ConfigError(f"{path}: extends itself: " + " -> ".join(str(p) for p in (*chain, resolved)))
+    try:
+        own = parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(own.value, dict):
+        raise ConfigError(f"{own.place}: expected a mapping of keys to values")
+    deltas = dict(own.value)
+    extends = deltas.pop("extends", None)
+    tree = Entry({}, str(path))
+    for source in _sources(extends, path):
+        tree = merge(tree, _read(source, (*chain, resolved), shape), shape)
+    return merge(tree, Entry(deltas, str(path)), shape)
+
+
+def _sources(extends: Entry | None, path: Path) -> list[Path]:
+    if extends is None:
+        return []
+    entries = extends.value if isinstance(extends.value, list) else [extends]
+    return [_source(entry, path) for entry in entries]
+
+
+def _source(entry: Entry, path: Path) -> Path:
+    name = entry.value
+    if not isinstance(name, str):
+        raise ConfigError(f"{entry.place}: extends: expected a preset or a path ending with .yaml")
+    if name.endswith((".yaml", ".yml")):
+        return path.parent / name
+    preset = PRESETS / f"{name}.yaml"
+    if not preset.is_file():
+        known = [file.stem for file in PRESETS.glob("*.yaml")]
+        raise ConfigError(f"{entry.place}: extends: no preset {name!r}; {nearest(name, known)}")
+    return preset
+
+
+def _override(text: str) -> Entry:
+    key, sign, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise ConfigError(f"override {text!r}: expected key=value, such as train.steps=10")
+    entry = Entry(parse(value, f"override {text!r}").value if value.strip() else None, f"override {text!r}")
+    for part in reversed(parts):
+        entry = Entry({part: entry}, entry.place)
+    return entry
+
+
+def _place(tree: Entry, keys: tuple[str | int, ...]) -> str:
+    """Where the deepest existing part of a path was written."""
+    for key in keys:
+        below = tree.child(key)
+        if below is None:
+            break
+        tree = below
+    return tree.place

@@ -1,0 +1,90 @@
+"""What the tree allows at each key, read from its JSON Schema: known keys, ranges, where slots are."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+TYPES = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+    "null": "null",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One place of the tree. `node` is its JSON Schema, `definitions` what its references name."""
+
+    node: dict[str, Any]
+    definitions: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: type[BaseModel]) -> "Shape":
+        schema = model.model_json_schema(by_alias=True)
+        return cls(schema, schema.get("$defs", {}))
+
+    @property
+    def keys(self) -> list[str]:
+        """Known keys of a mapping; empty elsewhere and where any key may stand."""
+        return list(self._object().get("properties", {}))
+
+    @property
+    def is_slot(self) -> bool:
+        return self._object().get("additionalProperties") is True and "name" in self.keys
+
+    @property
+    def default_name(self) -> str | None:
+        """The method that a slot holds when nothing names one."""
+        return (self.node.get("default") or {}).get("name")
+
+    def child(self, key: str | int) -> "Shape | None":
+        """What may stand under `key`; None where the key is unknown or open."""
+        node = self._object()
+        if isinstance(key, int):
+            items = node.get("prefixItems", [])
+            found = items[key] if key < len(items) else node.get("items")
+        else:
+            found = node.get("properties", {}).get(key, node.get("additionalProperties"))
+        return Shape(found, self.definitions) if isinstance(found, dict) else None
+
+    def walk(self, path: Iterable[str | int]) -> "Shape | None":
+        shape: Shape | None = self
+        for key in path:
+            shape = shape and shape.child(key)
+        return shape
+
+    def describe(self) -> str:
+        """The allowed values in words: 'an integer >= 1'."""
+        node = self._follow(self.node)
+        if "anyOf" in node:
+            return " or ".join(Shape(option, self.definitions).describe() for option in node["anyOf"])
+        if "enum" in node:
+            return "one of " + ", ".join(map(str, node["enum"]))
+        if "prefixItems" in node:
+            parts = [Shape(item, self.definitions).describe() for item in node["prefixItems"]]
+            return f"a list of {len(parts)}: " + "; ".join(parts)
+        if node.get("type") == "array":
+            start = "a list of one or more, each " if node.get("minItems") else "a list, each "
+            return start + Shape(node["items"], self.definitions).describe()
+        if node.get("type") == "object":
+            return "a mapping" + (f" with keys among {', '.join(self.keys)}" if self.keys else "")
+        return TYPES.get(node.get("type", ""), "a value") + _range(node)
+
+    def _follow(self, node: dict[str, Any]) -> dict[str, Any]:
+        return self.definitions[node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
+
+    def _object(self) -> dict[str, Any]:
+        """The schema itself, or the structured one among alternatives (`Model | None`)."""
+        node = self._follow(self.node)
+        options = [self._follow(option) for option in node.get("anyOf", [])]
+        return next((option for option in options if option.get("type") in ("object", "array")), node)
+
+
+def _range(node: dict[str, Any]) -> str:
+    bounds = [("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")]
+    parts = [f"{sign} {node[name]:g}" for name, sign in bounds if name in node]
+    return f" {' and '.join(parts)}" if parts else ""

@@ -1,0 +1,70 @@
+"""From a tree of plain values to a typed one, with errors that name the key and the allowed values."""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from megatron_troll.config.errors import ConfigError, nearest
+from megatron_troll.config.shape import Shape
+from megatron_troll.config.tree import Slot
+
+Model = TypeVar("Model", bound=BaseModel)
+Path = tuple[str | int, ...]
+OWN_WORDS = ("value_error", "assertion_error")
+
+
+def validate(kind: type[Model], tree: Any, prefix: str, place: Callable[[Path], str]) -> Model:
+    """`tree` as `kind`. Raises ConfigError with one line per wrong key, `prefix` before each, and the
+    place that `place` gives for its path."""
+    try:
+        return kind.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        lines = []
+        for path, problem in _problems(error, tree, Shape.of(kind)).items():
+            where = place(path)
+            lines.append(f"{_dotted(prefix, path)}: {problem}" + (f" ({where})" if where else ""))
+        raise ConfigError("\n".join(lines)) from error
+
+
+def read_fields(slot: Slot, kind: type[Model], key: str) -> Model:
+    """The method's own fields of a slot, as the method's own config. `key` is where the slot stands
+    ("reward"). Raises ConfigError for an unknown key (the nearest is named) or a wrong value."""
+    return validate(kind, slot.fields, key, lambda path: "")
+
+
+def _problems(error: ValidationError, tree: Any, shape: Shape) -> dict[Path, str]:
+    """One problem per key: the alternatives of a union report one each, in the same words."""
+    problems: dict[Path, str] = {}
+    for item in error.errors():
+        missing = item["type"] == "missing"
+        path = item["loc"] if missing else _existing(tree, item["loc"])
+        problems.setdefault(path, _words(item, path, shape))
+    return problems
+
+
+def _words(item: Any, path: Path, shape: Shape) -> str:
+    here = shape.walk(path)
+    if item["type"] == "missing":
+        return f"missing; expected {here.describe()}" if here else "missing"
+    if item["type"] == "extra_forbidden":
+        parent = shape.walk(path[:-1])
+        return f"unknown key; {nearest(str(path[-1]), parent.keys if parent else [])}"
+    if here is None or item["type"] in OWN_WORDS:
+        return item["msg"].removeprefix("Value error, ")
+    return f"got {item['input']!r}, expected {here.describe()}"
+
+
+def _existing(tree: Any, loc: Path) -> Path:
+    """The part of a pydantic location that is a path in `tree` (the rest names alternatives of a union)."""
+    for depth, key in enumerate(loc):
+        holds = (isinstance(tree, dict) and key in tree) or (isinstance(tree, list) and isinstance(key, int))
+        if not holds:
+            return loc[:depth]
+        tree = tree[key]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return loc
+
+
+def _dotted(prefix: str, path: Path) -> str:
+    return ".".join(filter(None, (prefix, *map(str, path)))) or "the configuration"

@@ -1,0 +1,78 @@
+"""Chats as token ids: prompts for sampling, demonstrations with a loss mask from their turns."""
+
+from collections.abc import Sequence
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_troll.data.errors import DataError
+from megatron_troll.types import Message
+
+
+def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Ids [P] int64 of the chat, up to where the assistant begins to answer. Raises DataError."""
+    return np.array(_render(messages, tokenizer, answer=True), dtype=np.int64)
+
+
+def encode_chat(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [T] int64 and loss mask [T] float32 of a whole chat.
+
+    The mask is 1 on the content and the end-of-turn token of every turn with `train`. Each such turn is
+    located by rendering the chat before it and through it, so the template must render a beginning of a
+    chat as the beginning of the whole; DataError where it does not.
+    """
+    ids = _render(messages, tokenizer, answer=False)
+    mask = np.zeros(len(ids), dtype=np.float32)
+    special = _special_ids(tokenizer)
+    for index, message in enumerate(messages):
+        if message.train:
+            start, through = _turn_span(messages, index, ids, tokenizer)
+            mask[start : _turn_end(ids, start, through, special, index)] = 1.0
+    return np.array(ids, dtype=np.int64), mask
+
+
+def _turn_span(
+    messages: Sequence[Message], index: int, ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int]:
+    """Where the answer of turn `index` begins and where its rendering ends."""
+    if index == 0 or messages[index].role != "assistant":
+        raise DataError(f"turn {index + 1} carries loss, but only an assistant turn after another turn may")
+    before = _render(messages[:index], tokenizer, answer=True)
+    through = _render(messages[: index + 1], tokenizer, answer=False)
+    for prefix, what in ((through, "through"), (before, "before")):
+        if ids[: len(prefix)] != prefix:
+            raise DataError(
+                f"the chat template is not prefix-stable: the chat {what} turn {index + 1} "
+                f"({messages[index].content!r:.60}) is rendered differently when more follows, so the tokens "
+                "of the turn cannot be told apart; use another template, or train on chats of one answer"
+            )
+    return len(before), len(through)
+
+
+def _turn_end(ids: list[int], start: int, through: int, special: set[int], index: int) -> int:
+    """One past the end-of-turn token: the last special token of the turn. What a template writes after
+    it (a line break) is never sampled."""
+    for place in range(through - 1, start - 1, -1):
+        if ids[place] in special:
+            return place + 1
+    raise DataError(
+        f"the chat template ends turn {index + 1} with no special token, so nothing would stop it"
+    )
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, answer: bool) -> list[int]:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message.role for message in messages)
+        raise DataError(f"the chat template refuses a chat of the roles {roles}: {error}") from error
+    return tokenizer(str(text), add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]

@@ -1,0 +1,84 @@
+"""The demo's untrained model in Hugging Face format: a tiny Qwen3-MoE and a character tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+PAD, END = "<pad>", "<|end|>"
+SPECIAL = [PAD, "<|system|>", "<|user|>", "<|assistant|>", END]
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-*/=?:,.()"
+VOCAB_SIZE = 64
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def write_base(folder: Path) -> None:
+    """config.json, generation_config.json and the tokenizer; a random start needs no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    character_tokenizer().save_pretrained(folder)
+    _write_json(folder / "config.json", model_config())
+    ends = {"eos_token_id": SPECIAL.index(END), "pad_token_id": SPECIAL.index(PAD)}
+    _write_json(folder / "generation_config.json", ends)
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """53 tokens: one per character, and the roles. Each turn is its role, its text and <|end|>."""
+    vocab = {token: index for index, token in enumerate(SPECIAL + list(CHARACTERS))}
+    tokenizer = Tokenizer(WordLevel(vocab))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def model_config() -> dict[str, Any]:
+    """The fields of a published Qwen3-MoE config.json; 453k parameters. VOCAB_SIZE is padded beyond the
+    tokenizer, as published models are."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "decoder_sparse_step": 1,
+        "eos_token_id": SPECIAL.index(END),
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "initializer_range": 0.05,
+        "intermediate_size": 128,
+        "max_position_embeddings": 256,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "pad_token_id": SPECIAL.index(PAD),
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": VOCAB_SIZE,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

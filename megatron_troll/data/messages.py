@@ -1,0 +1,65 @@
+"""Chat turns as they stand in files: [{"role": ..., "content": ...}, ...]."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_troll.data.errors import Malformed
+from megatron_troll.types import Message
+
+
+def read_turns(value: Any, field: str) -> list[dict[str, Any]]:
+    """The turns of a chat, keys that hold null left out. Raises Malformed."""
+    if not isinstance(value, list) or not value:
+        raise Malformed(f"{field!r} must be a list of one or more chat messages, got {value!r:.80}")
+    return [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(value)]
+
+
+def _turn(turn: Any, name: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise Malformed(f"{name} must be an object with 'role' and 'content', got {turn!r:.80}")
+    turn = {key: item for key, item in turn.items() if item is not None}
+    for key in ("role", "content"):
+        if not isinstance(turn.get(key), str):
+            raise Malformed(f"{name}.{key} must be text, got {turn.get(key)!r:.80}")
+    return turn
+
+
+def prompt_messages(value: Any, field: str) -> tuple[Message, ...]:
+    """A chat that ends where the policy is to answer. Raises Malformed."""
+    turns = read_turns(value, field)
+    for index, turn in enumerate(turns):
+        _refuse_other_keys(turn, {"role", "content"}, f"{field}[{index}]")
+    if turns[-1]["role"] == "assistant":
+        raise Malformed(f"{field!r} ends with the assistant's turn; the policy has nothing to answer")
+    return tuple(Message(turn["role"], turn["content"]) for turn in turns)
+
+
+def demonstration_messages(value: Any, field: str) -> tuple[Message, ...]:
+    """A chat whose assistant turns carry loss unless they say `"train": false`. Raises Malformed."""
+    messages = []
+    for index, turn in enumerate(read_turns(value, field)):
+        name = f"{field}[{index}]"
+        _refuse_other_keys(turn, {"role", "content", "train"}, name)
+        train = turn.get("train", turn["role"] == "assistant")
+        if not isinstance(train, bool):
+            raise Malformed(f"{name}.train must be true or false, got {train!r:.80}")
+        if train and turn["role"] != "assistant":
+            raise Malformed(f"{name} is a {turn['role']!r} turn; only assistant turns may carry loss")
+        messages.append(Message(turn["role"], turn["content"], train))
+    if not any(message.train for message in messages):
+        raise Malformed(f"{field!r} has no assistant turn that carries loss")
+    return tuple(messages)
+
+
+def _refuse_other_keys(turn: dict[str, Any], known: set[str], name: str) -> None:
+    other = sorted(turn.keys() - known)
+    if other:
+        raise Malformed(f"{name} has keys that are not read: {', '.join(other)}")
+
+
+def content_key(messages: Sequence[Message]) -> str:
+    """32 hex digits that depend on the roles and texts alone."""
+    text = json.dumps([(message.role, message.content) for message in messages])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

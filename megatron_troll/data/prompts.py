@@ -1,0 +1,136 @@
+"""Prompt files: read, deduplicated, checked, and split into training and held-out prompts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_troll.config.tree import Data
+from megatron_troll.data.chat import render_prompt
+from megatron_troll.data.errors import DataError, Malformed
+from megatron_troll.data.messages import content_key
+from megatron_troll.data.rows import Row, read_rows
+from megatron_troll.data.schemas import detect, to_prompt
+from megatron_troll.data.split import check_disjoint, split
+from megatron_troll.types import Prompt
+
+
+@dataclass
+class Counts:
+    """What became of the rows of some files. `conflicts` are the duplicates whose answer differs from
+    that of the first."""
+
+    rows: int = 0
+    malformed: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    overlong: int = 0
+    first_malformed: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.rows:,} rows"]
+        if self.duplicates:
+            parts.append(f"{self.duplicates:,} duplicates dropped ({self.conflicts:,} with another answer)")
+        if self.malformed:
+            parts.append(f"{self.malformed:,} malformed skipped (first: {self.first_malformed})")
+        if self.overlong:
+            parts.append(f"{self.overlong:,} too long skipped")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Training and held-out prompts, disjoint; `counts` holds one entry per group of files read."""
+
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    counts: dict[str, Counts]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.train):,} training prompts, {len(self.held_out):,} held out"]
+        return "\n".join(lines + [f"  {name}: {counts}" for name, counts in self.counts.items()])
+
+
+def load_prompts(config: Data, seed: int, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """Read the files of `config`. An integer `held_out` is split off by a hash of `seed` and each prompt's
+    text, so it does not depend on the order of files or rows. Raises DataError."""
+    prompts, counts = read_prompts(config.files, config, tokenizer)
+    if isinstance(config.held_out, int):
+        train, held_out = split(prompts, config.held_out, seed)
+        read = {"files": counts}
+    else:
+        held_out, held_counts = read_prompts(config.held_out, config, tokenizer)
+        train, read = prompts, {"files": counts, "held-out files": held_counts}
+    check_disjoint(train, held_out)
+    return PromptSet(tuple(train), tuple(held_out), read)
+
+
+def read_prompts(
+    files: Sequence[str], config: Data, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], Counts]:
+    """The distinct prompts of `files` in file order. A row with the text of an earlier one is a duplicate,
+    dropped and counted. Raises DataError for a malformed or too long row unless `config` says to skip it."""
+    reader = _Reader(config)
+    prompts = [prompt for path in files for prompt in reader.prompts(path, tokenizer)]
+    if not prompts:
+        raise DataError(f"{', '.join(files)}: no usable prompt; {reader.counts}")
+    return prompts, reader.counts
+
+
+@dataclass
+class _Reader:
+    """What has been seen so far: text -> answer, id -> place."""
+
+    config: Data
+    counts: Counts = field(default_factory=Counts)
+    answers: dict[str, str] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+
+    def prompts(self, path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
+        schema = None if self.config.schema_ == "auto" else self.config.schema_
+        for row in read_rows(path):
+            self.counts.rows += 1
+            try:
+                if row.problem:
+                    raise Malformed(row.problem)
+                schema = schema or detect(row.value)
+                prompt = to_prompt(schema, row.value)
+                fresh = self._is_new(prompt, row)
+            except Malformed as error:
+                self._skip_malformed(row, error)
+                continue
+            if fresh and self._fits(prompt, row, tokenizer):
+                yield prompt
+
+    def _is_new(self, prompt: Prompt, row: Row) -> bool:
+        text = content_key(prompt.messages)
+        if text in self.answers:
+            self.counts.duplicates += 1
+            self.counts.conflicts += self.answers[text] != prompt.answer
+            return False
+        if prompt.id in self.places:
+            raise Malformed(f"id {prompt.id!r} already names another prompt ({self.places[prompt.id]})")
+        self.answers[text] = prompt.answer
+        self.places[prompt.id] = row.where
+        return True
+
+    def _skip_malformed(self, row: Row, error: Malformed) -> None:
+        if self.config.malformed == "error":
+            raise DataError(f"{row.where}: {error} (data.malformed=skip skips and counts it)") from error
+        self.counts.malformed += 1
+        self.counts.first_malformed = self.counts.first_malformed or f"{row.where}: {error}"
+
+    def _fits(self, prompt: Prompt, row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
+        try:
+            length = len(render_prompt(prompt.messages, tokenizer))
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        if length <= self.config.max_prompt_tokens:
+            return True
+        if self.config.overlong_prompts == "error":
+            raise DataError(
+                f"{row.where}: prompt {prompt.id!r} has {length} tokens, over data.max_prompt_tokens="
+                f"{self.config.max_prompt_tokens} (data.overlong_prompts=skip skips and counts it)"
+            )
+        self.counts.overlong += 1
+        return False

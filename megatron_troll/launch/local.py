@@ -1,0 +1,208 @@
+"""N ranks of one command on this machine, as plain subprocesses that live and end together."""
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+GRACE_S = 15.0
+TAIL_LINES = 40
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process in a session of its own, and the file its stderr is appended to from byte `start`."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    stderr: Path
+    start: int
+
+    def said(self) -> list[str]:
+        """Its stderr of this launch, empty lines left out."""
+        with open(self.stderr, "rb") as file:
+            file.seek(self.start)
+            return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+
+    def kill(self) -> None:
+        """End it and every process it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The rank that failed first; code as Popen gives it (negative: killed by that signal)."""
+
+    rank: Rank
+    code: int
+
+    @property
+    def exit_code(self) -> int:
+        return self.code if self.code > 0 else 128 - self.code
+
+    @property
+    def reason(self) -> str:
+        if self.code > 0:
+            return f"exit code {self.code}"
+        hint = ", as the kernel does when memory runs out" if -self.code == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-self.code).name}{hint}"
+
+
+def launch(argv: Sequence[str], ranks: int, threads: int, log_dir: Path, grace_s: float = GRACE_S) -> int:
+    """Run `argv` as `ranks` processes of `threads` CPU threads and return the exit code of the job.
+
+    Every process gets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank 0
+    writes to this terminal; the stdout of the others and everybody's stderr are appended to
+    log_dir/rank_N.out and .err, and rank 0's stderr is shown as well. The first SIGINT or SIGTERM is handed
+    to every rank, and then waited for as long as a checkpoint takes; the third one kills. When a rank
+    fails, the others have `grace_s` to end by themselves and as long again after SIGTERM; the last line
+    names the rank that failed first. Blocks; needs the main thread, for its signal handlers.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    started: list[Rank] = []
+    port = free_port()
+    with _signals_handed_to(started):
+        for number in range(ranks):
+            env = os.environ | rank_environment(number, ranks, port, threads)
+            started.append(_spawn(argv, env, number, log_dir))
+        with _shown(started[0]):
+            failure = _wait(started, grace_s)
+    if failure is None:
+        return 0
+    for rank in started:
+        rank.kill()
+    _tell(failure)
+    return failure.exit_code
+
+
+def rank_environment(rank: int, world: int, port: int, threads: int) -> dict[str, str]:
+    """What torch.distributed's `env://` reads, and the CPU threads of one rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _spawn(argv: Sequence[str], env: dict[str, str], number: int, log_dir: Path) -> Rank:
+    """A session of its own: a Ctrl-C at the terminal reaches a rank only through this process."""
+    errors = log_dir / f"rank_{number}.err"
+    with open(errors, "ab") as stderr, open(log_dir / f"rank_{number}.out", "ab") as stdout:
+        start = stderr.tell()
+        process = subprocess.Popen(
+            argv,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=None if number == 0 else stdout,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+    return Rank(number, process, errors, start)
+
+
+def _end_with_parent() -> None:
+    """SIGTERM for this rank when its parent dies, however that happens (Linux prctl)."""
+    LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+@contextmanager
+def _signals_handed_to(ranks: list[Rank]) -> Iterator[None]:
+    received = 0
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received += 1
+        for rank in ranks:
+            if received == 1:
+                rank.process.send_signal(number)
+            elif received == 3:
+                rank.kill()
+        if received == 2:
+            sys.stderr.write("Already stopping, the checkpoint is being written. Once more kills the job.\n")
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: Sequence[Rank], grace_s: float) -> Failure | None:
+    """Until every rank has ended. One thread a rank reports its end, so that the first is known as such."""
+    ended: queue.Queue[tuple[Rank, int]] = queue.Queue()
+    for rank in ranks:
+        threading.Thread(target=lambda r: ended.put((r, r.process.wait())), args=(rank,)).start()
+    running = list(ranks)
+    failure: Failure | None = None
+    due: list[tuple[float, signal.Signals]] = []
+    while running:
+        with suppress(queue.Empty):
+            rank, code = ended.get(timeout=0.1)
+            running.remove(rank)
+            if code != 0 and failure is None:
+                failure = Failure(rank, code)
+                now = time.monotonic()
+                due = [(now + grace_s, signal.SIGTERM), (now + 2 * grace_s, signal.SIGKILL)]
+        if due and time.monotonic() > due[0][0]:
+            _, number = due.pop(0)
+            for rank in running:
+                rank.kill() if number == signal.SIGKILL else rank.process.send_signal(number)
+    return failure
+
+
+@contextmanager
+def _shown(rank: Rank) -> Iterator[None]:
+    """Copy a rank's stderr to ours as it grows. A file between them outlives either process; a pipe not."""
+    done = threading.Event()
+
+    def follow() -> None:
+        with open(rank.stderr, "rb") as file:
+            file.seek(rank.start)
+            last = False
+            while not last:
+                last = done.wait(0.2)
+                sys.stderr.buffer.write(file.read())
+                sys.stderr.flush()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tell(failure: Failure) -> None:
+    """The end of the failing rank's stderr, unless it was shown already, and one line that names it."""
+    rank, said = failure.rank, failure.rank.said()
+    if rank.number != 0 and said:
+        sys.stderr.write(f"The end of {rank.stderr}:\n" + "\n".join(said[-TAIL_LINES:]) + "\n")
+    last = said[-1].strip() if said else f"it wrote nothing to {rank.stderr}"
+    sys.stderr.write(f"rank {rank.number} failed ({failure.reason}): {last}\n")

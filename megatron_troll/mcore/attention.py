@@ -1,0 +1,120 @@
+"""Core attention on torch's scaled_dot_product_attention, for the local layer spec.
+
+Megatron's own local attention takes neither packed sequences nor context parallelism. This one takes both,
+and the masks and KV caches of in-process generation.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_troll.batching.context import zigzag
+from megatron_troll.mcore.packing import Bucket, PackedSequences
+from megatron_troll.parallel.groups import Group
+
+
+class CoreAttention(MegatronModule):
+    """Causal grouped-query attention without dropout, fp32 or bf16.
+
+    Under context parallelism keys and values of the whole micro-batch are gathered on every rank
+    (2 x tokens x kv_heads x head_dim), and their gradients reduce-scattered. `quantise` stands for a
+    quantised KV cache: it is applied to every key and value read, so it must be idempotent.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        handle = pg_collection.cp
+        self.cp = Group(handle, handle.rank(), handle.size())
+        self.quantise: Callable[[Tensor], Tensor] | None = None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+    ) -> Tensor:
+        """query [s, b, n, d] or packed [t, n, d]; attention_mask [b, 1, sq, sk] bool, True hides a key, only
+        for generation. Returns [s, b, n * d] or [t, n * d]."""
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.buckets)
+        if self.quantise is not None:
+            key, value = self.quantise(key), self.quantise(value)
+        if attention_mask is not None:
+            return _flat(self._attend(*map(_batch_first, (query, key, value)), mask=~attention_mask))
+        if self.cp.size == 1:
+            return _flat(self._attend(*map(_batch_first, (query, key, value))))
+        return self._padded_cp(query, key, value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """All [b, n, s, d]. Causal when no mask is given."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        if self.cp.size == 1:
+            return tensor
+        gathered: Any = gather_from_sequence_parallel_region(
+            tensor.contiguous(), tensor_parallel_output_grad=True, group=self.cp.handle
+        )
+        return gathered
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
+        key, value = self._gather(key), self._gather(value)
+        output = query.new_zeros(query.shape)
+        for bucket in buckets:
+            mask = None
+            if self.cp.size > 1:
+                positions = torch.arange(bucket.key.shape[1], device=query.device)
+                mask = (bucket.position[:, :, None] >= positions)[:, None]
+            rows = [t[index].transpose(1, 2) for t, index in
+                    ((query, bucket.query), (key, bucket.key), (value, bucket.key))]  # fmt: skip
+            attended = self._attend(*rows, mask=mask).transpose(1, 2)
+            output = output.index_put((bucket.query[bucket.used],), attended[bucket.used])
+        return output.flatten(1)
+
+    def _padded_cp(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = self._gather(key), self._gather(value)
+        order = torch.cat([zigzag(key.size(0), self.cp.size, rank) for rank in range(self.cp.size)])
+        order = order.to(query.device)
+        mine = order.chunk(self.cp.size)[self.cp.rank]
+        mask = mine[:, None] >= order[None]
+        return _flat(self._attend(*map(_batch_first, (query, key, value)), mask=mask))
+
+
+def _batch_first(tensor: Tensor) -> Tensor:
+    return tensor.permute(1, 2, 0, 3)
+
+
+def _flat(attended: Tensor) -> Tensor:
+    return attended.permute(2, 0, 1, 3).flatten(2)

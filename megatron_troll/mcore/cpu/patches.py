@@ -1,0 +1,181 @@
+"""The patches under which megatron-core 0.16.1 runs on CPU with gloo.
+
+Each entry names what it replaces and why; `tests/dist/test_cpu_patches.py` pins the list and the version.
+Everything else Megatron-Core needs is given through its own flags and layer specs. `install` does nothing
+where CUDA exists.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MCORE_VERSION = "0.16.1"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute. `make` receives the original and returns the replacement."""
+
+    owner: Any
+    attribute: str
+    reason: str
+    make: Callable[[Any], Any]
+
+    @property
+    def name(self) -> str:
+        return f"{getattr(self.owner, '__name__', self.owner)}.{self.attribute}"
+
+    def apply(self) -> None:
+        setattr(self.owner, self.attribute, self.make(getattr(self.owner, self.attribute, None)))
+
+
+class CpuStream(torch.cpu.Stream):
+    """A stream that is always done: CPU operations are synchronous."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def synchronize(self) -> None:
+        return None
+
+    def record_event(self, event: None = None) -> "CpuStream":
+        return self
+
+    def record_event(self) -> "CpuStream":
+        """Itself: all that is asked of the event is `synchronize`."""
+        return self
+
+
+def _without_cuda_literals(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _cuda_type_names(type_method: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = type_method(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return wrapped
+
+
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.cpu().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _own_step(set_state: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> Any:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors["step"] = state["step"]
+        return set_state(self, model_param, tensors)
+
+    return wrapped
+
+
+def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(outputs: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        rows = {output.size(0) for output in outputs if output.dim()}
+        if len(rows) <= 1 or dist.get_backend(group) != "gloo":
+            return all_gather(outputs, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
+        padded[: tensor.size(0)] = tensor
+        parts = [torch.empty_like(padded) for _ in outputs]
+        all_gather(parts, padded, group=group)
+        for output, part in zip(outputs, parts, strict=True):
+            output.copy_(part[: output.size(0)])
+        return None
+
+    return wrapped
+
+
+def _uneven_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(
+        output: Tensor,
+        inputs: list[Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if len({part.size(0) for part in inputs}) <= 1 or dist.get_backend(group) != "gloo":
+            return reduce_scatter(output, inputs, op=op, group=group, async_op=async_op)
+        total = torch.cat(list(inputs))
+        dist.all_reduce(total, op=op, group=group)
+        output.copy_(total.split([part.size(0) for part in inputs])[dist.get_rank(group)])
+        return None
+
+    return wrapped
+
+
+def patches() -> tuple[Patch, ...]:
+    """The list, in the order it is applied. Imports the Megatron modules it touches."""
+    import megatron.core.tensor_parallel.random as mcore_random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    stream = CpuStream()
+    cuda = torch.cuda
+    return (
+        Patch(cuda, "current_device", "device=torch.cuda.current_device() throughout",
+              lambda _: torch.cpu.current_device),
+        Patch(torch, "zeros", 'device="cuda" literals', _without_cuda_literals),
+        Patch(torch, "tensor", 'device="cuda" literals; pinned memory in rope_utils', _without_cuda_literals),
+        Patch(torch.Tensor, "cuda", "tensor.cuda() in rope_utils, exchange_utils, optimizer",
+              lambda _: lambda self, *args, **kwargs: self),
+        Patch(torch.Tensor, "type", "dtype names compared with 'torch.cuda.FloatTensor' in clip_grads, "
+              "distrib_optimizer, optimizer", _cuda_type_names),
+        Patch(cuda, "Stream", "token_dispatcher makes one", lambda _: CpuStream),
+        Patch(cuda, "current_stream", "token_dispatcher waits on it", lambda _: lambda *_, **__: stream),
+        Patch(cuda, "stream", "token_dispatcher enters one", lambda _: torch.cpu.stream),
+        Patch(cuda, "synchronize", "p2p_communication, timers", lambda _: torch.cpu.synchronize),
+        Patch(moe_utils, "te_general_gemm", "the router names it without Transformer Engine (NameError)",
+              lambda original: original),
+        Patch(token_dispatcher, "maybe_move_tensor_to_cpu", "converts to numpy only from a CUDA tensor",
+              lambda _: _to_host),
+        Patch(DistributedOptimizer, "_set_main_param_and_optimizer_states",
+              "a loaded state shares one `step` tensor among all parameters; torch AdamW advances it once each",
+              _own_step),
+        Patch(mcore_random, "_get_cuda_rng_state", "activation recompute saves the CUDA generator",
+              lambda _: lambda *_, **__: torch.get_rng_state()),
+        Patch(mcore_random, "_set_cuda_rng_state", "activation recompute restores the CUDA generator",
+              lambda _: lambda state, *_, **__: torch.set_rng_state(state)),
+        Patch(dist, "all_gather", "gloo has no all_gather of unequal lists (ETP with EP)", _uneven_all_gather),
+        Patch(dist, "reduce_scatter", "gloo has no reduce_scatter of unequal lists (ETP with EP)",
+              _uneven_reduce_scatter),
+    )  # fmt: skip
+
+
+@functools.cache
+def install() -> tuple[str, ...]:
+    """Apply the list once per process and return the names; nothing where CUDA exists.
+
+    Raises RuntimeError on another megatron-core version: the list is pinned to what it was tested with.
+    """
+    if torch.cuda.is_available():
+        return ()
+    import megatron.core
+
+    if megatron.core.__version__ != MCORE_VERSION:
+        raise RuntimeError(
+            f"running without CUDA needs megatron-core {MCORE_VERSION}, found {megatron.core.__version__}: "
+            f"run `make env`, or re-pin megatron_troll/mcore/cpu/patches.py"
+        )
+    applied = patches()
+    for patch in applied:
+        patch.apply()
+    return tuple(patch.name for patch in applied)

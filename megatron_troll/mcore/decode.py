@@ -1,0 +1,117 @@
+"""KV-cached forwards of the training model, for generation in the trainer's own processes.
+
+One batch of left-padded prompts is prefilled, then extended token by token. Rotary embeddings depend on
+distances only, so left padding changes nothing but which keys are hidden. Sequence parallelism is off
+meanwhile: a decode step has one position to share. Context parallelism is refused.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor, nn
+
+from megatron_troll.mcore.attention import CoreAttention
+from megatron_troll.mcore.model import MegatronModel, bare
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+SEQUENCE_PARALLEL_ATTRIBUTES = ("sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextmanager
+def generation_mode(model: MegatronModel, kv_cache: Literal["auto", "fp8_e4m3"]) -> Iterator[None]:
+    """Evaluation mode, no gradient, sequence parallelism off and, for fp8_e4m3, keys and values rounded to
+    that format with scale 1 (saturating), as a server with an uncalibrated FP8 cache reads them. Everything
+    is put back at the end."""
+    if model.groups.cp.size > 1:
+        raise ValueError("the in-process engine does not run under context parallelism (cp > 1)")
+    modules = [module for chunk in model.chunks for module in chunk.modules()]
+    switches = _true_switches([*modules, model.config])
+    attentions = [module for module in modules if isinstance(module, CoreAttention)]
+    was_training = model.chunks[0].training
+    try:
+        model.train(False)
+        for owner, attribute in switches:
+            setattr(owner, attribute, False)
+        for attention in attentions:
+            attention.quantise = round_to_fp8 if kv_cache == "fp8_e4m3" else None
+        with torch.no_grad():
+            yield
+    finally:
+        for attention in attentions:
+            attention.quantise = None
+        for owner, attribute in switches:
+            setattr(owner, attribute, True)
+        model.train(was_training)
+
+
+def _true_switches(owners: list[object]) -> list[tuple[object, str]]:
+    return [
+        (owner, attribute)
+        for owner in owners
+        for attribute in SEQUENCE_PARALLEL_ATTRIBUTES
+        if getattr(owner, attribute, None) is True
+    ]
+
+
+def round_to_fp8(tensor: Tensor) -> Tensor:
+    """The nearest float8_e4m3fn values, saturating, in the tensor's own dtype. Idempotent."""
+    return tensor.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(tensor.dtype)
+
+
+class Decoder:
+    """The state of one batch inside `generation_mode`: its KV cache (2 x layers x max_length x B x kv_heads
+    / tp x head_dim on each pipeline stage) and which of its first positions are padding."""
+
+    def __init__(self, model: MegatronModel, padding: Tensor, max_length: int) -> None:
+        """padding [B, P] bool, True on left padding; max_length counts prompt and answer."""
+        self.model = model
+        self.context = StaticInferenceContext(padding.shape[0], max_length)
+        self.padding = torch.zeros(padding.shape[0], max_length, dtype=torch.bool, device=padding.device)
+        self.padding[:, : padding.shape[1]] = padding
+
+    def extend(self, tokens: Tensor) -> Tensor | None:
+        """Append tokens [B, s] (the padded prompts first, then one per call). Returns the hidden states
+        [B, h] of the last position on the last pipeline stage, None elsewhere. Blocks on the pipeline."""
+        start = self.context.sequence_len_offset
+        end = start + tokens.shape[1]
+        positions = torch.arange(start, end, device=tokens.device).expand_as(tokens)
+        mask = self._mask(start, end)
+        hidden: Tensor | None = None
+        pp, stages = self.model.groups.pp, self.model.groups.pp.size * len(self.model.chunks)
+        for stage in range(stages):
+            if stage % pp.size != pp.rank:
+                continue
+            chunk = self.model.chunks[stage // pp.size]
+            if stage > 0 and pp.size > 1:
+                hidden = self._receive(tokens, chunk)
+            hidden = self._forward(chunk, hidden, tokens, positions, mask)
+            if stage < stages - 1 and pp.size > 1:
+                dist.send(hidden.contiguous(), group=pp.handle, group_dst=(pp.rank + 1) % pp.size)
+        self.context.sequence_len_offset = end
+        return hidden[-1] if self.model.groups.is_last_stage and hidden is not None else None
+
+    def _forward(
+        self, chunk: nn.Module, hidden: Tensor | None, tokens: Tensor, positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        stage = bare(chunk)
+        stage.set_input_tensor(hidden)  # pyright: ignore[reportArgumentType]
+        return chunk(tokens, positions, mask, inference_context=self.context)
+
+    def _receive(self, tokens: Tensor, chunk: nn.Module) -> Tensor:
+        pp = self.model.groups.pp
+        shape = (tokens.shape[1], tokens.shape[0], self.model.shape.hidden)
+        hidden = torch.empty(shape, dtype=self.model.config.params_dtype, device=tokens.device)
+        dist.recv(hidden, group=pp.handle, group_src=(pp.rank - 1) % pp.size)
+        return hidden
+
+    def _mask(self, start: int, end: int) -> Tensor:
+        """[B, 1, end - start, end], True hides a key: later ones and padding. A padding query sees itself,
+        so that no row is empty."""
+        query = torch.arange(start, end, device=self.padding.device)[:, None]
+        key = torch.arange(end, device=self.padding.device)
+        hidden = (key > query) | (self.padding[:, None, :end] & (key != query))
+        return hidden[:, None]

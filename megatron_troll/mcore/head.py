@@ -1,0 +1,63 @@
+"""The LM head: from final hidden states to what an objective reads, under vocabulary parallelism."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from troll_kernels import sparsify
+
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.parallel import vocab
+from megatron_troll.types import Readings, Reads, Support, TopK
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a model's last stage. `temperature` divides the logits, as it did in the sampler."""
+
+    model: MegatronModel
+    temperature: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, h] -> this rank's shard [N, V_padded / tp] in fp32."""
+        weight = self.model.stages[-1].output_weight
+        return F.linear(hidden, weight).float() / self.temperature
+
+    def read(self, hidden: Tensor, target: Tensor, reads: Reads, old: TopK | None = None) -> Readings:
+        """Everything `reads` names, for N hidden states [N, h] and sampled tokens [N]; every
+        tensor-parallel rank returns the same. Holds N x V / tp logits in fp32; with gradient, until the
+        backward. Each rank sends N x K candidates. `old` gives the ids of a read with `support: old`."""
+        tp, size = self.model.groups.tp, self.model.shape.vocab
+        logits = self.logits(hidden)
+        lse = vocab.logsumexp(logits, tp, size)
+        target_logit = vocab.gather_logits(logits, target[:, None], tp)[:, 0]
+        topk = None
+        if reads.topk is not None:
+            topk = self._support(logits, target, target_logit, lse.detach(), reads.topk, old)
+        return Readings(
+            logp=target_logit - lse if reads.logp else None,
+            topk=topk,
+            entropy=vocab.entropy(logits.detach(), lse.detach(), tp, size),
+        )
+
+    def _support(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        target_logit: Tensor,
+        lse: Tensor,
+        support: Support,
+        old: TopK | None,
+    ) -> TopK:
+        tp, size = self.model.groups.tp, self.model.shape.vocab
+        if support.kind == "old":
+            assert old is not None
+            ids, count, place = old.ids, old.count, old.place
+        else:
+            with torch.no_grad():
+                values, candidates = vocab.topk(logits, support.k, tp, size)
+                ids, _, count, place = sparsify.select(
+                    values, candidates, lse, target, target_logit.detach(), support.delta
+                )
+        return TopK(ids, vocab.gather_logits(logits, ids, tp), count, place, lse, size)

@@ -1,0 +1,168 @@
+"""Build a Megatron model that ends at its final hidden states, and forward one micro-batch through it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_troll.config.tree import Model
+from megatron_troll.mcore.packing import packed_sequences
+from megatron_troll.mcore.parallel import device
+from megatron_troll.mcore.router import routers
+from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.mcore.transformer_config import check_layout, transformer_config, uses_te
+from megatron_troll.parallel.groups import Groups
+from megatron_troll.types import MicroBatch
+
+
+class HiddenStateModel(GPTModel):
+    """GPTModel whose last stage returns the normed hidden states [s, b, h] (sharded over s under sequence
+    parallelism); the LM head (head.py) reads its `output_weight`."""
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V_padded / tp, h]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+@dataclass(frozen=True)
+class MegatronModel:
+    """One model on this rank: its virtual pipeline chunks, wrapped for data parallelism when trained."""
+
+    shape: ModelShape
+    config: TransformerConfig
+    groups: Groups
+    chunks: list[nn.Module]
+
+    @property
+    def stages(self) -> list[HiddenStateModel]:
+        """The bare chunks, without data-parallel and precision wrappers."""
+        return [bare(chunk) for chunk in self.chunks]
+
+    def train(self, mode: bool = True) -> None:
+        for chunk in self.chunks:
+            chunk.train(mode)
+
+
+def bare(chunk: nn.Module) -> HiddenStateModel:
+    """`chunk` without its wrappers."""
+    while not isinstance(chunk, HiddenStateModel):
+        inner = chunk.module
+        assert isinstance(inner, nn.Module)
+        chunk = inner
+    return chunk
+
+
+def build(model: Model, shape: ModelShape, groups: Groups, *, trained: bool = True) -> MegatronModel:
+    """The chunks of this rank, with uninitialised weights (weights/ fills them).
+
+    Raises ValueError for a layout the model cannot be cut into.
+    """
+    check_layout(shape, model.layout)
+    config = transformer_config(model, shape)
+    chunks: list[nn.Module] = [
+        _chunk(model, shape, config, groups, vp_stage) for vp_stage in range(model.layout.vpp or 1)
+    ]
+    for router in routers(chunks):
+        router.coefficient = model.aux_loss
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    if trained:
+        chunks = [_data_parallel(config, chunk, model.optimizer.distributed) for chunk in chunks]
+    return MegatronModel(shape, config, groups, chunks)
+
+
+def _chunk(
+    model: Model, shape: ModelShape, config: TransformerConfig, groups: Groups, vp_stage: int
+) -> HiddenStateModel:
+    stage = vp_stage if model.layout.vpp else None
+    layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    if uses_te(model.spec):
+        from megatron_troll.mcore.te_spec import block_spec
+    else:
+        from megatron_troll.mcore.local_spec import block_spec
+    first = groups.is_first_stage and vp_stage == 0
+    last = groups.is_last_stage and vp_stage == (model.layout.vpp or 1) - 1
+    return HiddenStateModel(
+        config,
+        block_spec(shape.experts, layers),  # pyright: ignore[reportArgumentType]
+        vocab_size=shape.padded_vocab(model.layout.tp),
+        max_sequence_length=shape.max_positions,
+        pre_process=first,
+        post_process=last,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType]
+        share_embeddings_and_output_weights=shape.tied,
+        vp_stage=stage,
+    ).to(device())
+
+
+def _data_parallel(config: TransformerConfig, chunk: nn.Module, distributed: bool) -> DistributedDataParallel:
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=False
+    )
+    return DistributedDataParallel(config, ddp, chunk)
+
+
+def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor:
+    """One chunk's forward of `batch`: hidden states [s, b, h] to the next stage or, on the last, the final
+    ones, each rank's slice under sequence parallelism."""
+    packed = None
+    if batch.cu_seqlens is not None:
+        packed = packed_sequences(batch.cu_seqlens, batch.max_seqlen, model.groups.cp)
+    return chunk(
+        batch.tokens,
+        batch.positions,
+        None,
+        packed_seq_params=packed,
+        padding_mask=_padding_of_stage(model, chunk, batch.padding),
+    )
+
+
+def _padding_of_stage(model: MegatronModel, chunk: nn.Module, padding: Tensor) -> Tensor:
+    """Megatron shards the padding mask over the sequence on the first stage only; later ones get their
+    shard here."""
+    if bare(chunk).pre_process or not model.config.sequence_parallel:
+        return padding
+    return padding.chunk(model.groups.tp.size, dim=1)[model.groups.tp.rank]
+
+
+def select_hidden(model: MegatronModel, hidden: Tensor, index: Tensor) -> Tensor:
+    """Hidden states [N, h] of the flattened [b * s] positions `index`, from the last stage's [s, b, h].
+
+    Under sequence parallelism gathers s over the tensor-parallel ranks; the backward sums the gradients of
+    their vocabulary shards and scatters them.
+    """
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True, group=model.groups.tp.handle
+        )
+    return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[index]
+
+
+def parameters_by_name(model: MegatronModel) -> dict[str, nn.Parameter]:
+    """Bare name -> parameter of this rank; the chunk number in front when there are several."""
+    named = {}
+    for i, stage in enumerate(model.stages):
+        prefix = f"{i}." if len(model.chunks) > 1 else ""
+        named.update({prefix + name: parameter for name, parameter in stage.named_parameters()})
+    return named
+
+
+def main_gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient that data parallelism accumulates (`main_grad`, fp32)."""
+    gradient = getattr(parameter, "main_grad", None)
+    assert isinstance(gradient, torch.Tensor)
+    return gradient

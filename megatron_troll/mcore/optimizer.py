@@ -1,0 +1,88 @@
+"""Megatron's optimizer and learning-rate schedule for a data-parallel model."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_troll.config.tree import Optimizer
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.mcore.parallel import device
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model with its optimizer and schedule."""
+
+    model: MegatronModel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+
+    def step(self) -> float:
+        """One update from the accumulated gradients; returns the global gradient norm before clipping.
+        Blocks on every rank. The schedule moves first: step 1 of w warm-up steps has 1/w of the rate."""
+        self.schedule.step(1)
+        _, grad_norm, _ = self.optimizer.step()
+        return float(grad_norm)
+
+    def reload_weights(self) -> None:
+        """Copy freshly loaded model weights into the optimizer's fp32 masters."""
+        self.optimizer.reload_model_params()
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def gradients_finite(self) -> bool:
+        """Whether every accumulated gradient of every rank is finite. Blocks on the world."""
+        finite = torch.ones((), device=device())
+        for chunk in self.model.chunks:
+            assert isinstance(chunk, DistributedDataParallel)
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                finite *= torch.isfinite(buffer.grad_data.sum()).float()
+        return bool(self.model.groups.world.all_reduce(finite, torch.distributed.ReduceOp.MIN).item())
+
+
+def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trainable:
+    """Optimizer and schedule over `total_steps` optimizer steps for a model built with `trained`."""
+    half = model.config.bf16
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.lr * config.schedule.min_lr_ratio,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.grad_norm,
+            bf16=half,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        model.chunks,
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    return Trainable(model, optimizer, _schedule(optimizer, config, total_steps))
+
+
+def _schedule(optimizer: MegatronOptimizer, config: Optimizer, total_steps: int) -> OptimizerParamScheduler:
+    schedule = config.schedule
+    steps = max(schedule.decay_steps or total_steps, schedule.warmup_steps + 1)
+    decay = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.lr * schedule.min_lr_ratio,
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=schedule.decay,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return decay

@@ -1,0 +1,93 @@
+"""Start and stop the processes of a layout; hand its groups out as values."""
+
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_troll.config.tree import Layout
+from megatron_troll.mcore.cpu import patches
+from megatron_troll.parallel.groups import ALONE, Group, Groups
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def start(layout: Layout, seed: int, timeout_s: float = 600.0) -> Groups:
+    """Join the world (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT from the environment), form the groups of
+    `layout` and seed this rank. May be called again with another layout. Blocks until every rank has joined.
+
+    Raises ValueError when the world does not divide by the layout.
+    """
+    patches.install()
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
+        )
+    check_world(layout, dist.get_world_size())
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    # The inference tracker never forks a CUDA generator; no module of ours draws inside the model.
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+    return _groups()
+
+
+def stop() -> None:
+    """Leave the world. Without it gloo complains at exit."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_world(layout: Layout, world: int) -> None:
+    """Raise ValueError unless `world` ranks can hold `layout`, for dense and for expert parameters."""
+    dense = layout.tp * layout.pp * layout.cp
+    expert = layout.etp * layout.ep * layout.pp
+    for what, size in (("tp x pp x cp", dense), ("etp x ep x pp", expert)):
+        if world % size:
+            raise ValueError(
+                f"layout {layout.model_dump(exclude_none=True)} needs a world that {what} = {size} divides; "
+                f"this one has {world} ranks"
+            )
+
+
+def _groups() -> Groups:
+    state = parallel_state
+    return Groups(
+        world=_group(dist.group.WORLD),
+        tp=_group(state.get_tensor_model_parallel_group()),
+        pp=_group(state.get_pipeline_model_parallel_group()),
+        cp=_group(state.get_context_parallel_group()),
+        dp=_group(state.get_data_parallel_group()),
+        dp_cp=_group(state.get_data_parallel_group(with_context_parallel=True)),
+        ep=_group(state.get_expert_model_parallel_group()),
+        etp=_group(state.get_expert_tensor_parallel_group()),
+        model=_group(state.get_model_parallel_group()),
+    )
+
+
+def _group(handle: dist.ProcessGroup | None) -> Group:
+    if handle is None or handle.size() == 1:
+        return ALONE
+    return Group(handle, handle.rank(), handle.size())

@@ -1,0 +1,68 @@
+"""Run micro-batches through Megatron's own schedule: no pipeline, 1F1B or interleaved 1F1B."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megatron_troll.mcore.model import MegatronModel, forward, select_hidden
+from megatron_troll.types import MicroBatch
+
+Read = Callable[[int, Tensor], Any]
+Loss = Callable[[int, Tensor], tuple[Tensor, Any]]
+
+
+def infer(model: MegatronModel, batches: Sequence[MicroBatch], read: Read) -> list[Any]:
+    """Forward every micro-batch without gradient. On the last stage `read(i, hidden [N, h])` is called
+    for each and its results are returned in order; other stages return []."""
+
+    def last(i: int, hidden: Tensor) -> tuple[Tensor, Any]:
+        return hidden.new_zeros(()), read(i, hidden)
+
+    with torch.no_grad():
+        return _run(model, batches, last, forward_only=True)
+
+
+def accumulate(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss) -> list[Any]:
+    """Forward and backward of one optimizer step from zeroed gradients. On the last stage
+    `loss(i, hidden [N, h])` gives micro-batch i's share of the step's loss (a sum: nothing is
+    averaged over micro-batches or ranks) and anything to return. Gradients end summed over data- and
+    context-parallel ranks in `main_grad`. Blocks on every rank of the world."""
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
+    return _run(model, batches, loss, forward_only=False)
+
+
+def _run(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss, forward_only: bool) -> list[Any]:
+    model.config.finalize_model_grads_func = _finalize
+    iterators = [iter(enumerate(batches)) for _ in model.chunks]
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, model, loss),
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+        num_microbatches=len(batches),
+        seq_length=max(batch.tokens.numel() for batch in batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(
+    model: MegatronModel, loss: Loss, batches: Iterator[tuple[int, MicroBatch]], chunk: nn.Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
+    i, batch = next(batches)
+
+    def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+        value, output = loss(i, select_hidden(model, hidden, batch.index))
+        return value, torch.zeros((), dtype=torch.int), output
+
+    return forward(model, chunk, batch), finish
+
+
+def _finalize(chunks: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    # Our weights already normalise over the step: Megatron must not divide by its token count.
+    finalize_model_grads(chunks, None, **kwargs)

@@ -1,0 +1,154 @@
+"""What a method of each slot provides. A method is its own configuration: a frozen model with maths.
+
+J_t = C_t * score_t - penalty_t - kl_t,   score_t = surrogate_t * A_t,   loss = -sum_t weight_t J_t
+
+The trust region says which policy takes the place of the new one (`policy`), the ratio weighs it against
+the old one, and the trust region limits that ratio (`surrogate`). All tensors are [N].
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_troll.config.tree import Node
+from megatron_troll.types import ObjectiveInputs, Readings, Reads
+
+Statistics = dict[str, Tensor]
+Reduction = Literal["mean", "p50", "p99", "max", "min"]
+Diagnostics = Mapping[str, tuple[Reduction, ...]]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A differentiable value [N] and detached diagnostics, name -> [N]."""
+
+    value: Tensor
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The sampled tokens under the policy that an update is measured by.
+
+    logp     log-prob under the (possibly projected) new policy, differentiable
+    old      log-prob under the old policy, detached
+    penalty  subtracted from the score; no correction weighs or masks it
+    """
+
+    logp: Tensor
+    old: Tensor
+    penalty: Tensor
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(Node):
+    """What any slot may ask for and report. The defaults ask for nothing."""
+
+    @property
+    def reads(self) -> Reads:
+        """What must be read of the current policy, with gradient."""
+        return Reads()
+
+    @property
+    def reads_old(self) -> Reads:
+        """What must be known of the old policy."""
+        return Reads()
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """The per-token names that may be reported, and how to reduce them over a step. A NaN entry means
+        that the token has no such value: reductions leave it out."""
+        return {}
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether `statistics` must run over the whole optimizer step before the first backward."""
+        return False
+
+    def statistics(self, inputs: ObjectiveInputs) -> Statistics:
+        """Sums over the tokens of one micro-batch, without gradient; the loop adds them up over
+        micro-batches and ranks. Names must be the method's own."""
+        return {}
+
+    def check(self, vocab: int) -> None:
+        """Raises ValueError where the method cannot work with a vocabulary of this size."""
+
+
+class TrustRegion(Method):
+    """By default the full-softmax policy, unlimited."""
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(logp=True)
+
+    @property
+    def reads_old(self) -> Reads:
+        return Reads(logp=True)
+
+    def prepare_old(self, old: Readings) -> Readings:
+        """The old readings as this method uses them, checked: runs once, before any update. Waits for the
+        device. Raises ValueError that names positions."""
+        refuse_rows(
+            ~torch.isfinite(logp_of(old, "old")), "the old log-prob of the sampled token is not finite"
+        )
+        return old
+
+    def policy(self, inputs: ObjectiveInputs, statistics: Statistics | None) -> Policy:
+        logp = logp_of(inputs.new, "new")
+        return Policy(logp, logp_of(inputs.old, "old"), torch.zeros_like(logp))
+
+    def surrogate(self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs) -> Term:
+        """What multiplies the advantage."""
+        return Term(ratio)
+
+
+class Ratio(Method):
+    """Weighs the policy against the old one. A method whose weights are not made token by token
+    (group transforms) overrides `score`."""
+
+    @abstractmethod
+    def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
+        """[N], differentiable."""
+
+    def score(
+        self, region: TrustRegion, policy: Policy, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        """[N] surrogate times advantage."""
+        ratio = self.ratio(policy, inputs)
+        limited = region.surrogate(ratio, policy, inputs)
+        return Term(limited.value * inputs.advantage, {"ratio": ratio.detach()} | limited.per_token)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {"ratio": ("mean", "max", "min")}
+
+
+class Kl(Method):
+    @abstractmethod
+    def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
+        """[N], its coefficient included."""
+
+
+class Correction(Method):
+    @abstractmethod
+    def weight(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
+        """[N], detached; multiplies the score and nothing else."""
+
+
+def logp_of(readings: Readings, side: str) -> Tensor:
+    if readings.logp is None:
+        raise ValueError(
+            f"this objective reads the {side} policy's log-prob of the sampled token; none was given"
+        )
+    return readings.logp
+
+
+def refuse_rows(bad: Tensor, problem: str) -> None:
+    """Raises ValueError that names the first positions where bad [N] holds. Waits for the device."""
+    rows = bad.nonzero()[:, 0].tolist()
+    if rows:
+        raise ValueError(f"{problem} at {len(rows)} of {len(bad)} positions, the first: {rows[:8]}")

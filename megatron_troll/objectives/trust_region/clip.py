@@ -1,0 +1,29 @@
+"""PPO clipping (arXiv 1707.06347, eq. 7; asymmetric as in DAPO, arXiv 2503.14476; ALGORITHMS 6.6)."""
+
+from pydantic import Field
+from torch import Tensor, where
+
+from megatron_troll.config.tree import Fraction, NonNegative
+from megatron_troll.objectives.slots import Diagnostics, Policy, Term, TrustRegion
+from megatron_troll.types import ObjectiveInputs
+
+
+class Clip(TrustRegion):
+    """score = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A).
+
+    For A >= 0 that is min(r, 1 + eps_high) A, otherwise max(r, 1 - eps_low) A. No gradient strictly
+    beyond the bound.
+    """
+
+    eps_low: Fraction = Field(default=0.2, description="how far below 1 the ratio counts; 1: no lower bound")
+    eps_high: NonNegative = Field(default=0.2, description="how far above 1 the ratio counts")
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {"clipped": ("mean",)}
+
+    def surrogate(self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs) -> Term:
+        above, below = ratio.clamp(max=1.0 + self.eps_high), ratio.clamp(min=1.0 - self.eps_low)
+        limited = where(inputs.advantage >= 0, above, below)
+        clipped = (limited != ratio) & (inputs.advantage != 0)
+        return Term(limited, {"clipped": clipped.to(ratio.dtype)})

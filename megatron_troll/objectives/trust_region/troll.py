@@ -1,0 +1,128 @@
+"""TROLL: projection of the policy onto a KL ball around the old one (arXiv 2510.03817; ALGORITHMS 1)."""
+
+import warnings
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, full_like, where
+from troll_kernels.project import Projection, project
+from troll_kernels.sparsify import sparse_logp
+
+from megatron_troll.config.tree import NonNegative, Positive
+from megatron_troll.objectives import support
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, TrustRegion, refuse_rows
+from megatron_troll.types import ObjectiveInputs, Readings, Reads, Support, TopK
+
+
+class Troll(TrustRegion):
+    """J_t = pi_t(o_t) / old'_t(o_t) A_t - alpha KL(new'_t || sg(pi_t))   (eq. 5)
+
+    new', old' are the sparse distributions of eq. 21, pi the projection of new' with
+    KL(pi || old') <= bound. The gradient reaches only the logits of the support (ALGORITHMS 1.7).
+    Defaults are the paper's (Table 3, App. A.4) but for `support`: the paper reads the new policy at its
+    own top-K (`own`), where a change of rank at the K-th place looks like a large KL (ALGORITHMS 1.8).
+    """
+
+    bound: NonNegative = Field(
+        default=0.05, description="radius of the KL ball per token, nats; 0 pins the policy"
+    )
+    alpha: NonNegative = Field(
+        default=1.0, description="weight of the regression of new' onto its projection"
+    )
+    k: Positive = Field(default=64, description="tokens kept at most, beside the sampled one")
+    delta: Annotated[float, Field(ge=0, lt=1)] = Field(
+        1e-5, description="mass that the kept tokens may leave out"
+    )
+    p_d: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=1e-12, description="probability of a token left out"
+    )
+    support: Literal["own", "old"] = Field(
+        default="old", description="whose kept tokens the new policy is read at"
+    )
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(topk=Support(self.support, self.k, self.delta))
+
+    @property
+    def reads_old(self) -> Reads:
+        return Reads(topk=Support("own", self.k, self.delta))
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {**PROJECTION_DIAGNOSTICS, **support.DIAGNOSTICS}
+
+    def check(self, vocab: int) -> None:
+        left_out = (vocab - 1) * self.p_d
+        if left_out >= 1:
+            raise ValueError(
+                f"(V - |S|) * p_d = {left_out:.3g} >= 1 for one kept token of V={vocab}: lower p_d"
+            )
+        if left_out > self.delta > 0:
+            warnings.warn(
+                f"default tokens may hold {left_out:.3g}, more than delta={self.delta:g}", stacklevel=2
+            )
+
+    def prepare_old(self, old: Readings) -> Readings:
+        """The old record cut to this (k, delta), whoever made it. Refuses a record that keeps fewer tokens
+        than that needs, and a sampled token that the old policy could not have drawn."""
+        topk = _topk(old, "old")
+        refuse_rows(topk.place < 0, "the old policy gives the sampled token a logit of -inf: corrupt data")
+        return replace(old, topk=support.cut(topk, self.k, self.delta))
+
+    def policy(self, inputs: ObjectiveInputs, statistics: Statistics | None) -> Policy:
+        old, new = _topk(inputs.old, "old"), _topk(inputs.new, "new")
+        if self.support == "old":
+            new = replace(new, ids=old.ids, count=old.count, place=old.place)
+        projection = self._project(old, new)
+        # The sampled token is always in the old support, in the new one not where its logit is -inf.
+        at = old.place[:, None]
+        logp, old_logp = projection.old.gather(1, at)[:, 0], self._logp(old).gather(1, at)[:, 0]
+        per_token = _of_projection(projection) | support.compare(old, new, projection.outside)
+        per_token |= support.describe(old, self.k, self.delta, "old")
+        if self.support == "own":
+            per_token |= support.describe(new, self.k, self.delta, "new")
+        return Policy(logp, old_logp, self.alpha * projection.kl_new_pi, per_token)
+
+    def _project(self, old: TopK, new: TopK) -> Projection:
+        bound = full_like(new.logits[:, 0], self.bound)
+        return project(new.ids, self._logp(new), old.ids, self._logp(old), bound, old.vocab, self.p_d)
+
+    def _logp(self, topk: TopK) -> Tensor:
+        return sparse_logp(topk.logits, topk.count, topk.vocab, self.p_d)
+
+
+PROJECTION_DIAGNOSTICS: Diagnostics = {
+    "projected": ("mean",),
+    "kl_before": ("mean", "p99", "max"),
+    "kl_before_projected": ("mean", "p99", "max"),
+    "kl_after": ("mean", "max"),
+    "eta": ("p50", "p99", "max"),
+    "tau": ("min",),
+    "passes": ("mean", "max"),
+    "unsolved": ("mean",),
+    "regression_kl": ("mean",),
+}
+
+
+def _of_projection(projection: Projection) -> dict[str, Tensor]:
+    tau, kl = projection.tau, projection.kl_before
+    undefined = float("nan")
+    return {
+        "projected": projection.active.to(kl.dtype),
+        "kl_before": kl,
+        "kl_before_projected": where(projection.active, kl, undefined),
+        "kl_after": projection.kl_after,
+        "eta": where(tau > 0, (1.0 - tau) / tau, undefined),
+        "tau": tau,
+        "passes": projection.passes.to(kl.dtype),
+        "unsolved": (~projection.solved).to(kl.dtype),
+        "regression_kl": projection.kl_new_pi.detach(),
+    }
+
+
+def _topk(readings: Readings, side: str) -> TopK:
+    if readings.topk is None:
+        raise ValueError(f"troll reads the {side} policy's top-K record; none was given")
+    return readings.topk

@@ -1,0 +1,88 @@
+"""Looking at stored rollouts: a listing in the terminal, and one page with filters."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_troll.observe.files import write_atomic
+from megatron_troll.observe.rollouts import Sample, read_step, stored_steps
+from megatron_troll.observe.run_folder import RunFolderError
+
+SORTS: dict[str, Callable[[Sample], float]] = {
+    "reward": lambda sample: sample.reward,
+    "advantage": lambda sample: sample.advantage,
+    "length": lambda sample: len(sample.tokens),
+    "logp": lambda sample: sample.mean_logp,
+}
+PAGE_TOKENS = 400_000
+# Upper ends of -log p in nats, and the terminal colour of a token up to there.
+SHADES = ((0.1, "default"), (0.7, "yellow"), (2.3, "dark_orange"), (float("inf"), "bold red"))
+
+
+def ordered(samples: Sequence[Sample], sort: str) -> list[Sample]:
+    """Largest first; `-reward` smallest first. Raises RunFolderError for an unknown sort."""
+    key = SORTS.get(sort.removeprefix("-"))
+    if key is None:
+        raise RunFolderError(f"cannot sort rollouts by {sort!r}; known: {', '.join(SORTS)}, or -NAME")
+    return sorted(samples, key=key, reverse=not sort.startswith("-"))
+
+
+def browse(
+    root: Path, console: Console, step: int | None = None, sort: str = "reward", limit: int = 20
+) -> None:
+    """List `limit` rollouts of a step (default: the last one). Answers are coloured by the log-prob of each
+    token, unlikely ones warmer; the least likely one is named with its value."""
+    steps = stored_steps(root)
+    step = steps[-1] if step is None else step
+    samples = ordered(list(read_step(root, step)), sort)
+    table = Table(
+        title=f"{root}, step {step} of {steps[0]}-{steps[-1]}: {len(samples)} rollouts", expand=True
+    )
+    for name in ("rollout", "question", "answer", "reward", "adv.", "finish", "tokens", "mean logp", "least"):
+        table.add_column(name, overflow="fold", ratio={"question": 3, "answer": 4}.get(name))
+    for sample in samples[:limit]:
+        table.add_row(*_cells(sample))
+    console.print(table)
+
+
+def _cells(sample: Sample) -> list[Text]:
+    least = min(range(len(sample.logp)), key=sample.logp.__getitem__, default=None)
+    worst = "" if least is None else f"{sample.tokens[least]!r} {sample.logp[least]:.2f}"
+    numbers = (f"{sample.reward:g}", f"{sample.advantage:.2f}", sample.finish, f"{len(sample.tokens)}")
+    return [
+        Text(f"{sample.prompt}#{sample.sample}"),
+        Text(sample.question),
+        shaded(sample),
+        *map(Text, numbers),
+        Text(f"{sample.mean_logp:.3f}"),
+        Text(worst),
+    ]
+
+
+def shaded(sample: Sample) -> Text:
+    """The answer, a style per token; tokens that carry no loss are dim."""
+    text = Text()
+    for token, logp, keep in zip(sample.tokens, sample.logp, sample.mask, strict=True):
+        style = next((style for bound, style in SHADES if -logp <= bound), "reverse")  # NaN
+        text.append(token, style=style if keep else "dim")
+    return text
+
+
+def html(root: Path, output: Path, step: int | None = None) -> None:
+    """Write a self-contained page of the run's rollouts (or one step's), with filters by step, reward and
+    text. At most PAGE_TOKENS tokens (about 10 MB): beyond that every n-th rollout, which the page says."""
+    steps = stored_steps(root) if step is None else [step]
+    samples = [sample for one in steps for sample in read_step(root, one)]
+    every = max(1, -(-sum(len(sample.tokens) for sample in samples) // PAGE_TOKENS))
+    shown = [asdict(sample) for sample in samples[::every]]
+    data = {"run": root.resolve().name, "total": len(samples), "samples": shown}
+    # Inside <script>, only "<" can end or open anything.
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    template = files("megatron_troll.observe").joinpath("rollouts.html").read_text(encoding="utf-8")
+    write_atomic(output, template.replace('"ROLLOUTS"', text))

@@ -1,0 +1,155 @@
+"""Every field of metrics.jsonl, in one table. docs/metrics.md is made from it:
+
+python -m megatron_troll.observe.fields > docs/metrics.md
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_troll.observe.metrics import REDUCTIONS
+
+
+@dataclass(frozen=True)
+class Field:
+    """`unit` is empty for a plain number. `token` fields are reduced over the step's tokens that carry
+    loss: the name alone is their mean, `name/p99` and so on their other reductions."""
+
+    name: str
+    unit: str
+    meaning: str
+    token: bool = False
+
+
+RUN = (
+    Field("step", "rollout batches", "rollout batches trained on; 0 is the evaluation before training"),
+    Field("success", "", "mean reward of the training batch, as sampled"),
+    Field("reward_std", "", "standard deviation of those rewards"),
+    Field("held_out_success", "share", "mean reward on held-out prompts; on evaluation steps only"),
+    Field(
+        "frac_zero_std_groups",
+        "share",
+        "prompts whose samples all got the same reward: no gradient from them",
+    ),
+    Field("response_length", "tokens", "mean length of the batch's responses, stop token included"),
+    Field("truncated", "share", "responses cut at rollout.sampling.max_tokens"),
+    Field("loss", "", "mean over the step's optimizer updates of -sum(weight * J)"),
+    Field("grad_norm", "", "global gradient norm before clipping, mean over the updates"),
+    Field("lr", "", "learning rate of the last update"),
+    Field("aux_loss", "", "load-balancing loss of the experts, before its coefficient"),
+    Field("skipped_updates", "updates", "updates left out because of NaN or Inf"),
+)
+
+TOKEN = (
+    Field("objective", "", "J of a token: what is maximised", True),
+    Field("entropy", "nats", "entropy of the new policy over the full vocabulary", True),
+    Field("approx_kl", "nats", "k3 estimate of KL(old || new), new after projection", True),
+    Field(
+        "rollout_trainer_kl", "nats", "k3 estimate of KL(rollout engine || old policy of the trainer)", True
+    ),
+    Field("ratio", "", "new over old probability of the sampled token, as the objective uses it", True),
+    Field(
+        "clipped",
+        "share",
+        "clip: tokens whose ratio is beyond its bound, so that they give no gradient",
+        True,
+    ),
+)
+
+# ALGORITHMS 1.9
+TROLL = (
+    Field("kl_before", "nats", "KL(new || old) of the sparse distributions before projection", True),
+    Field("kl_before_projected", "nats", "the same, over the projected tokens", True),
+    Field("kl_after", "nats", "KL(projected || old); at most the bound", True),
+    Field("projected", "share", "tokens whose policy was projected: kl_before exceeds the bound", True),
+    Field("regression_kl", "nats", "KL(new || projected), which the regression term reduces", True),
+    Field("eta", "", "multiplier of the projection, (1 - tau) / tau", True),
+    Field("tau", "", "weight of the new policy in the projected one; 1 where nothing was projected", True),
+    Field("passes", "", "passes of the solver over the support", True),
+    Field("unsolved", "share", "tokens where the solver reached its cap; the bound holds there too", True),
+    Field("kept_old", "tokens", "tokens in the old policy's support", True),
+    Field("kept_new", "tokens", "tokens in the new policy's support", True),
+    Field("covered_old", "share", "probability mass of the old support under the old policy", True),
+    Field("covered_new", "share", "probability mass of the new support under the new policy", True),
+    Field("k_bound_old", "share", "positions where k, not delta, ended the old support", True),
+    Field("k_bound_new", "share", "positions where k, not delta, ended the new support", True),
+    Field("sampled_outside_old", "share", "sampled tokens outside the old top-k prefix", True),
+    Field("sampled_outside_new", "share", "sampled tokens outside the new top-k prefix", True),
+    Field("sampled_impossible", "share", "sampled tokens to which the new policy gives no probability", True),
+    Field("support_jaccard", "", "tokens in both supports over tokens in either", True),
+    Field("one_token_support", "share", "positions with a single kept token, which give no gradient", True),
+)
+
+SPEED = (
+    Field("tokens_per_s", "tokens/s", "tokens generated and trained on, over the whole step's seconds"),
+    Field("mfu", "share", "model FLOP/s over the devices' dense bf16 peak; absent where the peak is unknown"),
+    Field("seconds", "s", "wall time of the step, evaluation and checkpoint included"),
+)
+
+PHASES = (
+    Field("generation", "s", "sampling the rollout batch"),
+    Field("reward", "s", "verifying the answers"),
+    Field("old_policy", "s", "no-gradient forward that records the old policy (objective.old=trainer)"),
+    Field("forward_backward", "s", "forward and backward of every update"),
+    Field("optimizer", "s", "gradient reduction, clipping and the optimizer's steps"),
+    Field("evaluation", "s", "sampling and verifying held-out prompts"),
+    Field("checkpoint", "s", "saving, as far as training waits for it"),
+)
+
+
+def documented(name: str) -> bool:
+    """Whether `name`, a key of metrics.jsonl, is in the table."""
+    base, _, suffix = name.partition("/")
+    if base == "seconds" and suffix:
+        return suffix in names(PHASES)
+    if suffix:
+        return base in names([*TOKEN, *TROLL]) and suffix in REDUCTIONS
+    return base in names([*RUN, *TOKEN, *TROLL, *SPEED])
+
+
+def names(fields: Iterable[Field]) -> set[str]:
+    return {field.name for field in fields}
+
+
+def markdown() -> str:
+    """The text of docs/metrics.md."""
+    return "\n".join(
+        [
+            "# The fields of metrics.jsonl",
+            "",
+            "One JSON object a step. A field that does not apply to the configured objective, or to this",
+            "step, is absent; a NaN or infinite value is `null`. TensorBoard and W&B get the same names.",
+            "Made from `megatron_troll/observe/fields.py`; do not edit.",
+            "",
+            "## The step",
+            *_table(RUN),
+            "",
+            "## Over the tokens that carry loss",
+            "",
+            "The name alone is the mean over every token of the step, on all ranks. Others that the",
+            "objective asks for carry their reduction: "
+            + ", ".join(f"`name/{r}`" for r in REDUCTIONS if r != "mean")
+            + ".",
+            "Quantiles are exact up to 65,536 tokens a rank, from every n-th token beyond.",
+            "A token to which a field does not apply is left out of its reductions.",
+            *_table(TOKEN),
+            "",
+            "### With the TROLL trust region",
+            *_table(TROLL),
+            "",
+            "## Speed",
+            *_table(SPEED),
+            *_table([Field(f"seconds/{f.name}", f.unit, f.meaning) for f in PHASES]),
+            "",
+        ]
+    )
+
+
+def _table(fields: Iterable[Field]) -> list[str]:
+    head = ["", "| field | unit | meaning |", "|---|---|---|"]
+    cells = ((f"`{f.name}`", f.unit, f.meaning.replace("|", r"\|")) for f in fields)
+    return [*head, *(f"| {' | '.join(row)} |" for row in cells)]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

@@ -1,0 +1,158 @@
+"""What a person watching sees: a live panel on a terminal, a line a step elsewhere, nothing off rank 0."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+# label, field of metrics.jsonl, format
+SHOWN = (
+    ("success", "success", "{:.3f}"),
+    ("held-out", "held_out_success", "{:.3f}"),
+    ("KL before", "kl_before", "{:.2e}"),
+    ("KL after", "kl_after", "{:.2e}"),
+    ("projected", "projected", "{:.1%}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("grad norm", "grad_norm", "{:.3f}"),
+    ("tokens/s", "tokens_per_s", "{:,.0f}"),
+    ("MFU", "mfu", "{:.1%}"),
+)
+
+
+class Progress(Protocol):
+    """Entered for the life of the run."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error: object) -> None: ...
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Say what is being done until the block ends."""
+        ...
+
+    def step(self, step: int, metrics: Mapping[str, float], eta: float) -> None:
+        """Show the figures of a finished step; `eta` in seconds."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line of its own: a warning, a checkpoint, the next command."""
+        ...
+
+
+class Silent:
+    """For every rank but 0."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        yield
+
+    def step(self, step: int, metrics: Mapping[str, float], eta: float) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class LogLines(Silent):
+    """One plain line a step, never wrapped and without colours."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._steps = steps
+
+    def step(self, step: int, metrics: Mapping[str, float], eta: float) -> None:
+        shown = [f"{label} {text}" for label, text in figures(metrics)]
+        times = [f"{phase} {text}" for phase, text in phase_times(metrics)]
+        self.say(" | ".join([f"step {step}/{self._steps}", *shown, *times, f"ETA {duration(eta)}"]))
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LivePanel:
+    """One panel, redrawn in place; lines said while it is up appear above it. Figures that a step does
+    not report, such as held-out success between evaluations, keep their last value."""
+
+    def __init__(self, console: Console, steps: int, title: str) -> None:
+        self._console = console
+        self._steps = steps
+        self._title = title
+        self._step = 0
+        self._eta: float | None = None
+        self._phase = "starting"
+        self._metrics: dict[str, float] = {}
+        self._live = Live(console=console, get_renderable=self._panel, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._phase = "done" if self._step >= self._steps else "stopped"
+        self._live.stop()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        outer, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = outer
+
+    def step(self, step: int, metrics: Mapping[str, float], eta: float) -> None:
+        self._step = step
+        self._eta = eta
+        self._metrics |= metrics
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
+    def _panel(self) -> Panel:
+        head = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self._steps, completed=self._step, width=30)
+        eta = "" if self._eta is None else f"ETA {duration(self._eta)}"
+        head.add_row(f"step {self._step}/{self._steps}", bar, eta, Text(self._phase, style="cyan"))
+        body = Table.grid(padding=(0, 4))
+        body.add_row(_pairs(figures(self._metrics), "bold"), _pairs([*phase_times(self._metrics)], "magenta"))
+        return Panel(Group(head, "", body), title=Text(self._title), title_align="left", expand=False)
+
+
+def open_progress(console: Console, steps: int, title: str) -> Progress:
+    """The panel on a terminal that can redraw, log lines elsewhere. For rank 0."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LivePanel(console, steps, title)
+    return LogLines(console, steps)
+
+
+def figures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(label, text) of the SHOWN fields that `metrics` has."""
+    return [(label, form.format(metrics[name])) for label, name, form in SHOWN if name in metrics]
+
+
+def phase_times(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(phase, text) of every `seconds/<phase>`."""
+    times = ((name.removeprefix("seconds/"), s) for name, s in metrics.items() if name.startswith("seconds/"))
+    return [(phase, f"{seconds:.1f}s") for phase, seconds in times]
+
+
+def duration(seconds: float) -> str:
+    """62 -> 1:02, 3723 -> 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def _pairs(rows: list[tuple[str, str]], style: str) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right", style=style)
+    for label, text in rows:
+        table.add_row(label, text)
+    return table

@@ -1,0 +1,166 @@
+"""runs/<name>/: where everything of a run lies, and who may write there."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from megatron_troll.observe.files import write_atomic
+
+# What a resumed run may change: how long it runs, where and how it is computed, what is written down.
+CHANGEABLE = (
+    "resume",
+    "runs",
+    "train.steps",
+    "train.token_budget",
+    "rollout.max_sequences",
+    "models.*.layout.*",
+    "models.*.dispatcher",
+    "models.*.recompute",
+    "evaluation.every",
+    "checkpoint.*",
+    "observe.*",
+    "launch.*",
+)
+ABSENT = "(absent)"
+
+
+class RunFolderError(RuntimeError):
+    """The run folder belongs to another process, another config, or an earlier run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run. Any rank may hold one; only rank 0 opens it."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def discarded_metrics(self) -> Path:
+        return self.root / "metrics.discarded.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.root / "rollouts"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "curves.png"
+
+    @property
+    def hf(self) -> Path:
+        return self.root / "hf"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.root / "heartbeat"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @contextmanager
+    def open(self, config_yaml: str, resume: bool) -> Iterator[None]:
+        """Own the folder until the block ends, and write `config_yaml` into it.
+
+        Raises RunFolderError when another process holds it, when it holds a run of another config
+        (keys in CHANGEABLE apart), or when it holds a run and `resume` is false. Nothing is written then.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / "lock", "a+") as lock:
+            self._take(lock)
+            self._check(config_yaml, resume)
+            write_atomic(self.config, config_yaml)
+            yield
+
+    def holds_run(self) -> bool:
+        """Whether anything would be lost or mixed if another run started here."""
+        if self.metrics.exists() and self.metrics.stat().st_size > 0:
+            return True
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def _take(self, lock: IO[str]) -> None:
+        """A POSIX lock: it ends with this process, and forked workers do not inherit it."""
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            raise RunFolderError(
+                f"{self.root} is being written by {lock.read().strip() or 'another process'}. "
+                "Wait for that run or stop it, or choose another `name`."
+            ) from None
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.root} cannot be locked ({error.strerror}). "
+                "Set `runs` to a file system that supports POSIX locks."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+
+    def _check(self, config_yaml: str, resume: bool) -> None:
+        changed = config_differences(self.config, config_yaml) if self.config.exists() else {}
+        if changed:
+            lines = "\n".join(f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items())
+            raise RunFolderError(
+                f"{self.root} holds a run of another config. These keys differ:\n{lines}\n"
+                "Choose another `name`, set them back, or delete the folder."
+            )
+        if self.holds_run() and not resume:
+            raise RunFolderError(
+                f"{self.root} already holds a run of this config. "
+                "Continue it with resume=true, choose another `name`, or delete the folder."
+            )
+
+
+def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value in the file, value now) of keys that a resumed run may not change."""
+    before, after = flatten(yaml.safe_load(old.read_text()) or {}), flatten(yaml.safe_load(new_yaml) or {})
+    return {
+        key: (before.get(key, ABSENT), after.get(key, ABSENT))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, ABSENT) != after.get(key, ABSENT)
+        and not any(fnmatchcase(key, pattern) for pattern in CHANGEABLE)
+    }
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,119 @@
+"""Where a step's figures are written: metrics.jsonl always, TensorBoard and W&B as configured."""
+
+import importlib
+import importlib.util
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_troll.config.tree import Observe
+from megatron_troll.observe.files import write_atomic
+from megatron_troll.observe.run_folder import RunFolder
+
+PACKAGES = ("torch", "megatron-core", "transformers", "megatron-troll")
+
+
+class Tracker(Protocol):
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One object a step, on disk when `log` returns. NaN and infinities, which JSON lacks, become null."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "a")  # noqa: SIM115 - held until close
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files; on a resumed run the viewer drops what was logged at `start` or later before."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=start or None)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A Weights & Biases run of the same name and id, continued on resume."""
+
+    def __init__(self, project: str, folder: RunFolder, config: Mapping[str, Any]) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise ModuleNotFoundError(
+                "observe.wandb_project is set, but wandb is not installed. "
+                "Install megatron-troll[wandb], or set observe.wandb_project=null."
+            )
+        wandb: Any = importlib.import_module("wandb")
+        name = folder.root.resolve().name
+        self._run = wandb.init(
+            project=project, name=name, id=name, resume="allow", dir=str(folder.root), config=dict(config)
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Together:
+    """Several trackers as one."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = trackers
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def open_trackers(folder: RunFolder, observe: Observe, config: Mapping[str, Any], start: int) -> Together:
+    """Every configured tracker, for rank 0. `start` is the first step that will be logged."""
+    trackers: list[Tracker] = []
+    if observe.wandb_project is not None:
+        trackers.append(WandB(observe.wandb_project, folder, config))
+    trackers.append(JsonLines(folder.metrics))
+    if observe.tensorboard:
+        trackers.append(TensorBoard(folder.tensorboard, start))
+    return Together(trackers)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run comes to. Success is a share in [0, 1], None where it was not evaluated."""
+
+    held_out_success_before: float | None
+    held_out_success_after: float | None
+    seconds: float
+    seed: int
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    """summary.json: the summary's fields and `versions` of Python and the packages that made it."""
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    write_atomic(path, json.dumps(asdict(summary) | {"versions": versions}, indent=2, allow_nan=False) + "\n")

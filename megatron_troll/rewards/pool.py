@@ -1,0 +1,141 @@
+"""Answers scored in parallel by workers, so that a hung or crashed verifier takes down only its own."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+
+from megatron_troll.config.tree import RewardConfig
+from megatron_troll.rewards.worker import START_LIMIT_S, Failed, Worker
+from megatron_troll.types import Prompt
+
+ATTEMPTS = 2
+
+
+class RewardError(RuntimeError):
+    """A verifier is at fault; the message names the sample."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One answer; `name` is what errors call it."""
+
+    name: str
+    text: str
+    prompt: Prompt
+
+
+@dataclass
+class Outcomes:
+    """What the verifier returned, by task index. Tasks that ran out of time, or whose worker a signal
+    killed at each attempt, have no value."""
+
+    values: dict[int, object] = field(default_factory=dict)
+    timeouts: set[int] = field(default_factory=set)
+    crashes: set[int] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.values) + len(self.timeouts) + len(self.crashes)
+
+
+class _Batch:
+    """The tasks of one call: those still to hand out, and the outcomes so far."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        self.tasks = tasks
+        self.queue = deque(range(len(tasks)))
+        self.outcomes = Outcomes()
+        self.killed_starts = 0
+        self._attempts: Counter[int] = Counter()
+
+    def crashed(self, index: int) -> None:
+        self._attempts[index] += 1
+        if self._attempts[index] < ATTEMPTS:
+            self.queue.append(index)
+        else:
+            self.outcomes.crashes.add(index)
+
+
+class Pool:
+    """Up to `size` workers, started when there is work and kept until `close`."""
+
+    def __init__(self, config: RewardConfig, size: int):
+        self._config = config
+        self._size = size
+        self._workers: list[Worker] = []
+
+    def run(self, tasks: Sequence[Task]) -> Outcomes:
+        """Blocks until every task has an outcome. A worker over the time limit is ended and replaced; one
+        that a signal killed (out of memory) is replaced and its task tried once more. Raises RewardError
+        where the verifier raises or cannot be built."""
+        batch = _Batch(tasks)
+        try:
+            while len(batch.outcomes) < len(tasks):
+                self._hand_out(batch)
+                for worker in self._answering():
+                    self._receive(worker, batch)
+        except BaseException:
+            self.close()  # an answer still on its way would be taken for one of the next batch
+            raise
+        return batch.outcomes
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+        self._workers.clear()
+
+    def _hand_out(self, batch: _Batch) -> None:
+        while len(self._workers) < min(self._size, len(batch.tasks)):
+            self._workers.append(Worker(self._config))
+        for worker in self._workers:
+            if not worker.waited_for and batch.queue:
+                index = batch.queue.popleft()
+                task = batch.tasks[index]
+                worker.ask(index, task.text, task.prompt, self._config.timeout_s)
+
+    def _answering(self) -> list[Worker]:
+        """The workers that have answered, died or run out of time; waits for the first."""
+        busy = [worker for worker in self._workers if worker.waited_for]
+        patience = min(worker.deadline for worker in busy) - time.monotonic()
+        wait([worker.connection for worker in busy], timeout=max(0.0, patience))
+        now = time.monotonic()
+        return [worker for worker in busy if worker.connection.poll() or now >= worker.deadline]
+
+    def _receive(self, worker: Worker, batch: _Batch) -> None:
+        try:
+            if not worker.connection.poll():
+                return self._overdue(worker, batch)
+            answer = worker.connection.recv()
+        except (EOFError, OSError):
+            return self._died(worker, batch)
+        if isinstance(answer, Failed):
+            raise RewardError(f"{self._doing(worker, batch)}:\n{answer.traceback}")
+        if worker.task is None:
+            worker.ready = True
+        else:
+            batch.outcomes.values[worker.task] = answer
+            worker.task = None
+
+    def _overdue(self, worker: Worker, batch: _Batch) -> None:
+        if worker.task is None:
+            raise RewardError(f"{self._doing(worker, batch)}: it took more than {START_LIMIT_S:g} s")
+        batch.outcomes.timeouts.add(worker.task)
+        self._drop(worker)
+
+    def _died(self, worker: Worker, batch: _Batch) -> None:
+        code = worker.exit_code()
+        batch.killed_starts += worker.task is None
+        if code >= 0 or batch.killed_starts > ATTEMPTS * self._size:
+            raise RewardError(f"{self._doing(worker, batch)}: its process ended with exit code {code}")
+        if worker.task is not None:
+            batch.crashed(worker.task)
+        self._drop(worker)
+
+    def _drop(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+        worker.stop()
+
+    def _doing(self, worker: Worker, batch: _Batch) -> str:
+        at = "while it was built" if worker.task is None else f"on {batch.tasks[worker.task].name}"
+        return f"reward {self._config.name!r} failed {at}"

@@ -1,0 +1,80 @@
+"""Rewards of a batch of rollouts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from megatron_troll.config.tree import RewardConfig
+from megatron_troll.rewards.pool import Outcomes, Pool, RewardError, Task
+from megatron_troll.rewards.reward import build
+from megatron_troll.types import Rollout
+
+
+@dataclass(frozen=True)
+class Scores:
+    """reward [B] float32; keep [B] bool, False where a rollout is taken out of the loss (aborted, or cut at
+    max_tokens with `overlong.mode: mask`). `timeouts` and `crashes` count the answers that were given 0
+    because their verifier ran out of time or was killed."""
+
+    reward: np.ndarray
+    keep: np.ndarray
+    timeouts: int
+    crashes: int
+
+
+class Scorer:
+    """Scores rollouts with one verifier, in `workers` processes unless it is cheap. Close it, or use it in a
+    `with` block. Raises ConfigError for an unknown verifier or field."""
+
+    def __init__(self, config: RewardConfig, workers: int = 2):
+        self._config = config
+        self._verifier = build(config)
+        self._pool = None if self._verifier.cheap else Pool(config, workers)
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Blocks until all are scored. Aborted rollouts, and with `overlong.mode: penalise` those cut at
+        max_tokens, are not shown to the verifier. Raises RewardError where a reward is not a finite float."""
+        overlong = self._config.overlong
+        reward = np.zeros(len(rollouts), dtype=np.float32)
+        keep = np.ones(len(rollouts), dtype=bool)
+        judged: list[int] = []
+        for index, rollout in enumerate(rollouts):
+            cut = rollout.finish == "length"
+            if rollout.finish == "abort" or (cut and overlong.mode == "mask"):
+                keep[index] = False
+            if cut and overlong.mode == "penalise":
+                reward[index] = overlong.reward
+            elif rollout.finish != "abort":
+                judged.append(index)
+        tasks = [Task(rollouts[i].name, rollouts[i].text, rollouts[i].prompt) for i in judged]
+        outcomes = self._run(tasks)
+        for task, value in outcomes.values.items():
+            reward[judged[task]] = _checked(value, tasks[task].name, self._config.name)
+        return Scores(reward, keep, len(outcomes.timeouts), len(outcomes.crashes))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, tasks: Sequence[Task]) -> Outcomes:
+        if self._pool is not None:
+            return self._pool.run(tasks)
+        return Outcomes({index: self._verifier(task.text, task.prompt) for index, task in enumerate(tasks)})
+
+
+def _checked(value: object, sample: str, verifier: str) -> float:
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise RewardError(f"reward {verifier!r} gave {value!r} for {sample}; expected a finite float")
+    return value

@@ -1,0 +1,1 @@
+"""Verifiers, found by file name; each file defines one subclass of `Reward`."""

@@ -1,0 +1,19 @@
+"""1 where the whole text is the answer."""
+
+from typing import ClassVar
+
+from megatron_troll.rewards.reward import Reward
+from megatron_troll.types import Prompt
+
+
+class Exact(Reward):
+    cheap: ClassVar[bool] = True
+    strip: bool = True
+    ignore_case: bool = False
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        return float(self._normal(text) == self._normal(prompt.answer))
+
+    def _normal(self, text: str) -> str:
+        text = text.strip() if self.strip else text
+        return text.casefold() if self.ignore_case else text

@@ -1,0 +1,51 @@
+"""1 where the answer is mathematically the gold one (Hugging Face's math-verify on SymPy)."""
+
+import logging
+
+from math_verify import parse, verify
+from pydantic import Field
+
+from megatron_troll.config.tree import Positive
+from megatron_troll.rewards.reward import Reward
+from megatron_troll.types import Prompt
+
+# The library's own limits are alarm signals, which work in main threads only; the pool keeps the time.
+NO_LIMIT = 0
+
+
+class MathVerify(Reward):
+    boxed: bool = Field(default=False, description=r"only an answer in \boxed{} counts")
+    decimals: Positive = Field(default=6, description="decimals to which numbers are compared")
+
+    def model_post_init(self, context: object) -> None:
+        # Each answer that cannot be parsed, and the missing limits, would be a warning.
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        gold = parse(_box(prompt.answer), parsing_timeout=NO_LIMIT)
+        if not gold:
+            raise ValueError(f"the answer {prompt.answer!r} of prompt {prompt.id!r} is not mathematics")
+        boxed = last_boxed(text)
+        if self.boxed and boxed is None:
+            return 0.0
+        # The library swallows what goes wrong inside SymPy: an answer that cannot be read is wrong.
+        found = parse(text if boxed is None else _box(boxed), parsing_timeout=NO_LIMIT)
+        right = verify(gold, found, float_rounding=self.decimals, timeout_seconds=NO_LIMIT)
+        return float(right)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} whose braces close."""
+    before, mark, rest = text.rpartition(r"\boxed{")
+    if not mark:
+        return None
+    depth = 1
+    for place, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:place]
+    return last_boxed(before)
+
+
+def _box(answer: str) -> str:
+    return answer if answer.startswith((r"\boxed{", "$")) else rf"\boxed{{{answer}}}"

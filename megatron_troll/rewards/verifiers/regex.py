@@ -1,0 +1,33 @@
+r"""1 where the last match of a pattern is the answer. GSM8K: pattern `#### (-?[\d,]+)`, ignore `,`."""
+
+import re
+
+from pydantic import Field, field_validator
+
+from megatron_troll.rewards.reward import Reward
+from megatron_troll.types import Prompt
+
+
+class Regex(Reward):
+    pattern: str = Field(description="its first group is compared, or the whole match where it has none")
+    ignore: str = Field(default="", description="characters left out of both sides")
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return pattern
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        matches = list(re.finditer(self.pattern, text))
+        if not matches:
+            return 0.0
+        last = matches[-1]
+        found = last[1] if last.re.groups else last[0]
+        return float(found is not None and self._normal(found) == self._normal(prompt.answer))
+
+    def _normal(self, text: str) -> str:
+        return text.translate(str.maketrans("", "", self.ignore)).strip()

@@ -1,0 +1,85 @@
+"""The process that runs a verifier, so that one that hangs can be ended."""
+
+import contextlib
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+
+from megatron_troll.config.tree import RewardConfig
+from megatron_troll.rewards.reward import build
+from megatron_troll.types import Prompt
+
+START_LIMIT_S = 120.0
+
+
+class Ready:
+    """A worker's first word."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A worker's last word: what the verifier raised."""
+
+    traceback: str
+
+
+def serve(connection: Connection, config: RewardConfig) -> None:
+    """Build the verifier, send Ready, then answer each (text, prompt) with its reward; Failed ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    try:
+        _answer(connection, config)
+    except Exception:
+        connection.send(Failed(traceback.format_exc()))
+        raise
+
+
+def _answer(connection: Connection, config: RewardConfig) -> None:
+    reward = build(config)
+    connection.send(Ready())
+    while True:
+        try:
+            text, prompt = connection.recv()
+        except EOFError:
+            return
+        connection.send(reward(text, prompt))
+
+
+class Worker:
+    """One such process as the trainer sees it. `task` is the index it works on, None while it starts or
+    rests; `deadline` is when, in time.monotonic() seconds, it must have answered."""
+
+    def __init__(self, config: RewardConfig):
+        # A plain fork would inherit the trainer's threads and devices.
+        context = get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self.connection, child = context.Pipe()
+        self._process = context.Process(target=serve, args=(child, config), daemon=True)
+        self._process.start()
+        child.close()
+        self.task: int | None = None
+        self.ready = False
+        self.deadline = time.monotonic() + START_LIMIT_S
+
+    @property
+    def waited_for(self) -> bool:
+        return self.task is not None or not self.ready
+
+    def ask(self, task: int, text: str, prompt: Prompt, limit_s: float) -> None:
+        self.task = task
+        self.deadline = time.monotonic() + limit_s
+        # One that died while it rested is noticed when its answer is read.
+        with contextlib.suppress(BrokenPipeError):
+            self.connection.send((text, prompt))
+
+    def exit_code(self) -> int:
+        """Of a process whose connection broke; negative where a signal ended it."""
+        self._process.join()
+        return self._process.exitcode or 0
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()

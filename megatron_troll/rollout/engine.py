@@ -1,0 +1,31 @@
+"""What the loop asks of whoever generates: requests in, rollouts out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_troll.config.tree import Sampling
+from megatron_troll.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to draw. prompt_ids int64 [P]; group: the prompt's index in its batch; sample: which of G."""
+
+    prompt: Prompt
+    group: int
+    sample: int
+    prompt_ids: np.ndarray
+
+
+class Engine(Protocol):
+    """Draws one rollout per request under the newest weights.
+
+    The same requests, `sampling` and `round` give the same tokens on any layout: a token's uniform is keyed
+    by (seed, round, prompt id, sample, position). Every rank calls it with the same requests and receives
+    every rollout, in the order of the requests. Blocks on all ranks.
+    """
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]: ...

@@ -1,0 +1,159 @@
+"""The engine that generates with the training model itself, in the trainer's processes."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_troll.config.tree import RolloutConfig, Sampling
+from megatron_troll.data.chat import Chat
+from megatron_troll.mcore.decode import Decoder, generation_mode
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.mcore.parallel import device
+from megatron_troll.parallel import vocab
+from megatron_troll.parallel.groups import ALONE
+from megatron_troll.rollout.engine import Request
+from megatron_troll.rollout.sampling import draw, sample_key, uniforms
+from megatron_troll.types import Rollout, TokenTopK
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one sample drew. ids, logp [T]; topk_ids, topk_logp [T, K]."""
+
+    ids: np.ndarray
+    logp: np.ndarray
+    topk: TokenTopK | None
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class InProcessEngine:
+    """Samples with KV caches on the training weights under TP, EP, PP and DP: each data-parallel rank draws
+    its share of the requests, `max_sequences` at a time, then all ranks gather everything."""
+
+    model: MegatronModel
+    chat: Chat
+    config: RolloutConfig
+    seed: int
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
+        """See Engine. Each rank ends with every rollout's ids, log-probs and top-K in host memory."""
+        dp = self.model.groups.dp
+        mine = requests[dp.rank :: dp.size]
+        rounds = -(-len(requests[:: dp.size]) // self.config.max_sequences)
+        answers: list[Answer] = []
+        with generation_mode(self.model, self.config.kv_cache):
+            for i in range(rounds):
+                batch = mine[i * self.config.max_sequences : (i + 1) * self.config.max_sequences]
+                answers += self._decode(batch, sampling, round)
+        answers = self.model.groups.pp.broadcast_object(answers, self.model.groups.pp.size - 1)
+        shares = dp.all_gather_objects(answers)
+        return [
+            self._rollout(request, shares[i % dp.size][i // dp.size], round)
+            for i, request in enumerate(requests)
+        ]
+
+    def _decode(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Answer]:
+        """One static batch to its end; the answers on the last pipeline stage, [] elsewhere. A rank without
+        requests still decodes one padding row, since experts may be spread over data-parallel ranks."""
+        keys = [sample_key(self.seed, round, r.prompt.id, r.sample) for r in requests] or [0]
+        stops = torch.tensor(sorted(self.chat.stop_ids), device=device())
+        tokens, padding = left_pad([r.prompt_ids for r in requests] or [np.zeros(1, dtype=np.int64)])
+        decoder = Decoder(self.model, padding, tokens.shape[1] + sampling.max_tokens)
+        done = torch.full((len(keys),), not requests, device=tokens.device)
+        steps: list[Step] = []
+        for position in range(sampling.max_tokens):
+            step = self._step(decoder.extend(tokens), keys, position, sampling)
+            steps.append(step)
+            tokens = step.token[:, None]
+            done |= torch.isin(step.token, stops)
+            if not self._any_rank(not bool(done.all())):
+                break
+        if not self.model.groups.is_last_stage:
+            return []
+        return answers_of(steps, self.chat.stop_ids)[: len(requests)]
+
+    def _any_rank(self, value: bool) -> bool:
+        """Whether `value` is true on some rank. Blocks on the world."""
+        flag = torch.tensor(float(value), device=device())
+        return bool(self.model.groups.world.all_reduce(flag, torch.distributed.ReduceOp.MAX).item())
+
+    def _step(self, hidden: Tensor | None, keys: list[int], position: int, sampling: Sampling) -> "Step":
+        """Draw on the last stage from full rows [B, V], gathered over the tensor-parallel ranks, and tell
+        the other stages the tokens."""
+        pp, tp, size = self.model.groups.pp, self.model.groups.tp, self.model.shape.vocab
+        if hidden is None:
+            empty = torch.empty(len(keys), dtype=torch.long, device=device())
+            return Step(pp.broadcast(empty, pp.size - 1), None, None, None)
+        logits = torch.cat(tp.all_gather(Head(self.model).logits(hidden)), -1)[:, :size]
+        uniform = torch.from_numpy(uniforms(keys, position)).to(logits.device)
+        token, logp = draw(logits, uniform, sampling)
+        pp.broadcast(token, pp.size - 1)
+        if not self.config.top_k:
+            return Step(token, logp, None, None)
+        law = torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
+        values, ids = vocab.topk(law, self.config.top_k, ALONE, size)
+        return Step(token, logp, ids, values)
+
+    def _rollout(self, request: Request, answer: Answer, round: int) -> Rollout:
+        return Rollout(
+            prompt=request.prompt,
+            group=request.group,
+            sample=request.sample,
+            prompt_ids=request.prompt_ids,
+            response_ids=answer.ids,
+            mask=np.ones(len(answer.ids), dtype=np.float32),
+            logp=answer.logp,
+            topk=answer.topk,
+            text=self.chat.answer_text(answer.ids),
+            finish=answer.finish,
+            version=round,
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step of B rows: token [B] everywhere; logp [B] and top-K [B, K] on the last stage."""
+
+    token: Tensor
+    logp: Tensor | None
+    topk_ids: Tensor | None
+    topk_logp: Tensor | None
+
+
+def left_pad(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Tokens [B, P] int64 with 0 on the left of shorter prompts, and padding [B, P] bool, True there."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+    padding = torch.ones(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.from_numpy(prompt)
+        padding[row, longest - len(prompt) :] = False
+    return tokens.to(device()), padding.to(device())
+
+
+def answers_of(steps: Sequence[Step], stops: Collection[int]) -> list[Answer]:
+    """Rows of the steps, each cut after its first stop token."""
+    ids = _stack([step.token for step in steps])
+    logp = _stack([step.logp for step in steps])
+    kept = [(step.topk_ids, step.topk_logp) for step in steps if step.topk_ids is not None]
+    topk_ids, topk_logp = (_stack(list(column)) for column in zip(*kept)) if kept else (None, None)
+    answers = []
+    for row in range(len(ids)):
+        ends = np.flatnonzero(np.isin(ids[row], list(stops)))
+        length = int(ends[0]) + 1 if len(ends) else len(ids[row])
+        topk = None
+        if topk_ids is not None and topk_logp is not None:
+            topk = TokenTopK(topk_ids[row, :length].astype(np.int32), topk_logp[row, :length])
+        answers.append(Answer(ids[row, :length], logp[row, :length], topk, "stop" if len(ends) else "length"))
+    return answers
+
+
+def _stack(columns: Sequence[Tensor | None]) -> np.ndarray:
+    """[B, T, ...] on the host from T tensors [B, ...]."""
+    return torch.stack([column for column in columns if column is not None], 1).cpu().numpy()

@@ -1,0 +1,140 @@
+"""One policy under one objective: old records, batch statistics, gradients, optimizer steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.optimizer import Trainable
+from megatron_troll.mcore.parallel import device
+from megatron_troll.mcore.router import routers, share_counts, start_counting
+from megatron_troll.mcore.schedule import accumulate, infer
+from megatron_troll.objectives.objective import Objective
+from megatron_troll.objectives.slots import Diagnostics, Statistics
+from megatron_troll.observe.metrics import Reducer
+from megatron_troll.parallel.segments import segments
+from megatron_troll.types import MicroBatch, ObjectiveInputs, Readings, Reads
+
+MISMATCH: Diagnostics = {"rollout_trainer_kl": ("mean", "max"), "rollout_trainer_gap": ("max",)}
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one accumulation gave on this rank: the step's loss summed over all ranks, reduced diagnostics,
+    and per micro-batch the indices of rollouts with a non-finite objective (last stage only)."""
+
+    loss: float
+    metrics: dict[str, float]
+    broken: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PolicyTrainer:
+    """`old: trainer` reads the policy at the start of the update by a forward of its own; `old: engine`
+    takes the rollout engine's record. Old readings stay on the last stage's device until the batch is done:
+    12 bytes x (K + 1) per loss token, on every tensor-parallel rank."""
+
+    trainable: Trainable
+    objective: Objective
+    head: Head
+    old: Literal["trainer", "engine"] = "trainer"
+
+    def old_readings(self, batches: Sequence[MicroBatch]) -> list[Readings]:
+        """Readings of the policy before its update, one per micro-batch; [] off the last stage."""
+        if self.old == "engine":
+            if not self._last:
+                return []
+            return [self._prepared(Readings(b.rollout_logp, b.rollout_topk, None)) for b in batches]
+        reads = Reads(logp=True, topk=self.objective.reads_old.topk)
+
+        def read(i: int, hidden: Tensor) -> Readings:
+            return self._prepared(self.head.read(hidden, batches[i].target, reads))
+
+        return infer(self.trainable.model, batches, read)
+
+    def _prepared(self, old: Readings) -> Readings:
+        return self.objective.prepare_old(old)
+
+    def mismatch(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> dict[str, float]:
+        """How far the engine's log-probs lie from the old policy's, over all loss tokens. Blocks."""
+        reducer = self._reducer(MISMATCH)
+        for batch, readings in zip(batches, old):
+            assert readings.logp is not None
+            gap = readings.logp - batch.rollout_logp
+            reducer.add({"rollout_trainer_kl": gap.expm1() - gap, "rollout_trainer_gap": gap.abs()})
+        return self._from_last_stage(reducer)
+
+    def accumulate(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> Gradients:
+        """Gradients of one optimizer step, in `main_grad`, from zero. Blocks on every rank."""
+        statistics = self._statistics(batches, old)
+        reducer = self._reducer({**self.objective.diagnostics, "entropy": ("mean",)})
+        losses: list[Tensor] = []
+        objectives: list[Tensor] = []
+
+        def loss(i: int, hidden: Tensor) -> tuple[Tensor, None]:
+            inputs = self._inputs(batches[i], hidden, old[i])
+            terms = self.objective.loss(inputs, statistics)
+            extra = {} if inputs.new.entropy is None else {"entropy": inputs.new.entropy}
+            reducer.add({**terms.per_token, **extra})
+            losses.append(terms.loss.detach())
+            objectives.append(terms.per_token["objective"])
+            return terms.loss, None
+
+        accumulate(self.trainable.model, batches, loss)
+        total = torch.stack([torch.zeros((), device=device()), *losses]).sum().double()
+        groups = self.trainable.model.groups
+        groups.dp_cp.all_reduce(total)
+        groups.pp.broadcast(total, groups.pp.size - 1)
+        broken = [
+            batch.rollouts[i]
+            for batch, values in zip(batches, objectives)
+            for i in batch.sequence[~torch.isfinite(values)].unique().tolist()
+        ]
+        return Gradients(float(total), self._from_last_stage(reducer), tuple(broken))
+
+    def _statistics(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> Statistics | None:
+        """A forward of the whole step without gradient, where the objective or the balancing loss needs
+        numbers over all of it. Blocks."""
+        model = self.trainable.model
+        balancing = any(router.coefficient for router in routers(model.chunks))
+        if not (balancing or self.objective.needs_statistics):
+            return None
+
+        def read(i: int, hidden: Tensor) -> Statistics | None:
+            if not self.objective.needs_statistics:
+                return None
+            return self.objective.statistics(self._inputs(batches[i], hidden, old[i]))
+
+        start_counting(model.chunks)
+        parts = infer(model, batches, read)
+        share_counts(model.chunks, model.groups.tp, model.groups.dp_cp)
+        if not self.objective.needs_statistics or not self._last:
+            return None
+        totals = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+        return {name: model.groups.dp_cp.all_reduce(total) for name, total in totals.items()}
+
+    def _inputs(self, batch: MicroBatch, hidden: Tensor, old: Readings) -> ObjectiveInputs:
+        return ObjectiveInputs(
+            new=self.head.read(hidden, batch.target, self.objective.reads, old.topk),
+            old=old,
+            rollout_logp=batch.rollout_logp,
+            rollout_topk=batch.rollout_topk,
+            advantage=batch.advantage,
+            weight=batch.weight,
+            position=batch.position,
+            segments=segments(batch.sequence, len(batch.rollouts), self.trainable.model.groups.cp),
+        )
+
+    @property
+    def _last(self) -> bool:
+        return self.trainable.model.groups.is_last_stage
+
+    def _reducer(self, table: Diagnostics) -> Reducer:
+        return Reducer(table, self.trainable.model.groups.dp_cp, device())
+
+    def _from_last_stage(self, reducer: Reducer) -> dict[str, float]:
+        pp = self.trainable.model.groups.pp
+        return pp.broadcast_object(reducer.result() if self._last else None, pp.size - 1)

@@ -1,0 +1,111 @@
+"""Hugging Face tensors from a Megatron model: a stream, and a folder written from it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.mcore.parallel import device
+from megatron_troll.parallel.groups import Group
+from megatron_troll.weights.families import table_of
+from megatron_troll.weights.folder import FolderWriter, check_target
+from megatron_troll.weights.placement import held_parameters, shard_group
+from megatron_troll.weights.table import Place, Table
+
+MAX_SHARD_BYTES = 5 * 2**30
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the other pipeline stages must know of a parameter to receive its shard."""
+
+    stage: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@torch.no_grad()
+def stream(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint once, as (name, full tensor in the parameter's dtype, on its device).
+
+    Each step is a collective over the pipeline, tensor- and expert-parallel groups: all ranks must iterate
+    to the end, in step. All see the same names in the same order and all receive the values. Holds one
+    Megatron parameter at a time (for experts, one of each expert-parallel rank). A tensor may share memory
+    with the parameter: copy what is kept. The order of experts depends on the layout. Blocks.
+    """
+    table = table_of(model.shape)
+    mine = {
+        held.place.names: held.parameter
+        for held in held_parameters(model, table)
+        if not held.place.entry.copy
+    }
+    shards = _shards(mine, model.groups.pp)
+    for place in _local_places(table, model.groups.ep):
+        yield from _assemble(model, place, mine.get(place.names), shards[place.names])
+
+
+def save(
+    model: MegatronModel,
+    folder: str | Path,
+    source_folder: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `model` to `folder` in Hugging Face format: safetensors in files of at most `max_shard_bytes`
+    (one tensor at least), their index, and the config and tokenizer of `source_folder`. Rank 0 writes; an
+    earlier export at `folder` is replaced in one step once the new one is on disk. Rank 0 holds one file in
+    memory. Blocks until it is done on every rank.
+
+    Raises ValueError where `folder` holds anything but an earlier export, or `source_folder` has no config.
+    """
+    world = model.groups.world
+    problem = check_target(Path(folder), Path(source_folder)) if world.rank == 0 else None
+    if problem := world.broadcast_object(problem, 0):
+        raise ValueError(problem)
+    if world.rank:
+        for _ in stream(model):
+            pass
+    else:
+        with FolderWriter(Path(folder), Path(source_folder), max_shard_bytes) as writer:
+            for name, tensor in stream(model):
+                writer.add(name, tensor)
+    world.barrier()
+
+
+def _local_places(table: Table, ep: Group) -> Iterator[Place]:
+    """The places of this expert-parallel rank over all pipeline stages: ranks walk theirs in step."""
+    per_rank = table.experts // ep.size
+    for place in table.places():
+        if not place.entry.copy and (place.expert is None or place.expert // per_rank == ep.rank):
+            yield place
+
+
+def _shards(mine: dict[Names, nn.Parameter], pp: Group) -> dict[Names, Shard]:
+    """Which stage holds what, agreed over the pipeline."""
+    own = {
+        names: Shard(pp.rank, tuple(parameter.shape), parameter.dtype) for names, parameter in mine.items()
+    }
+    return {names: shard for stage in pp.all_gather_objects(own) for names, shard in stage.items()}
+
+
+def _assemble(
+    model: MegatronModel, place: Place, parameter: nn.Parameter | None, shard: Shard
+) -> Iterator[tuple[str, Tensor]]:
+    groups, entry = model.groups, place.entry
+    if parameter is None:
+        local = torch.empty(shard.shape, dtype=shard.dtype, device=device())
+    else:
+        local = parameter.detach()
+    groups.pp.broadcast(local, shard.stage)
+    tensors = entry.unshard(shard_group(groups, entry).all_gather(local))
+    if place.expert is None:
+        yield from zip(place.names, tensors, strict=True)
+        return
+    per_rank = model.shape.experts // groups.ep.size
+    for i, tensor in enumerate(tensors):
+        for rank, value in enumerate(groups.ep.all_gather(tensor)):
+            expert = rank * per_rank + place.expert % per_rank
+            yield entry.names(place.layer, expert)[i], value

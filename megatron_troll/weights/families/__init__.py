@@ -1,0 +1,19 @@
+"""The tables of the model families, by Hugging Face `model_type`."""
+
+from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.weights.families import qwen3
+from megatron_troll.weights.table import Table, parameters_of
+
+FAMILIES = {"qwen3": qwen3.table, "qwen3_moe": qwen3.table}
+
+
+def table_of(shape: ModelShape) -> Table:
+    """The table of a model. Raises ValueError naming the families that have one."""
+    if shape.family not in FAMILIES:
+        raise ValueError(f"no weight table for model_type {shape.family!r}; known: {', '.join(FAMILIES)}")
+    return FAMILIES[shape.family](shape)
+
+
+def count_parameters(shape: ModelShape) -> int:
+    """Logical parameters of a model: each once, whatever the layout, without vocabulary padding."""
+    return parameters_of(table_of(shape))

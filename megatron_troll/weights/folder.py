@@ -1,0 +1,128 @@
+"""Write a Hugging Face model folder in one step: a kill leaves the old one or the new one."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_troll.weights.source import INDEX
+
+CONFIG = "config.json"
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def check_target(folder: Path, source_folder: Path) -> str | None:
+    """Why an export to `folder` cannot be; None when it can: `folder` is not there, empty, or an export."""
+    if not (source_folder / CONFIG).is_file():
+        return f"{source_folder / CONFIG} not found: the export takes config and tokenizer from there"
+    if folder.resolve() == source_folder.resolve():
+        return f"{folder} is the folder the model came from: export to another one"
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} is a file"
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
+        return f"{folder} holds something that is not an exported model: export to another folder"
+    return None
+
+
+class FolderWriter:
+    """Collects tensors on the host into safetensors files of at most `max_bytes` (one tensor at least)
+    under a temporary name; leaving the context without an error puts the folder in place."""
+
+    def __init__(self, folder: Path, source_folder: Path, max_bytes: int) -> None:
+        self.folder, self.source_folder, self.max_bytes = folder, source_folder, max_bytes
+        self.part = folder.with_name(f".{folder.name}.part")
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._files: list[tuple[str, ...]] = []
+        self._dtypes: dict[torch.dtype, int] = {}
+
+    def __enter__(self) -> "FolderWriter":
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._finish()
+        else:
+            shutil.rmtree(self.part)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copies `tensor` to the host; writes a file when the next one would be too large."""
+        if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
+            self._write_pending()
+        self._pending[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._pending_bytes += tensor.nbytes
+        self._dtypes[tensor.dtype] = self._dtypes.get(tensor.dtype, 0) + tensor.nbytes
+
+    def _write_pending(self) -> None:
+        save_file(self._pending, self.part / str(len(self._files)), metadata={"format": "pt"})
+        self._files.append(tuple(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _finish(self) -> None:
+        self._write_pending()
+        self._write_index()
+        self._write_config()
+        for name in COMPANIONS:
+            if (self.source_folder / name).is_file():
+                shutil.copyfile(self.source_folder / name, self.part / name)
+        for path in (*self.part.iterdir(), self.part):
+            _sync(path)
+        self._put_in_place()
+
+    def _write_index(self) -> None:
+        weight_map = {}
+        for i, names in enumerate(self._files):
+            file = f"model-{i + 1:05d}-of-{len(self._files):05d}.safetensors"
+            (self.part / str(i)).rename(self.part / file)
+            weight_map |= dict.fromkeys(names, file)
+        total = sum(self._dtypes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _write_config(self) -> None:
+        """The source's config.json, with the dtype that was written."""
+        config = json.loads((self.source_folder / CONFIG).read_text())
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(max(self._dtypes, key=lambda dtype: self._dtypes[dtype])).removeprefix("torch.")
+        (self.part / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    def _put_in_place(self) -> None:
+        old = self.folder.with_name(f".{self.folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(old)
+        self.part.rename(self.folder)
+        _sync(self.folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a directory to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

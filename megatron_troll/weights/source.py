@@ -1,0 +1,164 @@
+"""Where full Hugging Face tensors are read from, one at a time, by name."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.weights.families import table_of
+from megatron_troll.weights.table import Table
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Source(Protocol):
+    """Full tensors by name. `read` gives a tensor, or its `index`-th row along the first axis."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str, index: int | None = None) -> Tensor: ...
+
+
+class TensorSource:
+    """Tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        return self.tensors[name] if index is None else self.tensors[name][index]
+
+
+class FolderSource:
+    """The safetensors files of a Hugging Face folder, read lazily (memory-mapped, at most a tensor at a
+    time). Pickled checkpoints are never opened.
+
+    Raises FileNotFoundError without safetensors, or naming the files that the index lists and the folder
+    lacks; ValueError where the index and a file disagree.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._opened: tuple[str, Any] = ("", None)
+        self._files, self._shapes = self._scan()
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        file = self._open(self._files[name])
+        return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+
+    def _open(self, file: str) -> Any:
+        """One file stays open: entries are read in an order that mostly stays inside one."""
+        if self._opened[0] != file:
+            self._opened = (file, safe_open(self.folder / file, "pt"))
+        return self._opened[1]
+
+    def _scan(self) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+        files: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._listed():
+            opened = self._open(file)
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                files[name] = file
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
+        if absent := set(self._index) - set(files):
+            raise ValueError(
+                f"{self.folder / INDEX} lists tensors that their files lack: {_some(sorted(absent))}; "
+                "download the folder again"
+            )
+        return files, shapes
+
+    def _listed(self) -> list[str]:
+        files = sorted(set(self._index.values())) or [SINGLE]
+        absent = [file for file in files if not (self.folder / file).is_file()]
+        if absent and not self._index:
+            raise FileNotFoundError(
+                f"no {INDEX} or {SINGLE} in {self.folder}: weights are read from safetensors only (convert "
+                "other formats first), or use init=random"
+            )
+        if absent:
+            raise FileNotFoundError(f"{self.folder / INDEX} lists files that are missing: {_some(absent)}")
+        return files
+
+    @cached_property
+    def _index(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        return json.loads(path.read_text())["weight_map"] if path.is_file() else {}
+
+
+class RandomSource:
+    """A fresh model: every tensor drawn from a generator seeded by (seed, name), fp32, hence the same on
+    every layout. Norms are ones, the rest normal(0, init_std)."""
+
+    def __init__(self, shape: ModelShape, seed: int) -> None:
+        self.std, self.seed = shape.init_std, seed
+        self._tensors = table_of(shape).tensors()
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        tensor = self._tensors[name]
+        if tensor.init == "ones":
+            drawn = torch.ones(tensor.shape)
+        else:
+            digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+            drawn = torch.empty(tensor.shape).normal_(0.0, self.std, generator=generator)
+        return drawn if index is None else drawn[index]
+
+
+class Unstacked:
+    """`source` with its stacked expert tensors (`Table.stacked`) under the names of single experts."""
+
+    def __init__(self, source: Source, table: Table) -> None:
+        self.source = source
+        self._shapes = dict(source.shapes)
+        self._inside: dict[str, tuple[str, int, int, int]] = {}
+        for stacked in table.stacked:
+            for layer in range(table.layers):
+                self._expand(stacked.name.format(l=layer), stacked.pieces, layer)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        if name not in self._inside:
+            return self.source.read(name, index)
+        stacked, expert, piece, pieces = self._inside[name]
+        tensor = self.source.read(stacked, expert).chunk(pieces, 0)[piece]
+        return tensor if index is None else tensor[index]
+
+    def _expand(self, name: str, pieces: tuple[str, ...], layer: int) -> None:
+        """Leaves a tensor that cannot hold the pieces as it is, for the strict check to report."""
+        shape = self.source.shapes.get(name, ())
+        if len(shape) < 2 or shape[1] % len(pieces):
+            return
+        del self._shapes[name]
+        for expert in range(shape[0]):
+            for i, piece in enumerate(pieces):
+                single = piece.format(l=layer, e=expert)
+                self._inside[single] = (name, expert, i, len(pieces))
+                self._shapes[single] = (shape[1] // len(pieces), *shape[2:])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

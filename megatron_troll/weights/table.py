@@ -1,0 +1,191 @@
+"""How the tensors of a Hugging Face checkpoint and Megatron's parameters are made from each other.
+
+A model family is one table of entries (families/); loading, export, random initialisation and parameter
+counts are all derived from it.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+Transform = Callable[[Tensors], Tensors]
+
+
+def unchanged(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """One tensor of a checkpoint. `name` may hold {l} (layer) and {e} (expert); `init` is what a random
+    model starts from: normal(0, initializer_range) or ones."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: Literal["normal", "ones"] = "normal"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter, or one per layer and expert where the names hold {l} and {e}.
+
+    hf          the full tensors it is made from
+    megatron    its names, one per layer spec (local, Transformer Engine); {l} and {e} count from 0
+    to_parts    full HF tensors -> full parts. Every part is cut over the shards apart, and a shard is the
+                concatenation of its pieces along `axis`: a gated MLP has the parts (gate, up)
+    from_parts  the inverse
+    axis        the sharded axis; None: one part, the same on every rank. Experts are cut over the
+                expert-tensor-parallel ranks, everything else over the tensor-parallel ranks
+    padded      the axis is zero-padded to equal shards (vocabulary rows); the padding is never exported
+    copy        a second home of tensors that another entry owns: loaded, neither exported nor counted
+    """
+
+    hf: tuple[HFTensor, ...]
+    megatron: tuple[str, ...]
+    to_parts: Transform = unchanged
+    from_parts: Transform = unchanged
+    axis: int | None = None
+    padded: bool = False
+    copy: bool = False
+
+    @property
+    def per_layer(self) -> bool:
+        return "{l}" in self.hf[0].name
+
+    @property
+    def per_expert(self) -> bool:
+        return "{e}" in self.hf[0].name
+
+    def names(self, layer: int | None, expert: int | None) -> tuple[str, ...]:
+        """Names of the HF tensors for one layer and expert."""
+        return tuple(tensor.name.format(l=layer, e=expert) for tensor in self.hf)
+
+    def shard(self, tensors: Tensors, rank: int, size: int) -> Tensor:
+        """Full HF tensors -> the parameter of shard `rank` of `size`. Holds a few copies of the tensors.
+
+        Raises ValueError where the axis does not divide.
+        """
+        parts = self.to_parts(tensors)
+        if self.axis is None:
+            return parts[0]
+        return torch.cat([self._piece(part, rank, size) for part in parts], self.axis)
+
+    def unshard(self, shards: list[Tensor]) -> Tensors:
+        """The parameters of all shards, in rank order -> full HF tensors, which may share memory with
+        them."""
+        if self.axis is None:
+            return self.from_parts((shards[0],))
+        axis, rows = self.axis, self._rows
+        widths = [self._width(count, len(shards)) for count in rows]
+        columns = zip(*(shard.split(widths, axis) for shard in shards), strict=True)
+        parts = (torch.cat(column, axis) for column in columns)
+        return self.from_parts(tuple(p.narrow(axis, 0, count) for p, count in zip(parts, rows, strict=True)))
+
+    @cached_property
+    def _rows(self) -> tuple[int, ...]:
+        """Unpadded length of each part along the axis."""
+        parts = self.to_parts(tuple(torch.empty(tensor.shape, device="meta") for tensor in self.hf))
+        return tuple(part.shape[self.axis] for part in parts if self.axis is not None)
+
+    def _piece(self, part: Tensor, rank: int, size: int) -> Tensor:
+        assert self.axis is not None
+        rows = part.shape[self.axis]
+        width = self._width(rows, size)
+        start = min(rank * width, rows)
+        piece = part.narrow(self.axis, start, min(width, rows - start))
+        missing = width - piece.shape[self.axis]
+        return F.pad(piece, [0, 0] * (part.dim() - 1 - self.axis) + [0, missing]) if missing else piece
+
+    def _width(self, rows: int, size: int) -> int:
+        if rows % size and not self.padded:
+            raise ValueError(
+                f"{self.hf[0].name}: {rows} along axis {self.axis} cannot be divided by {size} shards"
+            )
+        return -(-rows // size)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A tensor in which some files keep an expert matrix of all experts: `name` [E, ...] holds the tensors
+    `pieces`, concatenated along the axis after E."""
+
+    name: str
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One parameter of the whole model: an entry at a layer and an expert, both counted globally."""
+
+    entry: Entry
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.entry.names(self.layer, self.expert)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One model family at one size."""
+
+    entries: tuple[Entry, ...]
+    layers: int
+    experts: int
+    stacked: tuple[Stacked, ...] = ()
+
+    def places(self) -> Iterator[Place]:
+        """Every parameter of the model once: those outside the layers, then layer by layer."""
+        for layer in (None, *range(self.layers)):
+            for entry in self.entries:
+                if entry.per_layer == (layer is not None):
+                    for expert in range(self.experts) if entry.per_expert else (None,):
+                        yield Place(entry, layer, expert)
+
+    def tensors(self) -> dict[str, HFTensor]:
+        """Every tensor of the checkpoint by its full name."""
+        return {
+            name: replace(tensor, name=name)
+            for place in self.places()
+            for name, tensor in zip(place.names, place.entry.hf, strict=True)
+        }
+
+    def find(self, name: str) -> Place | None:
+        """The entry of a Megatron parameter, with the numbers in its name as they stand there (a local
+        layer and a local expert); None when no entry has it."""
+        for pattern, entry in self._patterns:
+            if found := pattern.fullmatch(name):
+                numbers = {key: int(value) for key, value in found.groupdict().items()}
+                return Place(entry, numbers.get("l"), numbers.get("e"))
+        return None
+
+    @cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], Entry]]:
+        return [(_pattern(name), entry) for entry in self.entries for name in entry.megatron]
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    escaped = re.escape(name)
+    for key in "le":
+        escaped = escaped.replace(re.escape(f"{{{key}}}"), rf"(?P<{key}>\d+)")
+    return re.compile(escaped)
+
+
+def parameters_of(table: Table) -> int:
+    """Logical parameters of the table's model: each once, whatever the layout, without vocabulary padding."""
+    experts, layers = table.experts, table.layers
+    return sum(
+        math.prod(tensor.shape) * (experts if entry.per_expert else 1) * (layers if entry.per_layer else 1)
+        for entry in table.entries
+        if not entry.copy
+        for tensor in entry.hf
+    )

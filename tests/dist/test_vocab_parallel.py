@@ -1,0 +1,179 @@
+"""Vocabulary shards and context-parallel sums on 2 and 4 ranks equal plain torch on one process."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing import assert_close
+
+from megatron_troll.parallel import vocab
+from megatron_troll.parallel.groups import ALONE, Group
+from megatron_troll.parallel.segments import segments
+from megatron_troll.types import NO_ID
+from tests.dist.harness import RankPool
+
+VOCAB, PADDED, N = 53, 64, 12  # with 4 ranks the last shard holds 5 real tokens and 11 padded ones
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits [N, PADDED] whose padded columns would win if they counted, and what is read of them."""
+
+    logits: Tensor
+    targets: Tensor
+    ids: Tensor
+    upstream: Tensor
+
+
+@dataclass(frozen=True)
+class Results:
+    lse: Tensor
+    log_prob: Tensor
+    gathered: Tensor
+    entropy: Tensor
+    grads: tuple[Tensor, ...]
+
+
+def make_case(forbid: bool) -> Case:
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(N, PADDED, dtype=torch.float64, generator=generator)
+    logits[:, VOCAB:] = 50.0
+    if forbid:
+        logits[:, ::5] = -torch.inf
+        logits[0, 16:32] = -torch.inf
+    ids = torch.randint(0, VOCAB, (N, 7), generator=generator)
+    ids[:, 3] = ids[:, 4]
+    ids[::2, 6] = NO_ID
+    targets = torch.randint(0, VOCAB // 5, (N,), generator=generator) * 5 + 1
+    return Case(logits, targets, ids, torch.randn(N, 7, dtype=torch.float64, generator=generator))
+
+
+def world() -> Group:
+    size = dist.get_world_size()
+    return Group(dist.group.WORLD, dist.get_rank(), size) if size > 1 else ALONE
+
+
+def shard(logits: Tensor, group: Group) -> Tensor:
+    return logits.chunk(group.size, 1)[group.rank].contiguous()
+
+
+def read_shards(case: Case) -> Results:
+    """Everything on this rank's shard; `grads` are those of the shard, one per function."""
+    group = world()
+    local = shard(case.logits, group).requires_grad_()
+    lse = vocab.logsumexp(local, group, VOCAB)
+    log_prob = vocab.log_prob(local, case.targets, group, VOCAB)
+    gathered = vocab.gather_logits(local, case.ids, group)
+    entropy = vocab.entropy(local, lse, group, VOCAB)
+    outputs = (lse, log_prob, gathered, entropy)
+    grads = tuple(
+        torch.autograd.grad(output, local, case.upstream if output.dim() == 2 else case.upstream[:, 0])[0]
+        for output in outputs
+    )
+    return Results(lse.detach(), log_prob.detach(), gathered.detach(), entropy.detach(), grads)
+
+
+def read_whole(case: Case) -> Results:
+    """Oracle: autograd through plain torch on whole rows."""
+    logits = case.logits.clone().requires_grad_()
+    real = logits[:, :VOCAB]
+    logp = torch.log_softmax(real, 1)
+    lse = torch.logsumexp(real, 1)
+    log_prob = logp.gather(1, case.targets[:, None])[:, 0]
+    gathered = real.gather(1, case.ids.clamp(min=0)).masked_fill(case.ids == NO_ID, -torch.inf)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(1)
+    outputs = (lse, log_prob, gathered, entropy)
+    grads = tuple(
+        torch.autograd.grad(
+            output, logits, case.upstream if output.dim() == 2 else case.upstream[:, 0], retain_graph=True
+        )[0]
+        for output in outputs
+    )
+    return Results(lse.detach(), log_prob.detach(), gathered.detach(), entropy.detach(), grads)
+
+
+def shard_topk(logits: Tensor, k: int, size: int) -> tuple[Tensor, Tensor]:
+    group = world()
+    return vocab.topk(shard(logits, group), k, group, size)
+
+
+def shard_nonfinite(logits: Tensor) -> int | None:
+    group = world()
+    return vocab.first_nonfinite(shard(logits, group), group, VOCAB)
+
+
+def context_parallel_gradient(values: Tensor, sequence: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's tokens are those with `place` = rank. Its loss reads the totals through its own tokens."""
+    group = world()
+    mine = place == group.rank
+    local = values[mine].requires_grad_()
+    by_response = segments(sequence[mine], 3, group)
+    totals = by_response.sum(local)
+    loss = (by_response.expand(totals.exp()) * local).sum()
+    loss.backward()
+    assert local.grad is not None
+    return totals.detach(), local.grad
+
+
+@pytest.fixture(params=[1, 2, 4])
+def ranks(request: pytest.FixtureRequest) -> RankPool:
+    return request.getfixturevalue(f"ranks{request.param}")
+
+
+@pytest.mark.parametrize("forbid", [False, True])
+def test_values_and_gradients_equal_plain_torch(ranks: RankPool, forbid: bool) -> None:
+    case = make_case(forbid)
+    oracle = read_whole(case)
+    results = ranks.run(read_shards, case)
+    for result in results:
+        for name in ("lse", "log_prob", "gathered", "entropy"):
+            assert_close(getattr(result, name), getattr(oracle, name), rtol=1e-12, atol=1e-12)
+            assert torch.equal(getattr(result, name), getattr(results[0], name))
+    for i, expected in enumerate(oracle.grads):
+        grad = torch.cat([result.grads[i] for result in results], 1)
+        assert_close(grad, expected.nan_to_num(), rtol=1e-12, atol=1e-12)
+        assert (grad[:, VOCAB:] == 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 6, 20, 53, 80])
+def test_topk_is_the_same_for_every_shard_count(ranks: RankPool, k: int) -> None:
+    """bf16-like steps of 1/4 put ties inside shards, across shards and across the k-th place."""
+    logits = torch.randn(40, PADDED, generator=torch.Generator().manual_seed(k)).mul(4).round().div(4)
+    logits[0], logits[1, 8:40], logits[2] = 1.0, -torch.inf, -torch.inf
+    logits[:, VOCAB:] = 50.0
+    order = logits[:, :VOCAB].sort(dim=1, descending=True, stable=True)
+    for values, ids in ranks.run(shard_topk, logits, k, VOCAB):
+        assert torch.equal(ids, order.indices[:, :k])
+        assert torch.equal(values, order.values[:, :k])
+
+
+def test_topk_with_a_shard_of_padding_only(ranks4: RankPool) -> None:
+    logits = torch.zeros(2, PADDED)
+    for _, ids in ranks4.run(shard_topk, logits, 30, 20):
+        assert ids.tolist() == [list(range(20))] * 2
+
+
+def test_first_nonfinite_row_of_any_shard(ranks: RankPool) -> None:
+    logits = make_case(forbid=True).logits
+    assert set(ranks.run(shard_nonfinite, logits)) == {None}
+    logits[7, VOCAB - 1] = torch.nan
+    logits[9, 0] = torch.inf
+    assert set(ranks.run(shard_nonfinite, logits)) == {7}
+
+
+def test_totals_of_responses_cross_context_parallel_ranks(ranks: RankPool) -> None:
+    size = ranks.world_size
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(30, dtype=torch.float64, generator=generator)
+    sequence = torch.arange(30) % 3
+    place = torch.randint(0, size, (30,), generator=generator)
+    place[sequence == 1] = 0  # one response lies on one rank only
+    whole = values.clone().requires_grad_()
+    totals = torch.zeros(3, dtype=torch.float64).index_add(0, sequence, whole)
+    (totals.exp()[sequence] * whole).sum().backward()
+    assert whole.grad is not None
+    for rank, (rank_totals, grad) in enumerate(ranks.run(context_parallel_gradient, values, sequence, place)):
+        assert_close(rank_totals, totals.detach())
+        assert_close(grad, whole.grad[place == rank])

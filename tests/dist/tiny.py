@@ -1,0 +1,79 @@
+"""A tiny Qwen3 and Qwen3-MoE: their Hugging Face configs, and reference models with weights worth testing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_troll.config.tree import Layout
+from megatron_troll.mcore.parallel import start
+from megatron_troll.parallel.groups import Groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# No two sizes that a mistake could confuse are equal, and an odd vocabulary pads under TP2.
+DENSE = {
+    "model_type": "qwen3",
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+}
+MOE = DENSE | {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+
+
+def reference(config: dict[str, Any], seed: int = 0) -> "PreTrainedModel":
+    """The Hugging Face model in fp32 with eager attention. No weight is trivial: norms differ from one, and
+    the router is steep enough that rounding does not change the chosen experts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**config), attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.1 * drawn)
+            else:
+                steep = "embed" in name or name.endswith("mlp.gate.weight")
+                parameter.copy_((0.5 if steep else 0.1) * drawn)
+    return model
+
+
+def write_reference(config: dict[str, Any], folder: Path, seed: int = 0) -> "PreTrainedModel":
+    """Save `reference` in the published format and return it."""
+    model = reference(config, seed)
+    model.save_pretrained(folder)
+    return model
+
+
+@contextmanager
+def started(layout: Layout, seed: int = 1) -> Iterator[Groups]:
+    """The groups of `layout` on ranks that a pool keeps; Megatron's groups are taken down at the end."""
+    from megatron.core import parallel_state
+
+    groups = start(layout, seed)
+    try:
+        yield groups
+    finally:
+        parallel_state.destroy_model_parallel()

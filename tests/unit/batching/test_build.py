@@ -1,0 +1,169 @@
+"""Micro-batches unpack to the rollouts they were made of, in every form."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_troll.batching.build import Form, build
+from megatron_troll.types import MicroBatch, Rollout
+from tests.unit.batching.samples import VOCAB, random_rollouts, rollout
+
+ROLLOUTS = random_rollouts(6)
+CHOSEN = [4, 0, 3]
+FORMS = [
+    Form(VOCAB, packed=packed, cp_size=cp, tp_size=tp)
+    for packed in (True, False)
+    for cp in (1, 2, 4)
+    for tp in (1, 2, 3)
+]
+
+
+def build_ranks(rollouts: list[Rollout], chosen: list[int], form: Form) -> list[MicroBatch]:
+    """The same micro-batch on every context-parallel rank. Rollout i has advantage i and weight i / 10."""
+    advantages, weights = [float(i) for i in range(len(rollouts))], [i / 10 for i in range(len(rollouts))]
+    return [
+        build(rollouts, advantages, weights, chosen, dataclasses.replace(form, cp_rank=rank))
+        for rank in range(form.cp_size)
+    ]
+
+
+def real_sequences(batches: list[MicroBatch], count: int) -> list[list[tuple[int, int]]]:
+    """(position, token) of the tokens that are not padding, of all context-parallel ranks together."""
+    found: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    for batch in batches:
+        flat = zip(
+            *(
+                x.flatten().tolist()
+                for x in (owners(batch, len(batches)), batch.positions, batch.tokens, batch.padding)
+            )
+        )
+        for sequence, position, token, padding in flat:
+            if not padding:
+                found[sequence].append((position, token))
+    return [sorted(tokens) for tokens in found]
+
+
+def owners(batch: MicroBatch, cp_size: int) -> torch.Tensor:
+    """[b, s] which sequence a place belongs to."""
+    if batch.cu_seqlens is None:
+        return torch.arange(len(batch.tokens))[:, None].expand_as(batch.tokens)
+    lengths = batch.cu_seqlens.diff().long()
+    return torch.arange(len(lengths)).repeat_interleave(lengths // cp_size)[None]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_ranks_together_hold_every_token_once(form: Form) -> None:
+    batches = build_ranks(ROLLOUTS, CHOSEN, form)
+    for i, found in zip(CHOSEN, real_sequences(batches, len(CHOSEN))):
+        whole = [*ROLLOUTS[i].prompt_ids.tolist(), *ROLLOUTS[i].response_ids.tolist()]
+        assert found == list(enumerate(whole[:-1]))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_shapes_suit_sequence_and_context_parallelism(form: Form) -> None:
+    for batch in build_ranks(ROLLOUTS, CHOSEN, form):
+        assert len(batch.tokens) == (1 if form.packed else len(CHOSEN))
+        assert batch.tokens.shape[1] % form.tp_size == 0
+        assert batch.tokens.shape == batch.positions.shape == batch.padding.shape
+        if form.packed:
+            assert batch.cu_seqlens is not None
+            assert batch.cu_seqlens.dtype == torch.int32
+            lengths = batch.cu_seqlens.diff()
+            assert (lengths % form.align == 0).all()
+            assert batch.cu_seqlens[-1] == batch.tokens.shape[1] * form.cp_size
+            assert batch.max_seqlen == lengths.max()
+        else:
+            assert batch.cu_seqlens is None
+            assert batch.max_seqlen == batch.tokens.shape[1] * form.cp_size
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_loss_tokens_are_those_of_the_masks(form: Form) -> None:
+    """Each token with mask 1 is a target exactly once, predicted from the place just before it."""
+    found = []
+    for batch in build_ranks(ROLLOUTS, CHOSEN, form):
+        for n in range(len(batch.target)):
+            i = batch.rollouts[batch.sequence[n]]
+            place = int(batch.positions.flatten()[batch.index[n]])
+            t = place + 1 - len(ROLLOUTS[i].prompt_ids)
+            assert batch.target[n] == ROLLOUTS[i].response_ids[t]
+            assert batch.rollout_logp[n] == ROLLOUTS[i].logp[t]
+            assert batch.position[n] == ROLLOUTS[i].mask[:t].sum()
+            assert batch.advantage[n] == i
+            assert batch.weight[n] == np.float32(i / 10)
+            assert owners(batch, form.cp_size).flatten()[batch.index[n]] == batch.sequence[n]
+            found.append((i, t))
+    assert sorted(found) == sorted((i, t) for i in CHOSEN for t in np.flatnonzero(ROLLOUTS[i].mask).tolist())
+
+
+def test_a_packed_batch_on_one_screen() -> None:
+    """Two turns: the tool's tokens 7, 8 are read but carry no loss."""
+    rollouts = [rollout([1, 2], [5, 6, 7, 8, 9], mask=[1, 1, 0, 0, 1]), rollout([3], [4])]
+    batch = build(rollouts, [0.5, -1.0], [0.25, 0.125], [0, 1], Form(VOCAB, tp_size=4))
+    assert batch.tokens.tolist() == [[1, 2, 5, 6, 7, 8, 3, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1]]
+    assert batch.padding.tolist() == [[False] * 7 + [True]]
+    assert batch.cu_seqlens is not None
+    assert batch.cu_seqlens.tolist() == [0, 6, 8]
+    assert batch.index.tolist() == [1, 2, 5, 6]
+    assert batch.target.tolist() == [5, 6, 9, 4]
+    assert batch.sequence.tolist() == [0, 0, 0, 1]
+    assert batch.position.tolist() == [0, 1, 2, 0]
+    assert batch.weight.tolist() == [0.25, 0.25, 0.25, 0.125]
+    assert batch.advantage.tolist() == [0.5, 0.5, 0.5, -1.0]
+    assert batch.rollouts == (0, 1)
+
+
+def test_zigzag_gives_each_rank_an_early_and_a_late_chunk() -> None:
+    early, late = build_ranks([rollout([1], list(range(2, 10)))], [0], Form(VOCAB, cp_size=2))
+    assert early.positions.tolist() == [[0, 1, 6, 7]]
+    assert late.positions.tolist() == [[2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_without_rollouts_there_is_padding_to_run_on(form: Form) -> None:
+    for batch in build_ranks(ROLLOUTS, [], dataclasses.replace(form, topk=4)):
+        assert batch.tokens.shape[0] == 1
+        assert 0 < batch.tokens.shape[1] == batch.max_seqlen // form.cp_size
+        assert batch.padding.all()
+        assert batch.rollouts == ()
+        for column in (
+            batch.index,
+            batch.target,
+            batch.sequence,
+            batch.position,
+            batch.weight,
+            batch.rollout_logp,
+        ):
+            assert column.shape == (0,)
+        assert batch.index.dtype == batch.target.dtype == batch.sequence.dtype == torch.int64
+        assert batch.rollout_topk is not None
+        assert batch.rollout_topk.ids.shape == (0, 5)
+
+
+def test_rollouts_without_loss_tokens_are_only_read() -> None:
+    batch = build(
+        [rollout([1, 2], []), rollout([3], [4, 5], mask=[0, 0])], [1, 1], [0, 0], [0, 1], Form(VOCAB)
+    )
+    assert batch.tokens.tolist() == [[1, 3, 4]]
+    assert batch.target.tolist() == []
+    assert batch.rollouts == (0, 1)
+
+
+def test_bad_rollouts_are_named() -> None:
+    broken = rollout([1], [2, 3], sample=7)
+    broken.logp[1] = np.nan
+    with pytest.raises(ValueError, match=r"sample p#7: engine log-prob of response token 1 is nan"):
+        build([broken], [1.0], [1.0], [0], Form(VOCAB))
+    with pytest.raises(ValueError, match="sample p#0: the prompt has no tokens"):
+        build([rollout([], [2])], [1.0], [1.0], [0], Form(VOCAB))
+    with pytest.raises(ValueError, match="sample p#0: arrays over the response differ in length"):
+        build([rollout([1], [2, 3], mask=[1])], [1.0], [1.0], [0], Form(VOCAB))
+
+
+def test_a_masked_token_may_have_no_log_prob() -> None:
+    tool = rollout([1], [2, 3], mask=[1, 0])
+    tool.logp[1] = np.nan
+    assert build([tool], [1.0], [1.0], [0], Form(VOCAB)).rollout_logp.isfinite().all()

@@ -1,0 +1,39 @@
+"""Every preset and example is a configuration, and the examples are what the demo writes."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_troll.config.load import PRESETS, load
+from megatron_troll.objectives import compose
+from megatron_troll.rewards.reward import build
+
+EXAMPLES = Path(__file__).parents[3] / "examples" / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_loads_and_names_methods_that_exist(path):
+    config = load(path)
+    compose(config.objective)
+    build(config.reward)
+    assert config.data.files == ("runs/demo/data/train.jsonl",)
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_lacks_only_what_a_run_must_say(path, tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text(f"extends: {path.stem}\nname: x\nmodels: {{policy: {{path: p}}}}\ndata: {{files: [f]}}\n")
+    assert load(run).policy.path == "p"
+
+
+def test_clip_differs_from_troll_in_the_trust_region_only():
+    troll, clip = load(EXAMPLES / "cpu_troll.yaml"), load(EXAMPLES / "cpu_clip.yaml")
+    same = clip.objective.model_copy(update={"trust_region": troll.objective.trust_region})
+    assert clip.model_copy(update={"name": troll.name, "objective": same}) == troll
+    assert clip.objective.trust_region.name == "clip"
+
+
+def test_training_starts_from_what_the_warm_start_exports():
+    warm, troll = load(EXAMPLES / "cpu_warm_start.yaml"), load(EXAMPLES / "cpu_troll.yaml")
+    assert troll.policy.path == f"{warm.runs}/{warm.name}/hf"
+    assert (warm.policy.init, troll.policy.init) == ("random", "pretrained")

@@ -1,0 +1,49 @@
+"""Full rows of logits to what the head would read of them, without any parallel code."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from troll_kernels.sparsify import select
+
+from megatron_troll.types import ObjectiveInputs, Readings, Segments, TopK
+
+
+def topk_record(logits: Tensor, target: Tensor, k: int, delta: float) -> TopK:
+    """[N, V] logits to the record [N, K + 1] of `support: own`; differentiable in logits."""
+    values, ids = torch.sort(logits, dim=1, descending=True, stable=True)
+    width = min(k, logits.shape[1])
+    lse = logits.logsumexp(1)
+    target_logit = logits.gather(1, target[:, None])[:, 0]
+    ids, kept, count, place = select(values[:, :width], ids[:, :width], lse, target, target_logit, delta)
+    return TopK(ids, kept, count, place, lse, logits.shape[1])
+
+
+def at_ids(logits: Tensor, old: TopK) -> TopK:
+    """The record of `support: old`: `logits` [N, V] at the ids that `old` keeps, no logsumexp."""
+    values = logits.gather(1, old.ids.clamp(min=0))
+    kept = torch.where(old.valid, values, float("-inf"))
+    return TopK(old.ids, kept, old.count, old.place, None, old.vocab)
+
+
+def sampled_logp(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.log_softmax(1).gather(1, target[:, None])[:, 0]
+
+
+def inputs_of(new: Readings, old: Readings, advantage: Tensor, weight: Tensor) -> ObjectiveInputs:
+    """N tokens of one response each; rollout log-probs that nothing here reads."""
+    return ObjectiveInputs(
+        new=new,
+        old=old,
+        rollout_logp=torch.zeros_like(advantage),
+        rollout_topk=None,
+        advantage=advantage,
+        weight=weight,
+        position=torch.zeros_like(advantage, dtype=torch.int64),
+        segments=Segments(sum=lambda x: x, expand=lambda x: x),
+    )
+
+
+def floats(values: Sequence[float | str], dtype: torch.dtype) -> Tensor:
+    """Numbers of a golden file, "-inf" among them."""
+    return torch.tensor([float(value) for value in values], dtype=dtype)

@@ -1,0 +1,123 @@
+"""A run folder belongs to one process and one config, and going back to a checkpoint loses nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_troll.observe.rewind import rewind
+from megatron_troll.observe.run_folder import RunFolder, RunFolderError
+
+CONFIG = "name: demo\nresume: false\ntrain: {steps: 30, updates: 4}\nmodels: {policy: {layout: {tp: 2}}}\n"
+
+OPEN = """
+import sys
+from pathlib import Path
+from megatron_troll.observe.run_folder import RunFolder
+with RunFolder(Path(sys.argv[1])).open(sys.argv[2], resume=True):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "demo")
+
+
+def finished(folder: RunFolder) -> RunFolder:
+    """A folder that holds one step of a run of CONFIG."""
+    with folder.open(CONFIG, resume=False):
+        folder.metrics.write_text('{"step": 1}\n')
+    return folder
+
+
+def test_a_new_run_writes_its_config(folder: RunFolder) -> None:
+    with folder.open(CONFIG, resume=False):
+        assert folder.config.read_text() == CONFIG
+    assert sorted(path.name for path in folder.root.iterdir()) == ["config.yaml", "lock"]
+
+
+def test_another_process_is_told_who_holds_the_folder(folder: RunFolder) -> None:
+    command = [sys.executable, "-c", OPEN, str(folder.root), CONFIG]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdin is not None
+        assert holder.stdout.readline() == b"open\n"
+        with (
+            pytest.raises(RunFolderError, match=rf"being written by pid {holder.pid} on \S+"),
+            folder.open(CONFIG, resume=True),
+        ):
+            pytest.fail("opened")
+        holder.stdin.close()
+        holder.wait(10)
+    with folder.open(CONFIG, resume=True):
+        assert f"pid {os.getpid()} " in (folder.root / "lock").read_text()
+
+
+def test_a_killed_holder_leaves_the_folder_free(folder: RunFolder) -> None:
+    command = [sys.executable, "-c", OPEN, str(folder.root), CONFIG]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"open\n"
+        holder.kill()
+    with folder.open(CONFIG, resume=True):
+        pass
+
+
+def test_another_config_is_refused_and_its_keys_named(folder: RunFolder) -> None:
+    finished(folder)
+    other = CONFIG.replace("updates: 4", "updates: 2, epochs: 3").replace("steps: 30", "steps: 60")
+    with pytest.raises(RunFolderError) as caught, folder.open(other, resume=True):
+        pytest.fail("opened")
+    assert "train.updates: 4 there, 2 now" in str(caught.value)
+    assert "train.epochs: (absent) there, 3 now" in str(caught.value)
+    assert "train.steps" not in str(caught.value)
+    assert folder.config.read_text() == CONFIG
+
+
+def test_a_resumed_run_may_go_on_longer_and_on_another_layout(folder: RunFolder) -> None:
+    finished(folder)
+    longer = CONFIG.replace("resume: false", "resume: true").replace("30", "60").replace("tp: 2", "tp: 1")
+    with folder.open(longer, resume=True):
+        assert folder.config.read_text() == longer
+    assert folder.metrics.read_text() == '{"step": 1}\n'
+
+
+def test_a_run_is_not_started_over_unasked(folder: RunFolder) -> None:
+    finished(folder)
+    with pytest.raises(RunFolderError, match="resume=true"), folder.open(CONFIG, resume=False):
+        pytest.fail("opened")
+
+
+def test_a_run_that_ended_before_its_first_step_can_start_again(folder: RunFolder) -> None:
+    for _ in range(2):
+        with folder.open(CONFIG, resume=False):
+            pass
+
+
+def test_rewind_sets_later_steps_aside(folder: RunFolder) -> None:
+    finished(folder)
+    rows = [json.dumps({"step": step, "loss": step / 10}) + "\n" for step in range(5)]
+    cut = '{"step": 5, "lo'
+    folder.metrics.write_text("".join(rows) + cut)
+    folder.rollouts.mkdir()
+    for step in (2, 3):
+        (folder.rollouts / f"step_{step:06d}.0-of-1.jsonl.gz").write_bytes(b"x")
+
+    assert rewind(folder, step=2) == 3
+
+    assert folder.metrics.read_text() == "".join(rows[:3])
+    assert folder.discarded_metrics.read_text() == "".join(rows[3:]) + cut + "\n"
+    assert [path.name for path in folder.rollouts.glob("*.gz")] == ["step_000002.0-of-1.jsonl.gz"]
+    assert (folder.rollouts / "discarded" / "step_000003.0-of-1.jsonl.gz").exists()
+
+
+def test_rewind_of_a_run_that_is_not_ahead_changes_nothing(folder: RunFolder) -> None:
+    finished(folder)
+    assert rewind(folder, step=1) == 0
+    assert folder.metrics.read_text() == '{"step": 1}\n'
+    assert not folder.discarded_metrics.exists()

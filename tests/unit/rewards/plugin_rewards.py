@@ -1,0 +1,68 @@
+"""Verifiers that live outside the package, good and bad, named by import path in the tests."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+from megatron_troll.rewards.reward import Reward
+
+
+class Length(Reward):
+    """Shorter is better; the prompt's record may set the limit."""
+
+    longest: int = 4
+
+    def __call__(self, text, prompt):
+        return float(len(text) <= prompt.record.get("longest", self.longest))
+
+
+class Obeys(Reward):
+    """Does what the answer says."""
+
+    def __call__(self, text, prompt):
+        if text == "hang":
+            threading.Event().wait()
+        if text == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if text.startswith("die once "):
+            _die_once(Path(text.removeprefix("die once ")))
+        if text == "raise":
+            raise RuntimeError("the verifier has a bug")
+        return {"nan": float("nan"), "int": 1, "none": None}.get(text, 1.0)
+
+
+def _die_once(marker: Path) -> None:
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class NamesItsProcess(Reward):
+    def __call__(self, text, prompt):
+        time.sleep(0.3)
+        return float(os.getpid())
+
+
+class DiesWhenBuilt(Reward):
+    trainer: int
+
+    def model_post_init(self, context):
+        if os.getpid() != self.trainer:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def __call__(self, text, prompt):
+        return 1.0
+
+
+class TakenField(Reward):
+    timeout_s: float = 1.0
+
+    def __call__(self, text, prompt):
+        return 1.0
+
+
+class NotAReward:
+    def __call__(self, text, prompt):
+        return 1.0

@@ -1,0 +1,128 @@
+"""Each verifier on answers right and wrong."""
+
+import threading
+
+import pytest
+
+from megatron_troll.config import ConfigError
+from megatron_troll.config.tree import RewardConfig
+from megatron_troll.rewards.reward import build, resolve
+from megatron_troll.rewards.verifiers.math_verify import last_boxed
+from megatron_troll.types import Prompt
+
+PLUGINS = "tests.unit.rewards.plugin_rewards"
+GSM8K = {"pattern": r"#### (-?[\d,]+)", "ignore": ","}
+
+
+def reward(text: str, answer: str, name: str, **fields) -> float:
+    return build(RewardConfig(name=name, **fields))(text, Prompt("p", (), answer))
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "expected"),
+    [
+        ("12", {}, 1.0),
+        (" 12\n", {}, 1.0),
+        (" 12", {"strip": False}, 0.0),
+        ("12.", {}, 0.0),
+        ("", {}, 0.0),
+    ],
+)
+def test_exact(text, fields, expected):
+    assert reward(text, "12", "exact", **fields) == expected
+
+
+def test_exact_without_case():
+    assert reward("YES", "yes", "exact") == 0.0
+    assert reward("YES", "yes", "exact", ignore_case=True) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("so it is\n#### 1,018", 1.0),
+        ("#### 5 no, wait\n#### 1018", 1.0),
+        ("#### 1018 no, wait\n#### 5", 0.0),
+        ("1018", 0.0),
+        ("#### 10185", 0.0),
+    ],
+)
+def test_regex_compares_the_last_match(text, expected):
+    assert reward(text, "1018", "regex", **GSM8K) == expected
+
+
+def test_regex_without_a_group_compares_the_whole_match():
+    assert reward("colour: red", "red", "regex", pattern="red|blue") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        (r"so \boxed{\frac{1}{2}}", "0.5", 1.0),
+        (r"\boxed{2x+1}", "1 + 2x", 1.0),
+        (r"first \boxed{3}, then \boxed{34}", "34", 1.0),
+        (r"\boxed{34} no, \boxed{3}", "34", 0.0),
+        ("the answer is 34", "34", 1.0),
+        ("the answer is 35", "34", 0.0),
+        (r"\boxed{}", "34", 0.0),
+        (r"\boxed{\frac{1}{", "34", 0.0),
+        (r"\boxed{\frac{}{}}}}{{", "34", 0.0),
+        ("", "34", 0.0),
+        ("34", r"$34$", 1.0),
+    ],
+)
+def test_math_verify(text, answer, expected):
+    assert reward(text, answer, "math_verify") == expected
+
+
+def test_math_verify_can_ask_for_a_box():
+    assert reward("the answer is 34", "34", "math_verify", boxed=True) == 0.0
+    assert reward(r"\boxed{34}", "34", "math_verify", boxed=True) == 1.0
+
+
+def test_math_verify_works_outside_the_main_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(reward(r"\boxed{4}", "2+2", "math_verify")))
+    thread.start()
+    thread.join()
+    assert found == [1.0]
+
+
+def test_the_last_box_that_closes():
+    assert last_boxed(r"\boxed{a{b}c} and \boxed{d{") == "a{b}c"
+    assert last_boxed("none") is None
+
+
+def test_resolving_fills_in_the_defaults_of_the_verifier():
+    config = resolve(RewardConfig(name="regex", pattern="x", timeout_s=3.0))
+    assert config.fields == {"pattern": "x", "ignore": ""}
+    assert config.timeout_s == 3.0
+    assert resolve(config) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"name": "exakt"}, "unknown method 'exakt'; did you mean 'exact'?"),
+        ({"name": "exact", "strp": True}, "reward.strp: unknown key; did you mean 'strip'?"),
+        ({"name": "exact", "strip": "yes"}, "reward.strip: got 'yes', expected true or false"),
+        ({"name": "regex"}, "reward.pattern: missing; expected a string"),
+        ({"name": "regex", "pattern": "("}, "reward.pattern: '(' is not a regular expression"),
+        ({"name": "no_such_module:Class"}, "cannot import 'no_such_module'"),
+        ({"name": PLUGINS + ":Missing"}, "does not lead to a subclass of Reward"),
+        ({"name": PLUGINS + ":NotAReward"}, "does not lead to a subclass of Reward"),
+        (
+            {"name": PLUGINS + ":TakenField"},
+            "declares fields that every reward has: ['timeout_s']",
+        ),
+    ],
+)
+def test_configurations_that_are_refused(config, said):
+    with pytest.raises(ConfigError) as caught:
+        resolve(RewardConfig(**config))
+    assert said in str(caught.value)
+
+
+def test_a_plug_in_is_found_by_its_import_path():
+    assert reward("four", "", PLUGINS + ":Length") == 1.0
+    assert reward("four", "", PLUGINS + ":Length", longest=3) == 0.0

@@ -1,0 +1,124 @@
+"""Readers of full tensors, and the strict check of what they hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_troll.mcore.shape import shape_of
+from megatron_troll.weights.families import table_of
+from megatron_troll.weights.load import check
+from megatron_troll.weights.source import FolderSource, RandomSource, TensorSource, Unstacked
+from tests.dist.tiny import MOE
+
+SHAPE = shape_of(MOE)
+TABLE = table_of(SHAPE)
+GATE, UP, DOWN = (f"model.layers.1.mlp.experts.3.{name}_proj.weight" for name in ("gate", "up", "down"))
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    """A whole checkpoint in the published format."""
+    source = RandomSource(SHAPE, seed=0)
+    return {name: source.read(name) for name in source.shapes}
+
+
+def write_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
+    names = sorted(tensors)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in files.items():
+        save_file({name: tensors[name] for name in own}, folder / file)
+    weight_map = {name: file for file, own in files.items() for name in own}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_gives_back_its_tensors(tmp_path: Path, tensors: dict[str, Tensor], sharded: bool) -> None:
+    if sharded:
+        write_sharded(tmp_path, tensors)
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    source = FolderSource(tmp_path)
+    assert source.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
+    assert torch.equal(source.read(GATE, 5), tensors[GATE][5])
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors\.index\.json or model\.safetensors"):
+        FolderSource(tmp_path)
+
+
+def test_a_missing_file_and_a_stale_index_are_named(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_sharded(tmp_path, tensors)
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"lists tensors that their files lack: .* and .* more"):
+        FolderSource(tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lists files that are missing: b\.safetensors"):
+        FolderSource(tmp_path)
+
+
+def test_random_tensors_depend_on_seed_and_name_alone() -> None:
+    source = RandomSource(SHAPE, seed=1)
+    assert torch.equal(source.read(GATE), RandomSource(SHAPE, seed=1).read(GATE))
+    assert not torch.equal(source.read(GATE), source.read(UP))
+    assert not torch.equal(source.read(GATE), RandomSource(SHAPE, seed=2).read(GATE))
+    assert source.read("model.embed_tokens.weight").std().item() == pytest.approx(SHAPE.init_std, rel=0.05)
+    assert torch.equal(source.read("model.norm.weight"), torch.ones(SHAPE.hidden))
+
+
+def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layout of transformers 5 in memory, by its definition: [E, 2F, H] and [E, H, F]."""
+    merged = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in range(SHAPE.layers):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            torch.stack([tensors[f"{prefix}{expert}.{name}_proj.weight"] for expert in range(SHAPE.experts)])
+            for name in ("gate", "up", "down")
+        )
+        merged[prefix + "gate_up_proj"] = torch.cat([gate, up], 1)
+        merged[prefix + "down_proj"] = down
+    return merged
+
+
+def test_stacked_experts_are_read_one_by_one(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(stacked(tensors), tmp_path / "model.safetensors")
+    source = Unstacked(FolderSource(tmp_path), TABLE)
+    check(source, TABLE, tied=False)
+    assert source.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_everything_that_does_not_fit_is_listed_at_once(tensors: dict[str, Tensor]) -> None:
+    del tensors[GATE], tensors["model.norm.weight"]
+    tensors[UP] = torch.zeros(2, 3)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"do not fit config\.json") as caught:
+        check(TensorSource(tensors), TABLE, tied=False)
+    assert str(caught.value).split("\n  ")[1:] == [
+        "missing: model.norm.weight (48,)",
+        f"missing: {GATE} (24, 48)",
+        "unused: model.layers.0.self_attn.q_proj.bias (4,)",
+        f"wrong shape: {UP} (2, 3), the config says (24, 48)",
+    ]
+
+
+def test_a_misshapen_stack_is_reported(tensors: dict[str, Tensor]) -> None:
+    merged = stacked(tensors)
+    merged["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(7, 48, 48)
+    merged["model.layers.1.mlp.experts.gate_up_proj"] = torch.zeros(8, 47, 48)
+    with pytest.raises(ValueError, match=r"missing: .*0\.mlp\.experts\.7\.gate_proj") as caught:
+        check(Unstacked(TensorSource(merged), TABLE), TABLE, tied=False)
+    assert "unused: model.layers.1.mlp.experts.gate_up_proj (8, 47, 48)" in str(caught.value)
+
+
+def test_a_superfluous_head_is_taken_only_where_it_is_tied(tensors: dict[str, Tensor]) -> None:
+    tied = table_of(shape_of(MOE | {"tie_word_embeddings": True}))
+    check(TensorSource(tensors), tied, tied=True)
+    with pytest.raises(ValueError, match=r"unused: lm_head\.weight"):
+        check(TensorSource(tensors), tied, tied=False)
