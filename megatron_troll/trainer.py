@@ -1,6 +1,7 @@
 """One policy under one objective: old records, batch statistics, gradients, optimizer steps."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from megatron_troll.mcore.router import routers, share_counts, start_counting
 from megatron_troll.mcore.schedule import accumulate, infer
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Diagnostics, Statistics
+from megatron_troll.objectives.supervised import Supervised
 from megatron_troll.observe.metrics import Reducer
 from megatron_troll.parallel.segments import segments
 from megatron_troll.types import MicroBatch, ObjectiveInputs, Readings, Reads
@@ -32,31 +34,62 @@ class Gradients:
 
 
 @dataclass(frozen=True)
+class OldReadings:
+    """readings: one per micro-batch on the last stage, [] elsewhere. broken: rollouts, on any rank, with a
+    log-prob that is NaN or infinite; their readings cannot be trained on."""
+
+    readings: list[Readings]
+    broken: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PolicyTrainer:
     """`old: trainer` reads the policy at the start of the update by a forward of its own; `old: engine`
     takes the rollout engine's record. Old readings stay on the last stage's device until the batch is done:
     12 bytes x (K + 1) per loss token, on every tensor-parallel rank."""
 
     trainable: Trainable
-    objective: Objective
+    objective: Objective | Supervised
     head: Head
     old: Literal["trainer", "engine"] = "trainer"
 
-    def old_readings(self, batches: Sequence[MicroBatch]) -> list[Readings]:
-        """Readings of the policy before its update, one per micro-batch; [] off the last stage."""
+    def old_readings(self, batches: Sequence[MicroBatch]) -> OldReadings:
+        """Readings of the policy before its update, one per micro-batch. Blocks on every rank."""
+        broken: list[int] = []
+
+        def prepared(i: int, readings: Readings) -> Readings:
+            assert readings.logp is not None
+            finite = torch.isfinite(readings.logp)
+            if bool(finite.all()):
+                return self.objective.prepare_old(readings)
+            broken.extend(rollouts_of(batches[i], ~finite))
+            return readings
+
+        readings = self._read_old(batches, prepared)
+        return OldReadings(readings, self.agree_on(broken))
+
+    def _read_old(
+        self, batches: Sequence[MicroBatch], prepared: Callable[[int, Readings], Readings]
+    ) -> list[Readings]:
         if self.old == "engine":
-            if not self._last:
-                return []
-            return [self._prepared(Readings(b.rollout_logp, b.rollout_topk, None)) for b in batches]
+            records = [Readings(batch.rollout_logp, batch.rollout_topk, None) for batch in batches]
+            return [prepared(i, record) for i, record in enumerate(records)] if self._last else []
         reads = Reads(logp=True, topk=self.objective.reads_old.topk)
 
         def read(i: int, hidden: Tensor) -> Readings:
-            return self._prepared(self.head.read(hidden, batches[i].target, reads))
+            return prepared(i, self.head.read(hidden, batches[i].target, reads))
 
         return infer(self.trainable.model, batches, read)
 
-    def _prepared(self, old: Readings) -> Readings:
-        return self.objective.prepare_old(old)
+    def agree_on(self, rollouts: Sequence[int]) -> tuple[int, ...]:
+        """The union over all ranks, ascending. Blocks."""
+        named = self.trainable.model.groups.world.all_gather_objects(sorted(rollouts))
+        return tuple(sorted({i for part in named for i in part}))
+
+    def healthy(self, gradients: Gradients) -> bool:
+        """Whether the loss and every gradient of every rank are finite. Blocks."""
+        finite = self.trainable.gradients_finite()
+        return finite and math.isfinite(gradients.loss)
 
     def mismatch(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> dict[str, float]:
         """How far the engine's log-probs lie from the old policy's, over all loss tokens. Blocks."""
@@ -88,12 +121,12 @@ class PolicyTrainer:
         groups = self.trainable.model.groups
         groups.dp_cp.all_reduce(total)
         groups.pp.broadcast(total, groups.pp.size - 1)
-        broken = [
-            batch.rollouts[i]
+        broken = {
+            i
             for batch, values in zip(batches, objectives)
-            for i in batch.sequence[~torch.isfinite(values)].unique().tolist()
-        ]
-        return Gradients(float(total), self._from_last_stage(reducer), tuple(broken))
+            for i in rollouts_of(batch, ~torch.isfinite(values))
+        }
+        return Gradients(float(total), self._from_last_stage(reducer), tuple(sorted(broken)))
 
     def _statistics(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> Statistics | None:
         """A forward of the whole step without gradient, where the objective or the balancing loss needs
@@ -138,3 +171,8 @@ class PolicyTrainer:
     def _from_last_stage(self, reducer: Reducer) -> dict[str, float]:
         pp = self.trainable.model.groups.pp
         return pp.broadcast_object(reducer.result() if self._last else None, pp.size - 1)
+
+
+def rollouts_of(batch: MicroBatch, marked: Tensor) -> list[int]:
+    """The rollouts to which the marked [N] tokens of a micro-batch belong. Waits for the device."""
+    return [batch.rollouts[i] for i in batch.sequence[marked].unique().tolist()]

@@ -12,11 +12,10 @@ def step_weights(
     """The weight of each loss token of each rollout, one number per rollout of the whole batch.
 
     `responses` are the rollouts of the step on all ranks: normalisation is global (ALGORITHMS 0). Rollouts of
-    other steps, and those whose mask is 0 throughout, have weight 0 and are not counted.
+    other steps have weight 0. One whose mask is 0 throughout counts as an empty response.
     """
-    lengths = {i: int(rollouts[i].mask.sum()) for i in responses}
-    counted = [i for i, length in lengths.items() if length > 0]
+    lengths = [int(rollouts[i].mask.sum()) for i in responses]
     weights = [0.0] * len(rollouts)
-    for i, weight in zip(counted, token_weights([lengths[i] for i in counted], aggregation, l_max)):
+    for i, weight in zip(responses, token_weights(lengths, aggregation, l_max)):
         weights[i] = weight
     return weights

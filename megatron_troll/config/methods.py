@@ -11,6 +11,7 @@ from megatron_troll.config.tree import Node, Slot
 from megatron_troll.config.validate import read_fields
 
 Method = TypeVar("Method", bound=Node)
+Found = TypeVar("Found")
 
 
 def known_methods(folder: str) -> tuple[str, ...]:
@@ -20,26 +21,32 @@ def known_methods(folder: str) -> tuple[str, ...]:
 
 
 def build_method(slot: Slot, folder: str, kind: type[Method], key: str) -> Method:
-    """The method of `slot` with its fields read: the one subclass of `kind` that the module of its name
-    defines, or the class that `package.module:Class` names. `key` is where the slot stands in the tree.
+    """The method of `slot` with its fields read; `key` is where the slot stands in the tree. Raises
+    ConfigError like `find_class`, and for an unknown or wrong field."""
+    return read_fields(slot, find_class(slot.name, folder, kind, f"{key}.name"), key)
 
-    Raises ConfigError for an unknown name (the nearest and the known ones are named), an import path that
-    leads nowhere or to something else than a `kind`, and an unknown or wrong field."""
-    path, _, class_name = slot.name.partition(":")
+
+def find_class(name: str, folder: str, kind: type[Found], key: str) -> type[Found]:
+    """The one subclass of `kind` that the module `name` of `folder` defines, or the class that
+    `package.module:Class` names. `key` is where the name stands in the tree.
+
+    Raises ConfigError for an unknown name (the nearest and the known ones are named) and for an import path
+    that leads nowhere or to something else than a `kind`."""
+    path, _, class_name = name.partition(":")
     if class_name:
         found = getattr(_import(path, key), class_name, None)
     else:
-        found = _defined_in(_import_known(slot.name, folder, key), kind)
+        found = _defined_in(_import_known(name, folder, key), kind)
     if not (inspect.isclass(found) and issubclass(found, kind)):
-        raise ConfigError(f"{key}.name: {slot.name!r} does not lead to a subclass of {kind.__name__}")
-    return read_fields(slot, found, key)
+        raise ConfigError(f"{key}: {name!r} does not lead to a subclass of {kind.__name__}")
+    return found
 
 
 def _import(path: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(path)
     except ImportError as error:
-        raise ConfigError(f"{key}.name: cannot import {path!r}: {error}") from error
+        raise ConfigError(f"{key}: cannot import {path!r}: {error}") from error
 
 
 def _import_known(name: str, folder: str, key: str) -> ModuleType:
@@ -47,13 +54,13 @@ def _import_known(name: str, folder: str, key: str) -> ModuleType:
     if name not in known:
         hint = nearest(name, known)
         raise ConfigError(
-            f"{key}.name: unknown method {name!r}; {hint} Known here: {', '.join(known)}; "
+            f"{key}: unknown method {name!r}; {hint} Known here: {', '.join(known)}; "
             "or give an import path package.module:Class"
         )
     return importlib.import_module(f"{folder}.{name}")
 
 
-def _defined_in(module: ModuleType, kind: type[Method]) -> type[Method] | None:
+def _defined_in(module: ModuleType, kind: type[Found]) -> type[Found] | None:
     own = [
         member
         for _, member in inspect.getmembers(module, inspect.isclass)

@@ -126,7 +126,8 @@ def _spawn(argv: Sequence[str], env: dict[str, str], number: int, log_dir: Path)
 
 
 def _end_with_parent() -> None:
-    """SIGTERM for this rank when its parent dies, however that happens (Linux prctl)."""
+    """SIGTERM for this rank when its parent dies, however that happens (Linux prctl). It may come twice:
+    once for each thread of the parent that the rank is handed to while they die."""
     LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,12 +22,27 @@ from megatron_troll.mcore.packing import Bucket, PackedSequences
 from megatron_troll.parallel.groups import Group
 
 
+class CachedSelfAttention(SelfAttention):
+    """Megatron's self-attention. `stored` gives new keys and values the form in which the KV cache of
+    generation holds them; Megatron caches keys before their rotary embedding."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stored: Callable[[Tensor], Tensor] | None = None
+
+    def _adjust_key_value_for_inference(
+        self, context: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.stored is not None:
+            key, value = self.stored(key), self.stored(value)
+        return super()._adjust_key_value_for_inference(context, query, key, value, *args, **kwargs)
+
+
 class CoreAttention(MegatronModule):
     """Causal grouped-query attention without dropout, fp32 or bf16.
 
     Under context parallelism keys and values of the whole micro-batch are gathered on every rank
-    (2 x tokens x kv_heads x head_dim), and their gradients reduce-scattered. `quantise` stands for a
-    quantised KV cache: it is applied to every key and value read, so it must be idempotent.
+    (2 x tokens x kv_heads x head_dim), and their gradients reduce-scattered.
     """
 
     def __init__(
@@ -45,7 +61,6 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale or config.kv_channels**-0.5
         handle = pg_collection.cp
         self.cp = Group(handle, handle.rank(), handle.size())
-        self.quantise: Callable[[Tensor], Tensor] | None = None
 
     def forward(
         self,
@@ -61,8 +76,6 @@ class CoreAttention(MegatronModule):
         for generation. Returns [s, b, n * d] or [t, n * d]."""
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params.buckets)
-        if self.quantise is not None:
-            key, value = self.quantise(key), self.quantise(value)
         if attention_mask is not None:
             return _flat(self._attend(*map(_batch_first, (query, key, value)), mask=~attention_mask))
         if self.cp.size == 1:

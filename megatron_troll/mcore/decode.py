@@ -14,45 +14,48 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
-from megatron_troll.mcore.attention import CoreAttention
+from megatron_troll.mcore.attention import CachedSelfAttention
 from megatron_troll.mcore.model import MegatronModel, bare
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-SEQUENCE_PARALLEL_ATTRIBUTES = ("sequence_parallel", "reduce_scatter_embeddings")
+SWITCHED_OFF = ("training", "sequence_parallel", "reduce_scatter_embeddings")
 
 
 @contextmanager
 def generation_mode(model: MegatronModel, kv_cache: Literal["auto", "fp8_e4m3"]) -> Iterator[None]:
     """Evaluation mode, no gradient, sequence parallelism off and, for fp8_e4m3, keys and values rounded to
-    that format with scale 1 (saturating), as a server with an uncalibrated FP8 cache reads them. Everything
-    is put back at the end."""
+    that format with scale 1 (saturating) as they enter the cache. Everything is put back at the end.
+
+    Servers with such a cache hold keys after the rotary embedding. Here they are rounded before it: after
+    it, the rounding would depend on how far a row is padded, and draws on the layout.
+    """
     if model.groups.cp.size > 1:
-        raise ValueError("the in-process engine does not run under context parallelism (cp > 1)")
+        raise ValueError(
+            f"the in-process engine does not generate under context parallelism (cp={model.groups.cp.size}): "
+            "set models.policy.layout.cp=1"
+        )
     modules = [module for chunk in model.chunks for module in chunk.modules()]
     switches = _true_switches([*modules, model.config])
-    attentions = [module for module in modules if isinstance(module, CoreAttention)]
-    was_training = model.chunks[0].training
+    attentions = [module for module in modules if isinstance(module, CachedSelfAttention)]
     try:
-        model.train(False)
         for owner, attribute in switches:
             setattr(owner, attribute, False)
         for attention in attentions:
-            attention.quantise = round_to_fp8 if kv_cache == "fp8_e4m3" else None
+            attention.stored = round_to_fp8 if kv_cache == "fp8_e4m3" else None
         with torch.no_grad():
             yield
     finally:
         for attention in attentions:
-            attention.quantise = None
+            attention.stored = None
         for owner, attribute in switches:
             setattr(owner, attribute, True)
-        model.train(was_training)
 
 
 def _true_switches(owners: list[object]) -> list[tuple[object, str]]:
     return [
         (owner, attribute)
         for owner in owners
-        for attribute in SEQUENCE_PARALLEL_ATTRIBUTES
+        for attribute in SWITCHED_OFF
         if getattr(owner, attribute, None) is True
     ]
 

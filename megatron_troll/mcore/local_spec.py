@@ -6,7 +6,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from megatron_troll.mcore.attention import CoreAttention
+from megatron_troll.mcore.attention import CachedSelfAttention, CoreAttention
 from megatron_troll.mcore.router import StepBalancedRouter
 
 
@@ -42,7 +42,7 @@ def layer_spec(experts: int) -> ModuleSpec:
     if experts:
         mlp.submodules.router = StepBalancedRouter
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=CachedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),

@@ -7,7 +7,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_troll.mcore.attention import CoreAttention
+from megatron_troll.mcore.attention import CachedSelfAttention, CoreAttention
 from megatron_troll.mcore.router import StepBalancedRouter
 
 
@@ -37,6 +37,7 @@ def block_spec(experts: int, layers: int) -> TransformerBlockSubmodules:
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=experts or None, moe_grouped_gemm=experts > 0, qk_layernorm=True
     )
+    spec.submodules.self_attention.module = CachedSelfAttention
     spec.submodules.self_attention.submodules.core_attention = MaskedTEAttention
     if experts:
         spec.submodules.mlp.submodules.router = StepBalancedRouter

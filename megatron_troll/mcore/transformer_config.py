@@ -45,8 +45,8 @@ def check_layout(shape: ModelShape, layout: Layout) -> None:
         raise ValueError(f"ep={layout.ep} and etp={layout.etp} need a model with experts")
     if shape.experts and layout.tp > 1 and layout.ep == 1 and layout.etp == 1:
         raise ValueError(
-            "tp > 1 with ep = 1 and etp = 1 gives wrong expert gradients in megatron-core 0.16.1 (they are not "
-            "summed over the tensor-parallel ranks): set ep or etp above 1"
+            "tp > 1 with ep = 1 and etp = 1 gives wrong expert gradients in megatron-core 0.16.1 (they are "
+            "not summed over the tensor-parallel ranks): set ep or etp above 1"
         )
 
 

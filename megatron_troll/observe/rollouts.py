@@ -38,8 +38,8 @@ class Sample:
 class RolloutStore:
     """rollouts/step_NNNNNN.P-of-Q.jsonl.gz, one per step and data-parallel rank P of Q.
 
-    `decode` gives the text of one token id. A token costs about 5 bytes after compression (tokens and
-    log-probs; measured on random log-probs), so 64 x 8 answers of 1,000 tokens are 2.5 MB a step.
+    `decode` gives the text of one token id. A token costs about 8 bytes on disk, text and log-prob
+    (measured on random words, the worst case), so 64 x 8 answers of 1,000 tokens are 4 MB a step.
     """
 
     def __init__(self, folder: Path, decode: Callable[[int], str], part: int = 0, parts: int = 1) -> None:

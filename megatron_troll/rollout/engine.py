@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.config.tree import Sampling
+from megatron_troll.data.chat import render_prompt
 from megatron_troll.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw. prompt_ids int64 [P]; group: the prompt's index in its batch; sample: which of G."""
+    """One sample to draw. prompt_ids int64 [P]; group: the prompt's index in its batch; sample: which one."""
 
     prompt: Prompt
     group: int
@@ -29,3 +31,15 @@ class Engine(Protocol):
     """
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]: ...
+
+
+def requests_for(
+    prompts: Sequence[Prompt], samples: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Request]:
+    """`samples` requests for each prompt, a prompt's samples next to each other."""
+    rendered = [render_prompt(prompt.messages, tokenizer) for prompt in prompts]
+    return [
+        Request(prompt, group, sample, ids)
+        for group, (prompt, ids) in enumerate(zip(prompts, rendered))
+        for sample in range(samples)
+    ]

@@ -29,37 +29,39 @@ def uniforms(keys: Sequence[int], position: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """A token per row of logits [B, V] (raw, fp32) by the inverse of the cumulative distribution in id order.
+def draw(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """A token [B] per row of log-probabilities logp [B, V], after temperature, by the inverse of the cumulative
+    distribution of the tokens that the filters of `sampling` keep, in id order. Temperature 0 takes the
+    largest (lowest id on ties).
 
-    Returns token ids [B] and their log-probabilities [B] after temperature and before top-p, top-k and min-p,
-    as SGLang gives them; temperature 0 takes the largest logit (lowest id on ties) and reports temperature 1.
-    uniform [B] float64. Holds B x V in float64.
+    uniform [B] float64 in [0, 1). A row that holds NaN gives some valid token. Holds B x V in float64.
     """
     if sampling.temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        logits = logits / sampling.temperature
-        cumulative = keep(logits, sampling).double().cumsum(-1)
-        threshold = (uniform * cumulative[:, -1])[:, None]
-        token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    logp = torch.log_softmax(logits, -1).gather(1, token[:, None])[:, 0]
-    return token, logp
+        return logp.argmax(-1)
+    cumulative = keep(logp.exp(), sampling).cumsum(-1, dtype=torch.float64)
+    threshold = (uniform * cumulative[:, -1])[:, None]
+    # The first id whose cumulative probability exceeds the threshold. One always does: uniform * total < total.
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logp.shape[1] - 1)
 
 
-def keep(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [B, V] (unnormalised) of the tokens that top-k, top-p and min-p keep, 0 elsewhere.
-    Each filter reads the full distribution after temperature. At least one token is kept."""
-    probs = logits.softmax(-1)
-    kept = torch.ones_like(probs, dtype=torch.bool)
+def keep(probs: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities [B, V] of the tokens that top-k, top-p and min-p keep, 0 elsewhere, not renormalised.
+    Each filter reads the full distribution `probs`; ties are in id order. At least one token is kept."""
     if sampling.min_p > 0:
-        kept &= probs >= sampling.min_p * probs.amax(-1, keepdim=True)
+        floor = sampling.min_p * probs.amax(-1, keepdim=True)
+        probs = torch.where(probs >= floor, probs, 0.0)
     if sampling.top_k or sampling.top_p < 1:
-        ordered, ids = probs.sort(-1, descending=True, stable=True)
-        first = torch.ones_like(kept)
-        if sampling.top_k:
-            first[:, sampling.top_k :] = False
-        if sampling.top_p < 1:
-            first &= ordered.cumsum(-1) - ordered < sampling.top_p
-        kept &= torch.zeros_like(kept).scatter(1, ids, first)
-    return probs * kept
+        probs = probs * _first(probs, sampling)
+    return probs
+
+
+def _first(probs: Tensor, sampling: Sampling) -> Tensor:
+    """[B, V] bool: the `top_k` largest, and of those in front of which lies less than the mass `top_p`."""
+    ordered, ids = probs.sort(-1, descending=True, stable=True)
+    kept = torch.ones_like(probs, dtype=torch.bool)
+    if sampling.top_k:
+        kept[:, sampling.top_k :] = False
+    if sampling.top_p < 1:
+        before = ordered.double().cumsum(-1) - ordered
+        kept &= before < sampling.top_p
+    return torch.zeros_like(kept).scatter(1, ids, kept)

@@ -146,16 +146,16 @@ def fill_with_nan(model: MegatronModel) -> None:
 
 def read_logits(model: MegatronModel, tokens: Tensor) -> Logits:
     """What this rank computes of the logits; nothing unless it is on the last stage."""
-    groups, head, gathered = model.groups, Head(model), []
+    groups, head = model.groups, Head(model)
+    batches = [one_row(tokens, row, groups) for row in rows_of(tokens, groups)]
 
-    def read(batch: MicroBatch, hidden: Tensor) -> None:
+    def read(index: int, hidden: Tensor) -> tuple[int, Tensor, Tensor]:
         shards = groups.tp.all_gather(head.logits(hidden))
         values = torch.cat(shards, -1)[:, : model.shape.vocab]
-        gathered.append((batch.rollouts[0], batch.positions[0], values))
+        return batches[index].rollouts[0], batches[index].positions[0], values
 
     model.train(False)
-    infer(model, [one_row(tokens, row, groups) for row in rows_of(tokens, groups)], read)
-    return gathered
+    return infer(model, batches, read)
 
 
 def rows_of(tokens: Tensor, groups: Groups) -> range:

@@ -43,9 +43,6 @@ class CpuStream(torch.cpu.Stream):
     def synchronize(self) -> None:
         return None
 
-    def record_event(self, event: None = None) -> "CpuStream":
-        return self
-
     def record_event(self) -> "CpuStream":
         """Itself: all that is asked of the event is `synchronize`."""
         return self
@@ -148,13 +145,14 @@ def patches() -> tuple[Patch, ...]:
         Patch(token_dispatcher, "maybe_move_tensor_to_cpu", "converts to numpy only from a CUDA tensor",
               lambda _: _to_host),
         Patch(DistributedOptimizer, "_set_main_param_and_optimizer_states",
-              "a loaded state shares one `step` tensor among all parameters; torch AdamW advances it once each",
+              "a loaded state shares one `step` tensor among all parameters; AdamW counts too fast",
               _own_step),
         Patch(mcore_random, "_get_cuda_rng_state", "activation recompute saves the CUDA generator",
               lambda _: lambda *_, **__: torch.get_rng_state()),
         Patch(mcore_random, "_set_cuda_rng_state", "activation recompute restores the CUDA generator",
               lambda _: lambda state, *_, **__: torch.set_rng_state(state)),
-        Patch(dist, "all_gather", "gloo has no all_gather of unequal lists (ETP with EP)", _uneven_all_gather),
+        Patch(dist, "all_gather", "gloo has no all_gather of unequal lists (ETP with EP)",
+              _uneven_all_gather),
         Patch(dist, "reduce_scatter", "gloo has no reduce_scatter of unequal lists (ETP with EP)",
               _uneven_reduce_scatter),
     )  # fmt: skip

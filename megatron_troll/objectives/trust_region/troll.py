@@ -32,7 +32,7 @@ class Troll(TrustRegion):
     )
     k: Positive = Field(default=64, description="tokens kept at most, beside the sampled one")
     delta: Annotated[float, Field(ge=0, lt=1)] = Field(
-        1e-5, description="mass that the kept tokens may leave out"
+        default=1e-5, description="mass that the kept tokens may leave out"
     )
     p_d: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=1e-12, description="probability of a token left out"

@@ -18,10 +18,10 @@ ROLLOUTS = [
     [
         ("token-mean", [1 / 5, 0, 1 / 5, 0]),
         ("seq-mean-token-mean", [1 / 4, 0, 1 / 6, 0]),
-        ("seq-mean-token-sum-norm", [1 / 20, 0, 1 / 20, 0]),
+        ("seq-mean-token-sum-norm", [1 / 30, 0, 1 / 30, 0]),
     ],
 )
-def test_masked_out_rollouts_and_other_steps_do_not_count(aggregation: str, expected: list[float]) -> None:
+def test_other_steps_do_not_count_and_a_masked_rollout_is_an_empty_one(aggregation: str, expected: list[float]) -> None:
     weights = step_weights(ROLLOUTS, [0, 1, 2], aggregation, l_max=10)  # pyright: ignore[reportArgumentType]
     assert weights == pytest.approx(expected)
 

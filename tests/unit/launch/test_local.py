@@ -182,5 +182,5 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     launcher.kill()
     launcher.communicate()
     wait_until(lambda: all(read(tmp_path / f"saved_{rank}") for rank in (0, 1)))
-    assert [read(tmp_path / f"signals_{rank}") for rank in (0, 1)] == ["SIGTERM "] * 2
+    assert all(set(read(tmp_path / f"signals_{rank}").split()) == {"SIGTERM"} for rank in (0, 1))
     wait_until(lambda: not any(alive(int(read(tmp_path / f"ready_{rank}"))) for rank in (0, 1)))

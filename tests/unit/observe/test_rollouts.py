@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,14 @@ def test_rewards_must_match_rollouts(run: Path) -> None:
 
 
 def test_a_token_stays_small(tmp_path: Path) -> None:
+    """Random words of a vocabulary of 5,000 and random log-probs: nothing there to compress."""
     random = np.random.default_rng(0)
-    rollouts = [rollout(i, list(-random.exponential(0.3, 1000))) for i in range(20)]
-    decode = [f" word{i}" for i in range(4)].__getitem__
-    path = RolloutStore(tmp_path, decode).write(1, rollouts, [0.0] * 20, [0.0] * 20)
-    assert path.stat().st_size / 20_000 < 6
+    rollouts = [
+        replace(rollout(i, list(-random.exponential(0.3, 1000))), response_ids=random.integers(0, 5000, 1000))
+        for i in range(20)
+    ]
+    path = RolloutStore(tmp_path, lambda i: f" w{i * 7919:x}").write(1, rollouts, [0.0] * 20, [0.0] * 20)
+    assert path.stat().st_size / 20_000 < 10
 
 
 def test_listing_shows_the_last_step_sorted(run: Path) -> None:

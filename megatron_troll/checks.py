@@ -1,0 +1,112 @@
+"""Everything that can be refused before compute is spent: the task a configuration describes."""
+
+import os
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_troll.config import ConfigError
+from megatron_troll.config.tree import Config, Layout, Sampling
+from megatron_troll.data.errors import DataError
+from megatron_troll.data.prompts import PromptSet, load_prompts
+from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
+from megatron_troll.mcore.parallel import check_world
+from megatron_troll.mcore.shape import ModelShape, read_shape
+from megatron_troll.mcore.transformer_config import check_layout, uses_te
+from megatron_troll.objectives.compose import compose, resolve
+from megatron_troll.objectives.objective import Objective
+from megatron_troll.rewards import reward as verifiers
+
+PROBLEMS = (ConfigError, DataError, ValueError, FileNotFoundError)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A configuration with all that it names read and found fit. `config` has every default of every
+    method written out."""
+
+    config: Config
+    shape: ModelShape
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    prompts: PromptSet
+    objective: Objective
+
+
+def prepare(config: Config) -> Task:
+    """Read and check what `config` names. Raises one of PROBLEMS with what is wrong and where; touches no
+    device and writes nothing."""
+    policy = config.models.get("policy")
+    if policy is None:
+        raise ConfigError("models: there must be a model named policy")
+    config = config.model_copy(
+        update={
+            "objective": resolve(config.objective),
+            "reward": verifiers.resolve(config.reward),
+        }
+    )
+    objective = compose(config.objective)
+    shape = read_shape(policy.path)
+    check_layout(shape, policy.layout)
+    uses_te(policy.spec)
+    check_world(policy.layout, world_size(config))
+    objective.check(shape.vocab)
+    _check_rollout(config, objective, shape)
+    tokenizer = load_tokenizer(policy.path)
+    check_vocab(tokenizer, shape.vocab)
+    stops = stop_ids(tokenizer, policy.path, config.rollout.sampling.stop)
+    prompts = load_prompts(config.data, config.seed, tokenizer)
+    return Task(config, shape, tokenizer, stops, prompts, objective)
+
+
+def world_size(config: Config) -> int:
+    """The ranks this run has: those that srun or torchrun started, or those that `mtroll` will start."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return config.launch.ranks or smallest_world(config.policy.layout)
+
+
+def smallest_world(layout: Layout) -> int:
+    """The fewest ranks that hold `layout`."""
+    dense, expert = layout.tp * layout.cp, layout.etp * layout.ep
+    larger, smaller = max(dense, expert), min(dense, expert)
+    return layout.pp * (larger if larger % smaller == 0 else dense * expert)
+
+
+def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> None:
+    sampling = config.rollout.sampling
+    if sampling.temperature == 0:
+        raise ConfigError("rollout.sampling.temperature: 0 is greedy and explores nothing; set it above 0")
+    if filters := active_filters(sampling):
+        raise ConfigError(
+            f"rollout.sampling: {', '.join(filters)} cut the law that tokens are drawn from, while the "
+            "log-probs of every trust region are of the uncut one; leave them at their defaults in training"
+        )
+    if config.data.max_prompt_tokens + sampling.max_tokens > shape.max_positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.sampling.max_tokens = "
+            f"{config.data.max_prompt_tokens + sampling.max_tokens} exceeds the model's "
+            f"max_position_embeddings {shape.max_positions}"
+        )
+    topk = objective.reads_old.topk
+    if config.objective.old == "engine" and topk is not None and topk.k > config.rollout.top_k:
+        raise ConfigError(
+            f"objective.old=engine needs rollout.top_k >= the trust region's k: "
+            f"{config.rollout.top_k} < {topk.k}"
+        )
+    if config.rollout.prompts < config.train.updates // config.train.epochs:
+        raise ConfigError(
+            f"train.updates: {config.train.updates} steps over {config.train.epochs} epochs need at least as "
+            f"many prompts a batch as steps an epoch; rollout.prompts is {config.rollout.prompts}"
+        )
+    if config.train.updates % config.train.epochs:
+        raise ConfigError(
+            f"train.updates={config.train.updates} is over all epochs: make it a multiple of train.epochs="
+            f"{config.train.epochs}"
+        )
+
+
+def active_filters(sampling: Sampling) -> list[str]:
+    """The filters of `sampling` that would drop tokens."""
+    filters = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0, "min_p": sampling.min_p > 0}
+    return [name for name, active in filters.items() if active]

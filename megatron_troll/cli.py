@@ -1,0 +1,51 @@
+"""`mtroll`: the command line."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from megatron_troll import commands
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done (or stopped on request, resumable), 1 failed, 2 the
+    request was refused before anything was done."""
+    # Megatron-Core tells of every optional package that a CPU machine lacks.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
+    arguments = parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="mtroll", description="RL post-training on Megatron-Core.")
+    kinds = top.add_subparsers(required=True, metavar="COMMAND")
+    _configured(kinds, "train", "train a policy by RL", commands.train)
+    _configured(kinds, "sft", "warm-start a model on demonstrations", commands.sft)
+    demo = kinds.add_parser("demo", help="write the demo task: prompts, demonstrations, a tiny model")
+    demo.add_argument("folder", nargs="?", default="runs/demo")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=commands.demo)
+    report = kinds.add_parser("report", help="compare runs in one HTML page")
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.add_argument("--output", default=None, help="default: report.html in the first run's folder")
+    report.set_defaults(run=commands.report)
+    rollouts = kinds.add_parser("rollouts", help="browse prompts, answers, rewards and log-probs")
+    rollouts.add_argument("run_folder", metavar="RUN")
+    rollouts.add_argument("--step", type=int, default=None, help="default: the last")
+    rollouts.add_argument("--sort", choices=("reward", "logp", "length"), default="reward")
+    rollouts.add_argument("--limit", type=int, default=20)
+    rollouts.add_argument("--html", default=None, metavar="FILE", help="write a page instead")
+    rollouts.set_defaults(run=commands.rollouts)
+    return top
+
+
+def _configured(kinds: "argparse._SubParsersAction", name: str, what: str, run: object) -> None:
+    command = kinds.add_parser(name, help=what, description=f"{what}: a YAML file and overrides.")
+    command.add_argument("config", help="YAML file, or a run folder to run again")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Rewards of a rollout batch, shared out over the ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_troll.parallel.groups import Group
+from megatron_troll.rewards.score import Scorer
+from megatron_troll.types import Rollout
+
+
+@dataclass(frozen=True)
+class Judged:
+    """rollouts: the batch, with mask 0 where a response is taken out of the loss; reward [B] float32."""
+
+    rollouts: list[Rollout]
+    reward: np.ndarray
+    timeouts: int
+    crashes: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        lengths = [len(rollout.response_ids) for rollout in self.rollouts]
+        metrics = {
+            "success": float(self.reward.mean()),
+            "reward_std": float(self.reward.std()),
+            "response_length": float(np.mean(lengths)),
+            "truncated": float(np.mean([rollout.finish == "length" for rollout in self.rollouts])),
+        }
+        failed = {"reward_timeouts": self.timeouts, "reward_crashes": self.crashes}
+        return metrics | {name: float(count) for name, count in failed.items() if count}
+
+
+def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> Judged:
+    """Every rank scores its share and gathers the rest, so all return the same. Blocks."""
+    shares = world.all_gather_objects(scorer.score(rollouts[world.rank :: world.size]))
+    reward = np.empty(len(rollouts), dtype=np.float32)
+    keep = np.empty(len(rollouts), dtype=bool)
+    for rank, share in enumerate(shares):
+        reward[rank :: world.size], keep[rank :: world.size] = share.reward, share.keep
+    kept = [r if k else replace(r, mask=np.zeros_like(r.mask)) for r, k in zip(rollouts, keep)]
+    return Judged(kept, reward, sum(s.timeouts for s in shares), sum(s.crashes for s in shares))

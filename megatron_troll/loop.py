@@ -1,0 +1,123 @@
+"""The algorithm: prompts, rollouts, rewards, advantages, updates; now and then an evaluation."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from megatron_troll.advantages import zero_variance
+from megatron_troll.checks import Task
+from megatron_troll.config.tree import Sampling
+from megatron_troll.judging import judge
+from megatron_troll.learner import Learned
+from megatron_troll.rollout.engine import requests_for
+from megatron_troll.run import Run, Standing, open_run
+from megatron_troll.types import Rollout
+
+# Held-out prompts are always answered with the same random numbers, so that evaluations are paired.
+EVALUATION_ROUND = -1
+
+
+class Unhealthy(RuntimeError):
+    """Updates kept producing NaN or Inf."""
+
+
+def train(task: Task) -> bool:
+    """Train the policy of `task` to its last step. Returns whether it got there: False after Ctrl-C or
+    SIGTERM, with a checkpoint to resume from. Runs on every rank."""
+    steps = task.config.train.steps
+    with open_run(task) as run:
+        standing = run.resume()
+        if standing.step == 0 and standing.before is None:
+            standing = before_training(run, standing)
+        while standing.step < steps:
+            if run.session.stopping():
+                run.save(standing)
+                run.checkpoints.finish()
+                run.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
+                return False
+            standing = train_step(run, standing)
+        run.finish(standing)
+        return True
+
+
+def before_training(run: Run, standing: Standing) -> Standing:
+    began = time.perf_counter()
+    success = evaluate(run)
+    run.session.log(0, {"held_out_success": success}, time.perf_counter() - began)
+    return run.since(replace(standing, before=success, after=success), began)
+
+
+def train_step(run: Run, standing: Standing) -> Standing:
+    """One rollout batch: sample, judge, learn, and whatever is due after it."""
+    config, began, step = run.task.config, time.perf_counter(), standing.step + 1
+    prompts = [run.task.prompts.train[i] for i in run.order.next(config.rollout.prompts)]
+    requests = requests_for(prompts, config.rollout.samples, run.task.tokenizer)
+    with run.session.phases("generation"):
+        rollouts = run.engine.generate(requests, config.rollout.sampling, step)
+    with run.session.phases("reward"):
+        judged = judge(run.scorer, rollouts, run.session.groups.world)
+    rewards = shuffled(judged.reward, step) if config.train.shuffle_rewards else judged.reward
+    group = torch.tensor([rollout.group for rollout in judged.rollouts])
+    advantages = run.task.objective.advantage(torch.from_numpy(rewards), group)
+    if config.observe.rollouts:
+        run.session.on_first(lambda: run.store.write(step, judged.rollouts, rewards, advantages.tolist()))
+    learned = run.learner.learn(judged.rollouts, advantages.tolist(), step)
+    standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
+    metrics = {**judged.metrics, **learned.metrics, "lr": run.policy.lr, "skipped_updates": learned.skipped}
+    metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
+    if due(step, config.evaluation.every, config.train.steps):
+        metrics["held_out_success"] = evaluate(run)
+        standing = replace(standing, after=metrics["held_out_success"])
+    standing = run.since(standing, began)
+    if due(step, config.checkpoint.every, config.train.steps):
+        run.save(standing)
+    seconds = time.perf_counter() - began
+    metrics["tokens_per_s"] = sum(map(tokens_of, rollouts)) / seconds
+    run.session.log(step, metrics, seconds)
+    guard(run, learned, judged.rollouts, standing)
+    return standing
+
+
+def evaluate(run: Run) -> float:
+    """Mean reward on the held-out prompts."""
+    config = run.task.config
+    prompts = run.task.prompts.held_out[: config.evaluation.prompts]
+    requests = requests_for(prompts, config.evaluation.samples, run.task.tokenizer)
+    with run.session.phases("evaluation"):
+        rollouts = run.engine.generate(requests, evaluation_sampling(run), EVALUATION_ROUND)
+        return float(judge(run.scorer, rollouts, run.session.groups.world).reward.mean())
+
+
+def evaluation_sampling(run: Run) -> Sampling:
+    temperature = run.task.config.evaluation.temperature
+    sampling = run.task.config.rollout.sampling
+    return sampling if temperature is None else sampling.model_copy(update={"temperature": temperature})
+
+
+def guard(run: Run, learned: Learned, rollouts: Sequence[Rollout], standing: Standing) -> None:
+    """Say and keep what made an update NaN or Inf; end the run when it does not stop. Raises Unhealthy."""
+    if not learned.skipped:
+        return
+    names = ", ".join(rollouts[i].name for i in learned.broken) or "no single sample"
+    told = f"step {standing.step}: {learned.skipped} updates skipped for NaN or Inf; at fault: {names}"
+    run.session.on_first(lambda: run.session.keep_broken(standing.step, rollouts, learned.broken))
+    run.session.progress.say(told)
+    if standing.skipped >= run.task.config.train.max_skipped:
+        raise Unhealthy(f"{told}. {standing.skipped} batches in a row (train.max_skipped): stopping")
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """At every `every`-th step and at the last one; 0: only at the last."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def shuffled(rewards: np.ndarray, step: int) -> np.ndarray:
+    """The control experiment: the same rewards, given to responses at random."""
+    return rewards[np.random.default_rng(step).permutation(len(rewards))]
+
+
+def tokens_of(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.response_ids)

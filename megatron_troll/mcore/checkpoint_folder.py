@@ -1,0 +1,153 @@
+"""A folder of checkpoints. `step_000010/` exists only once it is complete: it is written under another name,
+flushed to disk and renamed. Whatever a kill leaves behind ends in `.tmp` and is never loaded."""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "checkpoint.json"
+FORMAT = 1
+_COMPLETE = re.compile(r"step_(\d{6,})")
+_UNFINISHED = ".tmp"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or used; says which, why, and what to do."""
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    if not folder.is_dir():
+        return []
+    names = [_COMPLETE.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir()]
+    return sorted(int(name.group(1)) for name in names if name)
+
+
+def draft(folder: Path, step: int) -> Path:
+    """A fresh folder to write a checkpoint into. Removes what earlier kills left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"step_*{_UNFINISHED}"):
+        # A writer that outlived its killed trainer may still hold files in there; then the next save sweeps.
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh = _unfinished_name(folder, step)
+    fresh.mkdir()
+    return fresh
+
+
+def publish(written: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Complete the draft `written` with its manifest and give it the name `final`, in one step.
+
+    The manifest gains `files`, the size of every other file in bytes.
+    """
+    sizes = {}
+    for path in sorted(written.rglob("*")):
+        if path.is_file():
+            sizes[str(path.relative_to(written))] = path.stat().st_size
+            _flush(path)
+    with open(written / MANIFEST, "w") as file:
+        json.dump({"format": FORMAT, **manifest, "files": sizes}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _flush(written)
+    os.rename(written, final)
+    _flush(final.parent)
+
+
+def discard(folder: Path, step: int) -> None:
+    """Delete a complete checkpoint so that a kill in between leaves no half of it under its name."""
+    aside = _unfinished_name(folder, step)
+    os.rename(path_of(folder, step), aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def retain(folder: Path, keep_last: int, keep_best: bool) -> None:
+    """Delete all but the newest `keep_last` (at least one) and, with `keep_best`, the best score (the newest
+    of equals)."""
+    found = steps(folder)
+    kept = set(found[-max(keep_last, 1) :])
+    scored = [(score, step) for step in found if (score := _score(folder, step)) is not None]
+    if keep_best and scored:
+        kept.add(max(scored)[1])
+    for step in found:
+        if step not in kept:
+            discard(folder, step)
+
+
+def read(folder: Path, step: int | None = None) -> dict[str, Any]:
+    """The manifest of a step (None: the newest), after checking that every file is there in full size.
+
+    Raises CheckpointError naming the folder, the first bad file and the steps that are usable.
+    """
+    found = steps(folder)
+    wanted = step if step is not None else found[-1] if found else None
+    if wanted is None:
+        raise CheckpointError(
+            f"no complete checkpoint in {folder}: check the run's name, or start it without resume"
+        )
+    if wanted not in found:
+        raise CheckpointError(f"{path_of(folder, wanted)} does not exist; {_usable(folder, found)}")
+    try:
+        return _verified(path_of(folder, wanted))
+    except CheckpointError as error:
+        others = [other for other in found if other != wanted]
+        raise CheckpointError(f"{error}. Restore the file, or {_usable(folder, others)}") from None
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from error
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
+    for name, size in manifest["files"].items():
+        file = path / name
+        there = file.stat().st_size if file.is_file() else None
+        if there != size:
+            state = "is missing" if there is None else f"has {there} bytes instead of {size}"
+            raise CheckpointError(f"{file} {state}: the checkpoint is damaged")
+    return manifest
+
+
+def _usable(folder: Path, candidates: list[int]) -> str:
+    good = [str(step) for step in candidates if _is_usable(folder, step)]
+    if not good:
+        return f"start over: no other step in {folder} is usable"
+    return f"load one of the usable steps: {', '.join(good)} (delete the folders of later steps to resume)"
+
+
+def _is_usable(folder: Path, step: int) -> bool:
+    try:
+        _verified(path_of(folder, step))
+    except CheckpointError:
+        return False
+    return True
+
+
+def _score(folder: Path, step: int) -> float | None:
+    """None also where the manifest is damaged: retention must not stop a run for an old checkpoint."""
+    try:
+        return _verified(path_of(folder, step))["score"]
+    except CheckpointError:
+        return None
+
+
+def _unfinished_name(folder: Path, step: int) -> Path:
+    # Unique, so that a writer of a killed run cannot write into the folder of the run that replaces it.
+    return folder / f"{path_of(folder, step).name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

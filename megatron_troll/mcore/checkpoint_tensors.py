@@ -1,0 +1,176 @@
+"""A model and its optimizer as Megatron's sharded tensors, under names that no layout changes.
+
+`<model>.decoder.layers...` are the weights, `<model>.optimizer.state.{param,exp_avg,exp_avg_sq}.<weight>` the
+fp32 masters and Adam's moments, in the shape of the weight, whichever optimizer holds them. Everything else
+about the optimizer is two counters (`counters`): hyperparameters come from the config of the run.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from torch import Tensor, nn
+
+from megatron_troll.mcore.optimizer import Trainable
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+State = dict[str, Any]
+
+
+def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
+    """{"model0": .., "model1": .. (pipeline chunks), "optimizer": one entry per Megatron optimizer}.
+
+    For saving, gathers the distributed optimizer's shards over the data-parallel ranks (every rank then holds
+    3 fp32 copies of its model shard on the host) and blocks; for loading, allocates the same.
+    """
+    weights: State = {
+        f"model{i}": _without_empty_objects(stage.sharded_state_dict(metadata=dict(RESHARDABLE)))
+        for i, stage in enumerate(trained.model.stages)
+    }
+    for part in _parts(trained.optimizer):
+        _allocate(part)
+    # The optimizer's names derive from the weights': the prefix is added once, at the end.
+    optimizer = {
+        str(i): _sharded_part(part, trained, weights, loading)
+        for i, part in enumerate(_parts(trained.optimizer))
+    }
+    state = {**weights, "optimizer": optimizer}
+    add_prefix_for_sharding(state, f"{name}.")
+    return state
+
+
+@torch.no_grad()
+def restore(trained: Trainable, loaded: State, counters: dict[str, int]) -> None:
+    """Put what Megatron loaded for `sharded` in place, with the counters that were saved beside it."""
+    for i, stage in enumerate(trained.model.stages):
+        result = stage.load_state_dict(loaded[f"model{i}"], strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+    for i, part in enumerate(_parts(trained.optimizer)):
+        _restore_part(part, trained, loaded["optimizer"].get(str(i), {}))
+        _set_steps(part, counters["optimizer_steps"])
+    trained.schedule.num_steps = counters["schedule_steps"]
+    trained.schedule.step(0)
+
+
+def counters(trained: Trainable) -> dict[str, int]:
+    """Optimizer steps taken (Adam's bias correction) and the schedule's position."""
+    taken = [_steps_taken(part) for part in _parts(trained.optimizer)]
+    return {"optimizer_steps": max(taken, default=0), "schedule_steps": trained.schedule.num_steps}
+
+
+def first_difference(state: State, saved: State) -> str | None:
+    """The first weight on this rank whose global shape is another in the checkpoint's metadata."""
+    tensors, _ = extract_sharded_tensors_and_factories(state)
+    for tensor in nested_values(tensors):
+        ours, theirs = getattr(tensor, "global_shape", None), saved.get(tensor.key)
+        if theirs is None:
+            return f"{tensor.key} is not in the checkpoint"
+        if ours is not None and tuple(ours) != tuple(theirs.global_shape):
+            return f"{tensor.key} is {tuple(theirs.global_shape)} there and {tuple(ours)} here"
+    return None
+
+
+def _without_empty_objects(state: State) -> State:
+    """Megatron's own linear layers add an `_extra_state` of None each, which Transformer Engine fills for FP8;
+    as pickled objects they would outnumber the tensors."""
+    return {
+        key: value
+        for key, value in state.items()
+        if not (isinstance(value, ShardedObject) and value.data is None)
+    }
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Megatron chains one optimizer for dense and one for expert parameters where their groups differ."""
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _parameters(trained: Trainable) -> Iterator[nn.Parameter]:
+    for stage in trained.model.stages:
+        yield from stage.parameters()
+
+
+def _allocate(part: MegatronOptimizer) -> None:
+    """Create Adam's moments where no step has been taken, changing no weight."""
+    adam = part.optimizer
+    if adam.state:
+        return
+    rates = [group["lr"] for group in adam.param_groups]
+    for group in adam.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            if parameter.numel():
+                parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    adam.zero_grad()
+    for group, rate in zip(adam.param_groups, rates, strict=True):
+        group["lr"] = rate
+    _set_steps(part, 0)
+
+
+def _sharded_part(part: MegatronOptimizer, trained: Trainable, weights: State, loading: bool) -> State:
+    """One entry per parameter, by its index."""
+    if isinstance(part, DistributedOptimizer):
+        return part.sharded_param_state_fully_reshardable(weights, loading, dict(RESHARDABLE)) or {}
+    tensors, _ = extract_sharded_tensors_and_factories(weights)
+    by_parameter = {id(weight.data): weight for weight in nested_values(tensors)}
+    return {
+        i: {
+            key: make_sharded_optimizer_tensor(by_parameter[id(parameter)], tensor, f"optimizer.state.{key}")
+            for key, tensor in held.items()
+        }
+        for i, parameter in enumerate(_parameters(trained))
+        if (held := _held(part, parameter))
+    }
+
+
+def _restore_part(part: MegatronOptimizer, trained: Trainable, loaded: State) -> None:
+    if isinstance(part, DistributedOptimizer):
+        # Megatron copies every state tensor it finds from `loaded`, which has no step counters.
+        for state in part.optimizer.state.values():
+            state.pop("step", None)
+        part.load_parameter_state_from_fully_reshardable(loaded)
+        return
+    for i, parameter in enumerate(_parameters(trained)):
+        for key, tensor in _held(part, parameter).items():
+            tensor.copy_(loaded[i][key])
+
+
+def _held(part: MegatronOptimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The fp32 master (the parameter itself in fp32) and moments that a plain optimizer has of `parameter`."""
+    main = getattr(parameter, "main_param", parameter)
+    if main not in part.optimizer.state:
+        return {}
+    state = part.optimizer.state[main]
+    return {"param": main, **{key: state[key] for key in MOMENTS}}
+
+
+def _steps_taken(part: MegatronOptimizer) -> int:
+    """torch's AdamW counts per parameter, fused ones per group."""
+    adam = part.optimizer
+    counts = [state["step"] for state in adam.state.values() if "step" in state]
+    counts += [group["step"] for group in adam.param_groups if "step" in group]
+    return int(max(counts, default=0))
+
+
+def _set_steps(part: MegatronOptimizer, steps: int) -> None:
+    """torch advances the counter of each parameter, so none may be shared."""
+    adam = part.optimizer
+    fused = any("step" in group for group in adam.param_groups)
+    for group in adam.param_groups:
+        if fused:
+            group["step"] = steps
+            continue
+        for parameter in group["params"]:
+            if parameter in adam.state:
+                adam.state[parameter]["step"] = torch.tensor(float(steps))

@@ -1,0 +1,35 @@
+"""Cross-entropy on demonstrations: the warm start's loss, in the place of an objective."""
+
+from dataclasses import dataclass
+
+from megatron_troll.objectives.slots import Diagnostics, Statistics, logp_of
+from megatron_troll.types import LossTerms, ObjectiveInputs, Readings, Reads
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """loss = -sum_t weight_t log pi(o_t)."""
+
+    needs_statistics: bool = False
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(logp=True)
+
+    @property
+    def reads_old(self) -> Reads:
+        return Reads()
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {"objective": ("mean",)}
+
+    def prepare_old(self, old: Readings) -> Readings:
+        return old
+
+    def statistics(self, inputs: ObjectiveInputs) -> Statistics | None:
+        return None
+
+    def loss(self, inputs: ObjectiveInputs, statistics: Statistics | None = None) -> LossTerms:
+        logp = logp_of(inputs.new, "new")
+        return LossTerms(-(inputs.weight * logp).sum(), {"objective": logp.detach()})

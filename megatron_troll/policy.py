@@ -1,0 +1,16 @@
+"""A trained model: built, filled, with its optimizer."""
+
+from megatron_troll.config.tree import Model
+from megatron_troll.mcore.model import build
+from megatron_troll.mcore.optimizer import Trainable, trainable
+from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.parallel.groups import Groups
+from megatron_troll.weights.load import load
+from megatron_troll.weights.source import FolderSource, RandomSource
+
+
+def open_policy(model: Model, shape: ModelShape, groups: Groups, seed: int, updates: int) -> Trainable:
+    """The trained model with its weights and its optimizer over `updates` steps."""
+    built = build(model, shape, groups)
+    load(built, RandomSource(shape, seed) if model.init == "random" else FolderSource(model.path))
+    return trainable(built, model.optimizer, updates)

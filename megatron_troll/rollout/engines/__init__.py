@@ -1,0 +1,1 @@
+"""Engines, found by file name; each file defines one class with the methods of `Engine`."""

@@ -1,0 +1,118 @@
+"""The parts of a run, put together; where it stands, and how that is kept."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+from megatron_troll import rollout
+from megatron_troll.checks import Task
+from megatron_troll.data.order import PromptOrder
+from megatron_troll.learner import Learner
+from megatron_troll.mcore.checkpoint import Checkpoints
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.optimizer import Trainable
+from megatron_troll.observe.report import report
+from megatron_troll.observe.rollouts import RolloutStore
+from megatron_troll.observe.trackers import Summary, write_summary
+from megatron_troll.policy import open_policy
+from megatron_troll.rewards.score import Scorer
+from megatron_troll.rollout.engine import Engine
+from megatron_troll.session import Session, open_session
+from megatron_troll.trainer import PolicyTrainer
+from megatron_troll.weights.export import save as export
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands: rollout batches trained on, prompts drawn, seconds spent, consecutive batches
+    with skipped updates, held-out success at the start and last."""
+
+    step: int = 0
+    position: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    before: float | None = None
+    after: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop works with. `policy` is what is trained; `engine` draws from the same weights."""
+
+    task: Task
+    session: Session
+    policy: Trainable
+    learner: Learner
+    engine: Engine
+    scorer: Scorer
+    order: PromptOrder
+    store: RolloutStore
+    checkpoints: Checkpoints
+
+    def resume(self) -> Standing:
+        """Take up the newest checkpoint where `resume` is set and one exists; otherwise start. Blocks."""
+        standing = Standing()
+        if self.task.config.resume and self.checkpoints.latest() is not None:
+            standing = Standing(**self.checkpoints.load())
+        self.order.seek(standing.position)
+        self.session.begin_at(standing.step)
+        return standing
+
+    def save(self, standing: Standing) -> None:
+        """A checkpoint of `standing`. Blocks; with checkpoint.asynchronous the writing goes on behind."""
+        with self.session.phases("checkpoint"):
+            self.checkpoints.save(standing.step, asdict(standing), standing.after)
+
+    def since(self, standing: Standing, began: float) -> Standing:
+        """`standing` with the clock and the prompt position of now."""
+        seconds = standing.seconds + time.perf_counter() - began
+        return replace(standing, seconds=seconds, position=self.order.position)
+
+    def finish(self, standing: Standing) -> None:
+        """Export, summary and report of a run that is complete."""
+        config, folder = self.task.config, self.session.folder
+        self.checkpoints.finish()
+        if config.checkpoint.export:
+            export(self.policy.model, folder.hf, config.policy.path)
+        summary = Summary(standing.before, standing.after, standing.seconds, config.seed)
+
+        def write() -> None:
+            write_summary(folder.summary, summary)
+            report([folder.root], folder.report)
+
+        self.session.on_first(write)
+
+
+@contextmanager
+def open_run(task: Task) -> Iterator[Run]:
+    """Join the world, load the policy and build every part. Blocks on all ranks."""
+    config = task.config
+    with open_session(config, config.train.steps) as session, Scorer(config.reward) as scorer:
+        policy = open_policy(
+            config.policy, task.shape, session.groups, config.seed, config.train.steps * config.train.updates
+        )
+        head = Head(policy.model, config.rollout.sampling.temperature)
+        trainer = PolicyTrainer(policy, task.objective, head, config.objective.old)
+        yield Run(
+            task=task,
+            session=session,
+            policy=policy,
+            learner=Learner(trainer, config, session.phases),
+            engine=rollout.build(config.rollout, policy.model, task.tokenizer, task.stop_ids, config.seed),
+            scorer=scorer,
+            order=PromptOrder(len(task.prompts.train), config.seed, config.data.shuffle),
+            store=RolloutStore(session.folder.rollouts, task.tokenizer.decode),
+            checkpoints=open_checkpoints(session, policy),
+        )
+
+
+def open_checkpoints(session: Session, policy: Trainable) -> Checkpoints:
+    checkpoint = session.config.checkpoint
+    return Checkpoints(
+        session.folder.checkpoints,
+        {"policy": policy},
+        keep_last=checkpoint.keep_last,
+        keep_best=checkpoint.keep_best,
+        asynchronous=checkpoint.asynchronous,
+    )

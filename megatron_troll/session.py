@@ -1,0 +1,168 @@
+"""What a run has besides its algorithm: processes, folder, figures, watchdog, signals."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from megatron_troll.config.load import dump
+from megatron_troll.config.tree import Config
+from megatron_troll.mcore import parallel
+from megatron_troll.observe.files import write_atomic
+from megatron_troll.observe.hang import Watchdog
+from megatron_troll.observe.phases import Pace, Phases
+from megatron_troll.observe.progress import Progress, Silent, open_progress
+from megatron_troll.observe.rewind import rewind
+from megatron_troll.observe.run_folder import RunFolder, RunFolderError
+from megatron_troll.observe.trackers import Together, open_trackers
+from megatron_troll.parallel.groups import Groups
+from megatron_troll.types import Rollout
+
+
+@dataclass
+class Interrupts:
+    """Whether Ctrl-C, SIGTERM or SIGUSR1 has been asked of this rank. The run stops between two steps."""
+
+    asked: bool = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+@dataclass
+class Session:
+    """One rank's view of a running job. `trackers` exists on rank 0 only."""
+
+    config: Config
+    folder: RunFolder
+    groups: Groups
+    phases: Phases
+    progress: Progress
+    watchdog: Watchdog
+    interrupts: Interrupts
+    pace: Pace
+    started: float
+    trackers: Together | None = field(default=None)
+
+    @property
+    def is_first(self) -> bool:
+        return self.groups.world.rank == 0
+
+    @property
+    def seconds(self) -> float:
+        """Since this session began."""
+        return time.perf_counter() - self.started
+
+    def begin_at(self, step: int) -> None:
+        """The run goes on after `step`: later figures are set aside, trackers are opened. Blocks."""
+        if self.is_first:
+            rewind(self.folder, step)
+            self.trackers = open_trackers(
+                self.folder, self.config.observe, self.config.model_dump(by_alias=True), step + 1
+            )
+        self.groups.world.barrier()
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop. Blocks on all ranks."""
+        asked = torch.tensor(float(self.interrupts.asked), device=parallel.device())
+        return bool(self.groups.world.all_reduce(asked, dist.ReduceOp.MAX).item())
+
+    def log(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Write the figures of a finished step, with its time per phase."""
+        metrics = {**metrics, "seconds": seconds, **self.phases.take()}
+        if self.trackers is not None:
+            self.trackers.log(step, metrics)
+        self.progress.step(step, metrics, self.pace.eta(step, seconds))
+
+    def keep_broken(self, step: int, rollouts: Sequence[Rollout], broken: Sequence[int]) -> None:
+        """Write the batch of a step with NaN or Inf to broken/step_N.json: ids, log-probs, and which
+        samples are at fault."""
+        batch = [
+            {
+                "sample": rollout.name,
+                "at_fault": i in broken,
+                "prompt_ids": rollout.prompt_ids.tolist(),
+                "response_ids": rollout.response_ids.tolist(),
+                "logp": [repr(float(value)) for value in rollout.logp],
+            }
+            for i, rollout in enumerate(rollouts)
+        ]
+        path = self.folder.root / "broken" / f"step_{step:06d}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps(batch))
+
+    def on_first(self, act: Callable[[], object]) -> None:
+        """Run `act` on rank 0; the others wait."""
+        if self.is_first:
+            act()
+        self.groups.world.barrier()
+
+
+@contextmanager
+def open_session(config: Config, steps: int) -> Iterator[Session]:
+    """Join the world, take the run folder, and watch until the block ends.
+
+    Raises RunFolderError on every rank when rank 0 cannot have the folder.
+    """
+    with ExitStack() as stack:
+        groups = parallel.start(config.policy.layout, config.seed, config.observe.hang_timeout_s)
+        stack.callback(parallel.stop)
+        folder = RunFolder(Path(config.runs) / config.name)
+        _take_folder(stack, folder, config, groups)
+        first = groups.world.rank == 0
+        progress: Progress = open_progress(Console(), steps, config.name) if first else Silent()
+        watchdog = Watchdog(
+            folder.heartbeat, groups.world.rank, groups.world.size, config.observe.hang_timeout_s
+        )
+        stack.enter_context(watchdog)
+        stack.enter_context(progress)
+        session = Session(
+            config=config,
+            folder=folder,
+            groups=groups,
+            phases=Phases(watchdog.phase, progress.phase, synchronize=_synchronise()),
+            progress=progress,
+            watchdog=watchdog,
+            interrupts=stack.enter_context(_interrupts()),
+            pace=Pace(steps),
+            started=time.perf_counter(),
+        )
+        yield session
+        if session.trackers is not None:
+            session.trackers.close()
+
+
+def _take_folder(stack: ExitStack, folder: RunFolder, config: Config, groups: Groups) -> None:
+    problem: RunFolderError | None = None
+    if groups.world.rank == 0:
+        try:
+            stack.enter_context(folder.open(dump(config), config.resume))
+        except RunFolderError as error:
+            problem = error
+    problem = groups.world.broadcast_object(problem, 0)
+    if problem is not None:
+        raise problem
+
+
+@contextmanager
+def _interrupts() -> Iterator[Interrupts]:
+    interrupts = Interrupts()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, interrupts.handle) for number in numbers}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _synchronise() -> Callable[[], object]:
+    return torch.cuda.synchronize if torch.cuda.is_available() else lambda: None

@@ -1,0 +1,118 @@
+"""`mtroll sft`: supervised steps on demonstrations, through the trainer that RL uses."""
+
+import time
+
+import numpy as np
+
+from megatron_troll.batching.build import Form, build
+from megatron_troll.batching.plan import Schedule, plan
+from megatron_troll.batching.weights import step_weights
+from megatron_troll.checks import Task
+from megatron_troll.config import ConfigError
+from megatron_troll.config.tree import WarmStart
+from megatron_troll.data.demonstrations import Demonstration, load_demonstrations
+from megatron_troll.data.order import PromptOrder
+from megatron_troll.learner import capacity
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.optimizer import Trainable
+from megatron_troll.mcore.parallel import device
+from megatron_troll.objectives.supervised import Supervised
+from megatron_troll.policy import open_policy
+from megatron_troll.session import Session, open_session
+from megatron_troll.trainer import PolicyTrainer
+from megatron_troll.types import MicroBatch, Prompt, Readings, Rollout
+from megatron_troll.weights.export import save as export
+
+NOTHING = Readings(None, None, None)
+
+
+def warm_start(task: Task) -> bool:
+    """Train on `config.sft` and export to runs/<name>/hf. Returns whether it got to its last step: an
+    interrupted warm start is started again. Runs on every rank."""
+    config, sft = task.config, sft_of(task)
+    examples = [example(demonstration, task) for demonstration in load_demonstrations(sft.files)]
+    order = PromptOrder(len(examples), config.seed)
+    with open_session(config, sft.steps) as session:
+        policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps)
+        trainer = PolicyTrainer(policy, Supervised(), Head(policy.model))
+        session.begin_at(0)
+        for step in range(1, sft.steps + 1):
+            if session.stopping():
+                session.progress.say(
+                    f"stopped after step {step - 1}; a warm start is not resumed: run it again"
+                )
+                return False
+            chosen = [examples[i] for i in order.next(sft.sequences)]
+            supervised_step(session, trainer, chosen, step)
+        export(policy.model, session.folder.hf, config.policy.path)
+    return True
+
+
+def sft_of(task: Task) -> WarmStart:
+    if task.config.sft is None:
+        raise ConfigError("sft: missing; `mtroll sft` needs sft.files, demonstrations to learn from")
+    return task.config.sft
+
+
+def supervised_step(session: Session, trainer: PolicyTrainer, chosen: list[Rollout], step: int) -> None:
+    """One optimizer step on `chosen`, logged."""
+    began = time.perf_counter()
+    batches = micro_batches(session, trainer.trainable, chosen)
+    with session.phases("forward_backward"):
+        gradients = trainer.accumulate(batches, [NOTHING] * len(batches))
+    with session.phases("optimizer"):
+        if not trainer.healthy(gradients):
+            raise FloatingPointError(f"step {step}: the loss or a gradient is NaN or Inf; lower optimizer.lr")
+        grad_norm = trainer.trainable.step()
+    seconds = time.perf_counter() - began
+    tokens = sum(len(r.response_ids) + 1 for r in chosen)
+    metrics = {
+        "loss": gradients.loss,
+        "grad_norm": grad_norm,
+        "lr": trainer.trainable.lr,
+        "entropy": gradients.metrics["entropy"],
+        "tokens_per_s": tokens / seconds,
+    }
+    session.log(step, metrics, seconds)
+
+
+def micro_batches(session: Session, policy: Trainable, chosen: list[Rollout]) -> list[MicroBatch]:
+    """This rank's share of one step."""
+    groups, config = policy.model.groups, session.config
+    form = Form(
+        vocab=policy.model.shape.vocab,
+        packed=config.train.packing,
+        cp_rank=groups.cp.rank,
+        cp_size=groups.cp.size,
+        tp_size=groups.tp.size,
+    )
+    arranged = plan(
+        [len(r.response_ids) for r in chosen],
+        list(range(len(chosen))),
+        Schedule(updates=1, epochs=1, seed=0),
+        capacity(config, groups, form.align),
+    ).steps[0]
+    weights = step_weights(chosen, arranged.responses, "token-mean", None)
+    nothing = [0.0] * len(chosen)
+    return [
+        build(chosen, nothing, weights, members, form).to(device())
+        for members in arranged.ranks[groups.dp.rank]
+    ]
+
+
+def example(demonstration: Demonstration, task: Task) -> Rollout:
+    """A demonstration in the form that batches are built from: its first token is the prompt."""
+    ids, mask = demonstration.encode(task.tokenizer)
+    return Rollout(
+        prompt=Prompt(demonstration.where, demonstration.messages, ""),
+        group=0,
+        sample=0,
+        prompt_ids=ids[:1],
+        response_ids=ids[1:],
+        mask=mask[1:],
+        logp=np.zeros(len(ids) - 1, dtype=np.float32),
+        topk=None,
+        text="",
+        finish="stop",
+        version=0,
+    )

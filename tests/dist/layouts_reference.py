@@ -1,0 +1,181 @@
+"""What every layout must give, by plain autograd on one process.
+
+Hugging Face's model runs each sequence alone and unpadded; the objectives are written out over the whole
+vocabulary in float64. Nothing here uses batching, packing, sharding or the objectives of the package.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_troll.mcore.shape import shape_of
+from megatron_troll.types import Rollout
+from megatron_troll.weights.families import table_of
+from megatron_troll.weights.source import TensorSource, Unstacked
+from tests.dist.layouts_batch import (
+    ALPHA,
+    BOUND,
+    DELTA,
+    EPS_HIGH,
+    EPS_LOW,
+    P_D,
+    TEMPERATURE,
+    Batch,
+    K,
+    Weights,
+)
+from tests.dist.tiny import MOE, reference
+from tests.unit.objectives.oracle import dense_sparsified, kl, troll
+
+
+@dataclass(frozen=True)
+class Read:
+    """logits [N, V] float64 after temperature where the N loss tokens are predicted; routing, per layer, the
+    router's logits [T, E] over every token of every sequence."""
+
+    logits: Tensor
+    routing: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The N loss tokens: target, advantage, weight of a token under token-mean and seq-mean-token-mean."""
+
+    target: Tensor
+    advantage: Tensor
+    token_mean: Tensor
+    sequence_mean: Tensor
+
+
+@dataclass(frozen=True)
+class Supports:
+    """Kept ids [N, V] in order of value with a mask, before the update and now."""
+
+    before: tuple[Tensor, Tensor]
+    now: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """loss, and the gradients of all Hugging Face tensors by name."""
+
+    loss: float
+    gradients: Weights
+
+
+class Reference:
+    """Loss and gradients of the batch at its weights `now`."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.tokens = _tokens(batch)
+        self.model = reference(MOE)
+        self.model.load_state_dict(batch.before)
+        with torch.no_grad():
+            self.before = read(self.model, batch.rollouts)
+        self.model.load_state_dict(batch.now)
+        self.now = read(self.model, batch.rollouts)
+        self.supports = Supports(_support(self.before, self.tokens), _support(self.now, self.tokens))
+
+    def expected(self, objective: str, aux: float) -> Expected:
+        """Of a named objective, plus the balancing loss with coefficient `aux` in the gradients."""
+        loss = -self.value(objective)
+        total = loss + aux * balancing_loss(self.now.routing).double()
+        self.model.zero_grad()
+        total.backward(retain_graph=True)
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        source = Unstacked(TensorSource(gradients), table_of(shape_of(MOE)))
+        return Expected(loss.item(), {name: source.read(name).clone() for name in source.shapes})
+
+    def value(self, objective: str) -> Tensor:
+        """The objective, to be maximised."""
+        tokens = self.tokens
+        if objective == "clip":
+            ratio = self.ratio
+            bounded = ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH)
+            score = torch.minimum(ratio * tokens.advantage, bounded * tokens.advantage)
+            return (tokens.sequence_mean * score).sum()
+        p, q = self.sparse(objective)
+        return (tokens.token_mean * troll(p, q, tokens.target, tokens.advantage, BOUND, ALPHA)).sum()
+
+    @property
+    def ratio(self) -> Tensor:
+        at = self.tokens.target[:, None]
+        now, before = self.now.logits.log_softmax(1), self.before.logits.log_softmax(1)
+        return (now.gather(1, at) - before.gather(1, at))[:, 0].exp()
+
+    def sparse(self, objective: str) -> tuple[Tensor, Tensor]:
+        """p' and q' [N, V] of eq. 21, of the weights now and before."""
+        support = self.supports.now if objective == "troll-own" else self.supports.before
+        q = dense_sparsified(self.before.logits, *self.supports.before, P_D)
+        return dense_sparsified(self.now.logits, *support, P_D), q
+
+    def kl_before(self, objective: str) -> Tensor:
+        """[N] KL(new' || old'), what the trust region bounds."""
+        return kl(*self.sparse(objective)).detach()
+
+
+def read(model: nn.Module, rollouts: Sequence[Rollout]) -> Read:
+    """Each sequence alone: prompt and response without the last token."""
+    logits, routing = [], []
+    for rollout in rollouts:
+        ids = torch.tensor([*rollout.prompt_ids, *rollout.response_ids])[:-1]
+        with _routers_watched(model) as seen:
+            output = model(ids[None]).logits[0]
+        start = len(rollout.prompt_ids) - 1
+        logits.append(output[start:][torch.from_numpy(rollout.mask) > 0])
+        routing.append(seen)
+    return Read(torch.cat(logits).double() / TEMPERATURE, [torch.cat(layer) for layer in zip(*routing)])
+
+
+@contextmanager
+def _routers_watched(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The router logits [T, E] of each layer, computed from what the router is given."""
+    seen: list[Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda gate, inputs: seen.append(F.linear(inputs[0], gate.weight)))
+        for name, module in model.named_modules()
+        if name.endswith("mlp.gate")
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def balancing_loss(routing: Sequence[Tensor]) -> Tensor:
+    """Switch Transformer's (arXiv:2101.03961, eq. 4) for top-k over all tokens, summed over the layers:
+    E sum_e f_e P_e, f_e the fraction of choices that fell on expert e, P_e its mean probability."""
+    losses = []
+    for logits in routing:
+        experts, chosen = logits.shape[1], MOE["num_experts_per_tok"]
+        picks = logits.topk(chosen, 1).indices.flatten()
+        fraction = torch.bincount(picks, minlength=experts) / len(picks)
+        losses.append(experts * (fraction * logits.softmax(1).mean(0)).sum())
+    return torch.stack(losses).sum()
+
+
+def _tokens(batch: Batch) -> Tokens:
+    lengths = [int(rollout.mask.sum()) for rollout in batch.rollouts]
+    spread = torch.tensor(lengths)
+    filled = sum(length > 0 for length in lengths)
+    per_sequence = torch.tensor([1 / (filled * length) if length else 0.0 for length in lengths])
+    targets = [torch.from_numpy(r.response_ids)[torch.from_numpy(r.mask) > 0] for r in batch.rollouts]
+    return Tokens(
+        target=torch.cat(targets),
+        advantage=torch.tensor(batch.advantages, dtype=torch.float64).repeat_interleave(spread),
+        token_mean=torch.full((sum(lengths),), 1 / sum(lengths), dtype=torch.float64),
+        sequence_mean=per_sequence.double().repeat_interleave(spread),
+    )
+
+
+def _support(read: Read, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """The shortest prefix of at most K tokens with mass 1 - DELTA, and the sampled token."""
+    ids = read.logits.detach().argsort(1, descending=True)
+    mass = read.logits.detach().softmax(1).gather(1, ids)
+    prefix = mass.cumsum(1) - mass < 1 - DELTA
+    prefix[:, K:] = False
+    return ids, prefix | (ids == tokens.target[:, None])
