@@ -1,27 +1,28 @@
 """The random generators of one rank as JSON: python, numpy, torch, and its CUDA device."""
 
 import base64
+import json
 import random
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def capture() -> dict[str, Any]:
+def captured() -> str:
     """The state of every generator of this process."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
+    state = {
         "python": random.getstate(),
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "torch": _text(torch.get_rng_state()),
         "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
     }
+    return json.dumps(state)
 
 
-def restore(state: dict[str, Any]) -> None:
-    """Continue from what `capture` gave, after a round trip through JSON."""
+def restore(text: str) -> None:
+    """Continue from what `captured` gave."""
+    state = json.loads(text)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

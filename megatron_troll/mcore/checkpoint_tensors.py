@@ -12,7 +12,10 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, extract_sharded_tensors_and_factories
+from megatron.core.dist_checkpointing.utils import (
+    add_prefix_for_sharding,
+    extract_sharded_tensors_and_factories,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor, nn
@@ -31,20 +34,24 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     For saving, gathers the distributed optimizer's shards over the data-parallel ranks (every rank then holds
     3 fp32 copies of its model shard on the host) and blocks; for loading, allocates the same.
     """
-    weights: State = {
-        f"model{i}": _without_empty_objects(stage.sharded_state_dict(metadata=dict(RESHARDABLE)))
-        for i, stage in enumerate(trained.model.stages)
-    }
+    chunks = _chunks(trained)
     for part in _parts(trained.optimizer):
         _allocate(part)
     # The optimizer's names derive from the weights': the prefix is added once, at the end.
     optimizer = {
-        str(i): _sharded_part(part, trained, weights, loading)
+        str(i): _sharded_part(part, trained, chunks, loading)
         for i, part in enumerate(_parts(trained.optimizer))
     }
-    state = {**weights, "optimizer": optimizer}
+    state = {**chunks, "optimizer": optimizer}
     add_prefix_for_sharding(state, f"{name}.")
     return state
+
+
+def weights(name: str, trained: Trainable) -> State:
+    """The weights alone of `sharded`."""
+    chunks = _chunks(trained)
+    add_prefix_for_sharding(chunks, f"{name}.")
+    return chunks
 
 
 @torch.no_grad()
@@ -77,6 +84,13 @@ def first_difference(state: State, saved: State) -> str | None:
         if ours is not None and tuple(ours) != tuple(theirs.global_shape):
             return f"{tensor.key} is {tuple(theirs.global_shape)} there and {tuple(ours)} here"
     return None
+
+
+def _chunks(trained: Trainable) -> State:
+    return {
+        f"model{i}": _without_empty_objects(stage.sharded_state_dict(metadata=dict(RESHARDABLE)))
+        for i, stage in enumerate(trained.model.stages)
+    }
 
 
 def _without_empty_objects(state: State) -> State:
@@ -118,11 +132,11 @@ def _allocate(part: MegatronOptimizer) -> None:
     _set_steps(part, 0)
 
 
-def _sharded_part(part: MegatronOptimizer, trained: Trainable, weights: State, loading: bool) -> State:
+def _sharded_part(part: MegatronOptimizer, trained: Trainable, chunks: State, loading: bool) -> State:
     """One entry per parameter, by its index."""
     if isinstance(part, DistributedOptimizer):
-        return part.sharded_param_state_fully_reshardable(weights, loading, dict(RESHARDABLE)) or {}
-    tensors, _ = extract_sharded_tensors_and_factories(weights)
+        return part.sharded_param_state_fully_reshardable(chunks, loading, dict(RESHARDABLE)) or {}
+    tensors, _ = extract_sharded_tensors_and_factories(chunks)
     by_parameter = {id(weight.data): weight for weight in nested_values(tensors)}
     return {
         i: {

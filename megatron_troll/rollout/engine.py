@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +22,10 @@ class Request:
     prompt_ids: np.ndarray
 
 
+@runtime_checkable
 class Engine(Protocol):
-    """Draws one rollout per request under the newest weights.
+    """Draws one rollout per request under the newest weights. A response ends with one of `stop_ids`, which
+    hold the tokens of `sampling.stop`, or after `sampling.max_tokens`; its text lacks the stop token.
 
     The same requests, `sampling` and `round` give the same tokens on any layout: a token's uniform is keyed
     by (seed, round, prompt id, sample, position). Every rank calls it with the same requests and receives

@@ -30,9 +30,9 @@ def uniforms(keys: Sequence[int], position: int) -> np.ndarray:
 
 
 def draw(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """A token [B] per row of log-probabilities logp [B, V], after temperature, by the inverse of the cumulative
-    distribution of the tokens that the filters of `sampling` keep, in id order. Temperature 0 takes the
-    largest (lowest id on ties).
+    """A token [B] per row of log-probabilities logp [B, V], after temperature, by the inverse of the
+    cumulative distribution, in id order, of the tokens that the filters of `sampling` keep. Temperature 0
+    takes the largest, the lowest id on ties.
 
     uniform [B] float64 in [0, 1). A row that holds NaN gives some valid token. Holds B x V in float64.
     """
@@ -40,7 +40,7 @@ def draw(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         return logp.argmax(-1)
     cumulative = keep(logp.exp(), sampling).cumsum(-1, dtype=torch.float64)
     threshold = (uniform * cumulative[:, -1])[:, None]
-    # The first id whose cumulative probability exceeds the threshold. One always does: uniform * total < total.
+    # The first id whose cumulative probability exceeds the threshold: uniform * total < total, so one does.
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logp.shape[1] - 1)
 
 
@@ -57,7 +57,7 @@ def keep(probs: Tensor, sampling: Sampling) -> Tensor:
 
 def _first(probs: Tensor, sampling: Sampling) -> Tensor:
     """[B, V] bool: the `top_k` largest, and of those in front of which lies less than the mass `top_p`."""
-    ordered, ids = probs.sort(-1, descending=True, stable=True)
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
     kept = torch.ones_like(probs, dtype=torch.bool)
     if sampling.top_k:
         kept[:, sampling.top_k :] = False

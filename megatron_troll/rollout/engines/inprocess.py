@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.config.tree import RolloutConfig, Sampling
-from megatron_troll.data.chat import Chat
 from megatron_troll.mcore.decode import Decoder, generation_mode
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel
@@ -36,9 +36,10 @@ class InProcessEngine:
     """Samples with KV caches on the training weights under TP, EP, PP and DP: each data-parallel rank draws
     its share of the requests, `max_sequences` at a time, then all ranks gather everything."""
 
-    model: MegatronModel
-    chat: Chat
     config: RolloutConfig
+    model: MegatronModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
     seed: int
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
@@ -62,7 +63,7 @@ class InProcessEngine:
         """One static batch to its end; the answers on the last pipeline stage, [] elsewhere. A rank without
         requests still decodes one padding row, since experts may be spread over data-parallel ranks."""
         keys = [sample_key(self.seed, round, r.prompt.id, r.sample) for r in requests] or [0]
-        stops = torch.tensor(sorted(self.chat.stop_ids), device=device())
+        stops = torch.tensor(self.stop_ids, device=device())
         tokens, padding = left_pad([r.prompt_ids for r in requests] or [np.zeros(1, dtype=np.int64)])
         decoder = Decoder(self.model, padding, tokens.shape[1] + sampling.max_tokens)
         done = torch.full((len(keys),), not requests, device=tokens.device)
@@ -76,7 +77,7 @@ class InProcessEngine:
                 break
         if not self.model.groups.is_last_stage:
             return []
-        return answers_of(steps, self.chat.stop_ids)[: len(requests)]
+        return answers_of(steps, self.stop_ids)[: len(requests)]
 
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` is true on some rank. Blocks on the world."""
@@ -91,12 +92,13 @@ class InProcessEngine:
             empty = torch.empty(len(keys), dtype=torch.long, device=device())
             return Step(pp.broadcast(empty, pp.size - 1), None, None, None)
         logits = torch.cat(tp.all_gather(Head(self.model).logits(hidden)), -1)[:, :size]
-        uniform = torch.from_numpy(uniforms(keys, position)).to(logits.device)
-        token, logp = draw(logits, uniform, sampling)
+        law = torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
+        uniform = torch.from_numpy(uniforms(keys, position)).to(law.device)
+        token = draw(law, uniform, sampling)
         pp.broadcast(token, pp.size - 1)
+        logp = law.gather(1, token[:, None])[:, 0]
         if not self.config.top_k:
             return Step(token, logp, None, None)
-        law = torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
         values, ids = vocab.topk(law, self.config.top_k, ALONE, size)
         return Step(token, logp, ids, values)
 
@@ -110,10 +112,14 @@ class InProcessEngine:
             mask=np.ones(len(answer.ids), dtype=np.float32),
             logp=answer.logp,
             topk=answer.topk,
-            text=self.chat.answer_text(answer.ids),
+            text=self._text(answer),
             finish=answer.finish,
             version=round,
         )
+
+    def _text(self, answer: Answer) -> str:
+        ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
+        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
 
 @dataclass(frozen=True)

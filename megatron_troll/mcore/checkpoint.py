@@ -1,0 +1,267 @@
+"""Save and load whole training states with Megatron's distributed checkpoints (torch_dist).
+
+A checkpoint folder holds Megatron's files (`__<rank>_<n>.distcp`, `.metadata`, `metadata.json`, and a
+`common.pt` that is empty here), `rng_<rank>.json` and `checkpoint.json` with everything else. Ours is JSON, and
+tensors are read with weights_only, but Megatron unpickles `.metadata`: load only checkpoints you trust as code.
+"""
+
+import json
+import math
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_troll.mcore import checkpoint_folder as folders
+from megatron_troll.mcore import checkpoint_rng as rng
+from megatron_troll.mcore import checkpoint_tensors as tensors
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.mcore.optimizer import Trainable
+
+T = TypeVar("T")
+VERSIONED = ("megatron-core", "torch")
+# What Megatron raises on the rank that failed; torch's CheckpointException is raised on every rank.
+LOCAL_FAILURES = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
+
+
+class Checkpoints:
+    """The checkpoints of one run, for the models it trains, by name. Every method but `latest` and `steps` is
+    called by every rank and blocks on all of them.
+
+    `folder` must be on a file system that all ranks share. A program that saves needs an
+    `if __name__ == "__main__"` guard: Megatron spawns a helper process.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        trainables: dict[str, Trainable],
+        keep_last: int = 2,
+        keep_best: bool = True,
+        asynchronous: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.trainables = trainables
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.asynchronous = asynchronous
+        self._world = next(iter(trainables.values())).model.groups.world
+        self._queue = AsyncCallsQueue()
+        self._draft = Path()
+        self._at: int | None = None
+
+    def steps(self) -> list[int]:
+        """Steps that can be loaded, ascending."""
+        return folders.steps(self.folder)
+
+    def latest(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
+        """Write models, optimizers, schedules, generators and `state` (JSON-able; rank 0's is kept) as `step`.
+
+        The folder appears under its name only once every rank's files are on disk. Asynchronously, that
+        happens in a later `maybe_finalize`, the next `save` or `finish`; tensors are copied to the host (on a
+        machine without GPU: snapshotted by fork) before this returns. The step that was last loaded or saved
+        is not written again. After loading an earlier step, the steps that came after it are deleted when
+        the first new one is complete.
+
+        Raises CheckpointError on every rank; what was complete before stays usable. Only a disk that fills
+        during Megatron's own small files (`common.pt`, `.metadata`) raises on rank 0 alone.
+        """
+        if score is not None and not math.isfinite(score):
+            raise ValueError(f"the score of step {step} is {score}; leave it out or give a finite number")
+        self.finish()
+        if step == self._at:
+            return
+        manifest = self._manifest(step, json.loads(json.dumps(state)), score)
+        self._draft = self._once(lambda: self._new_draft(step))
+        with self._saving():
+            self._everywhere(lambda: _rng_file(self._draft, self._world.rank).write_text(rng.captured()))
+            request = dist_checkpointing.save(
+                self._sharded(loading=False), str(self._draft), async_sharded_save=True
+            )
+            assert request is not None
+            request.add_finalize_fn(partial(self._publish, manifest))
+            if self.asynchronous:
+                self._queue.schedule_async_request(request)
+            else:
+                request.execute_sync()
+
+    def maybe_finalize(self) -> None:
+        """Complete an asynchronous save if every rank has written its files; returns at once where nothing is
+        pending. Raises CheckpointError where writing failed."""
+        self._finalize(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for a pending save and complete it."""
+        self._finalize(blocking=True)
+
+    def load(self, step: int | Literal["latest"] = "latest") -> dict[str, Any]:
+        """Fill models, optimizers and schedules from a checkpoint of any layout and return its `state`.
+
+        Learning rate and weight decay follow this run's config at the saved position of the schedule. The
+        random generators continue only where world and layouts are those of the save; sampling is keyed and
+        needs none. A plain and a distributed optimizer read each other's checkpoints.
+
+        Raises CheckpointError, before anything is changed, where files are missing or cut short or the
+        models differ; later ones say that the models in memory are lost.
+        """
+        self.finish()
+        wanted = None if step == "latest" else step
+        manifest = self._once(lambda: folders.read(self.folder, wanted))
+        path = folders.path_of(self.folder, manifest["step"])
+        self._once(lambda: self._check_models(path, manifest))
+        loaded = self._read(path)
+        for name, trained in self.trainables.items():
+            tensors.restore(trained, loaded[name], manifest["models"][name]["counters"])
+        if manifest["layouts"] == self._layouts():
+            self._everywhere(lambda: rng.restore(_rng_file(path, self._world.rank).read_text()))
+        self._at = manifest["step"]
+        return manifest["state"]
+
+    def _sharded(self, *, loading: bool) -> dict[str, Any]:
+        return {name: tensors.sharded(name, t, loading=loading) for name, t in self.trainables.items()}
+
+    def _new_draft(self, step: int) -> Path:
+        if self._at is None and (there := [s for s in self.steps() if s >= step]):
+            raise CheckpointError(
+                f"{self.folder} already has step {there[-1]} of another run, and this one is at {step}: load "
+                "it (resume=true), delete it, or use another folder"
+            )
+        return folders.draft(self.folder, step)
+
+    def _publish(self, manifest: dict[str, Any]) -> None:
+        self._once(lambda: self._complete(manifest))
+        self._at = manifest["step"]
+
+    def _complete(self, manifest: dict[str, Any]) -> None:
+        for later in [s for s in self.steps() if self._at is not None and s > self._at]:
+            folders.discard(self.folder, later)
+        folders.publish(self._draft, folders.path_of(self.folder, manifest["step"]), manifest)
+        folders.retain(self.folder, self.keep_last, self.keep_best)
+
+    def _finalize(self, blocking: bool) -> None:
+        with self._saving():
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            return dist_checkpointing.load(self._sharded(loading=True), str(path))  # pyright: ignore
+        except (CheckpointException, *LOCAL_FAILURES) as error:
+            raise CheckpointError(
+                f"loading {path} failed half-way, so that the models in memory are lost: {_reason(error)}. "
+                f"Steps in {self.folder}: {self.steps()}"
+            ) from error
+
+    def _check_models(self, path: Path, manifest: dict[str, Any]) -> None:
+        """On rank 0: whether the checkpoint is of these models."""
+        saved, ours = manifest["models"], self.trainables
+        if saved.keys() != ours.keys():
+            raise CheckpointError(f"{path} holds the models {sorted(saved)}, this run trains {sorted(ours)}")
+        for name, trained in ours.items():
+            here, there = asdict(trained.model.shape), saved[name]["shape"]
+            differing = [
+                f"{key} {there.get(key)} there, {here[key]} here"
+                for key in here
+                if here[key] != there.get(key)
+            ]
+            if differing:
+                first = tensors.first_difference(
+                    tensors.weights(name, trained), dist_checkpointing.load_tensors_metadata(str(path))
+                )
+                raise CheckpointError(
+                    f"{path} is of another model than {name!r}: {', '.join(differing)}; "
+                    f"first tensor that differs: {first}"
+                )
+
+    def _manifest(self, step: int, state: dict[str, Any], score: float | None) -> dict[str, Any]:
+        models = {
+            name: {"shape": asdict(trained.model.shape), "counters": tensors.counters(trained)}
+            for name, trained in self.trainables.items()
+        }
+        return {
+            "step": step,
+            "score": score,
+            "layouts": self._layouts(),
+            "models": models,
+            "versions": {package: version(package) for package in VERSIONED},
+            "state": state,
+        }
+
+    def _layouts(self) -> dict[str, Any]:
+        """World size, and the parallel sizes of each model."""
+        sizes = {name: layout_of(trained) for name, trained in self.trainables.items()}
+        return {"world": self._world.size, "models": sizes}
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Turn what Megatron raises into CheckpointError, and free the disk of the failed draft."""
+        try:
+            yield
+        except CheckpointException as error:
+            raise self._failed(self._world.broadcast_object(_reason(error), 0)) from error
+        except CheckpointError as error:
+            raise self._failed(str(error)) from error
+        except LOCAL_FAILURES as error:
+            # Other ranks may be anywhere: no collective. This process ends, and theirs fail with it.
+            raise self._failed(f"rank {self._world.rank}: {_reason(error)}") from error
+
+    def _failed(self, reason: str) -> CheckpointError:
+        if self._world.rank == 0:
+            shutil.rmtree(self._draft, ignore_errors=True)
+        return CheckpointError(
+            f"saving {self._draft} failed: {reason}. Steps that are still usable: {self.steps() or 'none'}"
+        )
+
+    def _everywhere(self, action: Callable[[], T]) -> T:
+        """`action()` on every rank; if it fails on any, CheckpointError on all."""
+        result, problem = None, None
+        try:
+            result = action()
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"rank {self._world.rank}: {error}"
+        problems = [problem for problem in self._world.all_gather_objects(problem) if problem]
+        if problems:
+            raise CheckpointError("; ".join(dict.fromkeys(problems)))
+        return cast("T", result)
+
+    def _once(self, action: Callable[[], T]) -> T:
+        """`action()` on rank 0; its result, or CheckpointError, on every rank."""
+        result = self._everywhere(lambda: action() if self._world.rank == 0 else None)
+        return self._world.broadcast_object(result, 0)
+
+
+def layout_of(trained: Trainable) -> dict[str, int]:
+    """The parallel sizes of a model."""
+    config = trained.model.config
+    return {
+        "tp": config.tensor_model_parallel_size,
+        "pp": config.pipeline_model_parallel_size,
+        "vpp": config.virtual_pipeline_model_parallel_size or 1,
+        "cp": config.context_parallel_size,
+        "ep": config.expert_model_parallel_size,
+        "etp": config.expert_tensor_parallel_size or 1,
+    }
+
+
+def _rng_file(path: Path, rank: int) -> Path:
+    return path / f"rng_{rank:05d}.json"
+
+
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, CheckpointException):
+        return f"{type(error).__name__}: {error}"
+    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
