@@ -32,6 +32,10 @@ class Task:
     prompts: PromptSet
     objective: Objective
 
+    def token_text(self, token: int) -> str:
+        """What one token id reads as."""
+        return str(self.tokenizer.decode([token]))
+
 
 def prepare(config: Config) -> Task:
     """Read and check what `config` names. Raises one of PROBLEMS with what is wrong and where; touches no

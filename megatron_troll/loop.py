@@ -63,7 +63,9 @@ def train_step(run: Run, standing: Standing) -> Standing:
     group = torch.tensor([rollout.group for rollout in judged.rollouts])
     advantages = run.task.objective.advantage(torch.from_numpy(rewards), group)
     if config.observe.rollouts:
-        run.session.on_first(lambda: run.store.write(step, judged.rollouts, rewards, advantages.tolist()))
+        run.session.on_first(
+            lambda: run.store.write(step, judged.rollouts, rewards.tolist(), advantages.tolist())
+        )
     learned = run.learner.learn(judged.rollouts, advantages.tolist(), step)
     standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
     metrics = {**judged.metrics, **learned.metrics, "lr": run.policy.lr, "skipped_updates": learned.skipped}

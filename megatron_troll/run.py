@@ -102,7 +102,7 @@ def open_run(task: Task) -> Iterator[Run]:
             engine=rollout.build(config.rollout, policy.model, task.tokenizer, task.stop_ids, config.seed),
             scorer=scorer,
             order=PromptOrder(len(task.prompts.train), config.seed, config.data.shuffle),
-            store=RolloutStore(session.folder.rollouts, task.tokenizer.decode),
+            store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy),
         )
 

@@ -1,8 +1,9 @@
 """Save and load whole training states with Megatron's distributed checkpoints (torch_dist).
 
-A checkpoint folder holds Megatron's files (`__<rank>_<n>.distcp`, `.metadata`, `metadata.json`, and a
-`common.pt` that is empty here), `rng_<rank>.json` and `checkpoint.json` with everything else. Ours is JSON, and
-tensors are read with weights_only, but Megatron unpickles `.metadata`: load only checkpoints you trust as code.
+A checkpoint folder holds Megatron's files (`__<rank>_<n>.distcp`, `.metadata`, `metadata.json` and a
+`common.pt` that is empty here), `rng_<rank>.json`, and `checkpoint.json` with everything else. Ours is JSON
+and tensors are read with weights_only, but Megatron unpickles `.metadata`: load only checkpoints that you
+would run as code.
 """
 
 import json
@@ -68,7 +69,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def save(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
-        """Write models, optimizers, schedules, generators and `state` (JSON-able; rank 0's is kept) as `step`.
+        """Write models, optimizers, schedules, generators and `state` (JSON-able, of rank 0) as `step`.
 
         The folder appears under its name only once every rank's files are on disk. Asynchronously, that
         happens in a later `maybe_finalize`, the next `save` or `finish`; tensors are copied to the host (on a

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+
 import numpy as np
 import torch
 from torch import Tensor

@@ -25,7 +25,7 @@ from megatron_troll.mcore.optimizer import Trainable
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
-State = dict[str, Any]
+State = dict[Any, Any]
 
 
 def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
@@ -60,7 +60,8 @@ def restore(trained: Trainable, loaded: State, counters: dict[str, int]) -> None
     for i, stage in enumerate(trained.model.stages):
         result = stage.load_state_dict(loaded[f"model{i}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
-        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+        missing += result.unexpected_keys
+        assert not missing, missing
     for i, part in enumerate(_parts(trained.optimizer)):
         _restore_part(part, trained, loaded["optimizer"].get(str(i), {}))
         _set_steps(part, counters["optimizer_steps"])
@@ -94,8 +95,8 @@ def _chunks(trained: Trainable) -> State:
 
 
 def _without_empty_objects(state: State) -> State:
-    """Megatron's own linear layers add an `_extra_state` of None each, which Transformer Engine fills for FP8;
-    as pickled objects they would outnumber the tensors."""
+    """Megatron's own linear layers add an `_extra_state` of None each, which Transformer Engine fills for
+    FP8; as pickled objects they would outnumber the tensors."""
     return {
         key: value
         for key, value in state.items()
@@ -161,7 +162,7 @@ def _restore_part(part: MegatronOptimizer, trained: Trainable, loaded: State) ->
 
 
 def _held(part: MegatronOptimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The fp32 master (the parameter itself in fp32) and moments that a plain optimizer has of `parameter`."""
+    """What a plain optimizer has of `parameter`: its fp32 master (in fp32, the parameter) and the moments."""
     main = getattr(parameter, "main_param", parameter)
     if main not in part.optimizer.state:
         return {}

@@ -36,17 +36,19 @@ class RMSNorm(nn.Module):
 def layer_spec(experts: int) -> ModuleSpec:
     """One Qwen3 decoder layer: QK-norm attention, then experts (0: a dense gated MLP)."""
     backend = LocalSpecProvider()
-    mlp = get_mlp_module_spec_for_backend(
+    mlp: Any = get_mlp_module_spec_for_backend(
         backend=backend, num_experts=experts or None, moe_grouped_gemm=False
     )
     if experts:
         mlp.submodules.router = StepBalancedRouter
+    residual: Any = get_bias_dropout_add
+    core_attention: Any = CoreAttention
     attention = ModuleSpec(
         module=CachedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
-            core_attention=CoreAttention,
+            core_attention=core_attention,
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=RMSNorm,
             k_layernorm=RMSNorm,
@@ -57,14 +59,15 @@ def layer_spec(experts: int) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=residual,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=residual,
         ),
     )
 
 
 def block_spec(experts: int, layers: int) -> TransformerBlockSubmodules:
     """The `layers` layers of one pipeline stage."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(experts)] * layers, layer_norm=RMSNorm)
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(experts)] * layers, layer_norm=norm)

@@ -34,7 +34,9 @@ class HiddenStateModel(GPTModel):
         """[V_padded / tp, h]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        weight = self.output_layer.weight
+        assert weight is not None
+        return weight
 
 
 @dataclass(frozen=True)

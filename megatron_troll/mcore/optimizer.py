@@ -1,6 +1,7 @@
 """Megatron's optimizer and learning-rate schedule for a data-parallel model."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -25,7 +26,8 @@ class Trainable:
         """One update from the accumulated gradients; returns the global gradient norm before clipping.
         Blocks on every rank. The schedule moves first: step 1 of w warm-up steps has 1/w of the rate."""
         self.schedule.step(1)
-        _, grad_norm, _ = self.optimizer.step()
+        succeeded, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
+        assert succeeded
         return float(grad_norm)
 
     def reload_weights(self) -> None:
@@ -41,7 +43,8 @@ class Trainable:
         finite = torch.ones((), device=device())
         for chunk in self.model.chunks:
             assert isinstance(chunk, DistributedDataParallel)
-            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            buffers: list[Any] = [*chunk.buffers, *chunk.expert_parallel_buffers]  # pyright: ignore[reportGeneralTypeIssues]
+            for buffer in buffers:
                 finite *= torch.isfinite(buffer.grad_data.sum()).float()
         return bool(self.model.groups.world.all_reduce(finite, torch.distributed.ReduceOp.MIN).item())
 
@@ -63,7 +66,7 @@ def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trai
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=config.distributed,
         ),
-        model.chunks,
+        model.chunks,  # pyright: ignore[reportArgumentType]
     )
     model.config.grad_scale_func = optimizer.scale_loss
     return Trainable(model, optimizer, _schedule(optimizer, config, total_steps))
@@ -72,7 +75,7 @@ def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trai
 def _schedule(optimizer: MegatronOptimizer, config: Optimizer, total_steps: int) -> OptimizerParamScheduler:
     schedule = config.schedule
     steps = max(schedule.decay_steps or total_steps, schedule.warmup_steps + 1)
-    decay = OptimizerParamScheduler(
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
@@ -85,4 +88,3 @@ def _schedule(optimizer: MegatronOptimizer, config: Optimizer, total_steps: int)
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return decay

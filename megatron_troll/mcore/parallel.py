@@ -3,6 +3,7 @@
 import datetime
 import os
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def check_world(layout: Layout, world: int) -> None:
 
 
 def _groups() -> Groups:
-    state = parallel_state
+    state: Any = parallel_state  # typed by Megatron as anything but groups
     return Groups(
         world=_group(dist.group.WORLD),
         tp=_group(state.get_tensor_model_parallel_group()),

@@ -23,9 +23,11 @@ class StepBalancedRouter(TopKRouter):
     coefficient   of the loss; 0 adds nothing
     """
 
+    counts: Tensor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_buffer("counts", torch.zeros(self.config.num_moe_experts), persistent=False)
+        self.register_buffer("counts", torch.zeros(self._experts), persistent=False)
         self.counting = False
         self.coefficient = 0.0
 
@@ -40,8 +42,13 @@ class StepBalancedRouter(TopKRouter):
             probs = MoEAuxLossAutoScaler.apply(probs, self._loss(scores))
         return probs, routing_map
 
+    @property
+    def _experts(self) -> int:
+        assert self.config.num_moe_experts is not None
+        return self.config.num_moe_experts
+
     def _loss(self, scores: Tensor) -> Tensor:
-        experts, chosen = self.config.num_moe_experts, self.config.moe_router_topk
+        experts, chosen = self._experts, self.config.moe_router_topk
         tokens = self.counts.sum() / chosen
         scale = self.coefficient * experts / (chosen * tokens.clamp(min=1) ** 2)
         return scale * (self.counts * scores.sum(0)).sum()

@@ -39,7 +39,7 @@ def accumulate(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss) 
 
 def _run(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss, forward_only: bool) -> list[Any]:
     model.config.finalize_model_grads_func = _finalize
-    iterators = [iter(enumerate(batches)) for _ in model.chunks]
+    iterators: list[Any] = [iter(enumerate(batches)) for _ in model.chunks]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, model, loss),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],

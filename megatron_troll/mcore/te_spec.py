@@ -37,8 +37,10 @@ def block_spec(experts: int, layers: int) -> TransformerBlockSubmodules:
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=experts or None, moe_grouped_gemm=experts > 0, qk_layernorm=True
     )
-    spec.submodules.self_attention.module = CachedSelfAttention
-    spec.submodules.self_attention.submodules.core_attention = MaskedTEAttention
+    layer: Any = spec.submodules
+    layer.self_attention.module = CachedSelfAttention
+    layer.self_attention.submodules.core_attention = MaskedTEAttention
     if experts:
-        spec.submodules.mlp.submodules.router = StepBalancedRouter
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=TENorm)
+        layer.mlp.submodules.router = StepBalancedRouter
+    norm: Any = TENorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)

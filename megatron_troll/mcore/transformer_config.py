@@ -1,6 +1,7 @@
 """Megatron's TransformerConfig for one of our models, and the layouts that are refused."""
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
     )
 
 
-def _recompute(mode: str) -> dict[str, object]:
+def _recompute(mode: str) -> dict[str, Any]:
     if mode == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {} if mode == "none" else {"recompute_granularity": "selective"}

@@ -43,7 +43,7 @@ class CpuStream(torch.cpu.Stream):
     def synchronize(self) -> None:
         return None
 
-    def record_event(self) -> "CpuStream":
+    def record_event(self) -> "CpuStream":  # pyright: ignore[reportIncompatibleMethodOverride]
         """Itself: all that is asked of the event is `synchronize`."""
         return self
 

@@ -1,6 +1,6 @@
 """The engine that generates with the training model itself, in the trainer's processes."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from megatron_troll.types import Rollout, TokenTopK
 
 @dataclass(frozen=True)
 class Answer:
-    """What one sample drew. ids, logp [T]; topk_ids, topk_logp [T, K]."""
+    """What one sample drew. ids int64, logp float32 [T], the stop token included."""
 
     ids: np.ndarray
     logp: np.ndarray
@@ -143,21 +143,25 @@ def left_pad(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return tokens.to(device()), padding.to(device())
 
 
-def answers_of(steps: Sequence[Step], stops: Collection[int]) -> list[Answer]:
+def answers_of(steps: Sequence[Step], stop_ids: Sequence[int]) -> list[Answer]:
     """Rows of the steps, each cut after its first stop token."""
-    ids = _stack([step.token for step in steps])
-    logp = _stack([step.logp for step in steps])
-    kept = [(step.topk_ids, step.topk_logp) for step in steps if step.topk_ids is not None]
-    topk_ids, topk_logp = (_stack(list(column)) for column in zip(*kept)) if kept else (None, None)
-    answers = []
-    for row in range(len(ids)):
-        ends = np.flatnonzero(np.isin(ids[row], list(stops)))
-        length = int(ends[0]) + 1 if len(ends) else len(ids[row])
-        topk = None
-        if topk_ids is not None and topk_logp is not None:
-            topk = TokenTopK(topk_ids[row, :length].astype(np.int32), topk_logp[row, :length])
-        answers.append(Answer(ids[row, :length], logp[row, :length], topk, "stop" if len(ends) else "length"))
-    return answers
+    ids, logp = _stack([step.token for step in steps]), _stack([step.logp for step in steps])
+    topk = None
+    if steps[0].topk_ids is not None:
+        topk_ids = _stack([step.topk_ids for step in steps]).astype(np.int32)
+        topk = topk_ids, _stack([step.topk_logp for step in steps])
+    stops = np.isin(ids, stop_ids)
+    ended = np.any(stops, axis=1)
+    lengths = np.where(ended, stops.argmax(axis=1) + 1, ids.shape[1])
+    return [
+        Answer(
+            ids=ids[row, :length],
+            logp=logp[row, :length],
+            topk=None if topk is None else TokenTopK(topk[0][row, :length], topk[1][row, :length]),
+            finish="stop" if ended[row] else "length",
+        )
+        for row, length in enumerate(lengths)
+    ]
 
 
 def _stack(columns: Sequence[Tensor | None]) -> np.ndarray:

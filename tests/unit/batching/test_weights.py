@@ -21,7 +21,9 @@ ROLLOUTS = [
         ("seq-mean-token-sum-norm", [1 / 30, 0, 1 / 30, 0]),
     ],
 )
-def test_other_steps_do_not_count_and_a_masked_rollout_is_an_empty_one(aggregation: str, expected: list[float]) -> None:
+def test_other_steps_do_not_count_and_a_masked_rollout_is_empty(
+    aggregation: str, expected: list[float]
+) -> None:
     weights = step_weights(ROLLOUTS, [0, 1, 2], aggregation, l_max=10)  # pyright: ignore[reportArgumentType]
     assert weights == pytest.approx(expected)
 

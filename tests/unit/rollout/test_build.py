@@ -1,0 +1,56 @@
+"""From `rollout.engine` to an engine: a file's name, or an import path."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from megatron_troll import rollout
+from megatron_troll.config import ConfigError
+from megatron_troll.config.tree import RolloutConfig, Sampling
+from megatron_troll.rollout.engine import Request
+from megatron_troll.rollout.engines.inprocess import InProcessEngine
+from megatron_troll.types import Rollout
+
+HERE = "tests.unit.rollout.test_build"
+
+
+class Recorder:
+    """An engine outside the package that keeps what it was built with."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
+        return []
+
+
+class NotAnEngine:
+    pass
+
+
+def test_inprocess_is_found_by_its_name() -> None:
+    assert rollout.find("inprocess") is InProcessEngine
+
+
+def test_an_engine_outside_the_package_is_built_by_its_import_path() -> None:
+    config: Any = RolloutConfig(engine=f"{HERE}:Recorder")
+    model: Any = object()
+    tokenizer: Any = object()
+    engine = rollout.build(config, model, tokenizer, [3, 5], seed=7)
+    assert type(engine).__name__ == "Recorder"
+    assert getattr(engine, "arguments") == (config, model, tokenizer, (3, 5), 7)  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("inproces", r"rollout\.engine: unknown method 'inproces'.*inprocess"),
+        (f"{HERE}:NotAnEngine", "does not lead to a subclass of Engine"),
+        (f"{HERE}:Missing", "does not lead to a subclass of Engine"),
+        ("no_such_package:Engine", r"rollout\.engine: cannot import 'no_such_package'"),
+    ],
+)
+def test_an_unknown_engine_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rollout.find(name)
