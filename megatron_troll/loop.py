@@ -9,15 +9,11 @@ import torch
 
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
-from megatron_troll.config.tree import Sampling
 from megatron_troll.judging import judge
 from megatron_troll.learner import Learned
 from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run import Run, Standing, open_run
 from megatron_troll.types import Rollout
-
-# Held-out prompts are always answered with the same random numbers, so that evaluations are paired.
-EVALUATION_ROUND = -1
 
 
 class Unhealthy(RuntimeError):
@@ -45,7 +41,7 @@ def train(task: Task) -> bool:
 
 def before_training(run: Run, standing: Standing) -> Standing:
     began = time.perf_counter()
-    success = evaluate(run)
+    success = run.evaluator.success()
     run.session.log(0, {"held_out_success": success}, time.perf_counter() - began)
     return run.since(replace(standing, before=success, after=success), began)
 
@@ -71,7 +67,7 @@ def train_step(run: Run, standing: Standing) -> Standing:
     metrics = {**judged.metrics, **learned.metrics, "lr": run.policy.lr, "skipped_updates": learned.skipped}
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
     if due(step, config.evaluation.every, config.train.steps):
-        metrics["held_out_success"] = evaluate(run)
+        metrics["held_out_success"] = run.evaluator.success()
         standing = replace(standing, after=metrics["held_out_success"])
     standing = run.since(standing, began)
     if due(step, config.checkpoint.every, config.train.steps):
@@ -81,22 +77,6 @@ def train_step(run: Run, standing: Standing) -> Standing:
     run.session.log(step, metrics, seconds)
     guard(run, learned, judged.rollouts, standing)
     return standing
-
-
-def evaluate(run: Run) -> float:
-    """Mean reward on the held-out prompts."""
-    config = run.task.config
-    prompts = run.task.prompts.held_out[: config.evaluation.prompts]
-    requests = requests_for(prompts, config.evaluation.samples, run.task.tokenizer)
-    with run.session.phases("evaluation"):
-        rollouts = run.engine.generate(requests, evaluation_sampling(run), EVALUATION_ROUND)
-        return float(judge(run.scorer, rollouts, run.session.groups.world).reward.mean())
-
-
-def evaluation_sampling(run: Run) -> Sampling:
-    temperature = run.task.config.evaluation.temperature
-    sampling = run.task.config.rollout.sampling
-    return sampling if temperature is None else sampling.model_copy(update={"temperature": temperature})
 
 
 def guard(run: Run, learned: Learned, rollouts: Sequence[Rollout], standing: Standing) -> None:

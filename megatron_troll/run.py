@@ -5,22 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
-from megatron_troll import rollout
 from megatron_troll.checks import Task
 from megatron_troll.data.order import PromptOrder
+from megatron_troll.evaluation import Evaluator, open_engine
 from megatron_troll.learner import Learner
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable
-from megatron_troll.observe.report import report
 from megatron_troll.observe.rollouts import RolloutStore
-from megatron_troll.observe.trackers import Summary, write_summary
 from megatron_troll.policy import open_policy
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine
 from megatron_troll.session import Session, open_session
 from megatron_troll.trainer import PolicyTrainer
-from megatron_troll.weights.export import save as export
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Run:
     learner: Learner
     engine: Engine
     scorer: Scorer
+    evaluator: Evaluator
     order: PromptOrder
     store: RolloutStore
     checkpoints: Checkpoints
@@ -71,17 +69,8 @@ class Run:
 
     def finish(self, standing: Standing) -> None:
         """Export, summary and report of a run that is complete."""
-        config, folder = self.task.config, self.session.folder
         self.checkpoints.finish()
-        if config.checkpoint.export:
-            export(self.policy.model, folder.hf, config.policy.path)
-        summary = Summary(standing.before, standing.after, standing.seconds, config.seed)
-
-        def write() -> None:
-            write_summary(folder.summary, summary)
-            report([folder.root], folder.report)
-
-        self.session.on_first(write)
+        self.session.complete(self.policy.model, standing.before, standing.after, standing.seconds)
 
 
 @contextmanager
@@ -94,13 +83,15 @@ def open_run(task: Task) -> Iterator[Run]:
         )
         head = Head(policy.model, config.rollout.sampling.temperature)
         trainer = PolicyTrainer(policy, task.objective, head, config.objective.old)
+        engine = open_engine(task, policy.model)
         yield Run(
             task=task,
             session=session,
             policy=policy,
             learner=Learner(trainer, config, session.phases),
-            engine=rollout.build(config.rollout, policy.model, task.tokenizer, task.stop_ids, config.seed),
+            engine=engine,
             scorer=scorer,
+            evaluator=Evaluator(task, session, engine, scorer),
             order=PromptOrder(len(task.prompts.train), config.seed, config.data.shuffle),
             store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy),

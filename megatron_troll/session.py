@@ -16,15 +16,18 @@ from rich.console import Console
 from megatron_troll.config.load import dump
 from megatron_troll.config.tree import Config
 from megatron_troll.mcore import parallel
+from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.files import write_atomic
 from megatron_troll.observe.hang import Watchdog
 from megatron_troll.observe.phases import Pace, Phases
 from megatron_troll.observe.progress import Progress, Silent, open_progress
+from megatron_troll.observe.report import report
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
-from megatron_troll.observe.trackers import Together, open_trackers
+from megatron_troll.observe.trackers import Summary, Together, open_trackers, write_summary
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import Rollout
+from megatron_troll.weights.export import save as export
 
 
 @dataclass
@@ -81,6 +84,20 @@ class Session:
         if self.trackers is not None:
             self.trackers.log(step, metrics)
         self.progress.step(step, metrics, self.pace.eta(step, seconds))
+
+    def complete(
+        self, model: MegatronModel, before: float | None, after: float | None, seconds: float
+    ) -> None:
+        """Export the model, write the summary and the report. Blocks on all ranks."""
+        if self.config.checkpoint.export:
+            export(model, self.folder.hf, self.config.policy.path)
+        summary = Summary(before, after, seconds, self.config.seed)
+
+        def write() -> None:
+            write_summary(self.folder.summary, summary)
+            report([self.folder.root], self.folder.report)
+
+        self.on_first(write)
 
     def keep_broken(self, step: int, rollouts: Sequence[Rollout], broken: Sequence[int]) -> None:
         """Write the batch of a step with NaN or Inf to broken/step_N.json: ids, log-probs, and which

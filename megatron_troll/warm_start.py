@@ -12,16 +12,17 @@ from megatron_troll.config import ConfigError
 from megatron_troll.config.tree import WarmStart
 from megatron_troll.data.demonstrations import Demonstration, load_demonstrations
 from megatron_troll.data.order import PromptOrder
+from megatron_troll.evaluation import Evaluator, open_engine
 from megatron_troll.learner import capacity
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.objectives.supervised import Supervised
 from megatron_troll.policy import open_policy
+from megatron_troll.rewards.score import Scorer
 from megatron_troll.session import Session, open_session
 from megatron_troll.trainer import PolicyTrainer
 from megatron_troll.types import MicroBatch, Prompt, Readings, Rollout
-from megatron_troll.weights.export import save as export
 
 NOTHING = Readings(None, None, None)
 
@@ -32,19 +33,22 @@ def warm_start(task: Task) -> bool:
     config, sft = task.config, sft_of(task)
     examples = [example(demonstration, task) for demonstration in load_demonstrations(sft.files)]
     order = PromptOrder(len(examples), config.seed)
-    with open_session(config, sft.steps) as session:
+    with open_session(config, sft.steps) as session, Scorer(config.reward) as scorer:
         policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps)
+        evaluator = Evaluator(task, session, open_engine(task, policy.model), scorer)
         trainer = PolicyTrainer(policy, Supervised(), Head(policy.model))
         session.begin_at(0)
+        before = evaluator.success()
+        session.log(0, {"held_out_success": before}, session.seconds)
         for step in range(1, sft.steps + 1):
             if session.stopping():
                 session.progress.say(
-                    f"stopped after step {step - 1}; a warm start is not resumed: run it again"
+                    f"stopped after step {step - 1}; a warm start is not resumed, run it again"
                 )
                 return False
             chosen = [examples[i] for i in order.next(sft.sequences)]
             supervised_step(session, trainer, chosen, step)
-        export(policy.model, session.folder.hf, config.policy.path)
+        session.complete(policy.model, before, evaluator.success(), session.seconds)
     return True
 
 

@@ -57,7 +57,8 @@ class CoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        assert pg_collection is not None and config.kv_channels is not None
+        assert pg_collection is not None
+        assert config.kv_channels is not None
         self.scale = softmax_scale or config.kv_channels**-0.5
         handle = pg_collection.cp
         self.cp = Group(handle, handle.rank(), handle.size())

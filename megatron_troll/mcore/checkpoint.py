@@ -1,9 +1,8 @@
 """Save and load whole training states with Megatron's distributed checkpoints (torch_dist).
 
-A checkpoint folder holds Megatron's files (`__<rank>_<n>.distcp`, `.metadata`, `metadata.json` and a
-`common.pt` that is empty here), `rng_<rank>.json`, and `checkpoint.json` with everything else. Ours is JSON
-and tensors are read with weights_only, but Megatron unpickles `.metadata`: load only checkpoints that you
-would run as code.
+A checkpoint folder holds `tensors/` with Megatron's files (its `common.pt` is empty), `rng_<rank>.json`, and
+`checkpoint.json` with everything else. Ours is JSON and tensors are read with weights_only, but Megatron
+unpickles `tensors/.metadata`: load only checkpoints that you would run as code.
 """
 
 import json
@@ -31,6 +30,7 @@ from megatron_troll.mcore.optimizer import Trainable
 
 T = TypeVar("T")
 VERSIONED = ("megatron-core", "torch")
+TENSORS = "tensors"
 # What Megatron raises on the rank that failed; torch's CheckpointException is raised on every rank.
 LOCAL_FAILURES = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
 
@@ -90,7 +90,7 @@ class Checkpoints:
         with self._saving():
             self._everywhere(lambda: _rng_file(self._draft, self._world.rank).write_text(rng.captured()))
             request = dist_checkpointing.save(
-                self._sharded(loading=False), str(self._draft), async_sharded_save=True
+                self._sharded(loading=False), str(self._draft / TENSORS), async_sharded_save=True
             )
             assert request is not None
             request.add_finalize_fn(partial(self._publish, manifest))
@@ -140,7 +140,9 @@ class Checkpoints:
                 f"{self.folder} already has step {there[-1]} of another run, and this one is at {step}: load "
                 "it (resume=true), delete it, or use another folder"
             )
-        return folders.draft(self.folder, step)
+        fresh = folders.draft(self.folder, step)
+        (fresh / TENSORS).mkdir()
+        return fresh
 
     def _publish(self, manifest: dict[str, Any]) -> None:
         self._once(lambda: self._complete(manifest))
@@ -158,7 +160,7 @@ class Checkpoints:
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
-            return dist_checkpointing.load(self._sharded(loading=True), str(path))  # pyright: ignore
+            return dist_checkpointing.load(self._sharded(loading=True), str(path / TENSORS))  # pyright: ignore
         except (CheckpointException, *LOCAL_FAILURES) as error:
             raise CheckpointError(
                 f"loading {path} failed half-way, so that the models in memory are lost: {_reason(error)}. "
@@ -179,7 +181,8 @@ class Checkpoints:
             ]
             if differing:
                 first = tensors.first_difference(
-                    tensors.weights(name, trained), dist_checkpointing.load_tensors_metadata(str(path))
+                    tensors.weights(name, trained),
+                    dist_checkpointing.load_tensors_metadata(str(path / TENSORS)),
                 )
                 raise CheckpointError(
                     f"{path} is of another model than {name!r}: {', '.join(differing)}; "

@@ -49,9 +49,9 @@ def publish(written: Path, final: Path, manifest: dict[str, Any]) -> None:
     """
     sizes = {}
     for path in sorted(written.rglob("*")):
+        _flush(path)
         if path.is_file():
             sizes[str(path.relative_to(written))] = path.stat().st_size
-            _flush(path)
     with open(written / MANIFEST, "w") as file:
         json.dump({"format": FORMAT, **manifest, "files": sizes}, file)
         file.flush()

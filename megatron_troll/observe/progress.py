@@ -15,6 +15,7 @@ from rich.text import Text
 SHOWN = (
     ("success", "success", "{:.3f}"),
     ("held-out", "held_out_success", "{:.3f}"),
+    ("loss", "loss", "{:.4f}"),
     ("KL before", "kl_before", "{:.2e}"),
     ("KL after", "kl_after", "{:.2e}"),
     ("projected", "projected", "{:.1%}"),

@@ -1,0 +1,45 @@
+"""Held-out success: what the policy scores on prompts that training never sees."""
+
+from dataclasses import dataclass
+
+from megatron_troll import rollout
+from megatron_troll.checks import Task
+from megatron_troll.config.tree import Sampling
+from megatron_troll.judging import judge
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.rewards.score import Scorer
+from megatron_troll.rollout.engine import Engine, requests_for
+from megatron_troll.session import Session
+
+# Held-out prompts are always answered with the same random numbers, so that evaluations are paired.
+EVALUATION_ROUND = -1
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Draws with `engine` and scores with `scorer`, as `config.evaluation` says."""
+
+    task: Task
+    session: Session
+    engine: Engine
+    scorer: Scorer
+
+    def success(self) -> float:
+        """Mean reward on the held-out prompts. Blocks on all ranks."""
+        evaluation = self.task.config.evaluation
+        prompts = self.task.prompts.held_out[: evaluation.prompts]
+        requests = requests_for(prompts, evaluation.samples, self.task.tokenizer)
+        with self.session.phases("evaluation"):
+            rollouts = self.engine.generate(requests, self._sampling(), EVALUATION_ROUND)
+            return float(judge(self.scorer, rollouts, self.session.groups.world).reward.mean())
+
+    def _sampling(self) -> Sampling:
+        temperature = self.task.config.evaluation.temperature
+        sampling = self.task.config.rollout.sampling
+        return sampling if temperature is None else sampling.model_copy(update={"temperature": temperature})
+
+
+def open_engine(task: Task, model: MegatronModel) -> Engine:
+    """The engine that the task names, on the weights of `model`."""
+    config = task.config
+    return rollout.build(config.rollout, model, task.tokenizer, task.stop_ids, config.seed)
