@@ -13,7 +13,11 @@ from megatron_troll.judging import judge
 from megatron_troll.learner import Learned
 from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run import Run, Standing, open_run
+from megatron_troll.speed import speed
 from megatron_troll.types import Rollout
+
+# Probability outside the old support beyond which KL on that support means little (ALGORITHMS 1.8).
+OUTSIDE_MASS_ALARM = 1e-2
 
 
 class Unhealthy(RuntimeError):
@@ -73,10 +77,21 @@ def train_step(run: Run, standing: Standing) -> Standing:
     if due(step, config.checkpoint.every, config.train.steps):
         run.save(standing)
     seconds = time.perf_counter() - began
-    metrics["tokens_per_s"] = sum(map(tokens_of, rollouts)) / seconds
+    metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
+    alarm(run, step, metrics)
     guard(run, learned, judged.rollouts, standing)
     return standing
+
+
+def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """Say so when the trust region no longer sees what the policy does."""
+    outside = metrics.get("outside_mass", 0.0)
+    if outside > OUTSIDE_MASS_ALARM:
+        run.session.progress.say(
+            f"step {step}: {outside:.3f} of the probability has left the old policy's support; raise the trust "
+            "region's k, lower its delta, or read the new policy at its own support (support: own)"
+        )
 
 
 def guard(run: Run, learned: Learned, rollouts: Sequence[Rollout], standing: Standing) -> None:
@@ -99,7 +114,3 @@ def due(step: int, every: int, last: int) -> bool:
 def shuffled(rewards: np.ndarray, step: int) -> np.ndarray:
     """The control experiment: the same rewards, given to responses at random."""
     return rewards[np.random.default_rng(step).permutation(len(rewards))]
-
-
-def tokens_of(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.response_ids)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,9 +17,13 @@ from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Diagnostics, Statistics
 from megatron_troll.objectives.supervised import Supervised
 from megatron_troll.observe.metrics import Reducer
+from megatron_troll.parallel.divergence import kl
 from megatron_troll.parallel.segments import segments
-from megatron_troll.types import MicroBatch, ObjectiveInputs, Readings, Reads
+from megatron_troll.parallel.vocab import gather_logits
+from megatron_troll.types import LossTerms, MicroBatch, ObjectiveInputs, Readings, Reads
 
+PROBED_POSITIONS = 16
+PROBED: Diagnostics = {"true_kl": ("mean",), "sparse_kl": ("mean",), "outside_mass": ("mean", "max")}
 MISMATCH: Diagnostics = {"rollout_trainer_kl": ("mean", "max"), "rollout_trainer_gap": ("max",)}
 
 
@@ -77,7 +81,9 @@ class PolicyTrainer:
         reads = Reads(logp=True, topk=self.objective.reads_old.topk)
 
         def read(i: int, hidden: Tensor) -> Readings:
-            return prepared(i, self.head.read(hidden, batches[i].target, reads))
+            readings = self.head.read(hidden, batches[i].target, reads)
+            probe = self.head.probe(hidden, probed_rows(len(hidden)).to(hidden.device))
+            return prepared(i, replace(readings, probe=probe))
 
         return infer(self.trainable.model, batches, read)
 
@@ -103,7 +109,7 @@ class PolicyTrainer:
     def accumulate(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> Gradients:
         """Gradients of one optimizer step, in `main_grad`, from zero. Blocks on every rank."""
         statistics = self._statistics(batches, old)
-        reducer = self._reducer({**self.objective.diagnostics, "entropy": ("mean",)})
+        reducer = self._reducer({**self.objective.diagnostics, **PROBED, "entropy": ("mean",)})
         losses: list[Tensor] = []
         objectives: list[Tensor] = []
 
@@ -111,7 +117,7 @@ class PolicyTrainer:
             inputs = self._inputs(batches[i], hidden, old[i])
             terms = self.objective.loss(inputs, statistics)
             extra = {} if inputs.new.entropy is None else {"entropy": inputs.new.entropy}
-            reducer.add({**terms.per_token, **extra})
+            reducer.add({**terms.per_token, **extra, **self._probed(hidden, inputs, terms)})
             losses.append(terms.loss.detach())
             objectives.append(terms.per_token["objective"])
             return terms.loss, None
@@ -127,6 +133,22 @@ class PolicyTrainer:
             for i in rollouts_of(batch, ~torch.isfinite(values))
         }
         return Gradients(float(total), self._from_last_stage(reducer), tuple(sorted(broken)))
+
+    def _probed(self, hidden: Tensor, inputs: ObjectiveInputs, terms: LossTerms) -> dict[str, Tensor]:
+        """What full rows say at the probed positions [M]: the true KL(new || old) beside the sparse one, and
+        the mass that has left the old support since it was recorded (ALGORITHMS 1.8)."""
+        probe, old = inputs.old.probe, inputs.old.topk
+        if probe is None:
+            return {}
+        tp, rows = self.trainable.model.groups.tp, probe.rows
+        new = self.head.probe(hidden.detach(), rows)
+        probed = {"true_kl": kl(new.logp, probe.logp, tp)}
+        if "kl_before" in terms.per_token:
+            probed["sparse_kl"] = terms.per_token["kl_before"][rows]
+        if old is not None:
+            before, after = (gather_logits(p.logp, old.ids[rows], tp).exp().sum(1) for p in (probe, new))
+            probed["outside_mass"] = before - after
+        return probed
 
     def _statistics(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> Statistics | None:
         """A forward of the whole step without gradient, where the objective or the balancing loss needs
@@ -171,6 +193,11 @@ class PolicyTrainer:
     def _from_last_stage(self, reducer: Reducer) -> dict[str, float]:
         pp = self.trainable.model.groups.pp
         return pp.broadcast_object(reducer.result() if self._last else None, pp.size - 1)
+
+
+def probed_rows(n: int) -> Tensor:
+    """At most PROBED_POSITIONS of n positions, evenly spread."""
+    return torch.arange(0, n, max(1, -(-n // PROBED_POSITIONS)))
 
 
 def rollouts_of(batch: MicroBatch, marked: Tensor) -> list[int]:

@@ -125,13 +125,26 @@ class Reads:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Full rows at a few of the N positions, for what a sparse record cannot show.
+
+    rows   [M] int64, which of the N positions
+    logp   [M, V / tp] full-softmax log-probabilities, this rank's shard of the vocabulary
+    """
+
+    rows: Tensor
+    logp: Tensor
+
+
+@dataclass(frozen=True)
 class Readings:
     """What the LM head gave for N positions. logp [N]; entropy [N] (detached, nats), None where the full
-    row was never formed."""
+    row was never formed; probe where one was taken."""
 
     logp: Tensor | None
     topk: TopK | None
     entropy: Tensor | None
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True)

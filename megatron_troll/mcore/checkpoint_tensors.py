@@ -6,6 +6,7 @@ about the optimizer is two counters (`counters`): hyperparameters come from the 
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,17 +23,17 @@ from torch import Tensor, nn
 
 from megatron_troll.mcore.optimizer import Trainable
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+MASTER, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 
 State = dict[Any, Any]
+Whole = dict[nn.Parameter, dict[str, Tensor]]
 
 
 def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     """{"model0": .., "model1": .. (pipeline chunks), "optimizer": one entry per Megatron optimizer}.
 
-    For saving, gathers the distributed optimizer's shards over the data-parallel ranks (every rank then holds
-    3 fp32 copies of its model shard on the host) and blocks; for loading, allocates the same.
+    For saving, gathers the distributed optimizer's shards on the first data-parallel rank, which then holds
+    3 fp32 copies of its model shard on the host, and blocks; for loading, every rank allocates the same.
     """
     chunks = _chunks(trained)
     for part in _parts(trained.optimizer):
@@ -89,7 +90,7 @@ def first_difference(state: State, saved: State) -> str | None:
 
 def _chunks(trained: Trainable) -> State:
     return {
-        f"model{i}": _without_empty_objects(stage.sharded_state_dict(metadata=dict(RESHARDABLE)))
+        f"model{i}": _without_empty_objects(stage.sharded_state_dict())
         for i, stage in enumerate(trained.model.stages)
     }
 
@@ -134,40 +135,73 @@ def _allocate(part: MegatronOptimizer) -> None:
 
 
 def _sharded_part(part: MegatronOptimizer, trained: Trainable, chunks: State, loading: bool) -> State:
-    """One entry per parameter, by its index."""
-    if isinstance(part, DistributedOptimizer):
-        return part.sharded_param_state_fully_reshardable(chunks, loading, dict(RESHARDABLE)) or {}
+    """One entry per parameter whose whole state this rank writes or reads, by the parameter's index."""
     tensors, _ = extract_sharded_tensors_and_factories(chunks)
-    by_parameter = {id(weight.data): weight for weight in nested_values(tensors)}
+    weights = {id(weight.data): weight for weight in nested_values(tensors)}
+    whole = _gathered(part, loading) if isinstance(part, DistributedOptimizer) else _plain(part, trained)
     return {
         i: {
-            key: make_sharded_optimizer_tensor(by_parameter[id(parameter)], tensor, f"optimizer.state.{key}")
-            for key, tensor in held.items()
+            key: make_sharded_optimizer_tensor(weights[id(parameter)], tensor, f"optimizer.state.{key}")
+            for key, tensor in whole[parameter].items()
         }
         for i, parameter in enumerate(_parameters(trained))
-        if (held := _held(part, parameter))
+        if parameter in whole
     }
 
 
-def _restore_part(part: MegatronOptimizer, trained: Trainable, loaded: State) -> None:
-    if isinstance(part, DistributedOptimizer):
-        # Megatron copies every state tensor it finds from `loaded`, which has no step counters.
-        for state in part.optimizer.state.values():
-            state.pop("step", None)
-        part.load_parameter_state_from_fully_reshardable(loaded)
-        return
-    for i, parameter in enumerate(_parameters(trained)):
-        for key, tensor in _held(part, parameter).items():
-            tensor.copy_(loaded[i][key])
+def _plain(part: MegatronOptimizer, trained: Trainable) -> Whole:
+    """parameter -> its state: the fp32 master (in fp32, the parameter itself) and the moments."""
+    mains = {parameter: getattr(parameter, "main_param", parameter) for parameter in _parameters(trained)}
+    state = part.optimizer.state
+    return {
+        parameter: {MASTER: main, **{key: state[main][key] for key in MOMENTS}}
+        for parameter, main in mains.items()
+        if main in state
+    }
 
 
-def _held(part: MegatronOptimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What a plain optimizer has of `parameter`: its fp32 master (in fp32, the parameter) and the moments."""
-    main = getattr(parameter, "main_param", parameter)
-    if main not in part.optimizer.state:
+def _gathered(part: DistributedOptimizer, loading: bool) -> Whole:
+    """parameter -> its whole state in fp32 on the host: gathered to the first data-parallel rank for saving
+    ({} on the others), zeros on every rank for loading."""
+    buffers = part.get_parameter_state_dp_zero(
+        use_gloo_comm=False, empty_data=loading, return_on_all_ranks=loading
+    )
+    if buffers is None:
         return {}
-    state = part.optimizer.state[main]
-    return {"param": main, **{key: state[key] for key in MOMENTS}}
+    whole = {}
+    for i, buffer in enumerate(part.buffers):
+        (gathered,) = buffers[i].values()
+        # The gathered buckets lie end to end without their padding; Megatron 0.16.1's own way from here
+        # (sharded_param_state_fully_reshardable) forgets that, and is wrong from the second bucket on.
+        starts = list(accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
+        for parameter, (start, end, bucket) in buffer.param_index_map.items():
+            first = starts[bucket] + start - buffer.buckets[bucket].offset
+            place = slice(first, first + end - start)
+            whole[parameter] = {key: gathered[key][place].view(parameter.shape) for key in (MASTER, *MOMENTS)}
+    return whole
+
+
+def _restore_part(part: MegatronOptimizer, trained: Trainable, loaded: State) -> None:
+    held = _shards(part) if isinstance(part, DistributedOptimizer) else _plain(part, trained)
+    for i, parameter in enumerate(_parameters(trained)):
+        if parameter not in held:
+            continue
+        place = slice(None)
+        if isinstance(part, DistributedOptimizer):
+            owned = part._get_model_param_range_map(parameter)["param"]
+            place = slice(owned.start, owned.end)
+        for key, tensor in held[parameter].items():
+            tensor.view(-1).copy_(loaded[i][key].reshape(-1)[place])
+
+
+def _shards(part: DistributedOptimizer) -> Whole:
+    """parameter -> the flat slices of its state that this rank owns."""
+    shards = {}
+    for parameter, (group, order) in part.model_param_group_index_map.items():
+        main = part.optimizer.param_groups[group]["params"][order]
+        state = part.optimizer.state[main]
+        shards[parameter] = {MASTER: main, **{key: state[key] for key in MOMENTS}}
+    return shards
 
 
 def _steps_taken(part: MegatronOptimizer) -> int:

@@ -9,7 +9,7 @@ from troll_kernels import sparsify
 
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.parallel import vocab
-from megatron_troll.types import Readings, Reads, Support, TopK
+from megatron_troll.types import Probe, Readings, Reads, Support, TopK
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, h] -> this rank's shard [N, V_padded / tp] in fp32."""
         weight = self.model.stages[-1].output_weight
-        return F.linear(hidden, weight).float() / self.temperature
+        # Megatron's bf16 wrapper gives the last stage's output in fp32.
+        return F.linear(hidden.to(weight.dtype), weight).float() / self.temperature
 
     def read(self, hidden: Tensor, target: Tensor, reads: Reads, old: TopK | None = None) -> Readings:
         """Everything `reads` names, for N hidden states [N, h] and sampled tokens [N]; every
@@ -30,25 +31,22 @@ class Head:
         backward. Each rank sends N x K candidates. `old` gives the ids of a read with `support: old`."""
         tp, size = self.model.groups.tp, self.model.shape.vocab
         logits = self.logits(hidden)
-        lse = vocab.logsumexp(logits, tp, size)
-        target_logit = vocab.gather_logits(logits, target[:, None], tp)[:, 0]
-        topk = None
-        if reads.topk is not None:
-            topk = self._support(logits, target, target_logit, lse.detach(), reads.topk, old)
+        lse = vocab.logsumexp(logits.detach(), tp, size)
+        topk = None if reads.topk is None else self._support(logits, target, lse, reads.topk, old)
         return Readings(
-            logp=target_logit - lse if reads.logp else None,
+            logp=vocab.log_prob(logits, target, tp, size) if reads.logp else None,
             topk=topk,
-            entropy=vocab.entropy(logits.detach(), lse.detach(), tp, size),
+            entropy=vocab.entropy(logits.detach(), lse, tp, size),
         )
 
+    @torch.no_grad()
+    def probe(self, hidden: Tensor, rows: Tensor) -> Probe:
+        """Full log-probabilities of hidden[rows]. Holds M x V / tp."""
+        tp, size = self.model.groups.tp, self.model.shape.vocab
+        return Probe(rows, vocab.log_softmax(self.logits(hidden[rows]), tp, size))
+
     def _support(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        target_logit: Tensor,
-        lse: Tensor,
-        support: Support,
-        old: TopK | None,
+        self, logits: Tensor, target: Tensor, lse: Tensor, support: Support, old: TopK | None
     ) -> TopK:
         tp, size = self.model.groups.tp, self.model.shape.vocab
         if support.kind == "old":
@@ -56,8 +54,9 @@ class Head:
             ids, count, place = old.ids, old.count, old.place
         else:
             with torch.no_grad():
+                target_logit = vocab.gather_logits(logits, target[:, None], tp)[:, 0]
                 values, candidates = vocab.topk(logits, support.k, tp, size)
                 ids, _, count, place = sparsify.select(
-                    values, candidates, lse, target, target_logit.detach(), support.delta
+                    values, candidates, lse, target, target_logit, support.delta
                 )
         return TopK(ids, vocab.gather_logits(logits, ids, tp), count, place, lse, size)

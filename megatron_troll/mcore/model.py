@@ -13,11 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_troll.config.tree import Model
+from megatron_troll.mcore.layout import check_layout, uses_te
 from megatron_troll.mcore.packing import packed_sequences
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import routers
 from megatron_troll.mcore.shape import ModelShape
-from megatron_troll.mcore.transformer_config import check_layout, transformer_config, uses_te
+from megatron_troll.mcore.transformer_config import transformer_config
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch
 

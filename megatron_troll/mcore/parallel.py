@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_troll.config.tree import Layout
 from megatron_troll.mcore.cpu import patches
+from megatron_troll.mcore.layout import check_world
 from megatron_troll.parallel.groups import ALONE, Group, Groups
 
 
@@ -59,18 +60,6 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def check_world(layout: Layout, world: int) -> None:
-    """Raise ValueError unless `world` ranks can hold `layout`, for dense and for expert parameters."""
-    dense = layout.tp * layout.pp * layout.cp
-    expert = layout.etp * layout.ep * layout.pp
-    for what, size in (("tp x pp x cp", dense), ("etp x ep x pp", expert)):
-        if world % size:
-            raise ValueError(
-                f"layout {layout.model_dump(exclude_none=True)} needs a world that {what} = {size} divides; "
-                f"this one has {world} ranks"
-            )
 
 
 def _groups() -> Groups:

@@ -1,54 +1,16 @@
-"""Megatron's TransformerConfig for one of our models, and the layouts that are refused."""
+"""Megatron's TransformerConfig for one of our models."""
 
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_troll.config.tree import Layout, Model
+from megatron_troll.config.tree import Model
+from megatron_troll.mcore.layout import uses_te
 from megatron_troll.mcore.shape import ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def uses_te(spec: str) -> bool:
-    """Whether `spec` (auto, local, te) means Transformer Engine here: auto takes it where CUDA and it exist.
-
-    Raises ValueError when it is asked for and missing.
-    """
-    present = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if spec == "te" and not present:
-        raise ValueError("models.*.spec=te needs CUDA and transformer_engine; use spec=local or spec=auto")
-    return spec != "local" and present
-
-
-def check_layout(shape: ModelShape, layout: Layout) -> None:
-    """Raise ValueError naming the first size that cannot be cut as `layout` asks."""
-    stages = layout.pp * (layout.vpp or 1)
-    rules = (
-        (shape.heads, layout.tp, "attention heads", "tp"),
-        (shape.kv_heads, layout.tp, "key-value heads", "tp"),
-        (shape.ffn, layout.tp, "the feed-forward size", "tp"),
-        (shape.layers, stages, "layers", "pp x vpp"),
-        (shape.experts, layout.ep, "experts", "ep"),
-        (shape.expert_ffn, layout.etp, "the expert feed-forward size", "etp"),
-    )
-    for size, parts, what, axis in rules:
-        if size % parts:
-            raise ValueError(f"{what} ({size}) cannot be divided by {axis} ({parts})")
-    if layout.vpp is not None and (layout.pp < 2 or layout.vpp < 2):
-        raise ValueError(
-            f"vpp={layout.vpp} needs vpp >= 2 and pp >= 2 (pp is {layout.pp}); leave vpp out otherwise"
-        )
-    if not shape.experts and (layout.ep > 1 or layout.etp > 1):
-        raise ValueError(f"ep={layout.ep} and etp={layout.etp} need a model with experts")
-    if shape.experts and layout.tp > 1 and layout.ep == 1 and layout.etp == 1:
-        raise ValueError(
-            "tp > 1 with ep = 1 and etp = 1 gives wrong expert gradients in megatron-core 0.16.1 (they are "
-            "not summed over the tensor-parallel ranks): set ep or etp above 1"
-        )
 
 
 def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
@@ -90,7 +52,9 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,
         calculate_per_token_loss=True,
-        batch_p2p_comm=True,
+        # Interleaved, two stages are each other's next and previous: batched messages would be mixed up.
+        batch_p2p_comm=layout.vpp is None,
+        overlap_p2p_comm=layout.vpp is not None,
         use_cpu_initialization=True,
         perform_initialization=False,
         transformer_impl="transformer_engine" if uses_te(model.spec) else "local",

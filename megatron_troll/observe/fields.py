@@ -36,7 +36,6 @@ RUN = (
     Field("loss", "", "mean over the step's optimizer updates of -sum(weight * J)"),
     Field("grad_norm", "", "global gradient norm before clipping, mean over the updates"),
     Field("lr", "", "learning rate of the last update"),
-    Field("aux_loss", "", "load-balancing loss of the experts, before its coefficient"),
     Field("skipped_updates", "updates", "updates left out because of NaN or Inf"),
 )
 
@@ -47,6 +46,8 @@ TOKEN = (
     Field(
         "rollout_trainer_kl", "nats", "k3 estimate of KL(rollout engine || old policy of the trainer)", True
     ),
+    Field("rollout_trainer_gap", "nats", "|log-prob of the rollout engine - that of the old policy|", True),
+    Field("true_kl", "nats", "KL(new || old) over the full vocabulary, at 16 positions a micro-batch", True),
     Field("ratio", "", "new over old probability of the sampled token, as the objective uses it", True),
     Field(
         "clipped",
@@ -62,6 +63,14 @@ TROLL = (
     Field("kl_before_projected", "nats", "the same, over the projected tokens", True),
     Field("kl_after", "nats", "KL(projected || old); at most the bound", True),
     Field("projected", "share", "tokens whose policy was projected: kl_before exceeds the bound", True),
+    Field("sparse_kl", "nats", "kl_before at the positions of true_kl", True),
+    Field(
+        "outside_mass",
+        "share",
+        "probability that has left the old support since it was recorded, at the positions of true_kl; "
+        "above 0.01 the sparse KL misses much of the change",
+        True,
+    ),
     Field("regression_kl", "nats", "KL(new || projected), which the regression term reduces", True),
     Field("eta", "", "multiplier of the projection, (1 - tau) / tau", True),
     Field("tau", "", "weight of the new policy in the projected one; 1 where nothing was projected", True),

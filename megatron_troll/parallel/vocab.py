@@ -212,6 +212,15 @@ def _apply(function: type[Function], *args: Any) -> Tensor:
     return result
 
 
+def log_softmax(logits_local: Tensor, group: Group, vocab: int) -> Tensor:
+    """Log-probabilities of this shard [N, V/tp], -inf on padding columns. Not differentiable. Two all-reduces
+    of N numbers."""
+    logits_local = logits_local.detach()
+    logp = logits_local - logsumexp(logits_local, group, vocab)[:, None]
+    logp[:, _real_columns(logp, group, vocab).shape[1] :] = -torch.inf
+    return logp
+
+
 def _real_columns(logits_local: Tensor, group: Group, vocab: int) -> Tensor:
     """View of the columns of this shard that are real tokens; may have no column."""
     width = logits_local.shape[1]

@@ -1,124 +1,58 @@
 """Checkpoints of real Megatron models: resumed runs equal uninterrupted ones, on any layout."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import random
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_troll.config.tree import Layout, Model, Optimizer, Schedule
+from megatron_troll.config.tree import Layout
 from megatron_troll.mcore.checkpoint import Checkpoints
-from megatron_troll.mcore.head import Head
-from megatron_troll.mcore.model import build
-from megatron_troll.mcore.optimizer import Trainable, trainable
-from megatron_troll.mcore.schedule import accumulate
-from megatron_troll.mcore.shape import read_shape
-from megatron_troll.types import MicroBatch, Reads
-from megatron_troll.weights.load import load
-from megatron_troll.weights.source import FolderSource
+from tests.dist.checkpoint_run import (
+    STEPS,
+    Run,
+    Step,
+    Weights,
+    fill,
+    made,
+    train,
+    train_step,
+    training,
+    values_of,
+)
 from tests.dist.harness import RankPool
-from tests.dist.tiny import MOE, started, write_reference
+from tests.dist.tiny import DENSE, MOE, reference, started
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "alone": (1, {}),
     "tp2-ep2": (2, {"tp": 2, "ep": 2}),
     "pp2": (2, {"pp": 2}),
     "ep2": (2, {"ep": 2}),
     "dp2": (2, {}),
 }
-SEQUENCES, LENGTH, STEPS = 4, 16, 2
-
-Step = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a model is built on the ranks that a test gets."""
-
-    path: str
-    sizes: dict[str, int]
-    dtype: str = "fp32"
-    distributed: bool = True
+Saved = dict[str, tuple[str, list[Step]]]
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    write_reference(MOE, folder)
-    return str(folder)
+def moe() -> Weights:
+    return dict(reference(MOE).state_dict())
 
 
-@contextmanager
-def training(run: Run) -> Iterator[Trainable]:
-    """A model with the weights of the folder, AdamW and a warm-up over 10 steps."""
-    layout = Layout(**run.sizes)
-    optimizer = Optimizer(
-        lr=1e-3, weight_decay=0.1, distributed=run.distributed, schedule=Schedule(warmup_steps=10)
-    )
-    config = Model.model_validate(
-        {"path": run.path, "dtype": run.dtype, "layout": layout, "optimizer": optimizer}
-    )
-    with started(layout) as groups:
-        model = build(config, read_shape(run.path), groups)
-        load(model, FolderSource(run.path))
-        trained = trainable(model, optimizer, total_steps=100)
-        trained.reload_weights()
-        yield trained
+def on(request: pytest.FixtureRequest, world: int) -> RankPool:
+    return request.getfixturevalue(f"ranks{world}")
 
 
-def train(trained: Trainable, first: int) -> list[Step]:
-    """(loss, gradient norm) of `STEPS` steps of next-token prediction, each on tokens of its own."""
-    return [train_step(trained, step) for step in range(first, first + STEPS)]
-
-
-def train_step(trained: Trainable, step: int) -> Step:
-    groups, head = trained.model.groups, Head(trained.model)
-    batches = micro_batches(step)[groups.dp.rank :: groups.dp.size]
-
-    def loss(i: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logp = head.read(hidden, batches[i].target, Reads(logp=True)).logp
-        assert logp is not None
-        value = -(batches[i].weight * logp).sum()
-        return value, value.detach()
-
-    values = accumulate(trained.model, batches, loss)
-    total = sum(values) if groups.tp.rank == 0 else torch.zeros(())
-    total = groups.world.all_reduce(torch.as_tensor(total, dtype=torch.float64))
-    return total.item(), trained.step()
-
-
-def micro_batches(step: int) -> list[MicroBatch]:
-    """Two micro-batches of two sequences, in which every token but the first is predicted."""
-    tokens = torch.randint(
-        0, MOE["vocab_size"], (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step)
-    )
-    return [micro_batch(part) for part in tokens.chunk(2)]
-
-
-def micro_batch(tokens: Tensor) -> MicroBatch:
-    rows = tokens.shape[0]
-    index = (torch.arange(rows)[:, None] * LENGTH + torch.arange(LENGTH - 1)).reshape(-1)
-    ones = torch.ones(len(index))
-    return MicroBatch(
-        tokens=tokens,
-        positions=torch.arange(LENGTH).expand(rows, -1),
-        padding=torch.zeros_like(tokens, dtype=torch.bool),
-        cu_seqlens=None,
-        max_seqlen=LENGTH,
-        index=index,
-        target=tokens[:, 1:].reshape(-1),
-        sequence=index // LENGTH,
-        position=index % LENGTH,
-        weight=ones / (SEQUENCES * (LENGTH - 1)),
-        advantage=ones,
-        rollout_logp=ones,
-        rollout_topk=None,
-        rollouts=tuple(range(rows)),
-    )
+@pytest.fixture(scope="module")
+def saved(moe: Weights, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Saved:
+    """layout -> (folder with a checkpoint, the steps that followed it without interruption)."""
+    made = {}
+    for name, (world, sizes) in LAYOUTS.items():
+        folder = str(tmp_path_factory.mktemp(name))
+        made[name] = folder, on(request, world).run(save_then_continue, Run(moe, sizes, MOE), folder)[0]
+    return made
 
 
 def save_then_continue(run: Run, folder: str) -> list[Step]:
@@ -130,40 +64,127 @@ def save_then_continue(run: Run, folder: str) -> list[Step]:
 
 def resume(run: Run, folder: str) -> list[Step]:
     with training(run) as trained:
-        spoil(trained)
+        train_step(trained, 99)  # whatever a load leaves as it was shows in the next steps
+        fill(trained, 1.0)
         assert Checkpoints(folder, {"policy": trained}).load() == {"position": 3}
         return train(trained, STEPS)
 
 
-def spoil(trained: Trainable) -> None:
-    """Whatever a load does not overwrite shows in the next steps."""
-    train_step(trained, 99)
-    with torch.no_grad():
-        for stage in trained.model.stages:
-            for parameter in stage.parameters():
-                parameter.add_(1.0)
-
-
-@pytest.fixture(scope="module")
-def saved(
-    path: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[str, tuple[str, list[Step]]]:
-    """layout -> (folder with a checkpoint, the steps that followed it without interruption)."""
-    made = {}
-    for name, (world, sizes) in LAYOUTS.items():
-        folder = str(tmp_path_factory.mktemp(name))
-        made[name] = folder, on(request, world).run(save_then_continue, Run(path, sizes), folder)[0]
-    return made
-
-
-def on(request: pytest.FixtureRequest, world: int) -> RankPool:
-    return request.getfixturevalue(f"ranks{world}")
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    layout: str, path: str, saved: dict[str, Any], request: pytest.FixtureRequest
+    layout: str, moe: Weights, saved: Saved, request: pytest.FixtureRequest
 ) -> None:
     world, sizes = LAYOUTS[layout]
     folder, uninterrupted = saved[layout]
-    assert on(request, world).run(resume, Run(path, sizes), folder)[0] == uninterrupted
+    assert on(request, world).run(resume, Run(moe, sizes, MOE), folder)[0] == uninterrupted
+
+
+@pytest.mark.parametrize(("before", "after"), permutations(LAYOUTS, 2))
+def test_a_run_continues_on_another_layout(
+    before: str, after: str, moe: Weights, saved: Saved, request: pytest.FixtureRequest
+) -> None:
+    world, sizes = LAYOUTS[after]
+    folder, uninterrupted = saved[before]
+    resumed = on(request, world).run(resume, Run(moe, sizes, MOE), folder)[0]
+    np.testing.assert_allclose(resumed, uninterrupted, rtol=1e-5)
+
+
+def test_virtual_pipeline_chunks_do_not_collide(
+    moe: Weights, saved: Saved, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
+) -> None:
+    folder, uninterrupted = saved["pp2"]
+    ranks2.run(relay, Run(moe, {"pp": 2, "vpp": 2}, MOE), folder, str(tmp_path))
+    resumed = ranks1.run(resume, Run(moe, {}, MOE), str(tmp_path))[0]
+    np.testing.assert_allclose(resumed, uninterrupted, rtol=1e-5)
+
+
+def relay(run: Run, source: str, target: str) -> None:
+    with training(run) as trained:
+        assert len(trained.model.chunks) == 2
+        state = Checkpoints(source, {"policy": trained}).load()
+        Checkpoints(target, {"policy": trained}).save(1, state)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("before", "after"), [(False, False), (False, True), (True, False), (True, True)])
+def test_plain_and_distributed_optimizers_read_each_other(
+    dtype: str, before: bool, after: bool, moe: Weights, ranks2: RankPool, tmp_path: Path
+) -> None:
+    run = Run(moe, {"tp": 2, "ep": 2}, MOE, dtype)
+    uninterrupted = ranks2.run(save_then_continue, replace(run, distributed=before), str(tmp_path))[0]
+    assert ranks2.run(resume, replace(run, distributed=after), str(tmp_path))[0] == uninterrupted
+
+
+def test_a_plain_optimizer_is_resharded(moe: Weights, saved: Saved, ranks2: RankPool, tmp_path: Path) -> None:
+    plain = Run(moe, {"tp": 2, "ep": 2}, MOE, distributed=False)
+    uninterrupted = ranks2.run(save_then_continue, plain, str(tmp_path))[0]
+    resumed = ranks2.run(resume, replace(plain, sizes={"pp": 2}), str(tmp_path))[0]
+    np.testing.assert_allclose(resumed, uninterrupted, rtol=1e-5)
+
+
+def test_tied_embeddings_are_resharded(ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
+    config = DENSE | {"tie_word_embeddings": True}
+    run = Run(dict(reference(config).state_dict()), {"pp": 2}, config)
+    uninterrupted = ranks2.run(save_then_continue, run, str(tmp_path))[0]
+    resumed = ranks1.run(resume, replace(run, sizes={}), str(tmp_path))[0]
+    np.testing.assert_allclose(resumed, uninterrupted, rtol=1e-5)
+
+
+def test_two_models_share_a_checkpoint(moe: Weights, ranks2: RankPool, tmp_path: Path) -> None:
+    policy = Run(moe, {"pp": 2}, MOE)
+    critic = Run(dict(reference(DENSE).state_dict()), {"pp": 2}, DENSE)
+    assert ranks2.run(save_and_load_two, policy, critic, str(tmp_path)) == [[{2.0}, {3.0}]] * 2
+
+
+def save_and_load_two(policy: Run, critic: Run, folder: str) -> list[set[float]]:
+    with started(Layout(**policy.sizes)) as groups:
+        models = {"policy": made(policy, groups), "critic": made(critic, groups)}
+        fill(models["policy"], 2.0)
+        fill(models["critic"], 3.0)
+        Checkpoints(folder, models).save(1, {})
+        for model in models.values():
+            fill(model, 0.0)
+        Checkpoints(folder, models).load()
+        return [values_of(model) for model in models.values()]
+
+
+def test_a_checkpoint_before_the_first_step_changes_no_weight(
+    moe: Weights, ranks2: RankPool, tmp_path: Path
+) -> None:
+    runs = ranks2.run(save_untrained, Run(moe, {"tp": 2, "ep": 2}, MOE), str(tmp_path))
+    assert all(saving == not_saving for saving, not_saving in runs)
+
+
+def save_untrained(run: Run, folder: str) -> tuple[list[Step], list[Step]]:
+    with training(run) as trained:
+        Checkpoints(folder, {"policy": trained}).save(0, {})
+        saving = train(trained, 0)
+    with training(run) as trained:
+        return saving, train(trained, 0)
+
+
+def test_generators_continue_on_the_same_layout_only(moe: Weights, ranks2: RankPool, tmp_path: Path) -> None:
+    run = Run(moe, {"pp": 2}, MOE)
+    drawn = ranks2.run(save_and_draw, run, str(tmp_path))
+    assert drawn[0] != drawn[1]
+    assert ranks2.run(load_and_draw, run, str(tmp_path)) == drawn
+    assert ranks2.run(load_and_draw, replace(run, sizes={"ep": 2}), str(tmp_path)) != drawn
+
+
+def save_and_draw(run: Run, folder: str) -> list[float]:
+    with training(run) as trained:
+        rank = trained.model.groups.world.rank
+        random.seed(rank), np.random.seed(rank), torch.manual_seed(rank)
+        draw()
+        Checkpoints(folder, {"policy": trained}).save(1, {})
+        return draw()
+
+
+def load_and_draw(run: Run, folder: str) -> list[float]:
+    with training(run) as trained:
+        Checkpoints(folder, {"policy": trained}).load()
+        return draw()
+
+
+def draw() -> list[float]:
+    return [random.random(), np.random.normal(), torch.randn(()).item()]

@@ -1,0 +1,202 @@
+"""In-process generation: cached decoding is the full forward, and every layout draws the same tokens."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_troll.config.tree import Sampling
+from megatron_troll.mcore.decode import FP8_MAX, round_to_fp8
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import MegatronModel, main_gradient, parameters_by_name
+from megatron_troll.mcore.schedule import accumulate
+from megatron_troll.types import Rollout
+from tests.dist.generation_worker import (
+    CONFIG,
+    STOPS,
+    TOKENIZER,
+    Case,
+    Generated,
+    Sizes,
+    engine,
+    generate,
+    generate_cases,
+    opened,
+    packed,
+    requests,
+    state,
+)
+from tests.dist.harness import RankPool
+from tests.dist.tiny import write_reference
+
+LAYOUTS = {
+    "alone": (1, {}),
+    "tp2-ep2": (2, {"tp": 2, "ep": 2}),
+    "tp2-etp2": (2, {"tp": 2, "etp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "dp2": (2, {}),
+    "tp2-pp2-ep2": (4, {"tp": 2, "pp": 2, "ep": 2}),
+}
+PLAIN = Sampling(max_tokens=8)
+FILTERED = Sampling(max_tokens=8, temperature=0.7, top_p=0.9, top_k=20, min_p=0.02)
+BACKWARDS = tuple(range(9, -1, -1))
+CASES = {
+    "plain": Case(PLAIN),
+    "filtered": Case(FILTERED),
+    "greedy": Case(Sampling(max_tokens=8, temperature=0.0)),
+    "backwards, three at a time": Case(PLAIN, {"max_sequences": 3}, BACKWARDS),
+    "fewer than ranks": Case(PLAIN, order=(3,)),
+    "none": Case(PLAIN, order=()),
+    "fp8": Case(PLAIN, {"kv_cache": "fp8_e4m3"}),
+    "fp8, backwards, three at a time": Case(PLAIN, {"kv_cache": "fp8_e4m3", "max_sequences": 3}, BACKWARDS),
+}
+EXACT = [name for name in CASES if "fp8" not in name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    write_reference(CONFIG, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(ranks1: RankPool, folder: str) -> Generated:
+    return ranks1.run(generate_cases, {}, folder, CASES)[0]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def generated(request: pytest.FixtureRequest, folder: str) -> list[Generated]:
+    """Every rank's, on one layout whose group sizes are as asked."""
+    world, sizes = LAYOUTS[request.param]
+    pool = request.getfixturevalue(f"ranks{world}")
+    results: list[Generated] = pool.run(generate_cases, sizes, folder, CASES)
+    assert len(results) == world
+    for result in results:
+        assert result.sizes == formed(world, sizes)
+    return results
+
+
+def formed(world: int, sizes: Sizes) -> Sizes:
+    tp, pp = sizes.get("tp", 1), sizes.get("pp", 1)
+    return {
+        "world": world,
+        "tp": tp,
+        "pp": pp,
+        "ep": sizes.get("ep", 1),
+        "etp": sizes.get("etp", 1),
+        "dp": world // (tp * pp),
+        "chunks": sizes.get("vpp", 1),
+    }
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_cached_decoding_equals_a_full_forward(generated: list[Generated], case: str) -> None:
+    seen = set()
+    for result in generated:
+        by_name = {rollout.name: rollout for rollout in result.rollouts[case]}
+        for name, reading in result.readings[case].items():
+            seen.add(name)
+            rollout = by_name[name]
+            assert rollout.topk is not None
+            np.testing.assert_allclose(rollout.logp, reading.logp, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(rollout.topk.logp, reading.topk_logp, rtol=0, atol=1e-5)
+            assert np.array_equal(rollout.topk.ids, reading.topk_ids)
+    assert seen == {rollout.name for rollout in generated[0].rollouts[case]}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_every_layout_draws_the_same_tokens(generated: list[Generated], alone: Generated, case: str) -> None:
+    """On every rank, in the order of the requests."""
+    for result in generated:
+        assert len(result.rollouts[case]) == len(CASES[case].order)
+        for rollout, expected in zip(result.rollouts[case], alone.rollouts[case]):
+            assert_same(rollout, expected)
+
+
+def assert_same(rollout: Rollout, expected: Rollout) -> None:
+    assert (rollout.name, rollout.group, rollout.finish) == (expected.name, expected.group, expected.finish)
+    assert rollout.response_ids.tolist() == expected.response_ids.tolist()
+    assert rollout.text == expected.text
+    np.testing.assert_allclose(rollout.logp, expected.logp, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["backwards, three at a time", "fewer than ranks"])
+def test_neither_batch_nor_order_changes_what_is_drawn(alone: Generated, case: str) -> None:
+    expected = {rollout.name: rollout for rollout in alone.rollouts["plain"]}
+    assert [r.name for r in alone.rollouts[case]] == [requests_name(i) for i in CASES[case].order]
+    for rollout in alone.rollouts[case]:
+        assert_same(rollout, expected[rollout.name])
+
+
+def requests_name(place: int) -> str:
+    request = requests()[place]
+    return f"{request.prompt.id}#{request.sample}"
+
+
+def test_answers_end_at_a_stop_token_or_at_the_limit(alone: Generated) -> None:
+    rollouts = [rollout for name in EXACT for rollout in alone.rollouts[name]]
+    assert {rollout.finish for rollout in rollouts} == {"stop", "length"}
+    assert {len(rollout.response_ids) for rollout in rollouts} > {1, 8}
+    stops = set(STOPS)
+    for rollout in rollouts:
+        ids = rollout.response_ids.tolist()
+        stopped = rollout.finish == "stop"
+        assert stopped or len(ids) == 8
+        assert (ids[-1] in stops) == stopped
+        assert not stops & set(ids[:-1])
+        assert len(rollout.logp) == len(rollout.mask) == len(ids)
+        assert rollout.mask.all()
+
+
+def test_the_text_has_neither_the_stop_token_nor_special_tokens(alone: Generated) -> None:
+    stopped_by_text = 0
+    for rollout in alone.rollouts["plain"]:
+        tokens = TOKENIZER.convert_ids_to_tokens(rollout.response_ids.tolist())
+        if rollout.finish == "stop":
+            stopped_by_text += len(tokens.pop()) == 1
+        assert rollout.text == "".join(token for token in tokens if len(token) == 1)
+    assert stopped_by_text
+
+
+def test_temperature_divides_and_filters_cut_but_only_temperature_shows_in_logp(alone: Generated) -> None:
+    """The readings that the log-probs equal are of the full law; top-k 20 of 53 and top-p 0.9 cut it."""
+    for rollout in alone.rollouts["filtered"]:
+        assert rollout.topk is not None
+        assert (rollout.logp >= np.log(0.02) + rollout.topk.logp[:, 0] - 1e-5).all()
+        covered = np.exp(rollout.topk.logp.astype(np.float64)).sum(1)
+        outside = rollout.logp < rollout.topk.logp[:, -1]
+        assert (covered[outside] < 0.9).all()
+
+
+def test_greedy_takes_the_first_of_the_top_k(alone: Generated) -> None:
+    for rollout in alone.rollouts["greedy"]:
+        assert rollout.topk is not None
+        assert rollout.response_ids.tolist() == rollout.topk.ids[:, 0].tolist()
+    samples = alone.rollouts["greedy"]
+    assert samples[0].response_ids.tolist() == samples[1].response_ids.tolist()
+
+
+def test_samples_rounds_and_seeds_draw_apart(ranks1: RankPool, folder: str) -> None:
+    cases = {
+        "plain": Case(PLAIN),
+        "round": Case(PLAIN, round=2),
+        "seed": Case(PLAIN, seed=4),
+        "again": Case(PLAIN),
+    }
+    rollouts = ranks1.run(generate_cases, {}, folder, cases)[0].rollouts
+    plain, again = tokens_of(rollouts["plain"]), tokens_of(rollouts["again"])
+    assert plain == again
+    assert len(set(plain)) == len(plain)
+    assert not set(plain) & set(tokens_of(rollouts["round"]))
+    assert not set(plain) & set(tokens_of(rollouts["seed"]))
+    assert {rollout.version for rollout in rollouts["round"]} == {2}
+
+
+def tokens_of(rollouts: list[Rollout]) -> list[tuple[str, ...]]:
+    return [(rollout.prompt.id, *map(str, rollout.response_ids)) for rollout in rollouts]
