@@ -5,19 +5,21 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_troll import rollout
 from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Layout, Sampling
+from megatron_troll.config.tree import Config, Layout, Sampling, WarmStart
+from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.errors import DataError
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
-from megatron_troll.mcore.parallel import check_world
+from megatron_troll.mcore.layout import check_layout, check_world, uses_te
 from megatron_troll.mcore.shape import ModelShape, read_shape
-from megatron_troll.mcore.transformer_config import check_layout, uses_te
 from megatron_troll.objectives.compose import compose, resolve
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.rewards import reward as verifiers
+from megatron_troll.types import Rollout
 
-PROBLEMS = (ConfigError, DataError, ValueError, FileNotFoundError)
+PROBLEMS = (ConfigError, DataError, ValueError, OSError)
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,35 @@ def prepare(config: Config) -> Task:
     uses_te(policy.spec)
     check_world(policy.layout, world_size(config))
     objective.check(shape.vocab)
+    rollout.check(config.rollout, policy.layout.cp)
     _check_rollout(config, objective, shape)
     tokenizer = load_tokenizer(policy.path)
     check_vocab(tokenizer, shape.vocab)
     stops = stop_ids(tokenizer, policy.path, config.rollout.sampling.stop)
     prompts = load_prompts(config.data, config.seed, tokenizer)
     return Task(config, shape, tokenizer, stops, prompts, objective)
+
+
+def sft_of(config: Config) -> WarmStart:
+    """What `mtroll sft` does. Raises ConfigError where the configuration does not say."""
+    if config.sft is None:
+        raise ConfigError("sft: missing; `mtroll sft` needs sft.files, demonstrations to learn from")
+    if config.resume:
+        raise ConfigError("resume: a warm start is not resumed; delete its run folder or choose another name")
+    return config.sft
+
+
+def demonstrations(task: Task) -> list[Rollout]:
+    """The demonstrations of a warm start, in the form that batches are built from. Raises one of PROBLEMS."""
+    found = load_demonstrations(sft_of(task.config).files)
+    examples = [demonstration.example(task.tokenizer) for demonstration in found]
+    for example in examples:
+        if len(example.response_ids) > task.shape.max_positions:
+            raise DataError(
+                f"{example.prompt.id}: {len(example.response_ids) + 1} tokens, more than the model's "
+                f"max_position_embeddings {task.shape.max_positions}"
+            )
+    return examples
 
 
 def world_size(config: Config) -> int:

@@ -7,14 +7,21 @@ from collections.abc import Sequence
 
 from megatron_troll import commands
 
+INTERRUPTED = 130
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done (or stopped on request, resumable), 1 failed, 2 the
     request was refused before anything was done."""
-    # Megatron-Core tells of every optional package that a CPU machine lacks.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
+    # Megatron-Core tells of every optional package that a CPU machine lacks, torch of what Megatron calls.
+    for kind in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=kind, module=r"(megatron|torch)\.")
     arguments = parser().parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted before anything had been started\n")
+        return INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,39 +4,47 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from megatron_troll.config import Config
-from megatron_troll.config.load import load
+from megatron_troll.config import Config, ConfigError
+from megatron_troll.config.load import dump, load
+from megatron_troll.launch.interrupts import Interrupts, watched
 from megatron_troll.launch.local import launch
+from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
     from megatron_troll.checks import Task
 
-REFUSED = 2
+FAILED, REFUSED = 1, 2
 
 
 def train(arguments: Namespace) -> int:
-    def run(task: "Task") -> None:
+    def run(task: "Task", interrupts: Interrupts) -> None:
         from megatron_troll.loop import train as loop
 
-        if loop(task) and os.environ["RANK"] == "0":
+        if loop(task, interrupts) and os.environ["RANK"] == "0":
             _say_next(task.config)
 
-    return _configured(arguments, "train", run)
+    return _configured(arguments, Command("train", lambda task: None, run))
 
 
 def sft(arguments: Namespace) -> int:
-    def run(task: "Task") -> None:
+    def check(task: "Task") -> None:
+        from megatron_troll.checks import demonstrations
+
+        demonstrations(task)
+
+    def run(task: "Task", interrupts: Interrupts) -> None:
         from megatron_troll.warm_start import warm_start
 
-        if warm_start(task) and os.environ["RANK"] == "0":
-            _say(f"exported to {_folder(task.config) / 'hf'}")
+        if warm_start(task, interrupts) and os.environ["RANK"] == "0":
+            _say(f"exported to {_folder(task.config).hf}")
 
-    return _configured(arguments, "sft", run)
+    return _configured(arguments, Command("sft", check, run))
 
 
 def demo(arguments: Namespace) -> int:
@@ -63,7 +71,6 @@ def report(arguments: Namespace) -> int:
 
 def rollouts(arguments: Namespace) -> int:
     from megatron_troll.observe.browse import browse, html
-    from megatron_troll.observe.run_folder import RunFolderError
 
     root = Path(arguments.run_folder)
     try:
@@ -77,30 +84,61 @@ def rollouts(arguments: Namespace) -> int:
     return 0
 
 
-def _configured(arguments: Namespace, command: str, run: Callable[["Task"], None]) -> int:
+@dataclass(frozen=True)
+class Command:
+    """A command on a configuration: what it refuses beside `prepare`, before ranks start, and what each rank
+    does."""
+
+    name: str
+    check: Callable[["Task"], object]
+    run: Callable[["Task", Interrupts], None]
+
+
+def _configured(arguments: Namespace, command: Command) -> int:
     """Check the configuration; then be a rank, or start the ranks that will check it again."""
+    if "RANK" in os.environ:
+        return _as_rank(arguments, command)
     from megatron_troll.checks import PROBLEMS, prepare, world_size
 
     try:
         task = prepare(_load(arguments))
-    except PROBLEMS as error:
+        command.check(task)
+        folder = _folder(task.config)
+        folder.check(dump(task.config), task.config.resume)
+        folder.logs.mkdir(parents=True, exist_ok=True)
+    except (*PROBLEMS, RunFolderError) as error:
         return _refuse(error)
-    if "RANK" in os.environ:
-        return _as_rank(task, run)
     ranks = world_size(task.config)
-    argv = [sys.executable, "-m", "megatron_troll.cli", command, arguments.config, *arguments.overrides]
+    argv = [sys.executable, "-m", "megatron_troll.cli", command.name, arguments.config, *arguments.overrides]
     threads = task.config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
     _say(str(task.prompts))
-    return launch(argv, ranks, threads, _folder(task.config) / "logs")
+    return launch(argv, ranks, threads, folder.logs)
 
 
-def _as_rank(task: "Task", run: Callable[["Task"], None]) -> int:
-    from megatron_troll.observe.run_folder import RunFolderError
+def _as_rank(arguments: Namespace, command: Command) -> int:
+    with watched() as interrupts:
+        from megatron_troll.checks import PROBLEMS, prepare
+
+        try:
+            task = prepare(_load(arguments))
+        except PROBLEMS as error:
+            return _refuse(error)
+        return _run(task, command, interrupts)
+
+
+def _run(task: "Task", command: Command, interrupts: Interrupts) -> int:
+    from megatron_troll.data.errors import DataError
+    from megatron_troll.mcore.checkpoint_folder import CheckpointError
+    from megatron_troll.rewards.pool import RewardError
+    from megatron_troll.trainer import Unhealthy
 
     try:
-        run(task)
-    except RunFolderError as error:
+        command.run(task, interrupts)
+    except (RunFolderError, ConfigError, DataError) as error:
         return _refuse(error)
+    except (CheckpointError, RewardError, Unhealthy) as error:
+        sys.stderr.write(f"{error}\n")
+        return FAILED
     return 0
 
 
@@ -109,12 +147,12 @@ def _load(arguments: Namespace) -> Config:
     return load(path / "config.yaml" if path.is_dir() else path, arguments.overrides)
 
 
-def _folder(config: Config) -> Path:
-    return Path(config.runs) / config.name
+def _folder(config: Config) -> RunFolder:
+    return RunFolder(Path(config.runs) / config.name)
 
 
 def _say_next(config: Config) -> None:
-    folder = _folder(config)
+    folder = _folder(config).root
     _say(
         f"checkpoint in Hugging Face format: {folder / 'hf'}\n"
         f"curves: {folder / 'curves.png'} and {folder / 'report.html'}\n"

@@ -13,7 +13,7 @@ from megatron_troll.mcore.parallel import device
 from megatron_troll.observe.phases import Phases
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.trainer import PolicyTrainer
-from megatron_troll.types import MicroBatch, Readings, Rollout
+from megatron_troll.types import NO_ID, MicroBatch, Readings, Rollout
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Learner:
     def learn(self, rollouts: Sequence[Rollout], advantages: Sequence[float], step: int) -> Learned:
         """Train on `rollouts` (the whole batch, on every rank) with one advantage each. `step` seeds the
         plan. Blocks on all ranks."""
+        unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self._engine_topk))
+        if unusable:
+            return Learned({}, self.config.train.updates, unusable)
         updates = self._updates(rollouts, advantages, step)
         with self.phases("old_policy"):
             old = self.trainer.old_readings([batch for update in updates for batch in update])
@@ -89,15 +92,20 @@ class Learner:
         ]
 
     def _form(self, groups: Groups) -> Form:
-        keeps_engine = self.config.objective.old == "engine"
         return Form(
             vocab=self.trainer.trainable.model.shape.vocab,
             packed=self.config.train.packing,
             cp_rank=groups.cp.rank,
             cp_size=groups.cp.size,
             tp_size=groups.tp.size,
-            topk=self.config.rollout.top_k if keeps_engine else 0,
+            topk=self._engine_topk,
         )
+
+
+    @property
+    def _engine_topk(self) -> int:
+        """Entries read of the engine's record; 0: none."""
+        return self.config.rollout.top_k if self.config.objective.old == "engine" else 0
 
 
 def capacity(config: Config, groups: Groups, align: int) -> Capacity:
@@ -109,6 +117,18 @@ def capacity(config: Config, groups: Groups, align: int) -> Capacity:
         multiple=groups.pp.size if config.policy.layout.vpp else 1,
         packed=config.train.packing,
     )
+
+
+def finite(rollout: Rollout, topk: int) -> bool:
+    """Whether the engine gave every token that carries loss a finite log-prob, and its first `topk` entries
+    too."""
+    carries_loss = rollout.mask > 0
+    if not np.isfinite(rollout.logp[carries_loss]).all():
+        return False
+    if topk == 0 or rollout.topk is None:
+        return True
+    ids, logp = rollout.topk.ids[carries_loss, :topk], rollout.topk.logp[carries_loss, :topk]
+    return bool(np.isfinite(logp[ids != NO_ID]).all())
 
 
 def _split(readings: Sequence[Readings], updates: Sequence[Sequence[MicroBatch]]) -> list[list[Readings]]:

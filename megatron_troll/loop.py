@@ -10,25 +10,23 @@ import torch
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
 from megatron_troll.judging import judge
+from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
 from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run import Run, Standing, open_run
 from megatron_troll.speed import speed
+from megatron_troll.trainer import Unhealthy
 from megatron_troll.types import Rollout
 
 # Probability outside the old support beyond which KL on that support means little (ALGORITHMS 1.8).
 OUTSIDE_MASS_ALARM = 1e-2
 
 
-class Unhealthy(RuntimeError):
-    """Updates kept producing NaN or Inf."""
-
-
-def train(task: Task) -> bool:
+def train(task: Task, interrupts: Interrupts) -> bool:
     """Train the policy of `task` to its last step. Returns whether it got there: False after Ctrl-C or
     SIGTERM, with a checkpoint to resume from. Runs on every rank."""
     steps = task.config.train.steps
-    with open_run(task) as run:
+    with open_run(task, interrupts) as run:
         standing = run.resume()
         if standing.step == 0 and standing.before is None:
             standing = before_training(run, standing)
@@ -39,6 +37,7 @@ def train(task: Task) -> bool:
                 run.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
                 return False
             standing = train_step(run, standing)
+            run.checkpoints.maybe_finalize()
         run.finish(standing)
         return True
 
@@ -89,8 +88,8 @@ def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
     outside = metrics.get("outside_mass", 0.0)
     if outside > OUTSIDE_MASS_ALARM:
         run.session.progress.say(
-            f"step {step}: {outside:.3f} of the probability has left the old policy's support; raise the trust "
-            "region's k, lower its delta, or read the new policy at its own support (support: own)"
+            f"step {step}: {outside:.3f} of the probability has left the old policy's support; raise the "
+            "trust region's k, lower its delta, or read the new policy at its own support (support: own)"
         )
 
 

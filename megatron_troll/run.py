@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from megatron_troll.checks import Task
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.evaluation import Evaluator, open_engine
+from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learner
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
@@ -50,15 +51,18 @@ class Run:
 
     def resume(self) -> Standing:
         """Take up the newest checkpoint where `resume` is set and one exists; otherwise start. Blocks."""
-        standing = Standing()
-        if self.task.config.resume and self.checkpoints.latest() is not None:
-            standing = Standing(**self.checkpoints.load())
+        if not (self.task.config.resume and self.checkpoints.latest() is not None):
+            self.session.begin_at(0)
+            return Standing()
+        standing = Standing(**self.checkpoints.load())
         self.order.seek(standing.position)
-        self.session.begin_at(standing.step)
+        self.session.begin_at(standing.step + 1)
         return standing
 
     def save(self, standing: Standing) -> None:
         """A checkpoint of `standing`. Blocks; with checkpoint.asynchronous the writing goes on behind."""
+        if self.checkpoints.latest() == standing.step:
+            return
         with self.session.phases("checkpoint"):
             self.checkpoints.save(standing.step, asdict(standing), standing.after)
 
@@ -74,10 +78,13 @@ class Run:
 
 
 @contextmanager
-def open_run(task: Task) -> Iterator[Run]:
+def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
     """Join the world, load the policy and build every part. Blocks on all ranks."""
     config = task.config
-    with open_session(config, config.train.steps) as session, Scorer(config.reward) as scorer:
+    with (
+        open_session(config, config.train.steps, interrupts) as session,
+        Scorer(config.reward) as scorer,
+    ):
         policy = open_policy(
             config.policy, task.shape, session.groups, config.seed, config.train.steps * config.train.updates
         )

@@ -1,13 +1,11 @@
 """What a run has besides its algorithm: processes, folder, figures, watchdog, signals."""
 
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -15,6 +13,7 @@ from rich.console import Console
 
 from megatron_troll.config.load import dump
 from megatron_troll.config.tree import Config
+from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.files import write_atomic
@@ -28,16 +27,6 @@ from megatron_troll.observe.trackers import Summary, Together, open_trackers, wr
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import Rollout
 from megatron_troll.weights.export import save as export
-
-
-@dataclass
-class Interrupts:
-    """Whether Ctrl-C, SIGTERM or SIGUSR1 has been asked of this rank. The run stops between two steps."""
-
-    asked: bool = False
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
 
 
 @dataclass
@@ -65,11 +54,12 @@ class Session:
         return time.perf_counter() - self.started
 
     def begin_at(self, step: int) -> None:
-        """The run goes on after `step`: later figures are set aside, trackers are opened. Blocks."""
+        """The next figures are those of `step`: any that are there already are set aside, trackers are
+        opened. Blocks."""
         if self.is_first:
-            rewind(self.folder, step)
+            rewind(self.folder, step - 1)
             self.trackers = open_trackers(
-                self.folder, self.config.observe, self.config.model_dump(by_alias=True), step + 1
+                self.folder, self.config.observe, self.config.model_dump(by_alias=True), step
             )
         self.groups.world.barrier()
 
@@ -124,21 +114,21 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, steps: int) -> Iterator[Session]:
+def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator[Session]:
     """Join the world, take the run folder, and watch until the block ends.
 
     Raises RunFolderError on every rank when rank 0 cannot have the folder.
     """
     with ExitStack() as stack:
-        groups = parallel.start(config.policy.layout, config.seed, config.observe.hang_timeout_s)
+        timeout_s = config.observe.hang_timeout_s
+        # A hang is the watchdog's to tell, so collectives wait longer.
+        groups = parallel.start(config.policy.layout, config.seed, 2 * timeout_s)
         stack.callback(parallel.stop)
         folder = RunFolder(Path(config.runs) / config.name)
         _take_folder(stack, folder, config, groups)
         first = groups.world.rank == 0
         progress: Progress = open_progress(Console(), steps, config.name) if first else Silent()
-        watchdog = Watchdog(
-            folder.heartbeat, groups.world.rank, groups.world.size, config.observe.hang_timeout_s
-        )
+        watchdog = Watchdog(folder.heartbeat, groups.world.rank, groups.world.size, timeout_s)
         stack.enter_context(watchdog)
         stack.enter_context(progress)
         session = Session(
@@ -148,7 +138,7 @@ def open_session(config: Config, steps: int) -> Iterator[Session]:
             phases=Phases(watchdog.phase, progress.phase, synchronize=_synchronise()),
             progress=progress,
             watchdog=watchdog,
-            interrupts=stack.enter_context(_interrupts()),
+            interrupts=interrupts,
             pace=Pace(steps),
             started=time.perf_counter(),
         )
@@ -167,18 +157,6 @@ def _take_folder(stack: ExitStack, folder: RunFolder, config: Config, groups: Gr
     problem = groups.world.broadcast_object(problem, 0)
     if problem is not None:
         raise problem
-
-
-@contextmanager
-def _interrupts() -> Iterator[Interrupts]:
-    interrupts = Interrupts()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, interrupts.handle) for number in numbers}
-    try:
-        yield interrupts
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _synchronise() -> Callable[[], object]:

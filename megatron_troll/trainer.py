@@ -27,6 +27,10 @@ PROBED: Diagnostics = {"true_kl": ("mean",), "sparse_kl": ("mean",), "outside_ma
 MISMATCH: Diagnostics = {"rollout_trainer_kl": ("mean", "max"), "rollout_trainer_gap": ("max",)}
 
 
+class Unhealthy(RuntimeError):
+    """Updates give NaN or Inf."""
+
+
 @dataclass(frozen=True)
 class Gradients:
     """What one accumulation gave on this rank: the step's loss summed over all ranks, reduced diagnostics,

@@ -2,17 +2,13 @@
 
 import time
 
-import numpy as np
-
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.plan import Schedule, plan
 from megatron_troll.batching.weights import step_weights
-from megatron_troll.checks import Task
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import WarmStart
-from megatron_troll.data.demonstrations import Demonstration, load_demonstrations
+from megatron_troll.checks import Task, demonstrations, sft_of
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.evaluation import Evaluator, open_engine
+from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import capacity
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable
@@ -21,19 +17,18 @@ from megatron_troll.objectives.supervised import Supervised
 from megatron_troll.policy import open_policy
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.session import Session, open_session
-from megatron_troll.trainer import PolicyTrainer
-from megatron_troll.types import MicroBatch, Prompt, Readings, Rollout
+from megatron_troll.trainer import PolicyTrainer, Unhealthy
+from megatron_troll.types import MicroBatch, Readings, Rollout
 
 NOTHING = Readings(None, None, None)
 
 
-def warm_start(task: Task) -> bool:
+def warm_start(task: Task, interrupts: Interrupts) -> bool:
     """Train on `config.sft` and export to runs/<name>/hf. Returns whether it got to its last step: an
     interrupted warm start is started again. Runs on every rank."""
-    config, sft = task.config, sft_of(task)
-    examples = [example(demonstration, task) for demonstration in load_demonstrations(sft.files)]
+    config, sft, examples = task.config, sft_of(task.config), demonstrations(task)
     order = PromptOrder(len(examples), config.seed)
-    with open_session(config, sft.steps) as session, Scorer(config.reward) as scorer:
+    with open_session(config, sft.steps, interrupts) as session, Scorer(config.reward) as scorer:
         policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps)
         evaluator = Evaluator(task, session, open_engine(task, policy.model), scorer)
         trainer = PolicyTrainer(policy, Supervised(), Head(policy.model))
@@ -43,19 +38,14 @@ def warm_start(task: Task) -> bool:
         for step in range(1, sft.steps + 1):
             if session.stopping():
                 session.progress.say(
-                    f"stopped after step {step - 1}; a warm start is not resumed, run it again"
+                    f"stopped after step {step - 1}; a warm start is not resumed: "
+                    f"delete {session.folder.root} and run it again"
                 )
                 return False
             chosen = [examples[i] for i in order.next(sft.sequences)]
             supervised_step(session, trainer, chosen, step)
         session.complete(policy.model, before, evaluator.success(), session.seconds)
     return True
-
-
-def sft_of(task: Task) -> WarmStart:
-    if task.config.sft is None:
-        raise ConfigError("sft: missing; `mtroll sft` needs sft.files, demonstrations to learn from")
-    return task.config.sft
 
 
 def supervised_step(session: Session, trainer: PolicyTrainer, chosen: list[Rollout], step: int) -> None:
@@ -66,7 +56,7 @@ def supervised_step(session: Session, trainer: PolicyTrainer, chosen: list[Rollo
         gradients = trainer.accumulate(batches, [NOTHING] * len(batches))
     with session.phases("optimizer"):
         if not trainer.healthy(gradients):
-            raise FloatingPointError(f"step {step}: the loss or a gradient is NaN or Inf; lower optimizer.lr")
+            raise Unhealthy(f"step {step}: the loss or a gradient is NaN or Inf; lower optimizer.lr")
         grad_norm = trainer.trainable.step()
     seconds = time.perf_counter() - began
     tokens = sum(len(r.response_ids) + 1 for r in chosen)
@@ -102,21 +92,3 @@ def micro_batches(session: Session, policy: Trainable, chosen: list[Rollout]) ->
         build(chosen, nothing, weights, members, form).to(device())
         for members in arranged.ranks[groups.dp.rank]
     ]
-
-
-def example(demonstration: Demonstration, task: Task) -> Rollout:
-    """A demonstration in the form that batches are built from: its first token is the prompt."""
-    ids, mask = demonstration.encode(task.tokenizer)
-    return Rollout(
-        prompt=Prompt(demonstration.where, demonstration.messages, ""),
-        group=0,
-        sample=0,
-        prompt_ids=ids[:1],
-        response_ids=ids[1:],
-        mask=mask[1:],
-        logp=np.zeros(len(ids) - 1, dtype=np.float32),
-        topk=None,
-        text="",
-        finish="stop",
-        version=0,
-    )

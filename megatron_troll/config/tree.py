@@ -91,7 +91,7 @@ class Data(Node):
     """Prompt files, JSONL or Parquet."""
 
     files: Files
-    held_out: Natural | Files = Field(default=1024, description="a count split from `files`, or files")
+    held_out: Positive | Files = Field(default=1024, description="a count split from `files`, or files")
     schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field(default="auto", alias="schema")
     malformed: Literal["error", "skip"] = "error"
     max_prompt_tokens: Positive = 1024

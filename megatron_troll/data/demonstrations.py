@@ -10,7 +10,7 @@ from megatron_troll.data.chat import encode_chat
 from megatron_troll.data.errors import DataError, Malformed
 from megatron_troll.data.messages import demonstration_messages
 from megatron_troll.data.rows import Row, read_rows
-from megatron_troll.types import Message
+from megatron_troll.types import Message, Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,24 @@ class Demonstration:
             return encode_chat(self.messages, tokenizer)
         except DataError as error:
             raise DataError(f"{self.where}: {error}") from error
+
+    def example(self, tokenizer: PreTrainedTokenizerBase) -> Rollout:
+        """The chat in the form that batches are built from: its first token is the prompt. Raises like
+        `encode`."""
+        ids, mask = self.encode(tokenizer)
+        return Rollout(
+            prompt=Prompt(self.where, self.messages, ""),
+            group=0,
+            sample=0,
+            prompt_ids=ids[:1],
+            response_ids=ids[1:],
+            mask=mask[1:],
+            logp=np.zeros(len(ids) - 1, dtype=np.float32),
+            topk=None,
+            text="",
+            finish="stop",
+            version=0,
+        )
 
 
 def load_demonstrations(files: Sequence[str]) -> tuple[Demonstration, ...]:

@@ -163,7 +163,7 @@ def _plain(part: MegatronOptimizer, trained: Trainable) -> Whole:
 def _gathered(part: DistributedOptimizer, loading: bool) -> Whole:
     """parameter -> its whole state in fp32 on the host: gathered to the first data-parallel rank for saving
     ({} on the others), zeros on every rank for loading."""
-    buffers = part.get_parameter_state_dp_zero(
+    buffers: Any = part.get_parameter_state_dp_zero(
         use_gloo_comm=False, empty_data=loading, return_on_all_ranks=loading
     )
     if buffers is None:

@@ -104,6 +104,13 @@ class RunFolder:
             write_atomic(self.config, config_yaml)
             yield
 
+    def check(self, config_yaml: str, resume: bool) -> None:
+        """Raises RunFolderError where `open` would now. Writes nothing."""
+        if (self.root / "lock").exists():
+            with open(self.root / "lock", "r+") as lock:
+                self._lock(lock)
+        self._check(config_yaml, resume)
+
     def holds_run(self) -> bool:
         """Whether anything would be lost or mixed if another run started here."""
         if self.metrics.exists() and self.metrics.stat().st_size > 0:
@@ -111,7 +118,13 @@ class RunFolder:
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
     def _take(self, lock: IO[str]) -> None:
-        """A POSIX lock: it ends with this process, and forked workers do not inherit it."""
+        self._lock(lock)
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+
+    def _lock(self, lock: IO[str]) -> None:
+        """A POSIX lock: it ends with this process or `lock`, and forked workers do not inherit it."""
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -125,9 +138,6 @@ class RunFolder:
                 f"{self.root} cannot be locked ({error.strerror}). "
                 "Set `runs` to a file system that supports POSIX locks."
             ) from error
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
 
     def _check(self, config_yaml: str, resume: bool) -> None:
         changed = config_differences(self.config, config_yaml) if self.config.exists() else {}

@@ -1,18 +1,36 @@
 """Who generates, and how a token is drawn."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.config.methods import find_class
+from megatron_troll.config import ConfigError
+from megatron_troll.config.methods import find_class, known_methods
 from megatron_troll.config.tree import RolloutConfig
-from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.rollout.engine import Engine
+
+if TYPE_CHECKING:
+    from megatron_troll.mcore.model import MegatronModel
+
+ENGINES = "megatron_troll.rollout.engines"
+
+
+def check(config: RolloutConfig, cp: int) -> None:
+    """Raises ConfigError for an unknown engine, and for one that cannot generate on `cp` context-parallel
+    ranks. A known one is not imported."""
+    if config.engine not in known_methods(ENGINES):
+        find(config.engine)
+    if config.engine == "inprocess" and cp > 1:
+        raise ConfigError(
+            f"rollout.engine: inprocess does not generate under context parallelism: set "
+            f"models.policy.layout.cp=1 (it is {cp})"
+        )
 
 
 def build(
     config: RolloutConfig,
-    model: MegatronModel,
+    model: "MegatronModel",
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
     seed: int,
@@ -24,4 +42,4 @@ def build(
 def find(name: str) -> Callable[..., Engine]:
     """The class that `rollout.engine` names: that of a file in engines/, or of `package.module:Class`. Raises
     ConfigError for an unknown one."""
-    return find_class(name, "megatron_troll.rollout.engines", Engine, "rollout.engine")
+    return find_class(name, ENGINES, Engine, "rollout.engine")

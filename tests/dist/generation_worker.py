@@ -142,7 +142,6 @@ def state(model: MegatronModel) -> dict[str, Any]:
     return {
         "switches": [(name, a, getattr(m, a)) for name, m in modules for a in watched if hasattr(m, a)],
         "config": model.config.sequence_parallel,
-        "input": [(name, m.input_tensor) for name, m in modules if hasattr(m, "input_tensor")],
         "grad": torch.is_grad_enabled(),
         "random": torch.get_rng_state().tolist(),
     }

@@ -1,6 +1,5 @@
 """In-process generation: cached decoding is the full forward, and every layout draws the same tokens."""
 
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -9,11 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_troll.config.tree import Sampling
-from megatron_troll.mcore.decode import FP8_MAX, round_to_fp8
+from megatron_troll.mcore.decode import Decoder, round_to_fp8
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel, main_gradient, parameters_by_name
 from megatron_troll.mcore.schedule import accumulate
-from megatron_troll.types import Rollout
+from megatron_troll.types import Reads, Rollout
 from tests.dist.generation_worker import (
     CONFIG,
     STOPS,
@@ -21,7 +20,6 @@ from tests.dist.generation_worker import (
     Case,
     Generated,
     Sizes,
-    engine,
     generate,
     generate_cases,
     opened,
@@ -200,3 +198,129 @@ def test_samples_rounds_and_seeds_draw_apart(ranks1: RankPool, folder: str) -> N
 
 def tokens_of(rollouts: list[Rollout]) -> list[tuple[str, ...]]:
     return [(rollout.prompt.id, *map(str, rollout.response_ids)) for rollout in rollouts]
+
+
+@pytest.mark.parametrize("layout", ["alone", "tp2-ep2", "pp2-vpp2"])
+def test_generation_leaves_training_as_it_was(
+    layout: str, folder: str, request: pytest.FixtureRequest
+) -> None:
+    world, sizes = LAYOUTS[layout]
+    for differing in request.getfixturevalue(f"ranks{world}").run(train_and_generate, sizes, folder):
+        assert differing == []
+
+
+def train_and_generate(sizes: Sizes, folder: str) -> list[str]:
+    """What a generation, and then one that raises, changes of this rank's state or gradients."""
+    case, differing = CASES["fp8"], []
+    with opened(sizes, folder) as model:
+        next(model.chunks[0].modules()).training = False
+        rollouts = generate(model, case)
+        before, gradients = state(model), gradients_of(model, rollouts)
+        for what, run in (("generated", generate), ("raised", raise_in_generation)):
+            run(model, case)
+            differing += [f"{name} when {what}" for name, now in state(model).items() if now != before[name]]
+            kept = all(torch.equal(now, gradients[name]) for name, now in current_gradients(model).items())
+            again = gradients_of(model, rollouts)
+            same = all(torch.equal(again[name], gradients[name]) for name in gradients)
+            differing += [] if kept and same else [f"gradients when {what}"]
+    return differing
+
+
+def gradients_of(model: MegatronModel, rollouts: list[Rollout]) -> dict[str, Tensor]:
+    """Of the summed log-probability of the rollouts, over every rank."""
+    batches = packed(rollouts, model.groups)
+    head = Head(model)
+
+    def loss(i: int, hidden: Tensor) -> tuple[Tensor, None]:
+        logp = head.read(hidden, batches[i].target, Reads(logp=True)).logp
+        assert logp is not None
+        return -logp.sum(), None
+
+    accumulate(model, batches, loss)
+    gradients = current_gradients(model)
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+    return gradients
+
+
+def current_gradients(model: MegatronModel) -> dict[str, Tensor]:
+    return {name: main_gradient(p).clone() for name, p in parameters_by_name(model).items()}
+
+
+def raise_in_generation(model: MegatronModel, case: Case) -> None:
+    """On every rank, at the third step."""
+    extend, calls = Decoder.extend, []
+
+    def failing(decoder: Decoder, tokens: Tensor) -> Tensor | None:
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise FloatingPointError("on purpose")
+        return extend(decoder, tokens)
+
+    with patch.object(Decoder, "extend", failing), pytest.raises(FloatingPointError, match="on purpose"):
+        generate(model, case)
+
+
+def test_context_parallelism_is_refused_before_any_forward(ranks2: RankPool, folder: str) -> None:
+    for message in ranks2.run(refused, {"cp": 2}, folder):
+        assert "context parallelism (cp=2)" in message
+        assert "models.policy.layout.cp=1" in message
+
+
+def refused(sizes: Sizes, folder: str) -> str:
+    with opened(sizes, folder) as model, patch.object(type(model.chunks[0]), "forward") as forward:
+        with pytest.raises(ValueError, match="in-process engine") as caught:
+            generate(model, CASES["plain"])
+        assert not forward.called
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in EXACT])
+def test_an_fp8_cache_shifts_log_probs_and_draws_alike_on_every_layout(
+    generated: list[Generated], alone: Generated, case: str
+) -> None:
+    """Keys and values that differ in the last bit may round apart, so log-probs are equal to 1e-2 only, and a
+    draw may differ where its uniform lies that close to a border; with this seed none does."""
+    expected = {rollout.name: rollout for rollout in alone.rollouts["fp8"]}
+    for result in generated:
+        by_name = {rollout.name: rollout for rollout in result.rollouts[case]}
+        for name, rollout in by_name.items():
+            assert rollout.response_ids.tolist() == expected[name].response_ids.tolist()
+            np.testing.assert_allclose(rollout.logp, expected[name].logp, rtol=0, atol=1e-2)
+        for name, reading in result.readings[case].items():
+            shift = np.abs(by_name[name].logp - reading.logp)
+            assert shift.max() > 1e-3
+            assert shift.max() < 0.5
+
+
+def test_an_fp8_cache_is_deterministic(ranks2: RankPool, folder: str) -> None:
+    cases = {"first": CASES["fp8"], "second": CASES["fp8"]}
+    rollouts = ranks2.run(generate_cases, {"tp": 2, "ep": 2}, folder, cases)[0].rollouts
+    for first, second in zip(rollouts["first"], rollouts["second"]):
+        assert np.array_equal(first.response_ids, second.response_ids)
+        assert np.array_equal(first.logp, second.logp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_rounding_saturates_and_is_idempotent(dtype: torch.dtype) -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype) * 50
+    values = torch.cat([values, torch.tensor([0.0, 1e-9, 1e9, -1e9, 448.0, 449.0], dtype=dtype)])
+    rounded = round_to_fp8(values)
+    assert rounded.dtype == dtype
+    assert torch.equal(round_to_fp8(rounded), rounded)
+    assert rounded[-6:].tolist() == [0.0, 0.0, 448.0, -448.0, 448.0, 448.0]
+    normal = values.abs().clamp(max=448.0) >= 2**-6
+    error = (rounded - values.clamp(-448.0, 448.0)).abs()
+    assert (error[normal] <= values.abs()[normal] / 16).all()
+    assert error.max() > 0
+
+
+@pytest.mark.parametrize("layout", ["alone", "tp2-ep2"])
+def test_bf16_log_probs_are_those_of_a_full_forward_to_its_precision(
+    layout: str, folder: str, request: pytest.FixtureRequest
+) -> None:
+    world, sizes = LAYOUTS[layout]
+    pool = request.getfixturevalue(f"ranks{world}")
+    for result in pool.run(generate_cases, sizes, folder, {"plain": CASES["plain"]}, "bf16"):
+        for rollout in result.rollouts["plain"]:
+            reading = result.readings["plain"][rollout.name]
+            np.testing.assert_allclose(rollout.logp, reading.logp, rtol=0, atol=0.1)
