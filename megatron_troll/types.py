@@ -50,6 +50,7 @@ class Rollout:
     prompt_ids, response_ids   int64 [P], [T]
     mask       float32 [T], 1 where the token was sampled by the policy and carries loss
     logp       float32 [T], engine log-probability of each sampled token, after temperature
+    uniform    float64 [T] in [0, 1), one number per token for methods that draw on it later (Jackpot)
     group      index of the prompt in its rollout batch; sample: which of its G samples
     """
 
@@ -60,6 +61,7 @@ class Rollout:
     response_ids: np.ndarray
     mask: np.ndarray
     logp: np.ndarray
+    uniform: np.ndarray
     topk: TokenTopK | None
     text: str
     finish: FinishReason
@@ -117,11 +119,22 @@ class Support:
 
 @dataclass(frozen=True)
 class Reads:
-    """What an objective reads of the LM head: the full-softmax log-prob of the sampled token with
-    gradient, and/or a sparse record with gradient."""
+    """What an objective reads of the LM head.
+
+    logp          full-softmax log-prob of the sampled token, with gradient
+    topk          a sparse record, with gradient of its logits
+    full          the record's lse with gradient too, so that logits - lse are differentiable log-probs
+    at_rollout    log-probs at the ids of the rollout engine's record, without gradient
+    entropy       entropy over the full vocabulary, with gradient
+    reference_kl  KL(policy || reference) over the full vocabulary, with gradient
+    """
 
     logp: bool = False
     topk: Support | None = None
+    full: bool = False
+    at_rollout: bool = False
+    entropy: bool = False
+    reference_kl: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,13 +151,19 @@ class Probe:
 
 @dataclass(frozen=True)
 class Readings:
-    """What the LM head gave for N positions. logp [N]; entropy [N] (detached, nats), None where the full
-    row was never formed; probe where one was taken."""
+    """What the LM head gave for N positions; None where it was not read or never formed.
+
+    logp [N]; topk; entropy [N] nats, with gradient only where `Reads.entropy` asked for it; probe;
+    at_rollout [N, W] detached full-softmax log-probs at the ids of `ObjectiveInputs.rollout_topk`, -inf on its
+    unused slots; reference_kl [N] nats.
+    """
 
     logp: Tensor | None
     topk: TopK | None
     entropy: Tensor | None
     probe: Probe | None = None
+    at_rollout: Tensor | None = None
+    reference_kl: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,10 +172,17 @@ class Segments:
 
     sum     [N] -> [S], total per response over every rank (differentiable)
     expand  [S] -> [N]
+    whole   [N] -> [L], the values of every token of the S responses, response by response in order of
+            position, on every rank (not differentiable)
+    mine    [L] -> [N], back to this rank's tokens
+    owner   [L] int64, which of the S responses each token of `whole` belongs to
     """
 
     sum: Callable[[Tensor], Tensor]
     expand: Callable[[Tensor], Tensor]
+    whole: Callable[[Tensor], Tensor]
+    mine: Callable[[Tensor], Tensor]
+    owner: Tensor
 
 
 @dataclass(frozen=True)
@@ -172,6 +198,12 @@ class ObjectiveInputs:
                  micro-batch and rank, are what the loss is normalised by. 0 masks a token.
     position     [N] index of the token inside its response, masked tokens not counted
     segments     reductions over responses
+    group        [S] int64, prompt group of each response in the rollout batch
+    rollout      [S] int64, index of each response in the rollout batch
+    rollouts     responses in the whole rollout batch: what `statistics` may index by `rollout`
+    uniform      [N] one number in [0, 1) per token, drawn with the rollout
+    reference    the frozen reference model: logp [N], and topk at the ids of `new.topk` where a method reads
+                 both; None where no method reads it
     """
 
     new: Readings
@@ -182,6 +214,11 @@ class ObjectiveInputs:
     weight: Tensor
     position: Tensor
     segments: Segments
+    group: Tensor
+    rollout: Tensor
+    rollouts: int
+    uniform: Tensor
+    reference: Readings | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +248,10 @@ class MicroBatch:
     position           [N] index inside its response, masked tokens not counted
     weight, advantage, rollout_logp   [N] float32
     rollout_topk       engine record of the same N tokens, or None
-    rollouts           [S] index of each response in the rollout batch, for names in errors
+    uniform            [N] float64 in [0, 1), drawn with the rollout
+    rollouts           [S] index of each response in the rollout batch
+    groups             [S] its prompt group
+    batch_size         responses in the whole rollout batch
     """
 
     tokens: Tensor
@@ -227,7 +267,10 @@ class MicroBatch:
     advantage: Tensor
     rollout_logp: Tensor
     rollout_topk: TopK | None
+    uniform: Tensor
     rollouts: tuple[int, ...]
+    groups: tuple[int, ...]
+    batch_size: int
 
     def to(self, device: torch.device) -> "MicroBatch":
         return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})

@@ -98,14 +98,17 @@ def build(
         advantage=torch.tensor([advantages[i] for i in chosen], dtype=torch.float32)[sequence],
         rollout_logp=_read(picked, steps, lambda r: r.logp, torch.float32),
         rollout_topk=engine_topk(picked, steps, form.topk, form.vocab) if has_topk else None,
+        uniform=_read(picked, steps, lambda r: r.uniform, torch.float64),
         rollouts=tuple(chosen),
+        groups=tuple(rollout.group for rollout in picked),
+        batch_size=len(rollouts),
     )
 
 
 def _check(rollout: Rollout) -> None:
     if len(rollout.prompt_ids) == 0:
         raise ValueError(f"sample {rollout.name}: the prompt has no tokens, nothing predicts the first one")
-    sizes = {"response_ids": len(rollout.response_ids), "mask": len(rollout.mask), "logp": len(rollout.logp)}
+    sizes = {"response_ids": len(rollout.response_ids), "mask": len(rollout.mask), "logp": len(rollout.logp), "uniform": len(rollout.uniform)}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"sample {rollout.name}: arrays over the response differ in length: {sizes}")
     bad = np.flatnonzero((rollout.mask > 0) & ~np.isfinite(rollout.logp))

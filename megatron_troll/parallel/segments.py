@@ -1,5 +1,6 @@
 """Sums over the tokens of one response, some of which may lie on other context-parallel ranks."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from megatron_troll.parallel.groups import Group
 from megatron_troll.types import Segments
 
 
-def segments(sequence: Tensor, n_sequences: int, cp_group: Group) -> Segments:
-    """Reductions over the responses of one micro-batch. `sequence` [N] int64 names the response of each local
-    token, below `n_sequences`, which is the same on every context-parallel rank (N need not be).
+def segments(sequence: Tensor, position: Tensor, n_sequences: int, cp_group: Group) -> Segments:
+    """Reductions over the responses of one micro-batch. `sequence` and `position` [N] int64 name the response
+    of each local token, below `n_sequences`, which is the same on every context-parallel rank (N need not
+    be), and its place there.
 
-    `sum` sends `n_sequences` numbers in one all-reduce, and as many in backward; every rank of the group must
-    call it, and its backward, in the same order. It keeps the dtype of its argument. A response without a
-    token has total 0.
+    `sum` sends `n_sequences` numbers in one all-reduce, and as many in backward; `whole` sends N numbers of
+    every rank; making the segments under context parallelism sends 2 N. Every rank of the group must call
+    them, and the backward of `sum`, in the same order. They keep the dtype of their argument. A response
+    without a token has total 0.
     """
 
     def total(values: Tensor) -> Tensor:
@@ -31,7 +34,56 @@ def segments(sequence: Tensor, n_sequences: int, cp_group: Group) -> Segments:
     def expand(totals: Tensor) -> Tensor:
         return totals.index_select(0, sequence)
 
-    return Segments(sum=total, expand=expand)
+    if cp_group.size == 1:
+        return Segments(sum=total, expand=expand, whole=_detached, mine=_detached, owner=sequence)
+    share = _Share.of(sequence, position, cp_group)
+    return Segments(total, expand, share.whole, share.mine, share.owner)
+
+
+def _detached(values: Tensor) -> Tensor:
+    return values.detach()
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One rank's part of the tokens of all context-parallel ranks.
+
+    lengths  tokens of each rank
+    order    [L] where, in the ranks' tokens one after the other, each token of the responses in order is
+    place    [N] where this rank's tokens are in that order
+    owner    [L] the response of each token in order
+    """
+
+    group: Group
+    lengths: list[int]
+    order: Tensor
+    place: Tensor
+    owner: Tensor
+
+    @staticmethod
+    def of(sequence: Tensor, position: Tensor, group: Group) -> "_Share":
+        length = torch.tensor([len(sequence)], device=sequence.device)
+        lengths = [int(part) for part in group.all_gather(length)]
+        sequences, positions = (_concatenated(column, lengths, group) for column in (sequence, position))
+        longest = int(positions.max()) + 1 if len(positions) else 1
+        order = torch.argsort(sequences * longest + positions)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        start = sum(lengths[: group.rank])
+        return _Share(group, lengths, order, place[start : start + lengths[group.rank]], sequences[order])
+
+    def whole(self, values: Tensor) -> Tensor:
+        return _concatenated(values.detach(), self.lengths, self.group)[self.order]
+
+    def mine(self, values: Tensor) -> Tensor:
+        return values[self.place]
+
+
+def _concatenated(values: Tensor, lengths: list[int], group: Group) -> Tensor:
+    """The ranks' values [sum of lengths], one rank after the other."""
+    padded = values.new_zeros(max(lengths))
+    padded[: len(values)] = values
+    return torch.cat([part[:length] for part, length in zip(group.all_gather(padded), lengths)])
 
 
 class _SumOverRanks(Function):

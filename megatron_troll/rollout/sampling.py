@@ -29,6 +29,12 @@ def uniforms(keys: Sequence[int], position: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def token_uniforms(seed: int, round: int, prompt_id: str, sample: int, length: int) -> np.ndarray:
+    """[length] float64 in [0, 1), one per token of a sample, independent of those that drew its tokens."""
+    key = sample_key(seed, round, f"mask {prompt_id}", sample)
+    return np.concatenate([uniforms([key], position) for position in range(length)] or [np.empty(0)])
+
+
 def draw(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """A token [B] per row of log-probabilities logp [B, V], after temperature, by the inverse of the
     cumulative distribution, in id order, of the tokens that the filters of `sampling` keep. Temperature 0

@@ -32,6 +32,7 @@ def sampled_logp(logits: Tensor, target: Tensor) -> Tensor:
 
 def inputs_of(new: Readings, old: Readings, advantage: Tensor, weight: Tensor) -> ObjectiveInputs:
     """N tokens of one response each; rollout log-probs that nothing here reads."""
+    each = torch.arange(len(advantage))
     return ObjectiveInputs(
         new=new,
         old=old,
@@ -40,7 +41,13 @@ def inputs_of(new: Readings, old: Readings, advantage: Tensor, weight: Tensor) -
         advantage=advantage,
         weight=weight,
         position=torch.zeros_like(advantage, dtype=torch.int64),
-        segments=Segments(sum=lambda x: x, expand=lambda x: x),
+        segments=Segments(
+            sum=lambda x: x, expand=lambda x: x, whole=lambda x: x, mine=lambda x: x, owner=each
+        ),
+        group=each,
+        rollout=each,
+        rollouts=len(advantage),
+        uniform=torch.zeros_like(advantage),
     )
 
 
