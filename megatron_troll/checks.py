@@ -1,5 +1,6 @@
 """Everything that can be refused before compute is spent: the task a configuration describes."""
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Layout, Sampling, WarmStart
+from megatron_troll.config.tree import Config, Layout, Observe, Sampling, WarmStart
 from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.errors import DataError
 from megatron_troll.data.prompts import PromptSet, load_prompts
@@ -18,6 +19,7 @@ from megatron_troll.objectives.compose import compose, resolve
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.rewards import reward as verifiers
 from megatron_troll.types import Rollout
+from megatron_troll.weights.check import check_folder
 
 PROBLEMS = (ConfigError, DataError, ValueError, OSError)
 
@@ -59,6 +61,9 @@ def prepare(config: Config) -> Task:
     objective.check(shape.vocab)
     rollout.check(config.rollout, policy.layout.cp)
     _check_rollout(config, objective, shape)
+    _check_observe(config.observe)
+    if policy.init == "pretrained":
+        check_folder(policy.path, shape)
     tokenizer = load_tokenizer(policy.path)
     check_vocab(tokenizer, shape.vocab)
     stops = stop_ids(tokenizer, policy.path, config.rollout.sampling.stop)
@@ -132,6 +137,14 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
         raise ConfigError(
             f"train.updates={config.train.updates} is over all epochs: make it a multiple of train.epochs="
             f"{config.train.epochs}"
+        )
+
+
+def _check_observe(observe: Observe) -> None:
+    if observe.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "observe.wandb_project is set, but wandb is not installed: install megatron-troll[wandb], or set it "
+            "to null"
         )
 
 

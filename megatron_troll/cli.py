@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     rollouts = kinds.add_parser("rollouts", help="browse prompts, answers, rewards and log-probs")
     rollouts.add_argument("run_folder", metavar="RUN")
     rollouts.add_argument("--step", type=int, default=None, help="default: the last")
-    rollouts.add_argument("--sort", choices=("reward", "logp", "length"), default="reward")
+    rollouts.add_argument(
+        "--sort", default="reward", help="reward, advantage, logp or length; --sort=-reward: smallest first"
+    )
     rollouts.add_argument("--limit", type=int, default=20)
     rollouts.add_argument("--html", default=None, metavar="FILE", help="write a page instead")
     rollouts.set_defaults(run=commands.rollouts)

@@ -101,7 +101,6 @@ class Learner:
             topk=self._engine_topk,
         )
 
-
     @property
     def _engine_topk(self) -> int:
         """Entries read of the engine's record; 0: none."""

@@ -83,7 +83,6 @@ class Model(Node):
     aux_loss: NonNegative = Field(
         default=0.0, description="coefficient of the load-balancing loss, global over a step"
     )
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     recompute: Literal["none", "selective", "full"] = "none"
 
 

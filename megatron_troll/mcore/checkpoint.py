@@ -224,8 +224,10 @@ class Checkpoints:
     def _failed(self, reason: str) -> CheckpointError:
         if self._world.rank == 0:
             shutil.rmtree(self._draft, ignore_errors=True)
+        free = shutil.disk_usage(self.folder).free / 2**30
         return CheckpointError(
-            f"saving {self._draft} failed: {reason}. Steps that are still usable: {self.steps() or 'none'}"
+            f"saving {self._draft} failed: {reason} ({free:.1f} GiB are free there). Steps that are still "
+            f"usable: {self.steps() or 'none'}"
         )
 
     def _everywhere(self, action: Callable[[], T]) -> T:

@@ -41,7 +41,12 @@ def read_shape(folder: str | Path) -> ModelShape:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: models.*.path must be a Hugging Face model folder")
-    return shape_of(json.loads(path.read_text()), str(path))
+    try:
+        return shape_of(json.loads(path.read_bytes()), str(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from error
 
 
 def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:

@@ -38,7 +38,7 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         moe_router_pre_softmax=not shape.norm_topk,
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type=model.dispatcher,
+        moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=uses_te(model.spec) and shape.experts > 0,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,

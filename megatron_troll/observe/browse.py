@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
 from megatron_troll.observe.files import write_atomic
@@ -41,28 +41,24 @@ def browse(
     steps = stored_steps(root)
     step = steps[-1] if step is None else step
     samples = ordered(list(read_step(root, step)), sort)
-    table = Table(
-        title=f"{root}, step {step} of {steps[0]}-{steps[-1]}: {len(samples)} rollouts", expand=True
-    )
-    for name in ("rollout", "question", "answer", "reward", "adv.", "finish", "tokens", "mean logp", "least"):
-        table.add_column(name, overflow="fold", ratio={"question": 3, "answer": 4}.get(name))
+    console.print(Text(f"{root}, step {step} of {steps[0]}-{steps[-1]}: {len(samples):,} rollouts"))
+    prompt = None
     for sample in samples[:limit]:
-        table.add_row(*_cells(sample))
-    console.print(table)
+        if sample.prompt != prompt:
+            prompt = sample.prompt
+            console.print(Text(f"\n{sample.question}\nexpected: {sample.answer}", style="bold"))
+        console.print(_facts(sample))
+        console.print(Padding(shaded(sample), (0, 0, 0, 2), expand=False))
 
 
-def _cells(sample: Sample) -> list[Text]:
+def _facts(sample: Sample) -> Text:
+    """One line about a rollout: its name and reward, the mean log-prob and the least likely token."""
     least = min(range(len(sample.logp)), key=sample.logp.__getitem__, default=None)
-    worst = "" if least is None else f"{sample.tokens[least]!r} {sample.logp[least]:.2f}"
-    numbers = (f"{sample.reward:g}", f"{sample.advantage:.2f}", sample.finish, f"{len(sample.tokens)}")
-    return [
-        Text(f"{sample.prompt}#{sample.sample}"),
-        Text(sample.question),
-        shaded(sample),
-        *map(Text, numbers),
-        Text(f"{sample.mean_logp:.3f}"),
-        Text(worst),
-    ]
+    worst = "" if least is None else f", least {sample.tokens[least]!r} {sample.logp[least]:.2f}"
+    reward = Text(f"reward {sample.reward:g}", style="bold")
+    rest = f", adv. {sample.advantage:.2f}, {sample.finish}, {len(sample.tokens)} tokens"
+    logp = f", logp {sample.mean_logp:.3f}"
+    return Text.assemble(f"{sample.prompt}#{sample.sample}: ", reward, Text(rest + logp + worst, style="dim"))
 
 
 def shaded(sample: Sample) -> Text:

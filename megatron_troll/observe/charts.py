@@ -42,6 +42,12 @@ class Chart:
         """Its lines that some run has a value for."""
         return tuple(line for line in self.lines if any(run.curve(line.field)[0] for run in runs))
 
+    def span(self, runs: Sequence[Run]) -> tuple[float, float]:
+        """The ends of its axis, a little room above the highest value."""
+        values = [value for line in self.shown(runs) for run in runs for value in run.curve(line.field)[1]]
+        low, high = min(0.0, *values), max(self.top, *values)
+        return low, high * 1.03 if high > low else low + 1.0
+
 
 CHARTS = (
     Chart(
@@ -56,7 +62,7 @@ CHARTS = (
         "KL to the old policy (nats per token)",
         (Line("kl_before", "before projection", dashed=True), Line("kl_after", "after projection")),
     ),
-    Chart("Projected tokens (fraction)", (Line("projected", "projected"),)),
+    Chart("Projected tokens (share)", (Line("projected", "projected"),)),
     Chart("Entropy (nats per token)", (Line("entropy", "entropy"),)),
     Chart("Approximate KL of the update (nats per token)", (Line("approx_kl", "k3"),)),
     Chart("Gradient norm", (Line("grad_norm", "gradient norm"),)),
@@ -90,15 +96,14 @@ def _panel(axes: Axes, chart: Chart, runs: Sequence[Run]) -> None:
             _plot(axes, run, line, colour(index))
     axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    low, high = axes.dataLim.intervaly
-    axes.set_ylim(min(0.0, low), max(chart.top, high) * 1.02)
+    axes.set_ylim(chart.span(runs))
     if len(lines) > 1:
         shade = "0.25" if len(runs) > 1 else colour(0)
         handles = [Line2D([], [], **_style(line, shade), label=line.label) for line in lines]
-        axes.legend(handles=handles, fontsize=9, edgecolor="none", framealpha=0.8)
+        axes.legend(handles=handles, fontsize=9, frameon=False)
 
 
 def _plot(axes: Axes, run: Run, line: Line, shade: str) -> None:

@@ -11,19 +11,31 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-# label, field of metrics.jsonl, format
+# Of the panel: label, field of metrics.jsonl, format, unit.
 SHOWN = (
-    ("success", "success", "{:.3f}"),
-    ("held-out", "held_out_success", "{:.3f}"),
-    ("loss", "loss", "{:.4f}"),
-    ("KL before", "kl_before", "{:.2e}"),
-    ("KL after", "kl_after", "{:.2e}"),
-    ("projected", "projected", "{:.1%}"),
-    ("entropy", "entropy", "{:.3f}"),
-    ("grad norm", "grad_norm", "{:.3f}"),
-    ("tokens/s", "tokens_per_s", "{:,.0f}"),
-    ("MFU", "mfu", "{:.1%}"),
+    ("success", "success", "{:.3f}", ""),
+    ("held-out success", "held_out_success", "{:.3f}", ""),
+    ("loss", "loss", "{:.4f}", ""),
+    ("KL before projection", "kl_before", "{:.1e}", "nats"),
+    ("KL after projection", "kl_after", "{:.1e}", "nats"),
+    ("projected", "projected", "{:.1%}", "of tokens"),
+    ("entropy", "entropy", "{:.3f}", "nats"),
+    ("gradient norm", "grad_norm", "{:.3f}", ""),
+    ("speed", "tokens_per_s", "{:,.0f}", "tokens/s"),
+    ("MFU", "mfu", "{:.1%}", ""),
 )
+# Of a log line; everything else is in metrics.jsonl.
+LOGGED = (
+    ("success", "success {:.3f}"),
+    ("loss", "loss {:7.4f}"),
+    ("kl_before", "KL before {:.1e}"),
+    ("kl_after", "after {:.1e}"),
+    ("projected", "{:5.1%} projected"),
+    ("entropy", "entropy {:.3f}"),
+    ("tokens_per_s", "{:,.0f} tokens/s"),
+    ("seconds", "{:.1f} s"),
+)
+PHASE_WIDTH = 16
 
 
 class Progress(Protocol):
@@ -69,9 +81,12 @@ class LogLines(Silent):
         self._steps = steps
 
     def step(self, step: int, metrics: Mapping[str, float], eta: float) -> None:
-        shown = [f"{label} {text}" for label, text in figures(metrics)]
-        times = [f"{phase} {text}" for phase, text in phase_times(metrics)]
-        self.say(" | ".join([f"step {step}/{self._steps}", *shown, *times, f"ETA {duration(eta)}"]))
+        parts = [f"step {of(step, self._steps)}"]
+        parts += [form.format(metrics[name]) for name, form in LOGGED if name in metrics]
+        parts += [f"ETA {duration(eta)}"]
+        if "held_out_success" in metrics:
+            parts += [f"held-out success {metrics['held_out_success']:.3f}"]
+        self.say(" | ".join(parts))
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -119,9 +134,10 @@ class LivePanel:
         head = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=self._steps, completed=self._step, width=30)
         eta = "" if self._eta is None else f"ETA {duration(self._eta)}"
-        head.add_row(f"step {self._step}/{self._steps}", bar, eta, Text(self._phase, style="cyan"))
+        phase = self._phase.replace("_", " ").ljust(PHASE_WIDTH)
+        head.add_row(f"step {of(self._step, self._steps)}", bar, eta, Text(phase, style="cyan"))
         body = Table.grid(padding=(0, 4))
-        body.add_row(_pairs(figures(self._metrics), "bold"), _pairs([*phase_times(self._metrics)], "magenta"))
+        body.add_row(_rows(figures(self._metrics), "bold"), _rows(phase_times(self._metrics), "magenta"))
         return Panel(Group(head, "", body), title=Text(self._title), title_align="left", expand=False)
 
 
@@ -132,15 +148,20 @@ def open_progress(console: Console, steps: int, title: str) -> Progress:
     return LogLines(console, steps)
 
 
-def figures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """(label, text) of the SHOWN fields that `metrics` has."""
-    return [(label, form.format(metrics[name])) for label, name, form in SHOWN if name in metrics]
+def figures(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """(label, text, unit) of the SHOWN fields that `metrics` has."""
+    return [(label, form.format(metrics[name]), unit) for label, name, form, unit in SHOWN if name in metrics]
 
 
-def phase_times(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """(phase, text) of every `seconds/<phase>`."""
+def phase_times(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """(phase, text, unit) of every `seconds/<phase>`."""
     times = ((name.removeprefix("seconds/"), s) for name, s in metrics.items() if name.startswith("seconds/"))
-    return [(phase, f"{seconds:.1f}s") for phase, seconds in times]
+    return [(phase.replace("_", " "), f"{seconds:.2f}", "s") for phase, seconds in times]
+
+
+def of(step: int, steps: int) -> str:
+    """ " 7/30": as wide at every step."""
+    return f"{step:{len(str(steps))}}/{steps}"
 
 
 def duration(seconds: float) -> str:
@@ -150,10 +171,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
-def _pairs(rows: list[tuple[str, str]], style: str) -> Table:
-    table = Table.grid(padding=(0, 2))
+def _rows(rows: list[tuple[str, str, str]], style: str) -> Table:
+    table = Table.grid(padding=(0, 1))
     table.add_column()
-    table.add_column(justify="right", style=style)
-    for label, text in rows:
-        table.add_row(label, text)
+    table.add_column(justify="right", style=style, min_width=7)
+    table.add_column(style="dim")
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -17,9 +17,10 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px }
 body { margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top }
+th, td { padding: .3rem 1.2rem .3rem 0; text-align: left; vertical-align: top }
 tr { border-bottom: 1px solid #ddd } td { font-variant-numeric: tabular-nums }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 1rem }
+.charts > div { min-width: 0 }
 """
 
 
@@ -35,7 +36,7 @@ def report(runs: Sequence[Path], output: Path) -> None:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole page: summaries, differing keys, curves."""
+    """The whole page: summaries, differing keys, curves, versions."""
     figures = [_curves(chart, runs) for chart in CHARTS if chart.shown(runs)] + [_phases(runs)]
     divs = [_div(figure, include_plotly=index == 0) for index, figure in enumerate(figures)]
     title = escape(" / ".join(run.name for run in runs))
@@ -43,24 +44,27 @@ def page(runs: Sequence[Run]) -> str:
     if differing := differing_keys(runs):
         rows = [[key, *map(_text, values)] for key, values in differing.items()]
         parts += ["<h2>Where the configs differ</h2>", _table(["key", *(run.name for run in runs)], rows)]
-    parts += ["<h2>Curves</h2>", '<div class="charts">', *divs, "</div>"]
+    parts += ["<h2>Curves</h2>", '<div class="charts">', *divs, "</div>", *_versions(runs)]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-SUMMARY = ("last step", "held-out success before", "after", "seconds", "seed", "versions")
+SUMMARY = ("last step", "held-out success before", "held-out success after", "seconds", "seed")
 
 
 def _summary(run: Run) -> list[str]:
     fields = ("held_out_success_before", "held_out_success_after", "seconds", "seed")
-    versions = ", ".join(f"{name} {version}" for name, version in run.summary.get("versions", {}).items())
     state = "" if run.summary else " (not finished)"
-    return [
-        run.name,
-        f"{run.rows[-1]['step']}{state}",
-        *(_text(run.summary.get(f)) for f in fields),
-        versions,
-    ]
+    return [run.name, f"{run.rows[-1]['step']}{state}", *(_text(run.summary.get(f)) for f in fields)]
+
+
+def _versions(runs: Sequence[Run]) -> list[str]:
+    """One line for all runs that were made with the same versions."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run.summary.get("versions", {}).items())
+        names.setdefault(versions, []).append(run.name)
+    return [f"<p>{escape(', '.join(who))}: {escape(what)}</p>" for what, who in names.items() if what]
 
 
 def _curves(chart: Chart, runs: Sequence[Run]) -> go.Figure:
@@ -79,6 +83,7 @@ def _curves(chart: Chart, runs: Sequence[Run]) -> go.Figure:
                 opacity=0.45 if line.faint else 1,
                 line=_stroke(line, colour(index)),
             )
+    figure.update_yaxes(range=chart.span(runs), exponentformat="power")
     return _framed(figure, chart.title, "step")
 
 
@@ -92,11 +97,14 @@ def _phases(runs: Sequence[Run]) -> go.Figure:
     names = dict.fromkeys(
         key for run in runs for row in run.rows for key in row if key.startswith("seconds/")
     )
-    for name in names:
+    for index, name in enumerate(names):
         means = [sum(run.curve(name)[1]) / len(run.rows) for run in runs]
-        figure.add_bar(x=[run.name for run in runs], y=means, name=name.removeprefix("seconds/"))
+        label = name.removeprefix("seconds/").replace("_", " ")
+        shade = {"color": colour(index)}
+        figure.add_bar(y=[run.name for run in runs], x=means, name=label, orientation="h", marker=shade)
     figure.update_layout(barmode="stack")
-    return _framed(figure, "Seconds of a step by phase (mean)", "")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return _framed(figure, "Seconds of a step by phase (mean)", "seconds")
 
 
 def _framed(figure: go.Figure, title: str, x: str) -> go.Figure:
@@ -105,15 +113,14 @@ def _framed(figure: go.Figure, title: str, x: str) -> go.Figure:
         template="plotly_white",
         height=340,
         margin={"l": 50, "r": 10, "t": 45, "b": 40},
-        legend={"orientation": "h", "y": -0.2},
-        showlegend=True,
+        legend={"orientation": "h", "y": -0.2, "traceorder": "normal"},
         xaxis_title=x,
     )
     return figure
 
 
 def _div(figure: go.Figure, include_plotly: bool) -> str:
-    config = {"displaylogo": False, "responsive": True}
+    config = {"displayModeBar": False, "responsive": True}
     html = plotly.io.to_html(figure, full_html=False, include_plotlyjs=include_plotly, config=config)
     return f"<div>{html}</div>"
 

@@ -22,7 +22,6 @@ CHANGEABLE = (
     "train.token_budget",
     "rollout.max_sequences",
     "models.*.layout.*",
-    "models.*.dispatcher",
     "models.*.recompute",
     "evaluation.every",
     "checkpoint.*",

@@ -1,7 +1,6 @@
 """Where a step's figures are written: metrics.jsonl always, TensorBoard and W&B as configured."""
 
 import importlib
-import importlib.util
 import json
 import math
 import platform
@@ -59,11 +58,6 @@ class WandB:
     """A Weights & Biases run of the same name and id, continued on resume."""
 
     def __init__(self, project: str, folder: RunFolder, config: Mapping[str, Any]) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise ModuleNotFoundError(
-                "observe.wandb_project is set, but wandb is not installed. "
-                "Install megatron-troll[wandb], or set observe.wandb_project=null."
-            )
         wandb: Any = importlib.import_module("wandb")
         name = folder.root.resolve().name
         self._run = wandb.init(

@@ -3,13 +3,10 @@
 import torch
 
 from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.weights.check import check
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.placement import Held, held_parameters, shard_group
 from megatron_troll.weights.source import Source, Unstacked
-from megatron_troll.weights.table import Table
-
-# Written by some tools although config.json ties the head to the embedding.
-TIED_HEAD = "lm_head.weight"
 
 
 @torch.no_grad()
@@ -25,28 +22,6 @@ def load(model: MegatronModel, source: Source) -> None:
     check(source, table, tied=model.shape.tied)
     for held in held_parameters(model, table):
         _fill(model, held, source)
-
-
-def check(source: Source, table: Table, *, tied: bool) -> None:
-    """Raise ValueError unless `source` holds exactly the tensors of `table`, in their shapes."""
-    expected = {name: tensor.shape for name, tensor in table.tensors().items()}
-    found = source.shapes
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
-    problems += [
-        f"unused: {name} {shape}"
-        for name, shape in found.items()
-        if name not in expected and not (tied and name == TIED_HEAD)
-    ]
-    problems += [
-        f"wrong shape: {name} {found[name]}, the config says {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise ValueError(
-            "the weights do not fit config.json (is it of another model, or was the download cut short?):\n  "
-            + "\n  ".join(problems)
-        )
 
 
 def _fill(model: MegatronModel, held: Held, source: Source) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_troll.mcore.shape import ModelShape
@@ -66,7 +66,10 @@ class FolderSource:
     def _open(self, file: str) -> Any:
         """One file stays open: entries are read in an order that mostly stays inside one."""
         if self._opened[0] != file:
-            self._opened = (file, safe_open(self.folder / file, "pt"))
+            try:
+                self._opened = (file, safe_open(self.folder / file, "pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{self.folder / file} is broken: {error}; download it again") from error
         return self._opened[1]
 
     def _scan(self) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:

@@ -1,7 +1,7 @@
 """What every layout must give, by plain autograd on one process.
 
-Hugging Face's model runs each sequence alone and unpadded; the objectives are written out over the whole
-vocabulary in float64. Nothing here uses batching, packing, sharding or the objectives of the package.
+Hugging Face's model runs each sequence alone and unpadded, in float64 but for its norms and softmaxes; the
+objectives are written out over the whole vocabulary. Nothing here uses batching, packing, sharding or the objectives of the package.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,13 +29,13 @@ from tests.dist.layouts_batch import (
     Weights,
 )
 from tests.dist.tiny import MOE, reference
-from tests.unit.objectives.oracle import dense_sparsified, kl, troll
+from tests.unit.objectives.oracle import dense_sparsified, kl, projected
 
 
 @dataclass(frozen=True)
 class Read:
-    """logits [N, V] float64 after temperature where the N loss tokens are predicted; routing, per layer, the
-    router's logits [T, E] over every token of every sequence."""
+    """logits [N, V] after temperature where the N loss tokens are predicted; routing, per layer, the router's
+    logits [T, E] over every token of every sequence. float64."""
 
     logits: Tensor
     routing: list[Tensor]
@@ -73,7 +73,8 @@ class Reference:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.tokens = _tokens(batch)
-        self.model = reference(MOE)
+        self.model = reference(MOE).double()
+        self.model.set_experts_implementation("eager")  # the grouped one has no float64
         self.model.load_state_dict(batch.before)
         with torch.no_grad():
             self.before = read(self.model, batch.rollouts)
@@ -84,7 +85,7 @@ class Reference:
     def expected(self, objective: str, aux: float) -> Expected:
         """Of a named objective, plus the balancing loss with coefficient `aux` in the gradients."""
         loss = -self.value(objective)
-        total = loss + aux * balancing_loss(self.now.routing).double()
+        total = loss + aux * balancing_loss(self.now.routing)
         self.model.zero_grad()
         total.backward(retain_graph=True)
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -100,7 +101,7 @@ class Reference:
             score = torch.minimum(ratio * tokens.advantage, bounded * tokens.advantage)
             return (tokens.sequence_mean * score).sum()
         p, q = self.sparse(objective)
-        return (tokens.token_mean * troll(p, q, tokens.target, tokens.advantage, BOUND, ALPHA)).sum()
+        return (tokens.token_mean * troll(p, q, tokens)).sum()
 
     @property
     def ratio(self) -> Tensor:
@@ -119,6 +120,14 @@ class Reference:
         return kl(*self.sparse(objective)).detach()
 
 
+def troll(p: Tensor, q: Tensor, tokens: Tokens) -> Tensor:
+    """J [N] of arXiv 2510.03817, eq. 5, from p' and q' [N, V]."""
+    active = kl(p, q).detach() > BOUND
+    pi = p.index_put((active,), projected(p[active], q[active], BOUND))
+    at = tokens.target[:, None]
+    return (pi.gather(1, at) / q.gather(1, at))[:, 0] * tokens.advantage - ALPHA * kl(p, pi.detach())
+
+
 def read(model: nn.Module, rollouts: Sequence[Rollout]) -> Read:
     """Each sequence alone: prompt and response without the last token."""
     logits, routing = [], []
@@ -129,7 +138,7 @@ def read(model: nn.Module, rollouts: Sequence[Rollout]) -> Read:
         start = len(rollout.prompt_ids) - 1
         logits.append(output[start:][torch.from_numpy(rollout.mask) > 0])
         routing.append(seen)
-    return Read(torch.cat(logits).double() / TEMPERATURE, [torch.cat(layer) for layer in zip(*routing)])
+    return Read(torch.cat(logits) / TEMPERATURE, [torch.cat(layer) for layer in zip(*routing)])
 
 
 @contextmanager

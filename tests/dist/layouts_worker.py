@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.plan import Capacity, Schedule, plan
 from megatron_troll.batching.weights import step_weights
-from megatron_troll.config.tree import Layout, Model, Optimizer
+from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable, trainable
@@ -29,7 +29,7 @@ from megatron_troll.weights.source import TensorSource
 from tests.dist.layouts_batch import OBJECTIVES, TEMPERATURE, Batch, Weights
 from tests.dist.tiny import MOE, started
 
-AXES = ("tp", "pp", "cp", "dp", "ep", "etp")
+AXES = ("tp", "pp", "cp", "dp", "ep", "etp", "dp_cp")
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,12 @@ class RankResult:
     outcomes: list[Outcome]
 
 
-def run_cases(sizes: dict[str, int], batch: Batch, cases: Sequence[Case]) -> RankResult:
+def run_cases(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
     """Old readings at the weights `before`, gradients at the weights `now`."""
-    layout = Layout(**sizes)
-    with started(layout) as groups:
-        config = Model(
-            path="none", dtype="fp32", layout=layout, optimizer=Optimizer(distributed=False), aux_loss=1.0
-        )
+    with started(config.layout) as groups:
         model = mcore.build(config, shape_of(MOE), groups)
         policy = trainable(model, config.optimizer, total_steps=1)
-        micro_batches = [cut(batch, case, groups, layout) for case in cases]
+        micro_batches = [cut(batch, case, groups, config.layout) for case in cases]
         load(model, TensorSource(batch.before))
         old = [trainer(policy, case).old_readings(m).readings for case, m in zip(cases, micro_batches)]
         load(model, TensorSource(batch.now))
@@ -126,6 +122,7 @@ def accumulate(
     mismatch = learner.mismatch(batches, old)
     with Collectives(policy.model.groups) as collectives:
         result = learner.accumulate(batches, old)
+    assert result.broken == ()
     with gradients_as_parameters(policy.model):
         gradients = {name: tensor.clone() for name, tensor in stream(policy.model)}
     return Outcome(result.loss, result.metrics, mismatch, gradients, len(batches), collectives.seen)

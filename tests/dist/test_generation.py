@@ -214,8 +214,9 @@ def train_and_generate(sizes: Sizes, folder: str) -> list[str]:
     case, differing = CASES["fp8"], []
     with opened(sizes, folder) as model:
         next(model.chunks[0].modules()).training = False
+        before = state(model)
         rollouts = generate(model, case)
-        before, gradients = state(model), gradients_of(model, rollouts)
+        gradients = gradients_of(model, rollouts)
         for what, run in (("generated", generate), ("raised", raise_in_generation)):
             run(model, case)
             differing += [f"{name} when {what}" for name, now in state(model).items() if now != before[name]]

@@ -91,9 +91,17 @@ def test_listing_shows_the_last_step_sorted(run: Path) -> None:
     assert best_first.index("sort-7#0") < best_first.index("sort-7#1")
     worst_first = listing(run, sort="-reward")
     assert worst_first.index("sort-7#1") < worst_first.index("sort-7#0")
-    assert "'57' -3.00" in worst_first
+    assert "expected: 13579" in worst_first
+    assert "least '57' -3.00" in worst_first
     assert "sort-7#1" not in listing(run, step=1)
     assert "sort-7#0" not in listing(run, sort="-logp", limit=1)
+
+
+def test_a_listing_fits_a_narrow_terminal(run: Path) -> None:
+    out = io.StringIO()
+    browse.browse(run, Console(file=out, width=80))
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    assert "\n  13579</s>\n" in out.getvalue()
 
 
 def test_unlikely_tokens_are_warm_and_masked_ones_dim(run: Path) -> None:

@@ -38,8 +38,8 @@ def test_an_engine_outside_the_package_is_built_by_its_import_path() -> None:
     model: Any = object()
     tokenizer: Any = object()
     engine = rollout.build(config, model, tokenizer, [3, 5], seed=7)
-    assert type(engine).__name__ == "Recorder"
-    assert getattr(engine, "arguments") == (config, model, tokenizer, (3, 5), 7)  # noqa: B009
+    assert isinstance(engine, Recorder)
+    assert engine.arguments == (config, model, tokenizer, (3, 5), 7)
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,15 @@ def test_an_engine_outside_the_package_is_built_by_its_import_path() -> None:
 def test_an_unknown_engine_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rollout.find(name)
+
+
+def test_context_parallelism_is_refused_for_inprocess_only() -> None:
+    with pytest.raises(ConfigError, match=r"models\.policy\.layout\.cp=1 \(it is 2\)"):
+        rollout.check(RolloutConfig(), cp=2)
+    rollout.check(RolloutConfig(), cp=1)
+    rollout.check(RolloutConfig(engine=f"{HERE}:Recorder"), cp=2)
+
+
+def test_an_unknown_engine_is_refused_by_the_check() -> None:
+    with pytest.raises(ConfigError, match="unknown method 'sglan'"):
+        rollout.check(RolloutConfig(engine="sglan"), cp=1)

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_troll.mcore.shape import shape_of
+from megatron_troll.weights.check import check
 from megatron_troll.weights.families import table_of
-from megatron_troll.weights.load import check
 from megatron_troll.weights.source import FolderSource, RandomSource, TensorSource, Unstacked
 from tests.dist.tiny import MOE
 

@@ -1,0 +1,256 @@
+"""One batch through the real trainer gives the same loss and gradients on every layout, packed or padded, cut
+into micro-batches of any size, and they are those of plain autograd on Hugging Face's model.
+
+layouts_batch.py has the batch, layouts_reference.py the plain autograd, layouts_worker.py what ranks run.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_troll.config.tree import Layout, Model, Optimizer
+from megatron_troll.mcore.layout import check_layout
+from megatron_troll.mcore.shape import shape_of
+from megatron_troll.trainer import PROBED
+from tests.dist.layouts_batch import BOUND, DELTA, EPS_HIGH, EPS_LOW, OVERLONG, TOOL, Batch, K, Weights, make_batch
+from tests.dist.layouts_reference import Expected, Read, Reference
+from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases
+from tests.dist.tiny import MOE
+
+LAYOUTS = {
+    "one rank": (1, {}),
+    "tp2 ep2": (2, {"tp": 2, "ep": 2}),
+    "tp2 etp2": (2, {"tp": 2, "etp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "pp2 interleaved": (2, {"pp": 2, "vpp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "cp2": (2, {"cp": 2}),
+    "dp2": (2, {}),
+    "tp2 ep2 dp2": (4, {"tp": 2, "ep": 2}),
+    "tp2 pp2 ep2": (4, {"tp": 2, "pp": 2, "ep": 2}),
+    "tp2 pp2 etp2 interleaved": (4, {"tp": 2, "pp": 2, "etp": 2, "vpp": 2}),
+    "tp2 cp2 ep2 etp2": (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}),
+}
+VARIANTS = {
+    "full recompute": (2, {"tp": 2, "ep": 2}, {"recompute": "full"}),
+    "selective recompute": (2, {"pp": 2}, {"recompute": "selective"}),
+}
+CASES = (
+    Case("clip", packed=True, token_budget=64, aux=0.0),
+    Case("clip", packed=False, token_budget=96, aux=1.0),
+    Case("troll-own", packed=True, token_budget=4096, aux=0.0),
+    Case("troll-own", packed=False, token_budget=40, aux=1.0),
+    Case("troll-old", packed=True, token_budget=1, aux=1.0),
+    Case("troll-old", packed=False, token_budget=4096, aux=0.0),
+)
+# Which collectives an axis larger than 1 cannot do without.
+COLLECTIVES = {
+    "tp": {"_allgather_base_", "_reduce_scatter_base_"},
+    "pp": {"send", "recv_"},
+    "cp": {"_allgather_base_", "_reduce_scatter_base_"},
+    "ep": {"alltoall_base_"},
+    "etp": {"allgather_", "reduce_scatter_"},
+    "dp_cp": {"allreduce_"},
+}
+TOLERANCE = 1e-5
+SMALLEST_GRADIENT = 1e-3  # of the global norm; below it, differences are measured against this
+MARGIN = 1e-4  # a hundred times what rounding moves logits, probabilities, ratios and KLs by
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    return make_batch()
+
+
+@pytest.fixture(scope="module")
+def reference(batch: Batch) -> Reference:
+    return Reference(batch)
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference) -> dict[Case, Expected]:
+    return {case: reference.expected(case.objective, case.aux) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def alone(batch: Batch, request: pytest.FixtureRequest) -> list[Outcome]:
+    (result,) = run_on(1, model({}), batch, request)
+    return result.outcomes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_gives_the_loss_and_gradients_of_plain_autograd(
+    layout: str,
+    batch: Batch,
+    expected: dict[Case, Expected],
+    alone: list[Outcome],
+    request: pytest.FixtureRequest,
+) -> None:
+    world, sizes = LAYOUTS[layout]
+    results = run_on(world, model(sizes), batch, request)
+    for result in results:
+        check_formed(result, world, sizes)
+    check_outcomes(results, expected, alone)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_gives_the_loss_and_gradients_of_plain_autograd(
+    variant: str,
+    batch: Batch,
+    expected: dict[Case, Expected],
+    alone: list[Outcome],
+    request: pytest.FixtureRequest,
+) -> None:
+    world, sizes, fields = VARIANTS[variant]
+    check_outcomes(run_on(world, model(sizes, **fields), batch, request), expected, alone)
+
+
+def test_tensor_parallelism_without_expert_parallelism_is_refused() -> None:
+    with pytest.raises(ValueError, match="set ep or etp above 1"):
+        check_layout(shape_of(MOE), Layout(tp=2))
+
+
+def test_micro_batches_of_every_size_were_run(alone: list[Outcome]) -> None:
+    counts = {case.token_budget: outcome.micro_batches for case, outcome in zip(CASES, alone)}
+    assert counts[4096] == 1
+    assert counts[1] == 10
+    assert 1 < counts[96] < counts[40] < 10
+
+
+def model(sizes: dict[str, int], **fields: Any) -> Model:
+    return Model(
+        path="none", dtype="fp32", layout=Layout(**sizes), optimizer=Optimizer(distributed=False), **fields
+    )
+
+
+def run_on(world: int, config: Model, batch: Batch, request: pytest.FixtureRequest) -> list[RankResult]:
+    return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, CASES)
+
+
+def check_formed(result: RankResult, world: int, sizes: dict[str, int]) -> None:
+    """No layout runs as another: group sizes, shard shapes, and the collectives of each axis."""
+    size = dict.fromkeys(result.sizes, 1) | sizes
+    size["dp_cp"] = world // (size["tp"] * size["pp"])
+    size["dp"] = size["dp_cp"] // size["cp"]
+    size.pop("vpp", None)
+    assert result.world == world
+    assert result.sizes == size
+    check_shards(result.shapes, size, sizes.get("vpp", 1))
+    for outcome in result.outcomes:
+        for axis, operations in COLLECTIVES.items():
+            seen = {operation for group, operation in outcome.collectives if group == axis}
+            assert operations <= seen if size[axis] > 1 else not seen, (axis, seen)
+
+
+def check_shards(shapes: dict[str, tuple[int, ...]], size: dict[str, int], chunks: int) -> None:
+    hidden, heads, groups, width = 48, 8, 4, 16
+    expected = {
+        "linear_qkv.weight": ((heads + 2 * groups) * width // size["tp"], hidden),
+        "linear_proj.weight": (hidden, heads * width // size["tp"]),
+        "linear_fc1.weight": (2 * 24 // size["etp"], hidden),
+        "linear_fc2.weight": (hidden, 24 // size["etp"]),
+        "word_embeddings.weight": (-(-131 // size["tp"]), hidden),
+        "output_layer.weight": (-(-131 // size["tp"]), hidden),
+    }
+    for name, shape in shapes.items():
+        assert shape == next((want for end, want in expected.items() if name.endswith(end)), shape), name
+    layers = 4 // size["pp"]
+    assert sum(name.endswith("linear_qkv.weight") for name in shapes) == layers
+    assert sum(name.endswith("linear_fc2.weight") for name in shapes) == layers * 8 // size["ep"]
+    if chunks > 1:
+        assert {name.split(".")[0] for name in shapes} == {str(i) for i in range(chunks)}
+
+
+def check_outcomes(
+    results: Sequence[RankResult], expected: dict[Case, Expected], alone: Sequence[Outcome]
+) -> None:
+    """Every rank reports the same, and what it reports is right."""
+    for i, case in enumerate(CASES):
+        for result in results:
+            outcome = result.outcomes[i]
+            assert outcome.loss == pytest.approx(expected[case].loss, rel=TOLERANCE), case
+            assert outcome.loss == pytest.approx(alone[i].loss, rel=TOLERANCE), case
+            check_gradients(outcome.gradients, expected[case].gradients, case)
+            check_gradients(outcome.gradients, alone[i].gradients, case)
+            check_metrics(outcome.metrics, alone[i].metrics)
+            check_metrics(outcome.mismatch, alone[i].mismatch)
+
+
+def check_gradients(gradients: Weights, wanted: Weights, case: Case) -> None:
+    worst, name = worst_gradient(gradients, wanted)
+    assert worst <= TOLERANCE, f"{case}: {name} differs by {worst:.1e}"
+
+
+def worst_gradient(gradients: Weights, wanted: Weights) -> tuple[float, str]:
+    """The largest ||difference|| / max(||g||, SMALLEST_GRADIENT x global norm) over tensors, and whose."""
+    assert gradients.keys() == wanted.keys()
+    floor = SMALLEST_GRADIENT * torch.stack([g.double().norm() for g in wanted.values()]).norm()
+    differences = {}
+    for name, want in wanted.items():
+        difference = (gradients[name].double() - want.double()).norm()
+        differences[name] = float(difference / torch.maximum(want.double().norm(), floor))
+    assert all(difference == difference for difference in differences.values()), "NaN"
+    return max((difference, name) for name, difference in differences.items())
+
+
+def check_metrics(metrics: dict[str, float], alone: dict[str, float]) -> None:
+    """But for those of a sample of each micro-batch, and the solver's, which hang on the last bits."""
+    assert metrics.keys() == alone.keys()
+    for name in metrics:
+        if name.split("/")[0] not in {*PROBED, "passes", "eta"}:
+            assert metrics[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-6), name
+
+
+def test_the_batch_reaches_both_sides_of_every_bound(batch: Batch, reference: Reference) -> None:
+    advantage = reference.tokens.advantage
+    ratio = reference.ratio.detach()
+    clipped = ((ratio > 1 + EPS_HIGH) & (advantage > 0)) | ((ratio < 1 - EPS_LOW) & (advantage < 0))
+    assert both(clipped & (advantage > 0))
+    assert both(clipped & (advantage < 0))
+    for objective in ("troll-own", "troll-old"):
+        assert both(reference.kl_before(objective) > BOUND)
+    for read, (_, kept) in zip((reference.before, reference.now), supports(reference)):
+        assert both(ended_by_k(read))
+        assert both(~kept[:, :K].gather(1, kept[:, :K].sum(1, keepdim=True).clamp(max=K - 1))[:, 0])
+    assert 0 < batch.rollouts[TOOL[0]].mask.sum() < len(batch.rollouts[TOOL[0]].mask)
+    assert batch.rollouts[OVERLONG].mask.sum() == 0
+
+
+def test_no_discrete_choice_is_near_its_border(reference: Reference) -> None:
+    ratio = reference.ratio.detach()
+    assert min((ratio - 1 - EPS_HIGH).abs().min(), (ratio - 1 + EPS_LOW).abs().min()) > MARGIN
+    for objective in ("troll-own", "troll-old"):
+        assert (reference.kl_before(objective) / BOUND - 1).abs().min() > MARGIN
+    for read in (reference.before, reference.now):
+        for logits in read.routing:
+            top = logits.detach().topk(MOE["num_experts_per_tok"] + 1, 1).values
+            assert (top[:, -2] - top[:, -1]).min() > 10 * MARGIN
+        logits = read.logits.detach().sort(1, descending=True).values
+        covered = logits.softmax(1).cumsum(1)[:, :K]
+        assert (covered - (1 - DELTA)).abs().min() > MARGIN
+        last, next_ = logits[ended_by_k(read)][:, K - 1 : K + 1].unbind(1)
+        assert (last - next_).min() > MARGIN
+
+
+def test_the_balancing_loss_shows_in_the_gradients(reference: Reference) -> None:
+    for objective in ("clip", "troll-own", "troll-old"):
+        without, with_it = (reference.expected(objective, aux).gradients for aux in (0.0, 1.0))
+        for layer in range(MOE["num_hidden_layers"]):
+            name = f"model.layers.{layer}.mlp.gate.weight"
+            assert (with_it[name] - without[name]).norm() > 0.1 * without[name].norm()
+
+
+def both(marked: Tensor) -> bool:
+    return bool(marked.any()) and not bool(marked.all())
+
+
+def ended_by_k(read: Read) -> Tensor:
+    """[N] whether the K largest logits hold less than 1 - DELTA of the mass."""
+    return read.logits.detach().softmax(1).topk(K, 1).values.sum(1) < 1 - DELTA
+
+
+def supports(reference: Reference) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return reference.supports.before, reference.supports.now

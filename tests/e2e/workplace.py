@@ -1,0 +1,82 @@
+"""A folder to work in and the `mtroll` command, as real processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+LIMIT_S = 300.0
+TIMINGS = ("seconds", "tokens_per_s", "mfu")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left: exit code, stdout, and the lines of stderr."""
+
+    code: int
+    out: str
+    err: list[str]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Commands run in `root`; runs are in root/runs."""
+
+    root: Path
+
+    def mtroll(self, *arguments: str) -> Done:
+        """Run to the end."""
+        return finish(self.start(*arguments))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        return subprocess.Popen(
+            [Path(sys.executable).parent / "mtroll", *arguments],
+            cwd=self.root,
+            env=environment | {"PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a run, [] before the first."""
+        path = self.run(name) / "metrics.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def finish(process: subprocess.Popen[str]) -> Done:
+    out, err = process.communicate(timeout=LIMIT_S)
+    return Done(process.returncode, out, err.splitlines())
+
+
+def succeed(done: Done) -> Done:
+    assert done.code == 0, "\n".join([*done.err, done.out])
+    return done
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Until `condition` holds, while `process` runs."""
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what depends on how busy the machine is."""
+    return [
+        {name: value for name, value in row.items() if name.split("/")[0] not in TIMINGS} for row in rows
+    ]
