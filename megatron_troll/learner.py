@@ -104,7 +104,9 @@ class Learner:
     @property
     def _engine_topk(self) -> int:
         """Entries read of the engine's record; 0: none."""
-        return self.config.rollout.top_k if self.config.objective.old == "engine" else 0
+        objective = self.trainer.objective
+        read = objective.reads.at_rollout or objective.reads_old.at_rollout
+        return self.config.rollout.top_k if read or self.config.objective.old == "engine" else 0
 
 
 def capacity(config: Config, groups: Groups, align: int) -> Capacity:

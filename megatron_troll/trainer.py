@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.head import Head, Records
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import routers, share_counts, start_counting
@@ -20,7 +20,7 @@ from megatron_troll.observe.metrics import Reducer
 from megatron_troll.parallel.divergence import kl
 from megatron_troll.parallel.segments import segments
 from megatron_troll.parallel.vocab import gather_logits
-from megatron_troll.types import LossTerms, MicroBatch, ObjectiveInputs, Readings, Reads
+from megatron_troll.types import LossTerms, MicroBatch, ObjectiveInputs, Readings
 
 PROBED_POSITIONS = 16
 PROBED: Diagnostics = {"true_kl": ("mean",), "sparse_kl": ("mean",), "outside_mass": ("mean", "max")}
@@ -82,10 +82,11 @@ class PolicyTrainer:
         if self.old == "engine":
             records = [Readings(batch.rollout_logp, batch.rollout_topk, None) for batch in batches]
             return [prepared(i, record) for i, record in enumerate(records)] if self._last else []
-        reads = Reads(logp=True, topk=self.objective.reads_old.topk)
+        reads = replace(self.objective.reads_old, logp=True)
 
         def read(i: int, hidden: Tensor) -> Readings:
-            readings = self.head.read(hidden, batches[i].target, reads)
+            records = Records(None, batches[i].rollout_topk)
+            readings = self.head.read(hidden, batches[i].target, reads, records)
             probe = self.head.probe(hidden, probed_rows(len(hidden)).to(hidden.device))
             return prepared(i, replace(readings, probe=probe))
 
@@ -177,14 +178,22 @@ class PolicyTrainer:
 
     def _inputs(self, batch: MicroBatch, hidden: Tensor, old: Readings) -> ObjectiveInputs:
         return ObjectiveInputs(
-            new=self.head.read(hidden, batch.target, self.objective.reads, old.topk),
+            new=self.head.read(
+                hidden, batch.target, self.objective.reads, Records(old.topk, batch.rollout_topk)
+            ),
             old=old,
             rollout_logp=batch.rollout_logp,
             rollout_topk=batch.rollout_topk,
             advantage=batch.advantage,
             weight=batch.weight,
             position=batch.position,
-            segments=segments(batch.sequence, len(batch.rollouts), self.trainable.model.groups.cp),
+            segments=segments(
+                batch.sequence, batch.position, len(batch.rollouts), self.trainable.model.groups.cp
+            ),
+            group=torch.tensor(batch.groups, device=hidden.device),
+            rollout=torch.tensor(batch.rollouts, device=hidden.device),
+            rollouts=batch.batch_size,
+            uniform=batch.uniform,
         )
 
     @property

@@ -1,6 +1,6 @@
 """The records that pass between rooms. Shapes are in the docstrings; N counts the tokens that carry loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -127,6 +127,7 @@ class Reads:
     at_rollout    log-probs at the ids of the rollout engine's record, without gradient
     entropy       entropy over the full vocabulary, with gradient
     reference_kl  KL(policy || reference) over the full vocabulary, with gradient
+    others        more records like `topk`, where the methods of one objective keep different ids
     """
 
     logp: bool = False
@@ -135,6 +136,12 @@ class Reads:
     at_rollout: bool = False
     entropy: bool = False
     reference_kl: bool = False
+    others: tuple[Support, ...] = ()
+
+    @property
+    def supports(self) -> tuple[Support, ...]:
+        """Every record that is read."""
+        return (() if self.topk is None else (self.topk,)) + self.others
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ class Readings:
 
     logp [N]; topk; entropy [N] nats, with gradient only where `Reads.entropy` asked for it; probe;
     at_rollout [N, W] detached full-softmax log-probs at the ids of `ObjectiveInputs.rollout_topk`, -inf on its
-    unused slots; reference_kl [N] nats.
+    unused slots; reference_kl [N] nats; others: the records that `Reads.others` asked for, by support.
     """
 
     logp: Tensor | None
@@ -164,6 +171,7 @@ class Readings:
     probe: Probe | None = None
     at_rollout: Tensor | None = None
     reference_kl: Tensor | None = None
+    others: Mapping[Support, TopK] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -204,6 +212,10 @@ class ObjectiveInputs:
     uniform      [N] one number in [0, 1) per token, drawn with the rollout
     reference    the frozen reference model: logp [N], and topk at the ids of `new.topk` where a method reads
                  both; None where no method reads it
+    aggregation  how `weight` averages tokens, a name of objectives/aggregation.py; None: unknown, which
+                 methods that must know refuse
+    response_advantage  [S] the advantage of each response, empty ones included; None where advantages differ
+                 within a response (a critic)
     """
 
     new: Readings
@@ -219,6 +231,8 @@ class ObjectiveInputs:
     rollouts: int
     uniform: Tensor
     reference: Readings | None = None
+    aggregation: str | None = None
+    response_advantage: Tensor | None = None
 
 
 @dataclass(frozen=True)

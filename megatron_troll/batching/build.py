@@ -108,7 +108,12 @@ def build(
 def _check(rollout: Rollout) -> None:
     if len(rollout.prompt_ids) == 0:
         raise ValueError(f"sample {rollout.name}: the prompt has no tokens, nothing predicts the first one")
-    sizes = {"response_ids": len(rollout.response_ids), "mask": len(rollout.mask), "logp": len(rollout.logp), "uniform": len(rollout.uniform)}
+    sizes = {
+        "response_ids": len(rollout.response_ids),
+        "mask": len(rollout.mask),
+        "logp": len(rollout.logp),
+        "uniform": len(rollout.uniform),
+    }
     if len(set(sizes.values())) > 1:
         raise ValueError(f"sample {rollout.name}: arrays over the response differ in length: {sizes}")
     bad = np.flatnonzero((rollout.mask > 0) & ~np.isfinite(rollout.logp))

@@ -1,7 +1,7 @@
 """From a tree of plain values to a typed one, with errors that name the key and the allowed values."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,8 @@ from megatron_troll.config.tree import Slot
 Model = TypeVar("Model", bound=BaseModel)
 Path = tuple[str | int, ...]
 OWN_WORDS = ("value_error", "assertion_error")
+# A default that is made from another field, which is wrong itself.
+FOLLOWS = "default_factory_not_called"
 
 
 def validate(kind: type[Model], tree: Any, prefix: str, place: Callable[[Path], str]) -> Model:
@@ -35,13 +37,22 @@ def read_fields(slot: Slot, kind: type[Model], key: str) -> Model:
 
 
 def _problems(error: ValidationError, tree: Any, shape: Shape) -> dict[Path, str]:
-    """One problem per key: the alternatives of a union report one each, in the same words."""
+    """One problem per key. The alternatives of a union report one each: of those, the ones that a key inside
+    is at fault for, or a rule that says why."""
     problems: dict[Path, str] = {}
     for item in error.errors():
+        if item["type"] == FOLLOWS:
+            continue
+        loc = item["loc"]
         missing = item["type"] == "missing"
-        path = item["loc"] if missing else _existing(tree, item["loc"])
-        problems.setdefault(path, _words(item, path, shape))
-    return problems
+        path = _existing(tree, loc[:-1]) + loc[-1:] if missing else _existing(tree, loc)
+        if path not in problems or item["type"] in OWN_WORDS:
+            problems[path] = _words(item, path, shape)
+    return {path: words for path, words in problems.items() if not _has_inner(path, problems)}
+
+
+def _has_inner(path: Path, problems: Iterable[Path]) -> bool:
+    return any(len(other) > len(path) and other[: len(path)] == path for other in problems)
 
 
 def _words(item: Any, path: Path, shape: Shape) -> str:
@@ -57,13 +68,13 @@ def _words(item: Any, path: Path, shape: Shape) -> str:
 
 
 def _existing(tree: Any, loc: Path) -> Path:
-    """The part of a pydantic location that is a path in `tree` (the rest names alternatives of a union)."""
-    for depth, key in enumerate(loc):
-        holds = (isinstance(tree, dict) and key in tree) or (isinstance(tree, list) and isinstance(key, int))
-        if not holds:
-            return loc[:depth]
-        tree = tree[key]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return loc
+    """The keys of a pydantic location that are in `tree` (the others name alternatives of a union)."""
+    path: list[str | int] = []
+    for key in loc:
+        if (isinstance(tree, dict) and key in tree) or (isinstance(tree, list) and isinstance(key, int)):
+            path.append(key)
+            tree = tree[key]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return tuple(path)
 
 
 def _dotted(prefix: str, path: Path) -> str:

@@ -39,6 +39,7 @@ class Demonstration:
             response_ids=ids[1:],
             mask=mask[1:],
             logp=np.zeros(len(ids) - 1, dtype=np.float32),
+            uniform=np.zeros(len(ids) - 1),
             topk=None,
             text="",
             finish="stop",

@@ -13,6 +13,17 @@ from megatron_troll.types import Probe, Readings, Reads, Support, TopK
 
 
 @dataclass(frozen=True)
+class Records:
+    """Whose ids the head is read at: the old policy's record for `support: old`, the rollout engine's."""
+
+    old: TopK | None = None
+    rollout: TopK | None = None
+
+
+NO_RECORDS = Records()
+
+
+@dataclass(frozen=True)
 class Head:
     """The head of a model's last stage. `temperature` divides the logits, as it did in the sampler."""
 
@@ -25,19 +36,27 @@ class Head:
         # Megatron's bf16 wrapper gives the last stage's output in fp32.
         return F.linear(hidden.to(weight.dtype), weight).float() / self.temperature
 
-    def read(self, hidden: Tensor, target: Tensor, reads: Reads, old: TopK | None = None) -> Readings:
+    def read(self, hidden: Tensor, target: Tensor, reads: Reads, records: Records = NO_RECORDS) -> Readings:
         """Everything `reads` names, for N hidden states [N, h] and sampled tokens [N]; every
         tensor-parallel rank returns the same. Holds N x V / tp logits in fp32; with gradient, until the
-        backward. Each rank sends N x K candidates. `old` gives the ids of a read with `support: old`."""
+        backward. Each rank sends N x K candidates."""
         tp, size = self.model.groups.tp, self.model.shape.vocab
         logits = self.logits(hidden)
-        lse = vocab.logsumexp(logits.detach(), tp, size)
-        topk = None if reads.topk is None else self._support(logits, target, lse, reads.topk, old)
+        lse = vocab.logsumexp(logits if reads.full else logits.detach(), tp, size)
+        topk = None if reads.topk is None else self._support(logits, target, lse, reads.topk, records.old)
+        entropy = vocab.entropy(logits if reads.entropy else logits.detach(), lse.detach(), tp, size)
         return Readings(
             logp=vocab.log_prob(logits, target, tp, size) if reads.logp else None,
             topk=topk,
-            entropy=vocab.entropy(logits.detach(), lse, tp, size),
+            entropy=entropy,
+            at_rollout=self._at(logits.detach(), lse.detach(), records.rollout) if reads.at_rollout else None,
         )
+
+    def _at(self, logits: Tensor, lse: Tensor, record: TopK | None) -> Tensor:
+        """Log-probabilities [N, W] at the ids of `record`, -inf on its unused slots."""
+        if record is None:
+            raise ValueError("the objective reads the rollout engine's top-K, and the rollouts have none")
+        return vocab.gather_logits(logits, record.ids, self.model.groups.tp) - lse[:, None]
 
     @torch.no_grad()
     def probe(self, hidden: Tensor, rows: Tensor) -> Probe:
@@ -57,6 +76,6 @@ class Head:
                 target_logit = vocab.gather_logits(logits, target[:, None], tp)[:, 0]
                 values, candidates = vocab.topk(logits, support.k, tp, size)
                 ids, _, count, place = sparsify.select(
-                    values, candidates, lse, target, target_logit, support.delta
+                    values, candidates, lse.detach(), target, target_logit, support.delta
                 )
         return TopK(ids, vocab.gather_logits(logits, ids, tp), count, place, lse, size)

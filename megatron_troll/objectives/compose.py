@@ -1,11 +1,18 @@
-"""The slot table: which methods go together, and the objective that a configuration names (ALGORITHMS 7)."""
+"""The slot table: which methods go together, and the objective that a configuration names (ALGORITHMS 7).
+
+Methods named by import path answer for themselves: no rule of the table is applied to them.
+"""
+
+from collections.abc import Iterator
 
 from megatron_troll.advantages import Advantage
 from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.methods import build_method
 from megatron_troll.config.tree import Node, ObjectiveConfig, Slot
+from megatron_troll.objectives.masking import Masking
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Correction, Kl, Ratio, TrustRegion
+from megatron_troll.objectives.trust_region.troll import Budget, Troll
 
 OBJECTIVES = "megatron_troll.objectives"
 SLOTS: dict[str, tuple[str, type[Node]]] = {
@@ -15,37 +22,103 @@ SLOTS: dict[str, tuple[str, type[Node]]] = {
     "kl": (f"{OBJECTIVES}.kl", Kl),
     "correction": (f"{OBJECTIVES}.correction", Correction),
 }
+MASKS = frozenset({"cppo", "dppo", "trm"})
+WEIGHTS = frozenset({"cispo", "minpro"})
 # ratio -> the trust regions it is defined with
-TRUST_REGIONS = {"token": frozenset({"none", "clip", "troll"})}
+TRUST_REGIONS = {
+    "token": frozenset({"none", "clip", "symclip", "troll"}) | MASKS | WEIGHTS,
+    "gspo": frozenset({"none", "clip", "troll"}),
+    "dfpo": frozenset({"clip", "troll"}),
+}
+JACKPOT_WITH = frozenset({"none", "clip", "troll"})
 
 
 def compose(config: ObjectiveConfig) -> Objective:
     """The objective of a configuration. Raises ConfigError for an unknown method or field, and for a
     combination that has no meaning, with the reason."""
     objective = Objective(**_methods(config))
-    refuse(config)
+    if problems := list(_problems(config, objective)):
+        raise ConfigError("\n".join(f"objective: {problem}" for problem in problems))
     return objective
 
 
 def resolve(config: ObjectiveConfig) -> ObjectiveConfig:
     """The same configuration with every field of every method written out."""
     slots = {
-        slot: Slot(name=getattr(config, slot).name, **method.model_dump(mode="json"))
+        slot: Slot(name=getattr(config, slot).name, **method.model_dump(mode="json", by_alias=True))
         for slot, method in _methods(config).items()
     }
     return config.model_copy(update=slots)
 
 
-def refuse(config: ObjectiveConfig) -> None:
-    """Raises ConfigError for combinations that are wrong. Methods named by import path answer for
-    themselves."""
+def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
+    """What whoever reads the results of a run should know about its combination of methods."""
+    found = []
+    region = objective.trust_region
+    if (config.ratio.name, config.trust_region.name) == ("dfpo", "troll"):
+        found.append("experimental: dfpo weights made from the projected policy have no paper behind them")
+    if isinstance(region, Troll) and isinstance(region.bound, Budget):
+        found.append("the bound is CPPO's budget on KL(new || old); CPPO itself measures KL(mu || new)")
+    return tuple(found)
+
+
+def refuse_sparse_head(objective: Objective) -> None:
+    """Raises ConfigError where a method needs the gradient of the full softmax: a sparse LM head has that of
+    the kept tokens alone (ALGORITHMS 1.7)."""
+    slots = ("ratio", "trust_region", "kl", "correction")
+    dense = [
+        slot
+        for slot, method in zip(slots, objective.methods, strict=True)
+        if method.reads.logp or method.reads.full or method.reads.entropy or method.reads.reference_kl
+    ]
+    if dense:
+        raise ConfigError(
+            f"objective: {', '.join(dense)} differentiate the full softmax, which a sparse "
+            "LM head does not form; it goes with trust_region troll and kl none or tike_sparse"
+        )
+
+
+def _problems(config: ObjectiveConfig, objective: Objective) -> Iterator[str]:
     ratio, region = config.ratio.name, config.trust_region.name
-    if ":" in ratio or ":" in region or region in TRUST_REGIONS[ratio]:
+    if ":" not in ratio + region and region not in TRUST_REGIONS[ratio]:
+        yield (
+            f"ratio {ratio!r} is not defined with trust_region {region!r}: {_reason(ratio, region)}; "
+            f"it goes with {', '.join(sorted(TRUST_REGIONS[ratio]))}"
+        )
+    if ratio == "dfpo" and config.advantage.name == "gae":
+        yield "ratio 'dfpo' weighs whole responses by centred advantages; advantage 'gae' has neither"
+    if region == "cispo" and config.aggregation != "token-mean":
+        yield f"trust_region 'cispo' is defined with aggregation token-mean, not {config.aggregation}"
+    yield from _correction_problems(config, objective.trust_region)
+
+
+def _reason(ratio: str, region: str) -> str:
+    if region in MASKS | WEIGHTS:
+        return "it weighs tokens by their own ratios"
+    if region == "symclip":
+        return "its bound and its cancellation are those of token ratios"
+    return "its weights are those that a clip leaves (eq. 47)"
+
+
+def _correction_problems(config: ObjectiveConfig, region: TrustRegion) -> Iterator[str]:
+    ratio, name, correction = config.ratio.name, config.trust_region.name, config.correction.name
+    if correction == "jackpot" and ":" not in ratio + name and (ratio != "token" or name not in JACKPOT_WITH):
+        yield (
+            f"correction 'jackpot' rejects single tokens: it is not defined with ratio {ratio!r} and "
+            f"trust_region {name!r}; it goes with ratio token and {', '.join(sorted(JACKPOT_WITH))}"
+        )
+    if correction not in ("tis", "icepop"):
         return
-    raise ConfigError(
-        f"objective: ratio {ratio!r} is not defined with trust_region {region!r}; "
-        f"it goes with {', '.join(sorted(TRUST_REGIONS[ratio]))}"
-    )
+    if isinstance(region, Masking) and region.against == "rollout":
+        yield (
+            f"trust_region {name!r} measures the ratio against the rollout policy, which contains the "
+            f"correction {correction!r} already; set correction none, or trust_region.against=old"
+        )
+    if config.old == "engine":
+        yield (
+            f"correction {correction!r} weighs by old over rollout, which is 1 with objective.old=engine; "
+            "set correction none, or objective.old=trainer"
+        )
 
 
 def _methods(config: ObjectiveConfig) -> dict:

@@ -1,6 +1,6 @@
 """One objective: a method per slot, and the loss they make together (ALGORITHMS 7)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from megatron_troll.objectives.slots import (
     Statistics,
     TrustRegion,
 )
-from megatron_troll.types import LossTerms, ObjectiveInputs, Readings, Reads
+from megatron_troll.objectives.support import cut
+from megatron_troll.types import LossTerms, ObjectiveInputs, Readings, Reads, Support
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Objective:
         return merge_reads(tuple(method.reads_old for method in self.methods))
 
     @property
+    def reads_reference(self) -> Reads:
+        return merge_reads(tuple(method.reads_reference for method in self.methods))
+
+    @property
+    def rollout_k(self) -> int:
+        """How many entries the rollout engine's record of each token must have."""
+        return max(method.rollout_k for method in self.methods)
+
+    @property
     def diagnostics(self) -> Diagnostics:
         """Names that `LossTerms.per_token` may hold, with their reductions over the step. NaN entries do
         not count; a name is absent where its source (a logsumexp) is."""
@@ -65,8 +75,15 @@ class Objective:
             method.check(vocab)
 
     def prepare_old(self, old: Readings) -> Readings:
-        """The old readings checked and cut to what this objective reads; once, before any update."""
-        return self.trust_region.prepare_old(old)
+        """The old readings checked, and every record cut to what this objective reads, whoever made it; once,
+        before any update. Waits for the device. Raises ValueError that names positions."""
+        old, reads = self.trust_region.prepare_old(old), self.reads_old
+        if reads.topk is None:
+            return old
+        if old.topk is None:
+            raise ValueError("this objective reads the old policy's top-K record; none was given")
+        others = {kept: cut(old.others.get(kept, old.topk), kept.k, kept.delta) for kept in reads.others}
+        return replace(old, topk=cut(old.topk, reads.topk.k, reads.topk.delta), others=others)
 
     @torch.no_grad()
     def statistics(self, inputs: ObjectiveInputs) -> Statistics | None:
@@ -75,20 +92,44 @@ class Objective:
             return None
         sums: Statistics = {}
         for method in self.methods:
-            sums |= method.statistics(inputs)
-        return sums
+            sums |= method.statistics(self._seen_by(method, inputs))
+        policy = self.trust_region.policy(self._seen_by(self.trust_region, inputs), None)
+        return sums | self.ratio.policy_statistics(policy, inputs)
 
     def loss(self, inputs: ObjectiveInputs, statistics: Statistics | None = None) -> LossTerms:
         """-sum weight * J over the N tokens; statistics are those of the whole step."""
-        policy = self.trust_region.policy(inputs, statistics)
-        score = self.ratio.score(self.trust_region, policy, inputs, statistics)
-        correction = self.correction.weight(inputs, policy, statistics)
-        kl = self.kl.penalty(inputs, policy, statistics)
+        region = self._seen_by(self.trust_region, inputs)
+        policy = self.trust_region.policy(region, statistics)
+        score = self.ratio.score(self.trust_region, policy, region, statistics)
+        correction = self.correction.weight(self._seen_by(self.correction, inputs), policy, statistics)
+        kl = self.kl.penalty(self._seen_by(self.kl, inputs), policy, statistics)
         objective = correction.value * score.value - policy.penalty - kl.value
         per_token = {"objective": objective.detach(), "approx_kl": approximate_kl(policy)}
         for term in (policy, score, correction, kl):
             per_token |= term.per_token
         return LossTerms(-(inputs.weight * objective).sum(), per_token)
+
+    def _seen_by(self, method: Method, inputs: ObjectiveInputs) -> ObjectiveInputs:
+        """The inputs with the records that `method` asked for as `topk`."""
+        reads, reads_old = self.reads, self.reads_old
+        if not (reads.others or reads_old.others):
+            return inputs
+        kept = method.reads.topk
+        new = _seen(inputs.new, kept, reads.topk)
+        old = _seen(inputs.old, method.reads_old.topk, reads_old.topk)
+        reference = inputs.reference
+        if reference is not None and method.reads_reference.topk is not None:
+            reference = _seen(reference, kept, reads.topk)
+        return replace(inputs, new=new, old=old, reference=reference)
+
+
+def _seen(readings: Readings, kept: Support | None, first: Support | None) -> Readings:
+    """The readings with the record of `kept` as `topk`, where `first` is what `topk` is already."""
+    if kept is None or kept == first:
+        return readings
+    if kept not in readings.others:
+        raise ValueError(f"the head gave no record of {kept}, which this objective reads beside {first}")
+    return replace(readings, topk=readings.others[kept])
 
 
 def approximate_kl(policy: Policy) -> Tensor:
@@ -98,10 +139,14 @@ def approximate_kl(policy: Policy) -> Tensor:
 
 
 def merge_reads(parts: tuple[Reads, ...]) -> Reads:
-    """Everything that any part reads. One record serves all, so two supports are refused."""
-    supports = {part.topk for part in parts if part.topk is not None}
-    if len(supports) > 1:
-        raise ValueError(
-            f"one objective reads one top-K record, not {len(supports)}: {sorted(map(str, supports))}"
-        )
-    return Reads(any(part.logp for part in parts), next(iter(supports), None))
+    """Everything that any part reads."""
+    supports = tuple(dict.fromkeys(kept for part in parts for kept in part.supports))
+    return Reads(
+        logp=any(part.logp for part in parts),
+        topk=next(iter(supports), None),
+        full=any(part.full for part in parts),
+        at_rollout=any(part.at_rollout for part in parts),
+        entropy=any(part.entropy for part in parts),
+        reference_kl=any(part.reference_kl for part in parts),
+        others=supports[1:],
+    )

@@ -18,7 +18,7 @@ from megatron_troll.config.tree import Node
 from megatron_troll.types import ObjectiveInputs, Readings, Reads
 
 Statistics = dict[str, Tensor]
-Reduction = Literal["mean", "p50", "p99", "max", "min"]
+Reduction = Literal["mean", "p10", "p50", "p90", "p99", "max", "min"]
 Diagnostics = Mapping[str, tuple[Reduction, ...]]
 
 
@@ -59,6 +59,11 @@ class Method(Node):
         return Reads()
 
     @property
+    def reads_reference(self) -> Reads:
+        """What must be known of the reference model; its records are at the ids of `reads`."""
+        return Reads()
+
+    @property
     def diagnostics(self) -> Diagnostics:
         """The per-token names that may be reported, and how to reduce them over a step. A NaN entry means
         that the token has no such value: reductions leave it out."""
@@ -68,6 +73,11 @@ class Method(Node):
     def needs_statistics(self) -> bool:
         """Whether `statistics` must run over the whole optimizer step before the first backward."""
         return False
+
+    @property
+    def rollout_k(self) -> int:
+        """How many entries of the rollout engine's own record the method reads; 0: none."""
+        return 0
 
     def statistics(self, inputs: ObjectiveInputs) -> Statistics:
         """Sums over the tokens of one micro-batch, without gradient; the loop adds them up over
@@ -101,9 +111,15 @@ class TrustRegion(Method):
         logp = logp_of(inputs.new, "new")
         return Policy(logp, logp_of(inputs.old, "old"), torch.zeros_like(logp))
 
-    def surrogate(self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs) -> Term:
-        """What multiplies the advantage."""
-        return Term(ratio)
+    def limit(self, ratio: Tensor, advantage: Tensor) -> Tensor:
+        """What a ratio counts as beside an advantage, whatever both belong to (tokens, responses)."""
+        return ratio
+
+    def surrogate(
+        self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        """[N] what multiplies the advantage."""
+        return Term(self.limit(ratio, inputs.advantage))
 
 
 class Ratio(Method):
@@ -114,12 +130,16 @@ class Ratio(Method):
     def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
         """[N], differentiable."""
 
+    def policy_statistics(self, policy: Policy, inputs: ObjectiveInputs) -> Statistics:
+        """Like `statistics`, of the policy that the trust region makes."""
+        return {}
+
     def score(
         self, region: TrustRegion, policy: Policy, inputs: ObjectiveInputs, statistics: Statistics | None
     ) -> Term:
         """[N] surrogate times advantage."""
         ratio = self.ratio(policy, inputs)
-        limited = region.surrogate(ratio, policy, inputs)
+        limited = region.surrogate(ratio, policy, inputs, statistics)
         return Term(limited.value * inputs.advantage, {"ratio": ratio.detach()} | limited.per_token)
 
     @property
@@ -145,6 +165,11 @@ def logp_of(readings: Readings, side: str) -> Tensor:
             f"this objective reads the {side} policy's log-prob of the sampled token; none was given"
         )
     return readings.logp
+
+
+def unit(logp: Tensor) -> Tensor:
+    """1 with the gradient of logp: c * unit(logp) has the value c and the gradient c d logp."""
+    return torch.exp(logp - logp.detach())
 
 
 def refuse_rows(bad: Tensor, problem: str) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_troll.objectives.responses import DECILES
 from megatron_troll.observe.metrics import REDUCTIONS
 
 
@@ -49,12 +50,9 @@ TOKEN = (
     Field("rollout_trainer_gap", "nats", "|log-prob of the rollout engine - that of the old policy|", True),
     Field("true_kl", "nats", "KL(new || old) over the full vocabulary, at 16 positions a micro-batch", True),
     Field("ratio", "", "new over old probability of the sampled token, as the objective uses it", True),
-    Field(
-        "clipped",
-        "share",
-        "clip: tokens whose ratio is beyond its bound, so that they give no gradient",
-        True,
-    ),
+    Field("clipped", "share", "tokens whose ratio is beyond the bound of the trust region", True),
+    Field("clipped_above", "share", "the same, positive advantage; dfpo: of responses", True),
+    Field("clipped_below", "share", "the same, negative advantage; dfpo: of responses", True),
 )
 
 # ALGORITHMS 1.9
@@ -86,7 +84,82 @@ TROLL = (
     Field("sampled_outside_new", "share", "sampled tokens outside the new top-k prefix", True),
     Field("sampled_impossible", "share", "sampled tokens to which the new policy gives no probability", True),
     Field("support_jaccard", "", "tokens in both supports over tokens in either", True),
+    Field("bound", "nats", "radius of the KL ball; one number unless it is CPPO's budget", True),
     Field("one_token_support", "share", "positions with a single kept token, which give no gradient", True),
+)
+
+# ALGORITHMS 2, 6.1, 6.2, 6.4
+MASKS = (
+    Field(
+        "divergence", "", "divergence of the policy behind a token from the new one, as the method says", True
+    ),
+    Field("masked", "share", "tokens without gradient because of their divergence or their response's", True),
+    *(
+        Field(f"masked_decile_{i}", "share", f"the same, in tenth {i} of the responses", True)
+        for i in range(DECILES)
+    ),
+    Field("masked_by_weight", "share", "cppo: tokens masked for their own weighted divergence", True),
+    Field("masked_by_budget", "share", "cppo: tokens masked for what those before them spent", True),
+    Field("threshold", "", "cppo: what a token's weighted divergence may be; below 0 when overspent", True),
+    Field("delta_b", "", "cppo: budget that each token adds", True),
+    Field("budget_exhausted", "share", "cppo: responses whose threshold fell to 0", True),
+    Field("response_divergence", "", "cppo: weighted mean divergence of a response, over responses", True),
+    Field("responses_masked", "share", "trm: responses without gradient", True),
+    Field("prefix_minimum", "", "minpro: the smallest ratio before a token", True),
+)
+
+# ALGORITHMS 4
+SEQUENCES = (
+    Field("sequence_ratio", "", "dfpo: geometric mean of a response's ratios, over responses", True),
+    Field("weight_change", "", "dfpo: weight after the transform over the one before", True),
+    Field("weight_at_zero", "share", "dfpo: responses whose weight is 0", True),
+    Field("weight_variance", "", "dfpo: variance of the weights in a group", True),
+    Field("group_multiplier", "", "dfpo: nu, how far the exact projection moves a group", True),
+    Field("group_imbalance_before", "", "dfpo: |sum A s| of a group, before the transform", True),
+    Field("group_imbalance", "", "dfpo: the same after it; 0 is exact cancellation", True),
+    Field("group_imbalance_relative", "", "dfpo: |sum A s| over sum |A s| after it", True),
+    Field("asymmetry_before", "", "dfpo: variance of A s in a group, before the transform", True),
+    Field("asymmetry", "", "dfpo: the same after it", True),
+)
+
+# ALGORITHMS 3
+REFERENCE = (
+    Field("reference_kl", "nats", "estimate of KL(new || reference), before objective.kl.beta", True),
+    Field("reference_kl_ratio", "", "new over old probability of the sampled token, as its weight", True),
+    Field("reference_kl_clamped", "share", "k1, k2, k3: tokens whose log-ratio is beyond 20", True),
+    Field("reference_kl_mass", "share", "tike: probability of the tokens summed over", True),
+    Field("reference_kl_negative", "share", "tike: positions where the truncated sum is below 0", True),
+    Field("reference_kl_sampled_outside", "share", "tike: sampled tokens that are not summed over", True),
+    Field(
+        "reference_kl_floored", "share", "tike: positions where the reference was raised to the floor", True
+    ),
+)
+
+# ALGORITHMS 5, 6.5
+CORRECTION = (
+    Field("correction_weight", "", "weight of the score for a rollout policy that is not the old one", True),
+    Field(
+        "correction_weight_squared",
+        "",
+        "its square; the effective sample size is correction_weight^2 over this, as a share of all tokens",
+        True,
+    ),
+    Field("tis_truncated", "share", "tis: tokens whose weight was cut at the cap", True),
+    Field("icepop_left_out", "share", "icepop: tokens whose ratio is outside [alpha, beta]", True),
+    Field("jackpot_accept_prob", "share", "probability that the sampled token is accepted", True),
+    Field("jackpot_accepted", "share", "tokens that were accepted", True),
+    Field("jackpot_response_acceptance", "share", "accepted tokens of a response, over responses", True),
+    Field(
+        "jackpot_z_approx", "", "acceptance rate of the position, summed over the stored tokens alone", True
+    ),
+    Field("jackpot_z", "", "the same after calibration, as it weighs the position", True),
+    Field("jackpot_kappa", "", "calibration over the step: mean accept_prob over mean z_approx", True),
+    Field("jackpot_kappa_clamped", "share", "updates whose kappa was clamped to [0.5, 4]", True),
+    Field("jackpot_z_accept_correlation", "", "correlation of z_approx and accept_prob over the step", True),
+    Field("jackpot_weight_truncated", "share", "tokens whose weight was cut at c1", True),
+    Field("jackpot_back_truncated", "share", "tokens whose old-over-target ratio was cut at c2", True),
+    Field("jackpot_kl_rollout", "nats", "KL(target || rollout) over the stored tokens", True),
+    Field("jackpot_kl_post", "nats", "KL(target || law of accepted tokens) over the stored tokens", True),
 )
 
 SPEED = (
@@ -105,6 +178,8 @@ PHASES = (
     Field("checkpoint", "s", "saving, as far as training waits for it"),
 )
 
+PER_TOKEN = (*TOKEN, *TROLL, *MASKS, *SEQUENCES, *REFERENCE, *CORRECTION)
+
 
 def documented(name: str) -> bool:
     """Whether `name`, a key of metrics.jsonl, is in the table."""
@@ -112,8 +187,8 @@ def documented(name: str) -> bool:
     if base == "seconds" and suffix:
         return suffix in names(PHASES)
     if suffix:
-        return base in names([*TOKEN, *TROLL]) and suffix in REDUCTIONS
-    return base in names([*RUN, *TOKEN, *TROLL, *SPEED])
+        return base in names(PER_TOKEN) and suffix in REDUCTIONS
+    return base in names([*RUN, *PER_TOKEN, *SPEED])
 
 
 def names(fields: Iterable[Field]) -> set[str]:
@@ -145,6 +220,18 @@ def markdown() -> str:
             "",
             "### With the TROLL trust region",
             *_table(TROLL),
+            "",
+            "### With a mask or a prefix weight",
+            *_table(MASKS),
+            "",
+            "### With ratio dfpo",
+            *_table(SEQUENCES),
+            "",
+            "### With a reference model",
+            *_table(REFERENCE),
+            "",
+            "### With a correction for the rollout policy",
+            *_table(CORRECTION),
             "",
             "## Speed",
             *_table(SPEED),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_troll.parallel.groups import Group
 
-QUANTILES = {"p50": 0.5, "p99": 0.99}
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 REDUCTIONS = ("mean", "sum", "min", "max", *QUANTILES)
 QUANTILE_SAMPLES = 65_536
 

@@ -112,6 +112,7 @@ def _rollout(i: int, prompt: np.ndarray, ids: np.ndarray, mask: np.ndarray, logp
         response_ids=ids,
         mask=mask,
         logp=logp.astype(np.float32),
+        uniform=np.zeros(len(ids)),
         topk=None,
         text="",
         finish=finish,

@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import Tensor, where
 
 from megatron_troll.config.tree import Fraction, NonNegative
-from megatron_troll.objectives.slots import Diagnostics, Policy, Term, TrustRegion
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
 from megatron_troll.types import ObjectiveInputs
 
 
@@ -20,10 +20,16 @@ class Clip(TrustRegion):
 
     @property
     def diagnostics(self) -> Diagnostics:
-        return {"clipped": ("mean",)}
+        return {"clipped": ("mean",), "clipped_above": ("mean",), "clipped_below": ("mean",)}
 
-    def surrogate(self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs) -> Term:
+    def limit(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         above, below = ratio.clamp(max=1.0 + self.eps_high), ratio.clamp(min=1.0 - self.eps_low)
-        limited = where(inputs.advantage >= 0, above, below)
-        clipped = (limited != ratio) & (inputs.advantage != 0)
-        return Term(limited, {"clipped": clipped.to(ratio.dtype)})
+        return where(advantage >= 0, above, below)
+
+    def surrogate(
+        self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        limited = self.limit(ratio, inputs.advantage)
+        above, below = (limited < ratio) & (inputs.advantage != 0), limited > ratio
+        parts = {"clipped": above | below, "clipped_above": above, "clipped_below": below}
+        return Term(limited, {name: part.to(ratio.dtype) for name, part in parts.items()})

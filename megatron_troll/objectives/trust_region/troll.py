@@ -2,17 +2,63 @@
 
 import warnings
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
-from torch import Tensor, full_like, where
+from pydantic import Field, model_validator
+from torch import Tensor, full_like, no_grad, where
 from troll_kernels.project import Projection, project
 from troll_kernels.sparsify import sparse_logp
 
-from megatron_troll.config.tree import NonNegative, Positive
-from megatron_troll.objectives import support
+from megatron_troll.config.tree import Node, NonNegative, Positive
+from megatron_troll.objectives import budget, support
+from megatron_troll.objectives.responses import lengths
+from megatron_troll.objectives.scans import places
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, TrustRegion, refuse_rows
 from megatron_troll.types import ObjectiveInputs, Readings, Reads, Support, TopK
+
+
+class Budget(Node):
+    """A bound of CPPO's making: eps_t = max(c_t, 0) / w_t with D_t = KL(new'_t || old'_t) (ALGORITHMS 7).
+
+    By default S accumulates what the projection leaves, min(D_t, eps_t), so that the budget never runs out;
+    `raw` accumulates D_t. Only the constants of CPPO's KL variant fit, and its KL has the other direction,
+    KL(mu || pi). Inward and outward moves are projected alike.
+    """
+
+    from_: Literal["cppo"] = Field(alias="from", description="whose budget the bound comes from")
+    delta: NonNegative = Field(default=budget.KL[0], description="largest weighted KL of one token, nats")
+    delta_b: NonNegative = Field(
+        default=budget.KL[1], description="budget that each token adds for those after it, nats"
+    )
+    w_min: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.8, description="weight of the last token; the first has 1"
+    )
+    t_ref: Positive | None = Field(
+        default=None,
+        description="tokens over which the weight falls to w_min; default: the response's length",
+    )
+    accumulate: Literal["projected", "raw"] = Field(
+        default="projected", description="what a token spends: its KL after the projection, or before"
+    )
+
+    @model_validator(mode="after")
+    def _is_for_kl(self) -> Self:
+        if (self.delta, self.delta_b) == budget.TV:
+            raise ValueError(
+                f"delta={self.delta}, delta_b={self.delta_b} are CPPO's constants for TV; the bound is "
+                f"a KL: delta={budget.KL[0]}, delta_b={budget.KL[1]}"
+            )
+        return self
+
+    def bounds(self, kl: Tensor, inputs: ObjectiveInputs) -> Tensor:
+        """eps [N] from KL(new' || old') [N], detached."""
+        segments = inputs.segments
+        owner, whole = segments.owner, segments.whole(kl)
+        horizon = segments.whole(lengths(inputs)).double() if self.t_ref is None else self.t_ref
+        weight = budget.schedule(places(owner), horizon, self.w_min)
+        thresholds = budget.kept_thresholds if self.accumulate == "projected" else budget.raw_thresholds
+        threshold = thresholds(whole, weight, owner, self.delta, self.delta_b)
+        return segments.mine(threshold.clamp(min=0.0) / weight).to(kl.dtype)
 
 
 class Troll(TrustRegion):
@@ -24,8 +70,9 @@ class Troll(TrustRegion):
     own top-K (`own`), where a change of rank at the K-th place looks like a large KL (ALGORITHMS 1.8).
     """
 
-    bound: NonNegative = Field(
-        default=0.05, description="radius of the KL ball per token, nats; 0 pins the policy"
+    bound: NonNegative | Budget = Field(
+        default=0.05,
+        description="radius of the KL ball per token, nats (0 pins the policy), or {from: cppo}: a budget",
     )
     alpha: NonNegative = Field(
         default=1.0, description="weight of the regression of new' onto its projection"
@@ -51,7 +98,7 @@ class Troll(TrustRegion):
 
     @property
     def diagnostics(self) -> Diagnostics:
-        return {**PROJECTION_DIAGNOSTICS, **support.DIAGNOSTICS}
+        return {**PROJECTION_DIAGNOSTICS, **support.DIAGNOSTICS, "bound": ("mean", "min")}
 
     def check(self, vocab: int) -> None:
         left_out = (vocab - 1) * self.p_d
@@ -65,28 +112,35 @@ class Troll(TrustRegion):
             )
 
     def prepare_old(self, old: Readings) -> Readings:
-        """The old record cut to this (k, delta), whoever made it. Refuses a record that keeps fewer tokens
-        than that needs, and a sampled token that the old policy could not have drawn."""
-        topk = _topk(old, "old")
-        refuse_rows(topk.place < 0, "the old policy gives the sampled token a logit of -inf: corrupt data")
-        return replace(old, topk=support.cut(topk, self.k, self.delta))
+        """Refuses a sampled token that the old policy could not have drawn."""
+        place = _topk(old, "old").place
+        refuse_rows(place < 0, "the old policy gives the sampled token a logit of -inf: corrupt data")
+        return old
 
     def policy(self, inputs: ObjectiveInputs, statistics: Statistics | None) -> Policy:
         old, new = _topk(inputs.old, "old"), _topk(inputs.new, "new")
         if self.support == "old":
             new = replace(new, ids=old.ids, count=old.count, place=old.place)
-        projection = self._project(old, new)
+        bound = self._bound(old, new, inputs)
+        projection = self._project(old, new, bound)
         # The sampled token is always in the old support, in the new one not where its logit is -inf.
         at = old.place[:, None]
         logp, old_logp = projection.old.gather(1, at)[:, 0], self._logp(old).gather(1, at)[:, 0]
         per_token = _of_projection(projection) | support.compare(old, new, projection.outside)
-        per_token |= support.describe(old, self.k, self.delta, "old")
+        per_token |= support.describe(old, self.k, self.delta, "old") | {"bound": bound}
         if self.support == "own":
             per_token |= support.describe(new, self.k, self.delta, "new")
         return Policy(logp, old_logp, self.alpha * projection.kl_new_pi, per_token)
 
-    def _project(self, old: TopK, new: TopK) -> Projection:
-        bound = full_like(new.logits[:, 0], self.bound)
+    def _bound(self, old: TopK, new: TopK, inputs: ObjectiveInputs) -> Tensor:
+        """[N]"""
+        if not isinstance(self.bound, Budget):
+            return full_like(old.logits[:, 0], self.bound)
+        with no_grad():
+            unlimited = full_like(old.logits[:, 0], float("inf"))
+            return self.bound.bounds(self._project(old, new, unlimited).kl_before, inputs)
+
+    def _project(self, old: TopK, new: TopK, bound: Tensor) -> Projection:
         return project(new.ids, self._logp(new), old.ids, self._logp(old), bound, old.vocab, self.p_d)
 
     def _logp(self, topk: TopK) -> Tensor:

@@ -17,7 +17,7 @@ from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
 from megatron_troll.rollout.engine import Request
-from megatron_troll.rollout.sampling import draw, sample_key, uniforms
+from megatron_troll.rollout.sampling import draw, sample_key, token_uniforms, uniforms
 from megatron_troll.types import Rollout, TokenTopK
 
 
@@ -111,6 +111,7 @@ class InProcessEngine:
             response_ids=answer.ids,
             mask=np.ones(len(answer.ids), dtype=np.float32),
             logp=answer.logp,
+            uniform=token_uniforms(self.seed, round, request.prompt.id, request.sample, len(answer.ids)),
             topk=answer.topk,
             text=self._text(answer),
             finish=answer.finish,

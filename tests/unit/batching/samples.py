@@ -26,6 +26,7 @@ def rollout(
         response_ids=ids,
         mask=np.ones(len(ids), np.float32) if mask is None else np.array(mask, np.float32),
         logp=(-0.01 * ids).astype(np.float32),
+        uniform=np.linspace(0.0, 0.9, len(ids)),
         topk=topk,
         text="",
         finish="stop",

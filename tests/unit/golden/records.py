@@ -1,6 +1,7 @@
 """Full rows of logits to what the head would read of them, without any parallel code."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,6 +49,27 @@ def inputs_of(new: Readings, old: Readings, advantage: Tensor, weight: Tensor) -
         rollout=each,
         rollouts=len(advantage),
         uniform=torch.zeros_like(advantage),
+    )
+
+
+def one_response(new: Readings, old: Readings, advantage: Tensor, weight: Tensor) -> ObjectiveInputs:
+    """The N tokens of one response."""
+    n = len(advantage)
+    first = torch.zeros(1, dtype=torch.int64)
+    owner = torch.zeros(n, dtype=torch.int64)
+    return replace(
+        inputs_of(new, old, advantage, weight),
+        position=torch.arange(n),
+        segments=Segments(
+            sum=lambda x: x.sum()[None],
+            expand=lambda x: x.expand(n),
+            whole=lambda x: x.detach(),
+            mine=lambda x: x.detach(),
+            owner=owner,
+        ),
+        group=first,
+        rollout=first,
+        rollouts=1,
     )
 
 

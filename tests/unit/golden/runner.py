@@ -68,7 +68,7 @@ def _compare(
             _compare(runner, a, b, dtype, tolerance, f"{at}[{i}]")
             for i, (a, b) in enumerate(zip(mine, golden))
         ]
-        return sum(count for count, _ in parts), [line for _, found in parts for line in found]
+        return 1 + sum(count for count, _ in parts), [line for _, found in parts for line in found]
     if golden is None or mine is None:
         return 1, [] if golden is mine else [f"{at}: {mine}, golden {golden}"]
     exact = isinstance(golden, bool) or isinstance(mine, bool | int)

@@ -1,15 +1,253 @@
+"""The table of ALGORITHMS 7, walked whole in both directions, and what every allowed objective owes."""
+
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.methods import known_methods
 from megatron_troll.config.tree import ObjectiveConfig, Slot
-from megatron_troll.objectives import compose, resolve
-from megatron_troll.objectives.compose import refuse
+from megatron_troll.objectives import Objective, compose, resolve
+from megatron_troll.objectives.compose import SLOTS, refuse_sparse_head, remarks
 from megatron_troll.objectives.objective import merge_reads
 from megatron_troll.objectives.slots import Correction, Policy, Statistics, Term
 from megatron_troll.types import ObjectiveInputs, Readings, Reads, Support
-from tests.unit.golden.records import inputs_of
+from tests.unit.golden.records import inputs_of, topk_record
+from tests.unit.objectives.rows import Rows, sample, statistics_of
+
+ADVANTAGES = ("dr_grpo", "gae", "grpo", "rloo")
+RATIOS = ("dfpo", "gspo", "token")
+REGIONS = ("cispo", "clip", "cppo", "dppo", "minpro", "none", "symclip", "trm", "troll")
+KLS = ("exact", "k1", "k2", "k3", "k3_k2grad", "none", "tike", "tike_sparse")
+CORRECTIONS = ("icepop", "jackpot", "none", "tis")
+
+# ALGORITHMS 7 as written there: the corrections that go with each pair. Pairs that are absent are refused.
+TABLE = {
+    ("token", "none"): "none tis icepop jackpot",
+    ("token", "clip"): "none tis icepop jackpot",
+    ("token", "symclip"): "none tis icepop",
+    ("token", "troll"): "none tis icepop jackpot",
+    ("token", "cppo"): "none",
+    ("token", "dppo"): "none",
+    ("token", "trm"): "none",
+    ("token", "cispo"): "none tis icepop",
+    ("token", "minpro"): "none tis icepop",
+    ("gspo", "none"): "none tis icepop",
+    ("gspo", "clip"): "none tis icepop",
+    ("gspo", "troll"): "none tis icepop",
+    ("dfpo", "clip"): "none tis icepop",
+    ("dfpo", "troll"): "none tis icepop",
+}
+MASKS = ("cppo", "dppo", "trm")
+# With `against: old`, masks leave the correction to its slot.
+FROM_OLD = {("token", mask): "none tis icepop" for mask in MASKS}
+
+
+def slot(name: str, **fields: object) -> Slot:
+    return Slot.model_validate({"name": name} | fields)
+
+
+def config(ratio: str, region: Slot | str, correction: str, **slots: object) -> ObjectiveConfig:
+    named = {"ratio": slot(ratio), "correction": slot(correction)} | slots
+    return ObjectiveConfig(trust_region=slot(region) if isinstance(region, str) else region, **named)  # pyright: ignore[reportArgumentType]
+
+
+def test_every_method_is_in_the_table():
+    listed = (ADVANTAGES, RATIOS, REGIONS, KLS, CORRECTIONS)
+    assert {name: known_methods(folder) for name, (folder, _) in SLOTS.items()} == dict(zip(SLOTS, listed))
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("region", REGIONS)
+def test_the_whole_product_against_the_table(ratio, region):
+    for advantage, kl, correction in product(ADVANTAGES, KLS, CORRECTIONS):
+        allowed = correction in TABLE.get((ratio, region), "").split()
+        allowed = allowed and not (ratio == "dfpo" and advantage == "gae")
+        wanted = config(ratio, region, correction, advantage=slot(advantage), kl=slot(kl))
+        if allowed:
+            compose(wanted)
+            continue
+        with pytest.raises(ConfigError, match=r"^objective: "):
+            compose(wanted)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_against_the_old_policy(mask):
+    for ratio, correction in product(RATIOS, CORRECTIONS):
+        wanted = config(ratio, slot(mask, against="old"), correction)
+        if correction in FROM_OLD.get((ratio, mask), "").split():
+            compose(wanted)
+            continue
+        with pytest.raises(ConfigError, match=r"^objective: "):
+            compose(wanted)
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize(("ratio", "region"), TABLE, ids=[f"{a}-{b}" for a, b in TABLE])
+def test_aggregations(ratio, region, aggregation):
+    """Any goes with any, but CISPO is token-mean (6.3)."""
+    wanted = config(ratio, region, "none", aggregation=aggregation)
+    if region == "cispo" and aggregation != "token-mean":
+        with pytest.raises(ConfigError, match="'cispo' is defined with aggregation token-mean"):
+            compose(wanted)
+    else:
+        compose(wanted)
+
+
+def allowed() -> list:
+    found = [(*pair, {}, c) for pair, corrections in TABLE.items() for c in corrections.split()]
+    found += [(*pair, {"against": "old"}, c) for pair, cs in FROM_OLD.items() for c in cs.split()]
+    found += [("token", "troll", {"bound": {"from": "cppo"}}, c) for c in CORRECTIONS]
+    return [pytest.param(*case, id="-".join((*case[:2], *case[2], case[3]))) for case in found]
+
+
+@pytest.mark.parametrize(("ratio", "region", "fields", "correction"), allowed())
+def test_every_allowed_objective(ratio, region, fields, correction):
+    rows = sample([5, 3, 0, 4], vocab=12)
+    for kl in KLS:
+        penalty = slot(kl) if kl == "none" else slot(kl, beta=0.3)
+        objective = compose(config(ratio, slot(region, **fields), correction, kl=penalty))
+        whole = rows.inputs(objective)
+        gradient = check_loss(objective, whole, rows)
+        check_split(objective, whole, rows, gradient)
+        check_zero_weight(objective, whole, rows)
+
+
+def check_loss(objective: Objective, inputs: ObjectiveInputs, rows: Rows) -> Tensor:
+    terms = objective.loss(inputs, statistics_of(objective, [inputs]))
+    (gradient,) = torch.autograd.grad(terms.loss, rows.new, retain_graph=True)
+    assert terms.loss.isfinite()
+    assert gradient.isfinite().all()
+    assert (gradient != 0).any()
+    assert terms.per_token.keys() <= objective.diagnostics.keys()
+    for name, values in terms.per_token.items():
+        assert values.shape == rows.weight.shape, name
+        assert not values.requires_grad, name
+    return gradient
+
+
+def check_split(objective: Objective, inputs: ObjectiveInputs, rows: Rows, expected: Tensor) -> None:
+    """Two micro-batches that split every group, with the statistics of both."""
+    parts = [rows.only([1, 2]).inputs(objective), rows.only([3, 0]).inputs(objective)]
+    whole = objective.statistics(inputs)
+    statistics = statistics_of(objective, parts)
+    assert (whole is None) == (statistics is None) == (not objective.needs_statistics)
+    for name, total in (whole or {}).items():
+        assert torch.allclose((statistics or {})[name], total, rtol=1e-12, atol=1e-12), name
+    losses = [objective.loss(part, statistics).loss for part in parts]
+    (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), rows.new)
+    assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+def check_zero_weight(objective: Objective, inputs: ObjectiveInputs, rows: Rows) -> None:
+    inputs = replace(inputs, weight=torch.zeros_like(rows.weight))
+    loss = objective.loss(inputs, statistics_of(objective, [inputs])).loss
+    (gradient,) = torch.autograd.grad(loss, rows.new)
+    assert loss.item() == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (config("gspo", "dppo", "none"), r"'gspo' is not defined with .*'dppo': it weighs tokens"),
+        (config("gspo", "symclip", "none"), "its bound and its cancellation are those of token ratios"),
+        (config("dfpo", "none", "none"), "its weights are those that a clip leaves .*goes with clip, troll"),
+        (config("token", "cppo", "tis"), "contains the correction 'tis' already; .*against=old"),
+        (config("gspo", "clip", "jackpot"), "rejects single tokens: .* goes with ratio token and clip, none"),
+        (config("dfpo", "clip", "none", advantage=slot("gae")), "centred advantages; advantage 'gae' has"),
+        (config("token", "clip", "tis", old="engine"), "is 1 with objective.old=engine"),
+        (config("token", slot("troll", bound={"from": "cppo", "delta": 0.15, "delta_b": 0.02}), "none"),
+         "trust_region.bound.*constants for TV"),
+        (config("token", slot("troll", bound={"from": "dppo"}), "none"), "bound.from: got 'dppo'"),
+        (config("token", slot("troll", bound={"delta": 0.1}), "none"), "bound.from: missing"),
+        (config("token", slot("troll", bound={"from": "cppo", "divergence": "tv"}), "none"),
+         "bound.divergence: unknown key"),
+        (config("token", slot("troll", bound="cppo"), "none"), "bound: got 'cppo', .* >= 0 or a map"),
+        (config("token", slot("troll", bound={"from": "cppo", "w_min": 0.0}), "none"), "bound.w_min: got 0"),
+        (config("token", slot("cppo", w_min=0.0), "none"), r"w_min: got 0.0, .* > 0 and <= 1"),
+        (config("token", slot("cppo", divergence="tv"), "none"), "got 'tv', expected one of binary_tv"),
+        (config("token", slot("dppo", k=0), "none"), "trust_region.k: got 0, expected an integer >= 1"),
+        (config("token", slot("trm", over="mean"), "none"), "over: got 'mean', expected one of max, avg"),
+        (config("token", slot("symclip", eps=-1.0), "none"), "trust_region.eps: got -1.0"),
+        (ObjectiveConfig(ratio=slot("dfpo", transform="orth"), trust_region=slot("clip")),
+         "objective.ratio.*orth can reverse updates; set allow_negative: true"),
+        (ObjectiveConfig(trust_region=slot("trol")),
+         r"trust_region.name: unknown method 'trol'; did you mean 'troll'\? Known here: cispo, clip"),
+        (ObjectiveConfig(advantage=slot("grop")), "objective.advantage.name.*did you mean 'grpo'"),
+        (ObjectiveConfig(trust_region=slot("troll", bund=1)), r"trust_region.bund: .*did you mean 'bound'\?"),
+        (ObjectiveConfig(trust_region=slot("troll", bound=-0.1)), "trust_region.bound: got -0.1, .* >= 0"),
+        (ObjectiveConfig(trust_region=slot("troll", delta=1.0)), "trust_region.delta: got 1.0"),
+        (ObjectiveConfig(trust_region=slot("clip", eps_low=1.5)), "trust_region.eps_low: got 1.5"),
+        (ObjectiveConfig(ratio=slot("no.such.module:Class")), "objective.ratio.name: cannot import"),
+        (ObjectiveConfig(ratio=slot("megatron_troll.objectives.kl.none:NoKl")),
+         "does not lead to a subclass of Ratio"),
+    ],
+)  # fmt: skip
+def test_refusals_say_why(wanted, message):
+    with pytest.raises(ConfigError, match=f"(?s){message}") as caught:
+        compose(wanted)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_default_is_grpo_with_troll():
+    objective = compose(ObjectiveConfig())
+    assert objective.reads == Reads(topk=Support("old", 64, 1e-5))
+    assert objective.reads_old == Reads(topk=Support("own", 64, 1e-5))
+    assert not objective.needs_statistics
+    assert remarks(ObjectiveConfig(), objective) == ()
+
+
+def test_resolving_writes_out_every_field():
+    resolved = resolve(ObjectiveConfig(trust_region=slot("troll", bound=0.1)))
+    assert resolved.trust_region.fields == {
+        "bound": 0.1, "alpha": 1.0, "k": 64, "delta": 1e-5, "p_d": 1e-12, "support": "old",
+    }  # fmt: skip
+    assert resolve(resolved) == resolved
+    assert compose(resolved) == compose(ObjectiveConfig(trust_region=slot("troll", bound=0.1)))
+
+
+@pytest.mark.parametrize(
+    ("region", "constants"),
+    [
+        (slot("cppo"), {"delta": 0.15, "delta_b": 0.02}),
+        (slot("cppo", divergence="topk_kl"), {"delta": 0.1, "delta_b": 0.002}),
+        (slot("dppo"), {"delta": 0.15}),
+        (slot("dppo", divergence="topk_kl"), {"delta": 0.05}),
+        (slot("trm"), {"delta": 0.1}),
+        (slot("trm", over="avg"), {"delta": 0.002}),
+        (slot("troll", bound={"from": "cppo"}),
+         {"bound": {"from": "cppo", "delta": 0.1, "delta_b": 0.002, "w_min": 0.8, "t_ref": None,
+                    "accumulate": "projected"}}),
+    ],
+)  # fmt: skip
+def test_constants_follow_the_divergence_and_survive_resolving(region, constants):
+    resolved = resolve(ObjectiveConfig(trust_region=region))
+    fields = resolved.trust_region.fields
+    assert {name: fields[name] for name in constants} == constants
+    assert resolve(resolved) == resolved
+
+
+def test_what_a_reader_must_know():
+    troll_with_budget = config("dfpo", slot("troll", bound={"from": "cppo"}), "none")
+    experimental, direction = remarks(troll_with_budget, compose(troll_with_budget))
+    assert experimental.startswith("experimental: dfpo")
+    assert "KL(mu || new)" in direction
+
+
+def test_the_sparse_head_takes_what_reads_kept_tokens_alone():
+    for kl, correction in product(KLS, CORRECTIONS):
+        objective = compose(config("token", "troll", correction, kl=slot(kl)))
+        if kl in ("none", "tike_sparse"):
+            refuse_sparse_head(objective)
+            continue
+        with pytest.raises(ConfigError, match="objective: kl differentiate the full softmax"):
+            refuse_sparse_head(objective)
+    with pytest.raises(ConfigError, match="objective: trust_region, kl differentiate"):
+        refuse_sparse_head(compose(config("token", "clip", "none", kl=slot("k3"))))
 
 
 class HalfOfTheStep(Correction):
@@ -29,55 +267,6 @@ class HalfOfTheStep(Correction):
         return Term(self.share / statistics["tokens"] * torch.ones_like(inputs.advantage))
 
 
-def slot(name: str, **fields: object) -> Slot:
-    return Slot.model_validate({"name": name} | fields)
-
-
-def test_the_default_is_grpo_with_troll():
-    objective = compose(ObjectiveConfig())
-    assert objective.reads == Reads(topk=Support("old", 64, 1e-5))
-    assert objective.reads_old == Reads(topk=Support("own", 64, 1e-5))
-    assert not objective.needs_statistics
-
-
-def test_resolving_writes_out_every_field():
-    resolved = resolve(ObjectiveConfig(trust_region=slot("troll", bound=0.1)))
-    assert resolved.trust_region.fields == {
-        "bound": 0.1, "alpha": 1.0, "k": 64, "delta": 1e-5, "p_d": 1e-12, "support": "old",
-    }  # fmt: skip
-    assert resolve(resolved) == resolved
-    assert compose(resolved) == compose(ObjectiveConfig(trust_region=slot("troll", bound=0.1)))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            ObjectiveConfig(trust_region=slot("trol")),
-            r"trust_region.name: unknown method 'trol'; did you mean 'troll'\? Known here: clip, none",
-        ),
-        (ObjectiveConfig(advantage=slot("grop")), "objective.advantage.name.*did you mean 'grpo'"),
-        (ObjectiveConfig(trust_region=slot("troll", bund=1)), r"trust_region.bund: .*did you mean 'bound'\?"),
-        (ObjectiveConfig(trust_region=slot("troll", bound=-0.1)), "trust_region.bound: got -0.1, .* >= 0"),
-        (ObjectiveConfig(trust_region=slot("troll", delta=1.0)), "trust_region.delta: got 1.0"),
-        (ObjectiveConfig(trust_region=slot("clip", eps_low=1.5)), "trust_region.eps_low: got 1.5"),
-        (ObjectiveConfig(ratio=slot("no.such.module:Class")), "objective.ratio.name: cannot import"),
-        (
-            ObjectiveConfig(ratio=slot("megatron_troll.objectives.kl.none:NoKl")),
-            "does not lead to a subclass of Ratio",
-        ),
-    ],
-)
-def test_bad_slots_are_refused(config, message):
-    with pytest.raises(ConfigError, match=message):
-        compose(config)
-
-
-def test_pairs_outside_the_table_are_refused_with_what_is_allowed():
-    with pytest.raises(ConfigError, match=r"ratio 'token' is not defined with .* goes with clip, none"):
-        refuse(ObjectiveConfig(trust_region=slot("later")))
-
-
 def test_a_method_by_import_path_and_statistics_of_the_step():
     path = f"{__name__}:HalfOfTheStep"
     objective = compose(ObjectiveConfig(trust_region=slot("none"), correction=slot(path, share=0.25)))
@@ -93,10 +282,48 @@ def test_a_method_by_import_path_and_statistics_of_the_step():
 
 
 def test_reads_of_the_slots_are_joined():
-    first, second = Reads(topk=Support("old", 8, 0.0)), Reads(logp=True)
-    assert merge_reads((first, second)) == Reads(True, Support("old", 8, 0.0))
-    with pytest.raises(ValueError, match="one top-K record, not 2"):
-        merge_reads((first, Reads(topk=Support("own", 8, 0.0))))
+    first, second = Reads(topk=Support("old", 8, 0.0)), Reads(logp=True, full=True)
+    third = Reads(topk=Support("own", 8, 0.0), at_rollout=True)
+    assert merge_reads((first, second, first)) == Reads(logp=True, topk=Support("old", 8, 0.0), full=True)
+    joined = merge_reads((second, first, third))
+    assert joined.supports == (Support("old", 8, 0.0), Support("own", 8, 0.0))
+    assert joined.at_rollout
+
+
+def test_each_method_sees_the_record_it_asked_for():
+    """TROLL at the old policy's 3 tokens, TIKE at the 2 largest of the new one."""
+    objective = compose(
+        config("token", slot("troll", k=3, delta=0.0), "none", kl=slot("tike", k=2, beta=1.0))
+    )
+    rows = sample([4, 4], vocab=12)
+    terms = objective.loss(rows.inputs(objective))
+    p, q = rows.new.softmax(1).detach(), rows.reference.softmax(1)
+    top = p.topk(2).indices
+    ratio = (p / rows.old.softmax(1)).gather(1, rows.target[:, None])[:, 0]
+    expected = ratio * (p * (p / q).log()).gather(1, top).sum(1)
+    assert torch.allclose(terms.per_token["reference_kl"], expected)
+    assert terms.per_token["kept_old"].max() <= 4
+    inputs = rows.inputs(objective)
+    with pytest.raises(ValueError, match="the head gave no record of"):
+        objective.loss(replace(inputs, new=replace(inputs.new, others={})))
+
+
+def test_every_old_record_is_cut_from_the_engine_s():
+    """`old: engine` gives one wide record for all."""
+    troll, tike = slot("troll", k=3, delta=0.01), slot("tike", k=5, support="old")
+    objective = compose(config("token", troll, "none", kl=tike))
+    rows = sample([4, 4], vocab=12)
+    wide = topk_record(rows.old.log_softmax(1), rows.target, 11, 0.0)
+    logp = wide.logits.gather(1, wide.place[:, None])[:, 0]
+    old = objective.prepare_old(Readings(logp, wide, None))
+    direct = rows.inputs(objective).old
+    assert old.topk is not None
+    assert direct.topk is not None
+    assert torch.equal(old.topk.ids, direct.topk.ids)
+    support = Support("own", 5, 0.0)
+    assert torch.equal(old.others[support].ids, direct.others[support].ids)
+    with pytest.raises(ValueError, match="reads the old policy's top-K record; none was given"):
+        compose(config("token", "clip", "none", kl=tike)).prepare_old(Readings(logp, None, None))
 
 
 def test_advantage_belongs_to_the_objective():

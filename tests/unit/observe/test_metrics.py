@@ -76,8 +76,8 @@ def test_quantiles_of_many_tokens_come_from_every_nth(monkeypatch: pytest.Monkey
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"kl: unknown \['p90'\]"):
-        Reducer({"kl": ("p90",)}, ALONE)
+    with pytest.raises(ValueError, match=r"kl: unknown \['p95'\]"):
+        Reducer({"kl": ("p95",)}, ALONE)
     with pytest.raises(ValueError, match="tau"):
         Reducer(TABLE, ALONE).add({"tau": tokens(1)})
 

@@ -28,6 +28,7 @@ def rollout(sample: int, logp: list[float], mask: list[float] | None = None) -> 
         response_ids=ids,
         mask=np.asarray(mask or [1.0] * len(logp), np.float32),
         logp=np.asarray(logp, np.float32),
+        uniform=np.zeros(len(logp)),
         topk=None,
         text="".join(WORDS[i] for i in ids),
         finish="stop",

@@ -1,0 +1,46 @@
+"""CPPO's position-weighted divergence budget (arXiv 2606.10968, read as a summary; ALGORITHMS 2).
+
+    S_t = sum_{j<=t} w_j D_j,  W_t = sum_{j<=t} w_j
+    c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1})      the threshold on w_t D_t
+
+All [L]: every token of each response in order, masked or not. Sums run in float64.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_troll.objectives.scans import before, scan
+
+# delta, delta_b of the paper. `tv`: 0.02 is from its ablation.
+TV, KL = (0.15, 0.02), (0.1, 0.002)
+
+
+def schedule(step: Tensor, horizon: Tensor | float, w_min: float) -> Tensor:
+    """w_t = 1 - (1 - w_min) (t - 1) / (T - 1) at step = t - 1, in float64; w_min past the horizon T, and 1
+    where T is 1."""
+    last = torch.as_tensor(horizon, dtype=torch.float64, device=step.device) - 1.0
+    return 1.0 - (1.0 - w_min) * torch.where(last > 0, (step / last).clamp(max=1.0), 0.0)
+
+
+def raw_thresholds(
+    divergence: Tensor, weight: Tensor, owner: Tensor, delta: float, delta_b: float | Tensor
+) -> Tensor:
+    """c_t where S accumulates the divergences as they are. Negative once the budget is overspent."""
+    left = scan(delta_b * weight - weight * divergence.double(), owner, torch.add)
+    return (delta + before(left, owner, 0.0)).clamp(max=delta)
+
+
+def kept_thresholds(
+    divergence: Tensor, weight: Tensor, owner: Tensor, delta: float, delta_b: float
+) -> Tensor:
+    """c_t where every token is held to its own threshold, so that S accumulates min(w_t D_t, c_t).
+
+    What is left, B_t = delta + delta_b W_{t-1} - S_{t-1} >= 0, then follows
+    B_{t+1} = max(B_t - a_t, 0) + b_t with a_t = min(w_t D_t, delta), b_t = delta_b w_t (Lindley's recursion).
+    With U_t = sum_{s<=t} (b_s - a_s) it is B_{t+1} = U_t + max(B_1, max_{s<=t} (b_s - U_s)): two scans.
+    """
+    spent = (weight * divergence.double()).clamp(max=delta)
+    income = delta_b * weight
+    net = scan(income - spent, owner, torch.add)
+    left = net + scan(income - net, owner, torch.maximum).clamp(min=delta)
+    return before(left, owner, delta).clamp(max=delta)

@@ -1,0 +1,40 @@
+"""IcePop: tokens on which engine and trainer disagree are left out (ALGORITHMS 6.5; NeMo-RL guide)."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+from torch import where
+
+from megatron_troll.config.tree import NonNegative, PositiveFloat
+from megatron_troll.objectives.mismatch import DIAGNOSTICS, described, old_over_rollout
+from megatron_troll.objectives.slots import Correction, Diagnostics, Policy, Statistics, Term
+from megatron_troll.types import ObjectiveInputs, Reads
+
+
+class IcePop(Correction):
+    """C_t = r_t where alpha <= r_t <= beta, else 0;  r_t = old(o_t) / rollout(o_t), detached.
+
+    The defaults are NeMo-RL's. Tokens left out still count in the denominator.
+    """
+
+    alpha: NonNegative = Field(default=0.5, description="smallest ratio that passes")
+    beta: PositiveFloat = Field(default=5.0, description="largest ratio that passes")
+
+    @model_validator(mode="after")
+    def _interval(self) -> Self:
+        if self.alpha > self.beta:
+            raise ValueError(f"alpha={self.alpha:g} must not exceed beta={self.beta:g}: nothing would pass")
+        return self
+
+    @property
+    def reads_old(self) -> Reads:
+        return Reads(logp=True)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {**DIAGNOSTICS, "icepop_left_out": ("mean",)}
+
+    def weight(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
+        ratio = old_over_rollout(inputs)
+        passes = (ratio >= self.alpha) & (ratio <= self.beta)
+        return described(where(passes, ratio, 0.0), {"icepop_left_out": (~passes).to(ratio.dtype)})

@@ -1,0 +1,211 @@
+"""Jackpot: rollout tokens rejected so that the accepted ones follow the trainer's policy more closely
+(arXiv 2602.06107, Alg. 1; ALGORITHMS 5)."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, where
+
+from megatron_troll.config.tree import Positive, PositiveFloat
+from megatron_troll.objectives import mismatch
+from megatron_troll.objectives.diagnostics import correlation, moments
+from megatron_troll.objectives.mismatch import described
+from megatron_troll.objectives.obrs import accept_prob, importance, kl_of_sparse, log_accepted
+from megatron_troll.objectives.partial_kl import at_sampled, first_slots, log_probs
+from megatron_troll.objectives.reference import ratio
+from megatron_troll.objectives.responses import once
+from megatron_troll.objectives.slots import (
+    Correction,
+    Diagnostics,
+    Policy,
+    Reduction,
+    Statistics,
+    Term,
+    logp_of,
+)
+from megatron_troll.types import ObjectiveInputs, Reads, TopK
+
+KAPPA_LIMITS = (0.5, 4.0)
+MEAN: tuple[Reduction, ...] = ("mean",)
+DIAGNOSTICS: Diagnostics = {
+    **mismatch.DIAGNOSTICS,
+    "jackpot_accept_prob": MEAN,
+    "jackpot_accepted": MEAN,
+    "jackpot_response_acceptance": ("mean", "p10"),
+    "jackpot_z_approx": MEAN,
+    "jackpot_z": MEAN,
+    "jackpot_z_accept_correlation": MEAN,
+    "jackpot_kappa": MEAN,
+    "jackpot_kappa_clamped": MEAN,
+    "jackpot_weight_truncated": MEAN,
+    "jackpot_back_truncated": MEAN,
+    "jackpot_kl_rollout": ("mean", "max"),
+    "jackpot_kl_post": ("mean", "max"),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of the rollout tokens: p the target, q the rollout policy.
+
+    target    [N] log p(o_t)
+    old       [N] log old(o_t)
+    accept    [N] probability that the token is accepted
+    accepted  [N] 1 where it was
+    overlap   [N] Z_approx, sum of min(q, p / lam) over the rollout engine's top k
+    """
+
+    target: Tensor
+    old: Tensor
+    accept: Tensor
+    accepted: Tensor
+    overlap: Tensor
+
+
+class Jackpot(Correction):
+    """C_t = Mask_t min(w_t, c1) min(old(o_t) / p(o_t), c2),   w_t = Z_t max(lam, p(o_t) / q(o_t))
+
+    Mask_t = [u_t < min(1, p(o_t) / (lam q(o_t)))] with the uniform u_t drawn with the rollout, so that a
+    replay rejects the same tokens; Z_t = min(1, kappa Z_approx). Everything is detached, and re-evaluated at
+    each update where the target is the new policy.
+
+    Our choices: the terms of Z_approx where q was not stored count 0; kappa = mean accept_prob / mean
+    Z_approx over all tokens of the optimizer step (Rao-Blackwell: the printed one counts acceptances) repairs
+    the mean, within [0.5, 4]; the paper prints no lam, c1, c2 and no min on Z_t, and Alg. 1 line 26 omits
+    the mask that its eq. 5 has. `denominator: accepted` divides the score by accepted tokens: of the step
+    (token-mean), or of each response (sequence aggregations, L_max shrinking with them).
+    """
+
+    target: Literal["new", "ref"] = Field(
+        default="new",
+        description="the law that accepted tokens should follow: the new policy, or the old one",
+    )
+    lam: PositiveFloat = Field(default=1.0, description="how much is rejected; towards 0: nothing")
+    c1: PositiveFloat = Field(default=3.0, description="largest weight of an accepted token")
+    c2: PositiveFloat = Field(default=3.0, description="largest old(o_t) / p(o_t)")
+    k: Positive = Field(default=20, description="entries of the rollout engine's top-K that Z is summed over")
+    use_z: bool = Field(default=True, description="weigh a position by its acceptance rate Z_t (eq. 5)")
+    denominator: Literal["all", "accepted"] = Field(default="all", description="tokens the mean is over")
+    clamp: bool = Field(default=True, description="keep kappa in [0.5, 4] and Z_t at most 1")
+
+    @model_validator(mode="after")
+    def _denominator_has_z(self) -> Self:
+        if self.denominator == "accepted" and not self.use_z:
+            raise ValueError("denominator: accepted is a mean over accepted tokens only with use_z: true")
+        return self
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(at_rollout=self.target == "new")
+
+    @property
+    def reads_old(self) -> Reads:
+        return Reads(logp=self.target == "new", at_rollout=self.target == "ref")
+
+    @property
+    def needs_statistics(self) -> bool:
+        return True
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return DIAGNOSTICS
+
+    @property
+    def rollout_k(self) -> int:
+        return self.k
+
+    def statistics(self, inputs: ObjectiveInputs) -> Statistics:
+        trial, counted = self._trial(inputs), (inputs.weight > 0).to(inputs.weight.dtype)
+        of_response = inputs.segments.expand(inputs.rollout)
+        none = counted.new_zeros(inputs.rollouts)
+        return {
+            "jackpot_moments": moments(trial.accept, trial.overlap, counted),
+            "jackpot_accepted": none.index_add(0, of_response, trial.accepted * counted),
+            "jackpot_tokens": none.index_add(0, of_response, counted),
+        }
+
+    def weight(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
+        if statistics is None:
+            raise ValueError("jackpot needs its statistics of the whole optimizer step; none were given")
+        trial = self._trial(inputs)
+        kappa, clamped = self._kappa(statistics["jackpot_moments"])
+        z = kappa.to(trial.overlap.dtype) * trial.overlap
+        z = z.clamp(max=1.0) if self.clamp else z
+        forth = importance(trial.target, inputs.rollout_logp, self.lam) * (z if self.use_z else 1.0)
+        back = ratio(trial.old, trial.target)
+        rho = forth.clamp(max=self.c1) * back.clamp(max=self.c2)
+        weight = trial.accepted * rho * self._denominator(inputs, statistics)
+        share = statistics["jackpot_accepted"] / statistics["jackpot_tokens"]
+        per_token = {
+            "accept_prob": trial.accept,
+            "accepted": trial.accepted,
+            "response_acceptance": once(share[inputs.segments.expand(inputs.rollout)], inputs),
+            "z_approx": trial.overlap,
+            "z": z,
+            "z_accept_correlation": correlation(statistics["jackpot_moments"]),
+            "kappa": kappa,
+            "kappa_clamped": clamped,
+            "weight_truncated": forth > self.c1,
+            "back_truncated": back > self.c2,
+            **self._divergences(inputs, z),
+        }
+        return described(weight, {f"jackpot_{n}": v.to(z.dtype).expand_as(z) for n, v in per_token.items()})
+
+    def _trial(self, inputs: ObjectiveInputs) -> Trial:
+        record, slots = self._record(inputs), self._target(inputs)
+        target = at_sampled(slots, record)
+        old = target if self.target == "ref" else logp_of(inputs.old, "old")
+        accept = accept_prob(target, inputs.rollout_logp, self.lam)
+        kept = first_slots(record, self.k, union_sampled=False)
+        accepted_law = log_accepted(slots, log_probs(record, "rollout"), self.lam).exp()
+        overlap = where(kept, accepted_law, 0.0).sum(1)
+        return Trial(target, old, accept, (inputs.uniform < accept).to(accept.dtype), overlap)
+
+    def _record(self, inputs: ObjectiveInputs) -> TopK:
+        record = inputs.rollout_topk
+        if record is None:
+            raise ValueError(
+                "jackpot reads the rollout engine's top-K record; none was kept: set rollout.top_k"
+            )
+        if record.ids.shape[1] - 1 < min(self.k, record.vocab):
+            raise ValueError(
+                f"objective.correction.k: the rollouts keep the top {record.ids.shape[1] - 1} tokens, "
+                f"k={self.k} needs more: raise rollout.top_k"
+            )
+        return record
+
+    def _target(self, inputs: ObjectiveInputs) -> Tensor:
+        """[N, W] log p at the ids of the rollout record."""
+        side, readings = ("new", inputs.new) if self.target == "new" else ("old", inputs.old)
+        if readings.at_rollout is None:
+            raise ValueError(f"jackpot reads the {side} policy at the rollout engine's ids; none was given")
+        return readings.at_rollout
+
+    def _kappa(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """The calibration of Z_approx over the step, and whether it was clamped; scalars."""
+        _, accept, overlap, *_ = moments
+        kappa = accept / overlap.clamp(min=torch.finfo(overlap.dtype).tiny)
+        limited = kappa.clamp(*KAPPA_LIMITS) if self.clamp else kappa
+        return limited, limited != kappa
+
+    def _denominator(self, inputs: ObjectiveInputs, statistics: Statistics) -> Tensor:
+        """What turns a mean over all tokens into one over accepted tokens; scalar or [N]."""
+        if self.denominator == "all":
+            return inputs.weight.new_ones(())
+        if inputs.aggregation is None:
+            raise ValueError("jackpot with denominator: accepted must know the aggregation; none was given")
+        accepted, tokens = statistics["jackpot_accepted"], statistics["jackpot_tokens"]
+        if inputs.aggregation != "token-mean":
+            return (tokens / accepted.clamp(min=1.0))[inputs.segments.expand(inputs.rollout)]
+        return tokens.sum() / accepted.sum().clamp(min=1.0)
+
+    def _divergences(self, inputs: ObjectiveInputs, z: Tensor) -> dict[str, Tensor]:
+        """[N] KL of the target to the rollout policy, and to the law of accepted tokens, summed over V_k."""
+        record = self._record(inputs)
+        kept = first_slots(record, self.k, union_sampled=False)
+        target = where(kept, self._target(inputs), float("-inf"))
+        rollout = log_probs(record, "rollout")
+        post = log_accepted(target, rollout, self.lam) - z.log()[:, None]
+        return {"kl_rollout": kl_of_sparse(target, rollout), "kl_post": kl_of_sparse(target, post)}

@@ -1,0 +1,28 @@
+"""Truncated importance sampling between rollout engine and trainer (ALGORITHMS 6.5; verl, miles)."""
+
+from pydantic import Field
+from torch import Tensor
+
+from megatron_troll.config.tree import PositiveFloat
+from megatron_troll.objectives.mismatch import DIAGNOSTICS, described, old_over_rollout
+from megatron_troll.objectives.slots import Correction, Diagnostics, Policy, Statistics, Term
+from megatron_troll.types import ObjectiveInputs, Reads
+
+
+class Tis(Correction):
+    """C_t = min(old(o_t) / rollout(o_t), cap), detached. cap 2 is the default in verl and miles."""
+
+    cap: PositiveFloat = Field(default=2.0, description="largest weight")
+
+    @property
+    def reads_old(self) -> Reads:
+        return Reads(logp=True)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {**DIAGNOSTICS, "tis_truncated": ("mean",)}
+
+    def weight(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
+        ratio: Tensor = old_over_rollout(inputs)
+        truncated = (ratio > self.cap).to(ratio.dtype)
+        return described(ratio.clamp(max=self.cap), {"tis_truncated": truncated})

@@ -1,0 +1,31 @@
+"""The KL over the full vocabulary: the Rao-Blackwell estimator (ALGORITHMS 3, 7)."""
+
+from megatron_troll.objectives.reference import ReferenceKl
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term
+from megatron_troll.types import ObjectiveInputs, Reads
+
+
+class Exact(ReferenceKl):
+    """K_t = KL(new || reference) at the position of token t, whatever token was drawn there. The head
+    forms it while it holds both full rows, N x V."""
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(reference_kl=True)
+
+    @property
+    def reads_reference(self) -> Reads:
+        return Reads(reference_kl=True)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {"reference_kl": ("mean", "max", "min")}
+
+    def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
+        value = inputs.new.reference_kl
+        if value is None:
+            raise ValueError(
+                "objective.kl exact reads KL(new || reference) from the head, and none was given: "
+                "set models.reference"
+            )
+        return Term(self.beta * value, {"reference_kl": value.detach()})

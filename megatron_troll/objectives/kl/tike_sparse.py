@@ -1,0 +1,83 @@
+"""TIKE on sparse distributions, which keeps the gradient on the support (ALGORITHMS 1.7, 3.1)."""
+
+import warnings
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, full_like, int64, where
+from troll_kernels.sparsify import sparse_logp
+
+from megatron_troll.config.tree import Positive
+from megatron_troll.objectives.partial_kl import first_slots, partial_kl
+from megatron_troll.objectives.reference import ReferenceKl, reference_of, topk_of
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term
+from megatron_troll.types import ObjectiveInputs, Reads, Support
+
+
+class TikeSparse(ReferenceKl):
+    """K_t = KL(new' || ref') >= 0, both made by eq. 21 of TROLL with the support S of the new record, the
+    sampled token included; tokens outside S have p_d in both and add 0.
+
+    The logsumexp cancels on both sides, so the loss reads logits of S alone. The defaults are TROLL's, so
+    that one record serves both. No importance weight: at a fixed history it would add variance alone. A
+    token that the new policy forbids leaves S; a reference logit more than `-floor` below the largest of S
+    counts as that.
+    """
+
+    k: Positive = Field(default=64, description="tokens kept at most, beside the sampled one")
+    delta: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=1e-5, description="mass that the kept tokens may leave out"
+    )
+    p_d: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=1e-12, description="probability of a token left out"
+    )
+    support: Literal["own", "old"] = Field(
+        default="old", description="whose kept tokens both models are read at: the new or the old policy's"
+    )
+    floor: Annotated[float, Field(lt=0)] = Field(
+        default=-30.0, description="lowest reference logit under the largest of S, nats"
+    )
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(topk=Support(self.support, self.k, self.delta))
+
+    @property
+    def reads_old(self) -> Reads:
+        return Reads(topk=Support("own", self.k, self.delta) if self.support == "old" else None)
+
+    @property
+    def reads_reference(self) -> Reads:
+        return Reads(topk=self.reads.topk)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {"reference_kl": ("mean", "max", "min"), "reference_kl_floored": ("mean",)}
+
+    def check(self, vocab: int) -> None:
+        left_out = (vocab - 1) * self.p_d
+        if left_out >= 1:
+            raise ValueError(
+                f"(V - |S|) * p_d = {left_out:.3g} >= 1 for one kept token of V={vocab}: lower p_d"
+            )
+        if left_out > self.delta > 0:
+            warnings.warn(
+                f"default tokens may hold {left_out:.3g}, more than delta={self.delta:g}", stacklevel=2
+            )
+
+    def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
+        topk = topk_of(inputs.new, "new", self.k)
+        kept = first_slots(topk, self.k, union_sampled=True) & (topk.logits.detach() != float("-inf"))
+        new = self._sparse(topk.logits, kept, topk.vocab)
+        logits = where(kept, topk_of(reference_of(inputs), "reference", self.k).logits, float("-inf"))
+        lowest = logits.amax(1, keepdim=True) + self.floor
+        reference = self._sparse(logits.clamp(min=lowest), kept, topk.vocab)
+        value = partial_kl(new, reference, kept, non_negative=False)
+        floored = (kept & (logits < lowest)).any(1)
+        per_token = {"reference_kl": value.detach(), "reference_kl_floored": floored.to(value.dtype)}
+        return Term(self.beta * value, per_token)
+
+    def _sparse(self, logits: Tensor, kept: Tensor, vocab: int) -> Tensor:
+        """log p' [N, W] on `kept`. Its slots need not come first, so none is cut by a count."""
+        every = full_like(kept[:, 0], kept.shape[1], dtype=int64)
+        return sparse_logp(where(kept, logits, float("-inf")), every, vocab, self.p_d)

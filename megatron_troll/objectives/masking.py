@@ -1,0 +1,116 @@
+"""Trust regions that take tokens out of the gradient where the policy has moved too far (ALGORITHMS 2, 6)."""
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megatron_troll.config.tree import Positive, PositiveFloat
+from megatron_troll.objectives.divergence import Divergence, binary, topk
+from megatron_troll.objectives.responses import by_decile, decile_diagnostics
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
+from megatron_troll.types import ObjectiveInputs, Reads, Support, TopK
+
+LARGEST_LOG_RATIO = 20.0
+
+
+class Masking(TrustRegion):
+    """score = M_t sg(min(rho_t, cap)) A_t log pi(o_t),  rho_t = pi(o_t) / mu(o_t)
+
+    M_t comes from the divergence D_t between mu, the policy behind the tokens, and pi. A rejected token has
+    no gradient and still counts in the denominator. mu is the rollout policy, so that the mask also corrects
+    for it; `against: old` measures from the trainer's old policy.
+    """
+
+    divergence: Divergence = Field(description="what is compared, and how: see objectives/divergence.py")
+    k: Positive = Field(default=20, description="tokens of mu that a topk divergence compares")
+    against: Literal["rollout", "old"] = Field(
+        default="rollout", description="whose probabilities mu are: the rollout engine's, or the old policy's"
+    )
+    cap: PositiveFloat = Field(default=20.0, description="largest ratio that weighs a token")
+
+    @property
+    def reads(self) -> Reads:
+        if self._from_old:
+            return Reads(logp=True, topk=Support("old", self.k, 0.0))
+        return Reads(logp=True, at_rollout=self.rollout_k > 0)
+
+    @property
+    def reads_old(self) -> Reads:
+        return Reads(logp=True, topk=Support("own", self.k, 0.0) if self._from_old else None)
+
+    @property
+    def rollout_k(self) -> int:
+        return self.k if self._topk and self.against == "rollout" else 0
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {
+            "divergence": ("mean", "p99"),
+            "masked": ("mean",),
+            **decile_diagnostics("masked", "mean"),
+        }
+
+    @abstractmethod
+    def gate(
+        self, divergence: Tensor, log_rho: Tensor, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        """M [N] in [0, 1] from D [N] and log rho [N], all detached."""
+
+    def surrogate(
+        self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        behind = policy.old if self.against == "old" else inputs.rollout_logp
+        log_rho = policy.logp.detach() - behind
+        divergence = self.compare(policy.logp.detach(), behind, inputs)
+        gate = self.gate(divergence, log_rho, inputs, statistics)
+        rho = log_rho.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp().clamp(max=self.cap)
+        masked = (gate.value == 0).to(rho.dtype)
+        per_token = {"divergence": divergence, "masked": masked} | by_decile("masked", masked, inputs)
+        return Term(gate.value * rho * policy.logp, per_token | gate.per_token)
+
+    def compare(self, logp: Tensor, behind: Tensor, inputs: ObjectiveInputs) -> Tensor:
+        """D [N], from the log-probs of the sampled token under pi and mu."""
+        if not self._topk:
+            return binary(behind, logp, self.divergence)
+        if self.against == "old":
+            mu, new = _record(inputs.old.topk, "old"), _record(inputs.new.topk, "new")
+            assert mu.lse is not None
+            assert new.lse is not None
+            log_pi = (new.logits - new.lse[:, None]).detach()
+            return topk(mu.logits - mu.lse[:, None], log_pi, mu.valid, mu.vocab, self.divergence)
+        mu = _record(inputs.rollout_topk, "rollout")
+        if inputs.new.at_rollout is None:
+            raise ValueError(
+                "this objective reads the policy at the rollout engine's ids; it was not read there"
+            )
+        return topk(mu.logits, inputs.new.at_rollout, self._kept(mu), mu.vocab, self.divergence)
+
+    def _kept(self, mu: TopK) -> Tensor:
+        """[N, W] bool, the k largest of mu and the sampled token."""
+        stored = mu.ids.shape[1] - 1
+        if stored < min(self.k, mu.vocab):
+            raise ValueError(f"the rollout record keeps the top {stored} tokens; k={self.k} needs more")
+        slots = torch.arange(mu.ids.shape[1], device=mu.ids.device)
+        return mu.valid & ((slots < self.k) | (slots == mu.place[:, None]))
+
+    @property
+    def _topk(self) -> bool:
+        return self.divergence.startswith("topk")
+
+    @property
+    def _from_old(self) -> bool:
+        return self._topk and self.against == "old"
+
+
+def outward(log_rho: Tensor, advantage: Tensor) -> Tensor:
+    """[N] bool, whether the update would move the sampled token further from mu; A = 0 counts as negative."""
+    return torch.where(advantage > 0, log_rho > 0, log_rho < 0)
+
+
+def _record(topk: TopK | None, side: str) -> TopK:
+    if topk is None:
+        raise ValueError(f"a topk divergence reads the {side} policy's top-K record; none was given")
+    return topk

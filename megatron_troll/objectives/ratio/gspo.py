@@ -1,0 +1,29 @@
+"""GSPO: one ratio a response (arXiv 2507.18071; ALGORITHMS 4.1)."""
+
+from torch import Tensor
+
+from megatron_troll.objectives.responses import lengths
+from megatron_troll.objectives.slots import Policy, Ratio, unit
+from megatron_troll.types import ObjectiveInputs
+
+# Largest log of a sequence ratio, as in verl.
+LARGEST = 10.0
+
+
+def log_ratio(policy: Policy, inputs: ObjectiveInputs) -> Tensor:
+    """[N] mean over the token's response of log pi - log old, at most 10; detached."""
+    total = inputs.segments.sum((policy.logp - policy.old).detach())
+    return (inputs.segments.expand(total) / lengths(inputs)).clamp(max=LARGEST)
+
+
+class Gspo(Ratio):
+    """s_i = exp(mean_t log r_t); each token carries s_it = sg(s_i) pi / sg(pi), which has the value s_i and,
+    averaged over the response, its gradient.
+
+    With `trust_region: clip` this is GSPO; its bounds are eps_low 3e-4, eps_high 4e-4 (TRL's index), not
+    those of a token. Under `aggregation: seq-mean-token-mean` the loss is the paper's; other aggregations
+    weigh a response by its length. With `trust_region: troll` s_i is of the projected policy, unclipped.
+    """
+
+    def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
+        return log_ratio(policy, inputs).exp() * unit(policy.logp)

@@ -1,0 +1,73 @@
+"""Estimators of KL(new || reference) from the sampled token alone (ALGORITHMS 3)."""
+
+from abc import abstractmethod
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megatron_troll.objectives.reference import ReferenceKl, ratio, reference_of
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, logp_of
+from megatron_troll.types import ObjectiveInputs, Reads
+
+LOG_RATIO_LIMIT, K3_LIMIT = 20.0, 10.0
+
+
+class SampledKl(ReferenceKl):
+    """K_t = [r_t] k(x_t), x_t = log new(o_t) - log ref(o_t) over the full vocabulary.
+
+    With `is_weight: token` the estimator of new is drawn from old: r_t = new(o_t) / old(o_t). It is a
+    constant of the gradient unless `diff_is`; k3 with both is DeepSeek-V3.2's, whose gradient r x grad
+    log new is the true one of the reverse KL. The limits of `clamp` are verl's; a token beyond them has no
+    gradient.
+    """
+
+    clamp: bool = Field(default=True, description="limit x to [-20, 20] and k3 to [0, 10]")
+    is_weight: Literal["none", "token"] = Field(
+        default="none", description="token: multiply by new(o_t) / old(o_t)"
+    )
+    diff_is: bool = Field(default=False, description="differentiate that ratio too")
+
+    @model_validator(mode="after")
+    def _ratio_is_there(self) -> Self:
+        if self.diff_is and self.is_weight == "none":
+            raise ValueError("diff_is: true needs is_weight: token")
+        return self
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(logp=True)
+
+    @property
+    def reads_old(self) -> Reads:
+        return Reads(logp=self.is_weight == "token")
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {
+            "reference_kl": ("mean", "max", "min"),
+            "reference_kl_clamped": ("mean",),
+            "reference_kl_ratio": ("mean", "max"),
+        }
+
+    @abstractmethod
+    def estimate(self, x: Tensor) -> Tensor:
+        """k(x) [N], whose derivative is the coefficient of grad log new(o_t)."""
+
+    def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
+        new = logp_of(inputs.new, "new")
+        x = new - logp_of(reference_of(inputs), "reference")
+        limited = x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) if self.clamp else x
+        value = self.estimate(limited)
+        per_token = {"reference_kl_clamped": (limited != x).to(x.dtype)}
+        if self.is_weight == "token":
+            weight = ratio(new, logp_of(inputs.old, "old"))
+            value = (weight if self.diff_is else weight.detach()) * value
+            per_token["reference_kl_ratio"] = weight.detach()
+        return Term(self.beta * value, {"reference_kl": value.detach()} | per_token)
+
+
+def k3(x: Tensor, clamp: bool) -> Tensor:
+    """e^-x - 1 + x >= 0."""
+    value = (-x).expm1() + x
+    return value.clamp(0.0, K3_LIMIT) if clamp else value

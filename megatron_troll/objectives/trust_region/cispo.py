@@ -1,0 +1,32 @@
+"""CISPO: the clipped ratio as a constant weight (arXiv 2506.13585; ALGORITHMS 6.3)."""
+
+from pydantic import Field
+from torch import Tensor
+
+from megatron_troll.config.tree import Fraction, NonNegative
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
+from megatron_troll.types import ObjectiveInputs
+
+
+class Cispo(TrustRegion):
+    """score = sg(clip(r, 1 - eps_low, 1 + eps_high)) A log pi(o): a clipped token keeps its gradient.
+
+    Aggregation is token-mean. eps_high is tuned in every recipe; 5.0 is NeMo-RL's, 0.28 Trinity's.
+    """
+
+    eps_low: Fraction = Field(default=1.0, description="how far below 1 the ratio counts; 1: no lower bound")
+    eps_high: NonNegative = Field(default=5.0, description="how far above 1 the ratio counts")
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {"clipped": ("mean",)}
+
+    def limit(self, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return ratio.clamp(1.0 - self.eps_low, 1.0 + self.eps_high)
+
+    def surrogate(
+        self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        weight = self.limit(ratio, inputs.advantage).detach()
+        clipped = (weight != ratio.detach()).to(ratio.dtype)
+        return Term(weight * policy.logp, {"clipped": clipped})

@@ -1,0 +1,175 @@
+"""CPPO: early tokens count for more, and a response has a budget (arXiv 2606.10968, read as a summary;
+ALGORITHMS 2)."""
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megatron_troll.config.tree import NonNegative, Positive, PositiveFloat
+from megatron_troll.objectives import budget
+from megatron_troll.objectives.divergence import Divergence
+from megatron_troll.objectives.masking import Masking, outward
+from megatron_troll.objectives.responses import lengths
+from megatron_troll.objectives.scans import places, scan
+from megatron_troll.objectives.slots import Diagnostics, Statistics, Term, logp_of
+from megatron_troll.types import ObjectiveInputs
+
+QUANTILE = 0.9
+
+
+def _constant(place: int):
+    """A default of the paper for the chosen divergence."""
+    return lambda data: (budget.TV if data["divergence"].endswith("tv") else budget.KL)[place]
+
+
+class Accounts(NamedTuple):
+    """What each token is charged and allowed, [L] float64: w, D, S and W up to and with it, c."""
+
+    weight: Tensor
+    divergence: Tensor
+    spent: Tensor
+    total: Tensor
+    threshold: Tensor
+
+
+class Cppo(Masking):
+    """M_t = 1 where A_t (rho_t - 1) <= 0 or w_t D_t <= c_t, with w_t and c_t of objectives/budget.py.
+
+    S and W run over all tokens of a response, kept or masked, inward or outward: what later tokens are
+    conditioned on has drifted regardless. Equality passes. T is the length of the response, which the summary
+    does not say. Constants are the paper's: delta 0.2 for mixtures of experts, delta_b from an ablation.
+    """
+
+    divergence: Divergence = Field(
+        default="topk_tv", description="of {sampled token, rest} or of the top-K and the rest"
+    )
+    delta: NonNegative = Field(
+        default_factory=_constant(0),
+        description="largest weighted divergence of one token; 0.15 for TV (MoE 0.2), 0.1 for KL",
+    )
+    delta_b: NonNegative = Field(
+        default_factory=_constant(1),
+        description="budget that each token adds for those after it; 0.02 for TV, 0.002 for KL",
+    )
+    adaptive_b: PositiveFloat | None = Field(
+        default=None,
+        description="delta_b from the step instead: the 90th percentile over its responses of S_T / W_T, "
+        "within [2, 4] times this (0.01 for TV)",
+    )
+    w_min: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.8, description="weight of the last token; the first has 1"
+    )
+    t_ref: Positive | None = Field(
+        default=None,
+        description="tokens over which the weight falls to w_min; default: the response's length",
+    )
+    weights: Literal["schedule", "uniform", "shuffled"] = Field(
+        default="schedule", description="uniform: all 1; shuffled: the schedule's, at random places"
+    )
+    use_budget: bool = Field(default=True, description="false: every token has the threshold delta")
+    gate_shape: Literal["hard", "soft"] = Field(
+        default="hard", description="soft: an outward token over its threshold is scaled by c / (w D)"
+    )
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {
+            **super().diagnostics,
+            "masked_by_weight": ("mean",),
+            "masked_by_budget": ("mean",),
+            "threshold": ("min",),
+            "delta_b": ("mean",),
+            "budget_exhausted": ("mean",),
+            "response_divergence": ("p50", "p90"),
+        }
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.adaptive_b is not None
+
+    def statistics(self, inputs: ObjectiveInputs) -> Statistics:
+        """S_T and W_T of every response of the rollout batch, [rollouts] each."""
+        if self.adaptive_b is None:
+            return {}
+        behind = logp_of(inputs.old, "old") if self.against == "old" else inputs.rollout_logp
+        divergence = self.compare(logp_of(inputs.new, "new").detach(), behind, inputs)
+        weight = inputs.segments.mine(self._weights(inputs))
+        response = inputs.segments.expand(inputs.rollout)
+        zeros = weight.new_zeros(inputs.rollouts)
+        return {
+            "cppo_spent": zeros.index_add(0, response, weight * divergence.double()),
+            "cppo_weight": zeros.index_add(0, response, weight),
+        }
+
+    def gate(
+        self, divergence: Tensor, log_rho: Tensor, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        delta_b = self._delta_b(statistics)
+        accounts = self.accounts(divergence, inputs, delta_b)
+        mine, dtype = inputs.segments.mine, divergence.dtype
+        charge, threshold = (
+            mine(accounts.weight * accounts.divergence).to(dtype),
+            mine(accounts.threshold).to(dtype),
+        )
+        over = (charge > threshold) & outward(log_rho, inputs.advantage) & (inputs.advantage != 0)
+        softened = (
+            threshold.clamp(min=0.0) / charge if self.gate_shape == "soft" else torch.zeros_like(charge)
+        )
+        heavy = over & (charge > self.delta)
+        per_token = {
+            "masked_by_weight": heavy.to(dtype),
+            "masked_by_budget": (over & ~heavy).to(dtype),
+            "threshold": threshold,
+            "delta_b": torch.zeros_like(charge) + delta_b,
+        }
+        return Term(torch.where(over, softened, 1.0), per_token | self._of_responses(accounts, inputs))
+
+    def accounts(self, divergence: Tensor, inputs: ObjectiveInputs, delta_b: float | Tensor) -> Accounts:
+        """The books of every token of the micro-batch's responses, from D [N]."""
+        owner = inputs.segments.owner
+        whole = inputs.segments.whole(divergence).double()
+        weight = self._weights(inputs)
+        if self.use_budget:
+            threshold = budget.raw_thresholds(whole, weight, owner, self.delta, delta_b)
+        else:
+            threshold = torch.full_like(whole, self.delta)
+        spent = scan(weight * whole, owner, torch.add)
+        return Accounts(weight, whole, spent, scan(weight, owner, torch.add), threshold)
+
+    def _weights(self, inputs: ObjectiveInputs) -> Tensor:
+        """w [L]."""
+        segments = inputs.segments
+        if self.weights == "uniform":
+            return torch.ones_like(segments.owner, dtype=torch.float64)
+        step = places(segments.owner)
+        if self.weights == "shuffled":
+            step = _shuffled(step, segments.whole(inputs.uniform), segments.owner)
+        horizon = segments.whole(lengths(inputs)).double() if self.t_ref is None else self.t_ref
+        return budget.schedule(step, horizon, self.w_min)
+
+    def _delta_b(self, statistics: Statistics | None) -> float | Tensor:
+        if self.adaptive_b is None:
+            return self.delta_b
+        if statistics is None:
+            raise ValueError("cppo with adaptive_b needs the statistics of the step")
+        weight = statistics["cppo_weight"]
+        mean = torch.where(weight > 0, statistics["cppo_spent"] / weight, float("nan"))
+        return mean.nanquantile(QUANTILE).clamp(2 * self.adaptive_b, 4 * self.adaptive_b)
+
+    def _of_responses(self, accounts: Accounts, inputs: ObjectiveInputs) -> dict[str, Tensor]:
+        """Once a response, on its last token: whether its budget ran out, and S_T / W_T."""
+        mine, owner = inputs.segments.mine, inputs.segments.owner
+        last = inputs.position == lengths(inputs) - 1
+        lowest = mine(scan(accounts.threshold, owner, torch.minimum))
+        mean = mine(accounts.spent / accounts.total)
+        found = {"budget_exhausted": (lowest <= 0).double(), "response_divergence": mean}
+        return {name: torch.where(last, values, float("nan")) for name, values in found.items()}
+
+
+def _shuffled(step: Tensor, uniform: Tensor, owner: Tensor) -> Tensor:
+    """The places [L] of each response's tokens in the order of their random numbers."""
+    order = uniform.argsort(stable=True)
+    order = order[owner[order].argsort(stable=True)]
+    return torch.empty_like(step).scatter(0, order, step)

@@ -1,0 +1,39 @@
+"""GRPO-fix: one bound on the ratio for both signs of the advantage (arXiv 2604.13088; ALGORITHMS 4.3)."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from megatron_troll.config.tree import NonNegative
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion, unit
+from megatron_troll.types import ObjectiveInputs
+
+
+class SymClip(TrustRegion):
+    """score = phi(r) A,  phi(r) = clip(r, 0, 1 + eps): opposite advantages of one ratio cancel.
+
+    `grad: clip` differentiates the clip (the paper's minimal change): A r, and 0 above 1 + eps.
+    `grad: weight` reads eq. 81 beyond its linear segment, phi as a constant weight: A phi(r) everywhere.
+    eps is not printed: 0.2 is our choice. The lower side is free; there the gradient decays with r.
+    Cancellation over a group needs sum A = 0 and a normaliser that does not depend on the response.
+    """
+
+    eps: NonNegative = Field(default=0.2, description="how far above 1 the ratio counts, whatever the sign")
+    grad: Literal["clip", "weight"] = Field(
+        default="clip", description="clip: no gradient beyond the bound; weight: the bound as a weight"
+    )
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {"clipped": ("mean",)}
+
+    def limit(self, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return ratio.clamp(max=1.0 + self.eps)
+
+    def surrogate(
+        self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        limited = self.limit(ratio, inputs.advantage)
+        value = limited if self.grad == "clip" else limited.detach() * unit(policy.logp)
+        return Term(value, {"clipped": (limited != ratio).to(ratio.dtype)})

@@ -1,0 +1,45 @@
+"""TRM: a response is kept or masked as a whole (arXiv 2512.23075, the sequence mask; ALGORITHMS 6.2)."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from megatron_troll.config.tree import NonNegative
+from megatron_troll.objectives.divergence import Divergence
+from megatron_troll.objectives.masking import Masking
+from megatron_troll.objectives.responses import lengths, maximum, once
+from megatron_troll.objectives.slots import Diagnostics, Statistics, Term
+from megatron_troll.types import ObjectiveInputs
+
+DELTA = {"max": 0.1, "avg": 0.002}
+
+
+class Trm(Masking):
+    """M = 1 for every token of a response where max_t D_t <= delta (`max`) or mean_t D_t <= delta (`avg`).
+
+    Thresholds are those of CPPO's ablation, for KL. Read in the abstract only.
+    """
+
+    divergence: Divergence = Field(
+        default="topk_kl", description="of {sampled token, rest} or of the top-K and the rest"
+    )
+    over: Literal["max", "avg"] = Field(default="max", description="what of a response is held to delta")
+    delta: NonNegative = Field(
+        default_factory=lambda data: DELTA[data["over"]],
+        description="largest divergence of a response that is kept; 0.1 for max, 0.002 for avg",
+    )
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {**super().diagnostics, "responses_masked": ("mean",)}
+
+    def gate(
+        self, divergence: Tensor, log_rho: Tensor, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        if self.over == "max":
+            over = maximum(divergence, inputs)
+        else:
+            over = inputs.segments.expand(inputs.segments.sum(divergence)) / lengths(inputs)
+        kept = (over <= self.delta).to(divergence.dtype)
+        return Term(kept, {"responses_masked": once(1.0 - kept, inputs)})

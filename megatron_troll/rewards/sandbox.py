@@ -1,0 +1,139 @@
+"""Programs of unknown quality, run where they can do little harm.
+
+`namespaces` (Linux 5.14 or newer; root, or a user who may create user namespaces). The program sees the
+interpreter and its libraries, read-only, and an empty folder in memory; no other file, process or network
+device. When it ends, or its time does, the kernel ends whatever it started. Each process has limits on CPU
+time, address space and file size; processes and disk have limits together.
+
+`limits` is for machines that forbid namespaces, and for code that is careless rather than hostile: the same
+limits per process, an audit hook that refuses sockets in Python, and leftover processes are ended. The
+program runs as the user of the trainer (as nobody where that is root): it can read and write what that user
+can, send signals, reach the network from another program, and write any number of files.
+
+Neither limits memory in total (a cgroup of the job does), nor protects against flaws of the kernel.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_troll.config.tree import Node, Positive
+from megatron_troll.rewards import jail
+
+Kind = Literal["namespaces", "limits"]
+LIBRARIES = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+GRACE_S = 5.0
+
+
+class Limits(Node):
+    """What one run of a program may use."""
+
+    cpu_s: Positive = Field(default=4, description="CPU seconds of each process")
+    memory_mb: Annotated[int, Field(ge=64)] = Field(default=512, description="address space of each process")
+    processes: Positive = Field(default=8, description="processes and threads at once")
+    file_mb: Positive = Field(default=16, description="largest file, and output")
+    disk_mb: Positive = Field(
+        default=64, description="all files together; `sandbox: limits` cannot enforce it"
+    )
+
+
+class SandboxError(RuntimeError):
+    """The sandbox could not be set up; the message says what failed."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """code: exit code of the program, 128 + n where signal n ended it. output: its stdout."""
+
+    code: int
+    output: str
+    timed_out: bool
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Runs Python programs, one at a time per call; calls may overlap."""
+
+    kind: Kind
+    limits: Limits
+    python: str = sys.executable
+
+    def probe(self) -> None:
+        """Raises SandboxError where this machine has no such sandbox."""
+        finished = self.run("print(40 + 2)", "", 10.0)
+        if finished.output != "42\n":
+            raise SandboxError(f"a trial program ended with code {finished.code} and no output")
+
+    def run(self, program: str, stdin: str, wall_s: float) -> Finished:
+        """The program as its own __main__, with `stdin`, in an empty folder. Blocks for `wall_s` seconds at
+        most, and a little to start and clean up."""
+        with tempfile.TemporaryDirectory(prefix="mtroll-answer-") as name:
+            folder = Path(name)
+            for part in ("box", "root"):
+                (folder / part).mkdir()
+            (folder / "box" / "main.py").write_text(program)
+            (folder / "stdin").write_text(stdin)
+            (folder / "spec.json").write_text(json.dumps(self._spec(folder, wall_s)))
+            folder.chmod(0o711)
+            code = self._start_and_wait(folder, wall_s)
+            if problem := (folder / "errors").read_text(errors="replace").strip():
+                raise SandboxError(problem.splitlines()[-1])
+            output = (folder / "stdout").read_text(errors="replace")
+        return Finished(code, output, code == jail.TIMED_OUT)
+
+    def _spec(self, folder: Path, wall_s: float) -> dict[str, object]:
+        return {
+            "kind": self.kind,
+            "parent": os.getpid(),
+            "root_user": os.geteuid() == 0,
+            "python": self.python,
+            "visible": visible(self.python),
+            "box": str(folder / "box"),
+            "root": str(folder / "root"),
+            "wall_s": wall_s,
+            "limits": self.limits.model_dump(),
+        }
+
+    def _start_and_wait(self, folder: Path, wall_s: float) -> int:
+        command = [sys.executable, "-I", "-S", jail.__file__, str(folder / "spec.json")]
+        with (
+            (folder / "stdin").open() as stdin,
+            (folder / "stdout").open("w") as stdout,
+            (folder / "errors").open("w") as errors,
+        ):
+            process = subprocess.Popen(
+                command, stdin=stdin, stdout=stdout, stderr=errors, start_new_session=True
+            )
+        # Under `limits` the program inside keeps the time, because it has to clean up.
+        patience = wall_s if self.kind == "namespaces" else wall_s + GRACE_S
+        try:
+            return process.wait(patience)
+        except subprocess.TimeoutExpired:
+            return jail.TIMED_OUT
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@cache
+def visible(python: str) -> list[str]:
+    """The paths that the interpreter and its packages need, none inside another. Starts it once."""
+    report = "import sys; print(sys.prefix, sys.base_prefix, sep=chr(10))"
+    try:
+        said = subprocess.run([python, "-I", "-c", report], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SandboxError(f"the interpreter {python!r} does not start: {error}") from error
+    real = str(Path(os.path.realpath(python)).parents[1])
+    paths = sorted({p for p in (*LIBRARIES, *DEVICES, *said.stdout.split("\n"), real) if os.path.lexists(p)})
+    return [path for path in paths if not any(path.startswith(f"{other}/") for other in paths)]

@@ -1,0 +1,142 @@
+"""Answers that are programs, judged by the tests of their prompt."""
+
+import numpy as np
+import pytest
+
+from megatron_troll.config import ConfigError
+from megatron_troll.config.tree import RewardConfig
+from megatron_troll.rewards import sandbox
+from megatron_troll.rewards.reward import build
+from megatron_troll.rewards.score import Scorer
+from megatron_troll.rewards.verifiers.code import extract
+from megatron_troll.types import Prompt, Rollout
+
+DOUBLE = [{"input": "2\n", "output": "4\n"}, {"input": "-3\n", "output": "-6"}]
+SQUARE = ["assert square(3) == 9", "x = square(-2)\nassert x == 4"]
+
+
+def config(**fields: object) -> RewardConfig:
+    return RewardConfig.model_validate({"name": "code"} | fields)
+
+
+def answer(program: str) -> str:
+    return f"Let me think.\n```python\n{program}\n```\nThat is it."
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return build(config())
+
+
+@pytest.fixture(scope="module")
+def partial():
+    return build(config(partial=True, wall_s=3.0))
+
+
+def prompt(tests: object) -> Prompt:
+    return Prompt("p", (), "-", {"tests": tests})
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("```python\na = 1\n```", "a = 1\n"),
+        ("```python\na\n```\nno:\n```python\nb\nc\n```", "b\nc\n"),
+        ("```python\na\n```\n```\nnot this\n```", "a\n"),
+        ("```python\nprint('```')\n```", "print('```')\n"),
+        ("```python\ncut off", None),
+        ("print(1)", None),
+        ("", None),
+    ],
+)
+def test_the_last_block_is_the_answer(text, program):
+    assert extract(text) == program
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("print(2 * int(input()))", 1.0),
+        ("print(str(2 * int(input())) + '  ')\nprint()", 1.0),
+        ("print(int(input()) ** 2)", 0.0),
+        ("print(2 * int(input())); raise SystemExit(1)", 0.0),
+        ("print(2 * int(input())", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_stdin_and_stdout(judge, program, expected):
+    assert judge(answer(program), prompt(DOUBLE)) == expected
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("def square(x): return x * x", 1.0),
+        ("def square(x):\n    print('hello', end='')\n    return x * x", 1.0),
+        ("def square(x): return x * x\nif __name__ == '__main__': square(input())", 1.0),
+        ("def square(x): return 9", 0.0),
+        ("def square(x): raise SystemExit", 0.0),
+        ("import os; os._exit(0)", 0.0),
+        ("raise SystemExit", 0.0),
+        ("cube = 3", 0.0),
+    ],
+)
+def test_assert_lines(judge, program, expected):
+    """Leaving early is not passing."""
+    assert judge(answer(program), prompt(SQUARE)) == expected
+
+
+def test_an_answer_without_a_program_gets_nothing(judge):
+    assert judge("I do not know.", prompt(DOUBLE)) == 0.0
+
+
+def test_partial_credit(partial):
+    assert partial(answer("print(4)"), prompt(DOUBLE)) == 0.5
+    assert partial(answer("print(2 * int(input()))"), prompt(DOUBLE)) == 1.0
+
+
+def test_all_tests_share_the_time(partial):
+    """The first test uses it up; the second, which would pass, is not run."""
+    text = answer("x = int(input())\nif x > 0:\n    import time; time.sleep(60)\nprint(2 * x)")
+    assert partial(text, prompt(DOUBLE)) == 0.0
+
+
+@pytest.mark.parametrize("tests", [None, [], "assert True", [3], [{"input": "x"}]])
+def test_a_prompt_without_usable_tests_is_an_error(judge, tests):
+    with pytest.raises(ValueError, match="prompt 'p': "):
+        judge(answer("pass"), prompt(tests))
+
+
+def test_through_the_workers():
+    nothing = np.zeros(0)
+    texts = [answer("print(2 * int(input()))"), answer("while True: pass"), "no"]
+    asked = prompt(DOUBLE)
+    rollouts = [
+        Rollout(asked, 0, i, *[nothing] * 5, topk=None, text=text, finish="stop", version=0)
+        for i, text in enumerate(texts)
+    ]
+    asked_for = config(timeout_s=60.0, wall_s=5.0, limits={"cpu_s": 1})
+    with Scorer(asked_for, workers=2) as scorer:
+        scores = scorer.score(rollouts)
+    assert scores.reward.tolist() == [1, 0, 0]
+    assert (scores.timeouts, scores.crashes) == (0, 0)
+
+
+def test_without_a_sandbox_nothing_is_built(monkeypatch):
+    monkeypatch.setattr(sandbox, "visible", lambda python: ["/no/such/folder"])
+    with pytest.raises(ConfigError, match=r"namespaces does not work here: .*reward\.sandbox=limits"):
+        build(config())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"wall_s": 0.0}, r"reward.wall_s: got 0.0, expected a number > 0"),
+        ({"limits": {"memory_mb": 1}}, r"reward.limits.memory_mb: got 1, expected an integer >= 64"),
+        ({"sandbox": "none"}, "reward.sandbox: .*one of namespaces, limits"),
+        ({"python": "/no/such/python"}, "'/no/such/python' does not start"),
+    ],
+)
+def test_bad_fields_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        build(config(**fields))
