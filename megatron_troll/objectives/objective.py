@@ -93,8 +93,10 @@ class Objective:
         sums: Statistics = {}
         for method in self.methods:
             sums |= method.statistics(self._seen_by(method, inputs))
-        policy = self.trust_region.policy(self._seen_by(self.trust_region, inputs), None)
-        return sums | self.ratio.policy_statistics(policy, inputs)
+        if self.ratio.needs_statistics:
+            policy = self.trust_region.policy(self._seen_by(self.trust_region, inputs), None)
+            sums |= self.ratio.policy_statistics(policy, inputs)
+        return sums
 
     def loss(self, inputs: ObjectiveInputs, statistics: Statistics | None = None) -> LossTerms:
         """-sum weight * J over the N tokens; statistics are those of the whole step."""

@@ -7,7 +7,7 @@ from megatron_troll.parallel.segments import segments
 
 
 def test_sum_and_expand_by_response() -> None:
-    by_response = segments(torch.tensor([0, 0, 2, 2, 2]), 3, ALONE)
+    by_response = segments(torch.tensor([0, 0, 2, 2, 2]), torch.tensor([0, 1, 0, 1, 2]), 3, ALONE)
     values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64, requires_grad=True)
     totals = by_response.sum(values)
     assert totals.tolist() == [3.0, 0.0, 12.0]
@@ -18,7 +18,8 @@ def test_sum_and_expand_by_response() -> None:
 
 
 def test_an_empty_micro_batch_stays_connected() -> None:
-    by_response = segments(torch.zeros(0, dtype=torch.int64), 0, ALONE)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    by_response = segments(nothing, nothing, 0, ALONE)
     values = torch.zeros(0, requires_grad=True)
     by_response.expand(by_response.sum(values)).sum().backward()
     assert values.grad is not None
