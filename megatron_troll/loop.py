@@ -72,15 +72,14 @@ def train_step(run: Run, standing: Standing) -> Standing:
     if due(step, config.evaluation.every, config.train.steps):
         metrics["held_out_success"] = run.evaluator.success()
         standing = replace(standing, after=metrics["held_out_success"])
-    standing = run.since(standing, began)
     if due(step, config.checkpoint.every, config.train.steps):
-        run.save(standing)
+        run.save(run.since(standing, began), metrics.get("held_out_success"))
     seconds = time.perf_counter() - began
     metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
     alarm(run, step, metrics)
     guard(run, learned, judged.rollouts, standing)
-    return standing
+    return run.since(standing, began)
 
 
 def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:

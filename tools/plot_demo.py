@@ -90,7 +90,9 @@ def table(runs: dict[Kind, list[Run]], seeds: Sequence[str]) -> str:
         kind.label: [run.summary["held_out_success_after"] for run in of_seeds]
         for kind, of_seeds in runs.items()
     }
-    lines += [f"| {label} | " + " | ".join(f"{v:.3f}" for v in values) + " |" for label, values in rows.items()]
+    lines += [
+        f"| {label} | " + " | ".join(f"{v:.3f}" for v in values) + " |" for label, values in rows.items()
+    ]
     return "\n".join(lines)
 
 

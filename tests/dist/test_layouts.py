@@ -52,7 +52,7 @@ COLLECTIVES = {
     "pp": {"send", "recv_"},
     "cp": {"_allgather_base_", "_reduce_scatter_base_"},
     "ep": {"alltoall_base_"},
-    "etp": {"allgather_", "reduce_scatter_"},
+    "etp": {"allgather_"},
     "dp_cp": {"allreduce_"},
 }
 TOLERANCE = 1e-5

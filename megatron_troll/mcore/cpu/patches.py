@@ -72,18 +72,6 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.cpu().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _own_step(set_state: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> Any:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state:
-            state["step"] = state["step"].clone()
-            tensors["step"] = state["step"]
-        return set_state(self, model_param, tensors)
-
-    return wrapped
-
-
 def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(outputs: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
         rows = {output.size(0) for output in outputs if output.dim()}
@@ -123,7 +111,6 @@ def patches() -> tuple[Patch, ...]:
     import megatron.core.tensor_parallel.random as mcore_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     stream = CpuStream()
     cuda = torch.cuda
@@ -144,9 +131,6 @@ def patches() -> tuple[Patch, ...]:
               lambda original: original),
         Patch(token_dispatcher, "maybe_move_tensor_to_cpu", "converts to numpy only from a CUDA tensor",
               lambda _: _to_host),
-        Patch(DistributedOptimizer, "_set_main_param_and_optimizer_states",
-              "a loaded state shares one `step` tensor among all parameters; AdamW counts too fast",
-              _own_step),
         Patch(mcore_random, "_get_cuda_rng_state", "activation recompute saves the CUDA generator",
               lambda _: lambda *_, **__: torch.get_rng_state()),
         Patch(mcore_random, "_set_cuda_rng_state", "activation recompute restores the CUDA generator",
