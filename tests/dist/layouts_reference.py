@@ -1,7 +1,8 @@
 """What every layout must give, by plain autograd on one process.
 
 Hugging Face's model runs each sequence alone and unpadded, in float64 but for its norms and softmaxes; the
-objectives are written out over the whole vocabulary. Nothing here uses batching, packing, sharding or the objectives of the package.
+objectives are written out over the whole vocabulary. Nothing here uses batching, packing, sharding or the
+objectives of the package.
 """
 
 from collections.abc import Iterator, Sequence

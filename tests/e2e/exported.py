@@ -13,7 +13,11 @@ def largest_gap(folder: Path, rollouts: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with gzip.open(rollouts, "rt") as file:
-        return max(_gap(model, tokenizer, json.loads(line)) for line in file)
+        samples = [json.loads(line) for line in file]
+    # A token that the tokenizer lacks (the vocabulary is padded) was stored as an empty text.
+    gaps = [_gap(model, tokenizer, sample) for sample in samples if "" not in sample["tokens"]]
+    assert gaps
+    return max(gaps)
 
 
 @torch.no_grad()

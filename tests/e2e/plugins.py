@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -19,11 +20,14 @@ MARK = -1e4
 
 
 class Overlap(Reward):
-    """The share of places where answer and text agree: a model that has learned little earns something."""
+    """The share of places where answer and text agree: a model that has learned little earns something.
+    Waits while a file `hold` exists, so that a test decides how far a run gets."""
 
     cheap = True
 
     def __call__(self, text: str, prompt: Prompt) -> float:
+        while Path("hold").exists():
+            time.sleep(0.02)
         return sum(a == b for a, b in zip(text, prompt.answer)) / len(prompt.answer)
 
 

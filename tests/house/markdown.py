@@ -3,8 +3,10 @@
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_troll.config import Config
+from megatron_troll.config.load import load
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -13,23 +15,26 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced code block."""
-
-    language: str
-    text: str
+def blocks(page: Path, language: str) -> list[str]:
+    """Its code blocks of one language."""
+    return [text for kind, text in FENCE.findall(page.read_text()) if kind == language]
 
 
-def blocks(page: Path, language: str) -> list[Block]:
-    found = [Block(*match.groups()) for match in FENCE.finditer(page.read_text())]
-    return [block for block in found if block.language == language]
+def configurations(page: Path, place: Path) -> list[Config]:
+    """Its YAML blocks, loaded as files that lie in the root of the repository."""
+    (place / "examples").symlink_to(ROOT / "examples")
+    path = place / "example.yaml"
+    loaded = []
+    for text in blocks(page, "yaml"):
+        path.write_text(text)
+        loaded.append(load(path))
+    return loaded
 
 
 def commands(page: Path) -> Iterator[list[str]]:
     """Every line of the page's sh blocks as words, comments left out."""
-    for block in blocks(page, "sh"):
-        for line in block.text.splitlines():
+    for text in blocks(page, "sh"):
+        for line in text.splitlines():
             if words := shlex.split(line, comments=True):
                 yield words
 

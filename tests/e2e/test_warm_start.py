@@ -1,0 +1,27 @@
+"""`mtroll sft`: demonstrations in, a model in Hugging Face format out."""
+
+import signal
+
+from tests.e2e.exported import largest_gap
+from tests.e2e.workplace import Workplace, finish, succeed, wait_until
+
+
+def test_the_loss_falls_and_the_model_is_exported(warm: Workplace) -> None:
+    rows = warm.metrics("demo-warm-start")
+    assert [row["step"] for row in rows] == list(range(31))
+    assert rows[30]["loss"] < rows[1]["loss"] / 2
+
+
+def test_rl_draws_from_the_exported_model(finished: Workplace) -> None:
+    """The rollouts of RL's first step have the log-probs that transformers computes."""
+    drawn = finished.run("finished") / "rollouts" / "step_000001.0-of-1.jsonl.gz"
+    assert largest_gap(finished.run("demo-warm-start") / "hf", drawn) < 1e-4
+
+
+def test_an_interrupted_warm_start_ends_well_and_is_started_again(demo: Workplace) -> None:
+    running = demo.start("sft", "warm.yaml", "name=cut-short", "sft.steps=100000")
+    wait_until(lambda: len(demo.metrics("cut-short")) > 1, running)
+    running.send_signal(signal.SIGTERM)
+    done = succeed(finish(running))
+    assert "a warm start is not resumed: delete runs/cut-short and run it again" in done.out
+    assert not (demo.run("cut-short") / "hf").exists()
