@@ -143,8 +143,8 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
 def _check_observe(observe: Observe) -> None:
     if observe.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            "observe.wandb_project is set, but wandb is not installed: install megatron-troll[wandb], or set it "
-            "to null"
+            "observe.wandb_project is set, but wandb is not installed: install megatron-troll[wandb], or set "
+            "it to null"
         )
 
 

@@ -62,8 +62,8 @@ class Run:
         return standing
 
     def save(self, standing: Standing, score: float | None = None) -> None:
-        """A checkpoint of `standing`, with the held-out success of just this policy where it is known. Blocks;
-        with checkpoint.asynchronous the writing goes on behind."""
+        """A checkpoint of `standing`, with the held-out success of just this policy where it is known.
+        Blocks; with checkpoint.asynchronous the writing goes on behind."""
         with self.session.phases("checkpoint"):
             self.checkpoints.save(standing.step, asdict(standing), score)
 

@@ -9,6 +9,7 @@ from megatron_troll.cli import parser
 from megatron_troll.config.load import dump, load
 from megatron_troll.config.methods import known_methods
 from megatron_troll.config.tree import Config, Layout
+from megatron_troll.data.demo import DEMONSTRATIONS, WARM
 from megatron_troll.data.schemas import SCHEMAS
 from megatron_troll.objectives.compose import compose
 from megatron_troll.observe import fields
@@ -89,6 +90,16 @@ def test_nothing_is_left_to_do(page: Path) -> None:
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_pages_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == GENERATED[name](), f"write docs/{name} again"
+
+
+def test_the_demo_is_described_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    rl, warm = load("examples/configs/cpu_troll.yaml"), load("examples/configs/cpu_warm_start.yaml")
+    assert warm.sft
+    text = (ROOT / "docs" / "first-run.md").read_text()
+    assert f"{warm.sft.steps} supervised steps on {WARM * DEMONSTRATIONS:,} demonstrations" in text
+    batch = f"{rl.rollout.prompts} prompts x {rl.rollout.samples} answers"
+    assert f"{rl.train.steps} rollout batches of RL: {batch}, {rl.train.updates} optimizer steps each" in text
 
 
 def test_every_file_of_a_run_is_explained() -> None:
