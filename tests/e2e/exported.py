@@ -25,7 +25,7 @@ def _gap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, sample: dic
     question = {"role": "user", "content": sample["question"].removeprefix("user: ")}
     text = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(str(text), add_special_tokens=False)["input_ids"]
-    response = tokenizer.convert_tokens_to_ids(sample["tokens"])
+    response = [tokenizer.convert_tokens_to_ids(token) for token in sample["tokens"]]
     ids = torch.tensor([[*prompt, *response]])
     law = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     logp = law.gather(1, torch.tensor(response)[:, None])[:, 0]
