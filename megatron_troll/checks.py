@@ -68,6 +68,10 @@ def prepare(config: Config) -> Task:
     check_vocab(tokenizer, shape.vocab)
     stops = stop_ids(tokenizer, policy.path, config.rollout.sampling.stop)
     prompts = load_prompts(config.data, config.seed, tokenizer)
+    if config.rollout.prompts > len(prompts.train):
+        raise ConfigError(
+            f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"
+        )
     return Task(config, shape, tokenizer, stops, prompts, objective)
 
 

@@ -96,9 +96,8 @@ def guard(run: Run, learned: Learned, rollouts: Sequence[Rollout], standing: Sta
     """Say and keep what made an update NaN or Inf; end the run when it does not stop. Raises Unhealthy."""
     if not learned.skipped:
         return
-    names = ", ".join(rollouts[i].name for i in learned.broken) or "no single sample"
-    told = f"step {standing.step}: {learned.skipped} updates skipped for NaN or Inf; at fault: {names}"
-    run.session.on_first(lambda: run.session.keep_broken(standing.step, rollouts, learned.broken))
+    kept = run.session.keep_broken(standing.step, rollouts, learned.broken)
+    told = f"step {standing.step}: {learned.skipped} updates skipped for NaN or Inf; {kept}"
     run.session.progress.say(told)
     if standing.skipped >= run.task.config.train.max_skipped:
         raise Unhealthy(f"{told}. {standing.skipped} batches in a row (train.max_skipped): stopping")

@@ -22,7 +22,6 @@ PINNED = (
     "Tensor.type",
     "torch.cuda.Stream",
     "torch.cuda.current_stream",
-    "torch.cuda.stream",
     "torch.cuda.synchronize",
     "megatron.core.transformer.moe.moe_utils.te_general_gemm",
     "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",

@@ -17,7 +17,7 @@ TINY = """
 extends: {examples}/cpu_troll.yaml
 name: finished
 rollout: {{prompts: 8, samples: 4}}
-reward: {{name: "tests.e2e.plugins:Overlap"}}
+reward: {{name: "tests.e2e.rewards:Overlap"}}
 train: {{steps: 4, updates: 2}}
 evaluation: {{every: 2, prompts: 16}}
 checkpoint: {{every: 1}}

@@ -5,8 +5,8 @@ import json
 from tests.e2e.workplace import Workplace
 
 UNRELIABLE = [
-    "rollout.engine=tests.e2e.plugins:Unreliable",
-    "objective.trust_region={name: tests.e2e.plugins:Brittle}",
+    "rollout.engine=tests.e2e.faulty:Unreliable",
+    "objective.trust_region={name: tests.e2e.faulty:Brittle}",
 ]
 
 
@@ -26,7 +26,7 @@ def test_steps_with_nan_are_skipped_kept_and_in_the_end_fatal(warm: Workplace) -
 
 
 def test_a_hang_says_which_rank_waits_where(warm: Workplace) -> None:
-    changes = ["name=hung", "reward.name=tests.e2e.plugins:Sleepy", "observe.hang_timeout_s=12"]
+    changes = ["name=hung", "reward.name=tests.e2e.rewards:Sleepy", "observe.hang_timeout_s=12"]
     done = warm.mtroll("train", "tiny.yaml", *changes)
     told = "\n".join(done.err)
     assert done.code == 75
@@ -34,4 +34,4 @@ def test_a_hang_says_which_rank_waits_where(warm: Workplace) -> None:
     assert "rank 0: evaluation" in told
     assert "rank 1: evaluation" in told
     stacks = (warm.run("hung") / "heartbeat" / "hang_rank_1.txt").read_text()
-    assert "plugins.py" in stacks
+    assert "rewards.py" in stacks

@@ -9,10 +9,6 @@ from tests.e2e.workplace import Workplace
     ("arguments", "message"),
     [
         (["train", "tiny.yaml", "train.stpes=3"], "train.stpes: unknown key; did you mean 'steps'?"),
-        (
-            ["train", "tiny.yaml", "models.policy.layout.tp=3"],
-            "attention heads (4) cannot be divided by tp (3)",
-        ),
         (["sft", "tiny.yaml"], "sft: missing; `mtroll sft` needs sft.files"),
     ],
 )

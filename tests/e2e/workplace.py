@@ -50,7 +50,7 @@ class Workplace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Rewards (plugins.Overlap) wait until the block ends."""
+        """Rewards (rewards.Overlap) wait until the block ends."""
         hold = self.root / "hold"
         hold.touch()
         try:

@@ -87,6 +87,7 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
         ("rollout.sampling.max_tokens=250", "= 282 exceeds the model's max_position_embeddings 256"),
         ("objective.trust_region.p_d=0.1", "(V - |S|) * p_d = 6.3 >= 1"),
         ("train.updates=8", "at least as many prompts a batch as steps an epoch"),
+        ("rollout.prompts=10", "rollout.prompts=10 is more than the 9 training prompts"),
         ("train.epochs=3", "make it a multiple of train.epochs=3"),
         ("data.files=[none.jsonl]", "none.jsonl: no such file"),
         ("data.max_prompt_tokens=3", "line 1: prompt '0' has 9 tokens, over data.max_prompt_tokens=3"),

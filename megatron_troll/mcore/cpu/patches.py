@@ -125,7 +125,6 @@ def patches() -> tuple[Patch, ...]:
               "distrib_optimizer, optimizer", _cuda_type_names),
         Patch(cuda, "Stream", "token_dispatcher makes one", lambda _: CpuStream),
         Patch(cuda, "current_stream", "token_dispatcher waits on it", lambda _: lambda *_, **__: stream),
-        Patch(cuda, "stream", "token_dispatcher enters one", lambda _: torch.cpu.stream),
         Patch(cuda, "synchronize", "p2p_communication, timers", lambda _: torch.cpu.synchronize),
         Patch(moe_utils, "te_general_gemm", "the router names it without Transformer Engine (NameError)",
               lambda original: original),
