@@ -9,6 +9,7 @@ from importlib.metadata import version
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from megatron_troll.mcore.cpu import patches
 from tests.dist.harness import RankPool
@@ -28,7 +29,6 @@ PINNED = (
     "megatron.core.tensor_parallel.random._get_cuda_rng_state",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
     "torch.distributed.all_gather",
-    "torch.distributed.reduce_scatter",
 )
 ABSENT = object()
 
@@ -65,6 +65,19 @@ def test_without_cuda_all_are_applied_once(fresh: RankPool) -> None:
     (((installed, again), changed),) = fresh.run(install_twice)
     assert installed == again == PINNED
     assert set(changed) == set(PINNED)
+
+
+def test_recomputation_leaves_no_calls_queued_for_cuda(fresh: RankPool) -> None:
+    assert fresh.run(calls_queued) == [0]
+
+
+def calls_queued() -> int:
+    from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
+
+    patches.install()
+    before = len(torch.cuda._queued_calls)
+    _set_all_rng_states(*_get_all_rng_states())
+    return len(torch.cuda._queued_calls) - before
 
 
 def install_with(name: str, value: object) -> tuple[tuple[str, ...] | str, list[str]]:

@@ -88,24 +88,6 @@ def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _uneven_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(
-        output: Tensor,
-        inputs: list[Tensor],
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if len({part.size(0) for part in inputs}) <= 1 or dist.get_backend(group) != "gloo":
-            return reduce_scatter(output, inputs, op=op, group=group, async_op=async_op)
-        total = torch.cat(list(inputs))
-        dist.all_reduce(total, op=op, group=group)
-        output.copy_(total.split([part.size(0) for part in inputs])[dist.get_rank(group)])
-        return None
-
-    return wrapped
-
-
 def patches() -> tuple[Patch, ...]:
     """The list, in the order it is applied. Imports the Megatron modules it touches."""
     import megatron.core.tensor_parallel.random as mcore_random
@@ -132,12 +114,10 @@ def patches() -> tuple[Patch, ...]:
               lambda _: _to_host),
         Patch(mcore_random, "_get_cuda_rng_state", "activation recompute saves the CUDA generator",
               lambda _: lambda *_, **__: torch.get_rng_state()),
-        Patch(mcore_random, "_set_cuda_rng_state", "activation recompute restores the CUDA generator",
-              lambda _: lambda state, *_, **__: torch.set_rng_state(state)),
+        Patch(mcore_random, "_set_cuda_rng_state", "activation recompute restores it: torch would queue "
+              "the call, and with it the state, until CUDA starts", lambda _: lambda *_, **__: None),
         Patch(dist, "all_gather", "gloo has no all_gather of unequal lists (ETP with EP)",
               _uneven_all_gather),
-        Patch(dist, "reduce_scatter", "gloo has no reduce_scatter of unequal lists (ETP with EP)",
-              _uneven_reduce_scatter),
     )  # fmt: skip
 
 
