@@ -35,8 +35,8 @@ test: env
 
 train: env
 	$(BIN)/mtroll demo runs/demo
-	$(BIN)/mtroll sft examples/configs/cpu_warm_start.yaml
-	$(BIN)/mtroll train examples/configs/cpu_troll.yaml
+	test -f runs/demo-warm-start/summary.json || $(BIN)/mtroll sft examples/configs/cpu_warm_start.yaml
+	$(BIN)/mtroll train examples/configs/cpu_troll.yaml resume=true
 
 clean:
 	rm -rf .venv runs

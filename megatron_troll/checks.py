@@ -68,6 +68,10 @@ def prepare(config: Config) -> Task:
     check_vocab(tokenizer, shape.vocab)
     stops = stop_ids(tokenizer, policy.path, config.rollout.sampling.stop)
     prompts = load_prompts(config.data, config.seed, tokenizer)
+    if config.rollout.prompts > len(prompts.train):
+        raise ConfigError(
+            f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"
+        )
     return Task(config, shape, tokenizer, stops, prompts, objective)
 
 
@@ -143,8 +147,8 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
 def _check_observe(observe: Observe) -> None:
     if observe.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            "observe.wandb_project is set, but wandb is not installed: install megatron-troll[wandb], or set it "
-            "to null"
+            "observe.wandb_project is set, but wandb is not installed: install megatron-troll[wandb], or set "
+            "it to null"
         )
 
 

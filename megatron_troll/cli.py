@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted before anything had been started\n")
+        sys.stderr.write("interrupted\n")
         return INTERRUPTED
 
 

@@ -1,5 +1,6 @@
 """What the commands do. Heavy imports are inside: reward workers import this module's main again."""
 
+import json
 import os
 import sys
 from argparse import Namespace
@@ -152,8 +153,11 @@ def _folder(config: Config) -> RunFolder:
 
 
 def _say_next(config: Config) -> None:
-    folder = _folder(config).root
+    run = _folder(config)
+    folder, summary = run.root, json.loads(run.summary.read_text())
+    before, after = summary["held_out_success_before"], summary["held_out_success_after"]
     _say(
+        f"held-out success: {before:.3f} before, {after:.3f} after, {summary['seconds']:.0f} s\n"
         f"checkpoint in Hugging Face format: {folder / 'hf'}\n"
         f"curves: {folder / 'curves.png'} and {folder / 'report.html'}\n"
         "next:\n"

@@ -72,15 +72,14 @@ def train_step(run: Run, standing: Standing) -> Standing:
     if due(step, config.evaluation.every, config.train.steps):
         metrics["held_out_success"] = run.evaluator.success()
         standing = replace(standing, after=metrics["held_out_success"])
-    standing = run.since(standing, began)
     if due(step, config.checkpoint.every, config.train.steps):
-        run.save(standing)
+        run.save(run.since(standing, began), metrics.get("held_out_success"))
     seconds = time.perf_counter() - began
     metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
     alarm(run, step, metrics)
     guard(run, learned, judged.rollouts, standing)
-    return standing
+    return run.since(standing, began)
 
 
 def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
@@ -97,9 +96,8 @@ def guard(run: Run, learned: Learned, rollouts: Sequence[Rollout], standing: Sta
     """Say and keep what made an update NaN or Inf; end the run when it does not stop. Raises Unhealthy."""
     if not learned.skipped:
         return
-    names = ", ".join(rollouts[i].name for i in learned.broken) or "no single sample"
-    told = f"step {standing.step}: {learned.skipped} updates skipped for NaN or Inf; at fault: {names}"
-    run.session.on_first(lambda: run.session.keep_broken(standing.step, rollouts, learned.broken))
+    kept = run.session.keep_broken(standing.step, rollouts, learned.broken)
+    told = f"step {standing.step}: {learned.skipped} updates skipped for NaN or Inf; {kept}"
     run.session.progress.say(told)
     if standing.skipped >= run.task.config.train.max_skipped:
         raise Unhealthy(f"{told}. {standing.skipped} batches in a row (train.max_skipped): stopping")

@@ -51,7 +51,9 @@ class Run:
 
     def resume(self) -> Standing:
         """Take up the newest checkpoint where `resume` is set and one exists; otherwise start. Blocks."""
-        if not (self.task.config.resume and self.checkpoints.latest() is not None):
+        # One rank looks: a network file system may show the others something older.
+        there = self.session.groups.world.broadcast_object(self.checkpoints.latest() is not None, 0)
+        if not (self.task.config.resume and there):
             self.session.begin_at(0)
             return Standing()
         standing = Standing(**self.checkpoints.load())
@@ -59,12 +61,11 @@ class Run:
         self.session.begin_at(standing.step + 1)
         return standing
 
-    def save(self, standing: Standing) -> None:
-        """A checkpoint of `standing`. Blocks; with checkpoint.asynchronous the writing goes on behind."""
-        if self.checkpoints.latest() == standing.step:
-            return
+    def save(self, standing: Standing, score: float | None = None) -> None:
+        """A checkpoint of `standing`, with the held-out success of just this policy where it is known.
+        Blocks; with checkpoint.asynchronous the writing goes on behind."""
         with self.session.phases("checkpoint"):
-            self.checkpoints.save(standing.step, asdict(standing), standing.after)
+            self.checkpoints.save(standing.step, asdict(standing), score)
 
     def since(self, standing: Standing, began: float) -> Standing:
         """`standing` with the clock and the prompt position of now."""

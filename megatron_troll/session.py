@@ -89,28 +89,34 @@ class Session:
 
         self.on_first(write)
 
-    def keep_broken(self, step: int, rollouts: Sequence[Rollout], broken: Sequence[int]) -> None:
-        """Write the batch of a step with NaN or Inf to broken/step_N.json: ids, log-probs, and which
-        samples are at fault."""
-        batch = [
-            {
-                "sample": rollout.name,
-                "at_fault": i in broken,
-                "prompt_ids": rollout.prompt_ids.tolist(),
-                "response_ids": rollout.response_ids.tolist(),
-                "logp": [repr(float(value)) for value in rollout.logp],
-            }
-            for i, rollout in enumerate(rollouts)
-        ]
+    def keep_broken(self, step: int, rollouts: Sequence[Rollout], broken: Sequence[int]) -> str:
+        """Write the batch of a step with NaN or Inf to broken/step_N.json: ids, log-probs, and which samples
+        are at fault. Returns that in words. Blocks."""
         path = self.folder.root / "broken" / f"step_{step:06d}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps(batch))
+        self.on_first(lambda: write_broken(path, rollouts, broken))
+        names = ", ".join(rollouts[i].name for i in broken[:5]) or "no single sample"
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        return f"at fault: {names}{more} (the batch is in {path})"
 
     def on_first(self, act: Callable[[], object]) -> None:
         """Run `act` on rank 0; the others wait."""
         if self.is_first:
             act()
         self.groups.world.barrier()
+
+
+def write_broken(path: Path, rollouts: Sequence[Rollout], broken: Sequence[int]) -> None:
+    batch = [
+        {
+            "sample": rollout.name,
+            "at_fault": i in broken,
+            "prompt_ids": rollout.prompt_ids.tolist(),
+            "response_ids": rollout.response_ids.tolist(),
+            "logp": [repr(float(value)) for value in rollout.logp],
+        }
+        for i, rollout in enumerate(rollouts)
+    ]
+    write_atomic(path, json.dumps(batch))
 
 
 @contextmanager

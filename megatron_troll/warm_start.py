@@ -1,6 +1,7 @@
 """`mtroll sft`: supervised steps on demonstrations, through the trainer that RL uses."""
 
 import time
+from collections.abc import Sequence
 
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.plan import Schedule, plan
@@ -56,7 +57,7 @@ def supervised_step(session: Session, trainer: PolicyTrainer, chosen: list[Rollo
         gradients = trainer.accumulate(batches, [NOTHING] * len(batches))
     with session.phases("optimizer"):
         if not trainer.healthy(gradients):
-            raise Unhealthy(f"step {step}: the loss or a gradient is NaN or Inf; lower optimizer.lr")
+            raise unhealthy(session, chosen, trainer.agree_on(gradients.broken), step)
         grad_norm = trainer.trainable.step()
     seconds = time.perf_counter() - began
     tokens = sum(len(r.response_ids) + 1 for r in chosen)
@@ -68,6 +69,12 @@ def supervised_step(session: Session, trainer: PolicyTrainer, chosen: list[Rollo
         "tokens_per_s": tokens / seconds,
     }
     session.log(step, metrics, seconds)
+
+
+def unhealthy(session: Session, chosen: list[Rollout], broken: Sequence[int], step: int) -> Unhealthy:
+    """The end of a warm start: keeps the batch, names the demonstrations. Blocks."""
+    kept = session.keep_broken(step, chosen, broken)
+    return Unhealthy(f"step {step}: the loss or a gradient is NaN or Inf; {kept}; lower optimizer.lr")
 
 
 def micro_batches(session: Session, policy: Trainable, chosen: list[Rollout]) -> list[MicroBatch]:

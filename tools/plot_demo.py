@@ -1,6 +1,6 @@
 """The README's figure: held-out success of the demo and its controls over several seeds.
 
-    tools/plot_demo.py runs/seeds docs/images/curve.png
+    python tools/plot_demo.py runs/seeds docs/images/curve.png
 
 The folder is what examples/demo_seeds.sh writes: <seed>/<run>. Prints the table that goes with the figure.
 """
@@ -56,8 +56,9 @@ def plot(runs: dict[Kind, list[Run]], output: Path) -> None:
     last = max(run.rows[-1]["step"] for run in runs[KINDS[0]])
     for kind, of_seeds in runs.items():
         _draw(axes, kind, of_seeds, last)
-    axes.set_title(f"Held-out success, {len(runs[KINDS[0]])} seeds", loc="left", fontweight="bold")
-    axes.set_xlabel("rollout batches (more warm start: the same compute)")
+    title = f"Held-out success, mean of {len(runs[KINDS[0]])} seeds (thin lines)"
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel("rollout batches (more warm start: about the same compute)")
     axes.set_ylim(0, 1.03)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -68,7 +69,7 @@ def plot(runs: dict[Kind, list[Run]], output: Path) -> None:
 def _draw(axes: Axes, kind: Kind, runs: Sequence[Run], last: int) -> None:
     curves = [held_out(run, last) for run in runs]
     for run, (steps, values) in zip(runs, curves, strict=True):
-        axes.plot(*run.curve("success"), color=kind.shade, alpha=0.15, linewidth=1)
+        axes.plot(*run.curve("success"), color=kind.shade, alpha=0.2, linewidth=1)
         axes.plot(steps, values, color=kind.shade, alpha=0.4, linewidth=1)
     means = [mean(values) for values in zip(*(values for _, values in curves), strict=True)]
     axes.plot(curves[0][0], means, color=kind.shade, linewidth=2.5, marker="o", label=kind.label)
@@ -90,7 +91,9 @@ def table(runs: dict[Kind, list[Run]], seeds: Sequence[str]) -> str:
         kind.label: [run.summary["held_out_success_after"] for run in of_seeds]
         for kind, of_seeds in runs.items()
     }
-    lines += [f"| {label} | " + " | ".join(f"{v:.3f}" for v in values) + " |" for label, values in rows.items()]
+    lines += [
+        f"| {label} | " + " | ".join(f"{v:.3f}" for v in values) + " |" for label, values in rows.items()
+    ]
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ class Slot(BaseModel):
     """A method by name (or by import path `package.module:Class`) with the fields of its own config."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-    name: str
+    name: str = Field(description="a method, or `package.module:Class`")
 
     @property
     def fields(self) -> dict[str, object]:
@@ -36,36 +36,38 @@ class Slot(BaseModel):
 class Layout(Node):
     """Parallel sizes. The data-parallel size is what remains of the world."""
 
-    tp: Positive = 1
-    pp: Positive = 1
+    tp: Positive = Field(default=1, description="tensor parallel; above 1 it brings sequence parallelism")
+    pp: Positive = Field(default=1, description="pipeline stages")
     vpp: Positive | None = Field(
         default=None, description="virtual pipeline stages per rank (interleaved schedule)"
     )
-    cp: Positive = 1
-    ep: Positive = 1
-    etp: Positive = 1
+    cp: Positive = Field(default=1, description="context parallel: slices of every sequence")
+    ep: Positive = Field(default=1, description="expert parallel: ranks that the experts are spread over")
+    etp: Positive = Field(default=1, description="expert tensor parallel: ranks that one expert is cut over")
 
 
 class Schedule(Node):
     """Learning rate over optimizer steps."""
 
-    decay: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: Natural = 0
+    decay: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="after the warm-up"
+    )
+    warmup_steps: Natural = Field(default=0, description="optimizer steps of a linear rise from 0")
     decay_steps: Positive | None = Field(default=None, description="default: all optimizer steps of the run")
-    min_lr_ratio: Fraction = 0.0
+    min_lr_ratio: Fraction = Field(default=0.0, description="share of lr at which decay ends")
 
 
 class Optimizer(Node):
     """AdamW on Megatron's (distributed) optimizer."""
 
-    lr: PositiveFloat = 1e-6
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegative = 0.0
+    lr: PositiveFloat = Field(default=1e-6, description="learning rate after the warm-up")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.99), description="Adam's decay rates")
+    eps: PositiveFloat = Field(default=1e-8, description="Adam's epsilon")
+    weight_decay: NonNegative = Field(default=0.0, description="decoupled weight decay")
     grad_norm: NonNegative = Field(
         default=1.0, description="clip the global gradient norm to this; 0 never clips"
     )
-    distributed: bool = True
+    distributed: bool = Field(default=True, description="shard its state over data-parallel ranks (ZeRO 1)")
     schedule: Schedule = Schedule()
 
 
@@ -75,40 +77,60 @@ class Model(Node):
     path: str = Field(
         description="Hugging Face folder: config.json, tokenizer and, if pretrained, safetensors"
     )
-    init: Literal["pretrained", "random"] = "pretrained"
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    spec: Literal["auto", "local", "te"] = "auto"
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained", description="weights of the folder, or drawn anew from its config.json"
+    )
+    dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="of the weights in the forward pass")
+    spec: Literal["auto", "local", "te"] = Field(
+        default="auto", description="layers: te is Transformer Engine, auto takes it where CUDA and it exist"
+    )
     layout: Layout = Layout()
     optimizer: Optimizer = Optimizer()
     aux_loss: NonNegative = Field(
         default=0.0, description="coefficient of the load-balancing loss, global over a step"
     )
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activations to recompute in the backward pass instead of keeping them"
+    )
 
 
 class Data(Node):
     """Prompt files, JSONL or Parquet."""
 
-    files: Files
+    files: Files = Field(description="training prompts")
     held_out: Positive | Files = Field(default=1024, description="a count split from `files`, or files")
-    schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field(default="auto", alias="schema")
-    malformed: Literal["error", "skip"] = "error"
-    max_prompt_tokens: Positive = 1024
-    overlong_prompts: Literal["error", "skip"] = "error"
-    shuffle: bool = True
+    schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field(
+        default="auto", alias="schema", description="auto: told by the first record of each file"
+    )
+    malformed: Literal["error", "skip"] = Field(
+        default="error", description="a line that is no prompt: stop, or skip and count it"
+    )
+    max_prompt_tokens: Positive = Field(
+        default=1024, description="tokens of a prompt, chat template included"
+    )
+    overlong_prompts: Literal["error", "skip"] = Field(
+        default="error", description="a longer prompt: stop, or skip and count it"
+    )
+    shuffle: bool = Field(
+        default=True, description="a new order each epoch, fixed by `seed`; false: file order"
+    )
 
 
 class Sampling(Node):
     """The law a token is drawn from. temperature 0 is greedy, for evaluation only."""
 
-    temperature: NonNegative = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: NonNegative = Field(default=1.0, description="divides the logits")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="draw from the likeliest tokens that hold this mass; 1: all"
+    )
     top_k: Natural = Field(default=0, description="0: all tokens")
-    min_p: Fraction = 0.0
+    min_p: Fraction = Field(
+        default=0.0, description="drop tokens below this share of the likeliest one's probability; 0: none"
+    )
     stop: tuple[str, ...] = Field(
         default=(), description="stop tokens beside the tokenizer's end of sequence"
     )
-    max_tokens: Positive = 1024
+    max_tokens: Positive = Field(default=1024, description="longest response, stop token included")
 
 
 class RolloutConfig(Node):
@@ -130,30 +152,45 @@ class RolloutConfig(Node):
 class Overlong(Node):
     """Answers cut at max_tokens: kept as they are, taken out of the loss, or given `reward`."""
 
-    mode: Literal["keep", "mask", "penalise"] = "keep"
-    reward: float = 0.0
+    mode: Literal["keep", "mask", "penalise"] = Field(
+        default="keep", description="a cut answer: as it is, out of the loss, or given `reward`"
+    )
+    reward: float = Field(default=0.0, description="what `penalise` gives in place of the verifier")
 
 
 class RewardConfig(Slot):
     """A verifier by name or import path, its own fields beside it."""
 
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: PositiveFloat = Field(default=10.0, description="seconds for one answer; later, it earns 0")
     overlong: Overlong = Overlong()
 
 
 class ObjectiveConfig(Node):
     """One method per slot (ALGORITHMS 7)."""
 
-    advantage: Slot = Slot(name="grpo")
-    ratio: Slot = Slot(name="token")
-    trust_region: Slot = Slot(name="troll")
-    kl: Slot = Slot(name="none")
-    correction: Slot = Slot(name="none")
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = "token-mean"
+    advantage: Slot = Field(
+        default=Slot(name="grpo"), description="from the rewards of a batch to advantages"
+    )
+    ratio: Slot = Field(
+        default=Slot(name="token"), description="how a token is weighed against the old policy"
+    )
+    trust_region: Slot = Field(
+        default=Slot(name="troll"), description="how far an update may move the policy"
+    )
+    kl: Slot = Field(default=Slot(name="none"), description="penalty that keeps the policy near a reference")
+    correction: Slot = Field(
+        default=Slot(name="none"), description="weight for a rollout policy that is not the old one"
+    )
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
+        default="token-mean", description="weights of tokens, normalised over the whole optimizer step"
+    )
     sum_norm_length: Positive | None = Field(
         default=None, description="L_max of seq-mean-token-sum-norm; default: rollout.sampling.max_tokens"
     )
-    old: Literal["trainer", "engine"] = "trainer"
+    old: Literal["trainer", "engine"] = Field(
+        default="trainer",
+        description="whose log-probs are the old policy: a forward of the trainer, or the engine's own",
+    )
 
 
 class Train(Node):
@@ -167,7 +204,9 @@ class Train(Node):
     token_budget: Positive = Field(
         default=8192, description="tokens of one micro-batch on one data-parallel rank"
     )
-    packing: bool = True
+    packing: bool = Field(
+        default=True, description="sequences end to end in one row; false: a padded row each"
+    )
     shuffle_rewards: bool = Field(
         default=False, description="control experiment: rewards permuted over the batch"
     )
@@ -179,8 +218,8 @@ class Train(Node):
 class WarmStart(Node):
     """Supervised steps on demonstrations (`mtroll sft`): chat files whose assistant turns carry loss."""
 
-    files: Files
-    steps: Positive = 200
+    files: Files = Field(description="demonstrations, JSONL or Parquet")
+    steps: Positive = Field(default=200, description="optimizer steps")
     sequences: Positive = Field(default=128, description="demonstrations per optimizer step")
 
 
@@ -191,7 +230,7 @@ class Evaluation(Node):
         default=10, description="rollout batches between evaluations; 0: only before and after"
     )
     prompts: Positive | None = Field(default=None, description="default: all held-out prompts")
-    samples: Positive = 1
+    samples: Positive = Field(default=1, description="answers per held-out prompt")
     temperature: NonNegative | None = Field(default=None, description="default: that of training")
 
 
@@ -199,19 +238,21 @@ class Checkpoint(Node):
     """torch_dist checkpoints under runs/<name>/checkpoints."""
 
     every: Natural = Field(default=0, description="rollout batches between checkpoints; 0: only at the end")
-    keep_last: Positive = 2
-    keep_best: bool = True
-    asynchronous: bool = False
+    keep_last: Positive = Field(default=2, description="newest checkpoints that stay on disk")
+    keep_best: bool = Field(default=True, description="also keep the one with the best held-out success")
+    asynchronous: bool = Field(default=False, description="write behind the training steps that follow")
     export: bool = Field(default=True, description="write the final policy in Hugging Face format")
 
 
 class Observe(Node):
     """Where the figures go beside metrics.jsonl."""
 
-    tensorboard: bool = True
-    wandb_project: str | None = None
+    tensorboard: bool = Field(default=True, description="event files under runs/<name>/tensorboard")
+    wandb_project: str | None = Field(default=None, description="W&B project; default: no W&B")
     rollouts: bool = Field(default=True, description="keep every rollout's text, reward and log-probs")
-    hang_timeout_s: PositiveFloat = 600.0
+    hang_timeout_s: PositiveFloat = Field(
+        default=600.0, description="seconds without progress on a rank before every rank shows its stack"
+    )
     peak_tflops: PositiveFloat | None = Field(
         default=None, description="per device, for MFU; default: known devices"
     )
@@ -221,7 +262,7 @@ class Launch(Node):
     """How many ranks `mtroll` starts by itself when nothing (srun, torchrun) has started it."""
 
     ranks: Positive | None = Field(
-        default=None, description="default: the smallest world the layouts allow, or all GPUs"
+        default=None, description="default: the smallest world that holds the layouts"
     )
     threads: Positive | None = Field(default=None, description="CPU threads per rank; default: cores / ranks")
 
@@ -229,10 +270,10 @@ class Launch(Node):
 class Config(Node):
     """A run. `models` is a map, so that a reference, a critic and a rollout model can join the policy."""
 
-    name: str
-    runs: str = "runs"
-    seed: Natural = 0
-    resume: bool = False
+    name: str = Field(description="the run folder is runs/<name>")
+    runs: str = Field(default="runs", description="where run folders lie")
+    seed: Natural = Field(default=0, description="of prompt order, sampling and random weights")
+    resume: bool = Field(default=False, description="continue from the newest checkpoint of the run folder")
     models: dict[str, Model]
     data: Data
     rollout: RolloutConfig = RolloutConfig()

@@ -7,6 +7,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -98,7 +104,7 @@ def _chunk(
         from megatron_troll.mcore.local_spec import block_spec
     first = groups.is_first_stage and vp_stage == 0
     last = groups.is_last_stage and vp_stage == (model.layout.vpp or 1) - 1
-    return HiddenStateModel(
+    chunk = HiddenStateModel(
         config,
         block_spec(shape.experts, layers),  # pyright: ignore[reportArgumentType]
         vocab_size=shape.padded_vocab(model.layout.tp),
@@ -109,7 +115,19 @@ def _chunk(
         rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType]
         share_embeddings_and_output_weights=shape.tied,
         vp_stage=stage,
-    ).to(device())
+    )
+    _mark_shards(chunk)
+    return chunk.to(device())
+
+
+def _mark_shards(chunk: nn.Module) -> None:
+    """Megatron sets these attributes where it initialises weights, which we do not; without them its gradient
+    norm takes the shards of tensor-parallel ranks above 0 for copies and leaves them out."""
+    for module in chunk.modules():
+        sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
+        if sharded and module.weight is not None:
+            axis = int(isinstance(module, RowParallelLinear))
+            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def _data_parallel(config: TransformerConfig, chunk: nn.Module, distributed: bool) -> DistributedDataParallel:

@@ -28,6 +28,7 @@ class Trainable:
         self.schedule.step(1)
         succeeded, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
         assert succeeded
+        self.optimizer.zero_grad()
         return float(grad_norm)
 
     def reload_weights(self) -> None:

@@ -34,6 +34,8 @@ RUN = (
     ),
     Field("response_length", "tokens", "mean length of the batch's responses, stop token included"),
     Field("truncated", "share", "responses cut at rollout.sampling.max_tokens"),
+    Field("reward_timeouts", "answers", "earned 0 because their verifier ran out of time; absent where none"),
+    Field("reward_crashes", "answers", "earned 0 because their verifier was killed; absent where none"),
     Field("loss", "", "mean over the step's optimizer updates of -sum(weight * J)"),
     Field("grad_norm", "", "global gradient norm before clipping, mean over the updates"),
     Field("lr", "", "learning rate of the last update"),

@@ -100,7 +100,7 @@ class Watchdog:
             if polls % 10 == 0:
                 self._write_or_say()
             if self._alarmed():
-                self._leave()
+                self._follow()
             elif time.monotonic() - self._progress > self._timeout:
                 self._raise_alarm()
 
@@ -126,16 +126,21 @@ class Watchdog:
     def _raise_alarm(self) -> None:
         """Give the others three polls to see the alarm and say where they are, then print them all."""
         write_atomic(alarm_path(self._folder), f"rank {self._rank}\n")
-        self._write_or_say()
+        self._say_where()
         time.sleep(3 * self._poll)
         sys.stderr.write(hang_table(self._folder, self._world, self._timeout, time.time()))
-        self._leave()
-
-    def _leave(self) -> None:
-        self._write_or_say()
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
         sys.stderr.flush()
         os._exit(EXIT_HANG)
+
+    def _follow(self) -> None:
+        """Leave after the rank that prints, which a launcher then takes for the first that failed."""
+        self._say_where()
+        time.sleep(6 * self._poll)
+        os._exit(EXIT_HANG)
+
+    def _say_where(self) -> None:
+        self._write_or_say()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
 
 
 def hang_table(folder: Path, world: int, timeout_s: float, now: float) -> str:

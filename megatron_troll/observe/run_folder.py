@@ -16,6 +16,7 @@ from megatron_troll.observe.files import write_atomic
 
 # What a resumed run may change: how long it runs, where and how it is computed, what is written down.
 CHANGEABLE = (
+    "name",
     "resume",
     "runs",
     "train.steps",

@@ -1,7 +1,8 @@
 """What every layout must give, by plain autograd on one process.
 
 Hugging Face's model runs each sequence alone and unpadded, in float64 but for its norms and softmaxes; the
-objectives are written out over the whole vocabulary. Nothing here uses batching, packing, sharding or the objectives of the package.
+objectives are written out over the whole vocabulary. Nothing here uses batching, packing, sharding or the
+objectives of the package.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,14 +53,6 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Supports:
-    """Kept ids [N, V] in order of value with a mask, before the update and now."""
-
-    before: tuple[Tensor, Tensor]
-    now: tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
 class Expected:
     """loss, and the gradients of all Hugging Face tensors by name."""
 
@@ -80,7 +73,8 @@ class Reference:
             self.before = read(self.model, batch.rollouts)
         self.model.load_state_dict(batch.now)
         self.now = read(self.model, batch.rollouts)
-        self.supports = Supports(_support(self.before, self.tokens), _support(self.now, self.tokens))
+        self.kept_before = _support(self.before, self.tokens)
+        self.kept_now = _support(self.now, self.tokens)
 
     def expected(self, objective: str, aux: float) -> Expected:
         """Of a named objective, plus the balancing loss with coefficient `aux` in the gradients."""
@@ -111,9 +105,9 @@ class Reference:
 
     def sparse(self, objective: str) -> tuple[Tensor, Tensor]:
         """p' and q' [N, V] of eq. 21, of the weights now and before."""
-        support = self.supports.now if objective == "troll-own" else self.supports.before
-        q = dense_sparsified(self.before.logits, *self.supports.before, P_D)
-        return dense_sparsified(self.now.logits, *support, P_D), q
+        kept = self.kept_now if objective == "troll-own" else self.kept_before
+        q = dense_sparsified(self.before.logits, *self.kept_before, P_D)
+        return dense_sparsified(self.now.logits, *kept, P_D), q
 
     def kl_before(self, objective: str) -> Tensor:
         """[N] KL(new' || old'), what the trust region bounds."""
@@ -182,7 +176,8 @@ def _tokens(batch: Batch) -> Tokens:
 
 
 def _support(read: Read, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The shortest prefix of at most K tokens with mass 1 - DELTA, and the sampled token."""
+    """All ids [N, V] in order of value, and which are kept: the shortest prefix of at most K with mass
+    1 - DELTA, and the sampled token."""
     ids = read.logits.detach().argsort(1, descending=True)
     mass = read.logits.detach().softmax(1).gather(1, ids)
     prefix = mass.cumsum(1) - mass < 1 - DELTA

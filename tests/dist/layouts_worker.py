@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_troll.batching.build import Form, build
@@ -24,7 +23,9 @@ from megatron_troll.parallel.groups import Groups
 from megatron_troll.trainer import PolicyTrainer
 from megatron_troll.types import MicroBatch, Readings
 from megatron_troll.weights.export import stream
+from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
+from megatron_troll.weights.placement import held_parameters
 from megatron_troll.weights.source import TensorSource
 from tests.dist.layouts_batch import OBJECTIVES, TEMPERATURE, Batch, Weights
 from tests.dist.tiny import MOE, started
@@ -57,13 +58,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RankResult:
-    """world and sizes of the groups that were formed, parameter shapes by Megatron's names, and the outcome
-    of every case."""
+    """world and sizes of the groups that were formed, parameter shapes by Megatron's names, the outcome of
+    every case, and the gradient norm that an optimizer step after the last one reports."""
 
     world: int
     sizes: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     outcomes: list[Outcome]
+    grad_norm: float
 
 
 def run_cases(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
@@ -77,9 +79,8 @@ def run_cases(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
         load(model, TensorSource(batch.now))
         outcomes = [accumulate(policy, *each) for each in zip(cases, micro_batches, old)]
         shapes = {name: tuple(p.shape) for name, p in mcore.parameters_by_name(model).items()}
-        return RankResult(
-            groups.world.size, {axis: getattr(groups, axis).size for axis in AXES}, shapes, outcomes
-        )
+        formed = {axis: getattr(groups, axis).size for axis in AXES}
+        return RankResult(groups.world.size, formed, shapes, outcomes, policy.step())
 
 
 def trainer(policy: Trainable, case: Case) -> PolicyTrainer:
@@ -111,7 +112,8 @@ def cut(batch: Batch, case: Case, groups: Groups, layout: Layout) -> list[MicroB
     ).steps[0]
     weights = step_weights(batch.rollouts, step.responses, OBJECTIVES[case.objective].aggregation, None)
     return [
-        build(batch.rollouts, batch.advantages, weights, chosen, form) for chosen in step.ranks[groups.dp.rank]
+        build(batch.rollouts, batch.advantages, weights, chosen, form)
+        for chosen in step.ranks[groups.dp.rank]
     ]
 
 
@@ -123,9 +125,22 @@ def accumulate(
     with Collectives(policy.model.groups) as collectives:
         result = learner.accumulate(batches, old)
     assert result.broken == ()
+    unequal = unequal_replicas(policy.model)
+    assert not unequal, unequal
     with gradients_as_parameters(policy.model):
         gradients = {name: tensor.clone() for name, tensor in stream(policy.model)}
     return Outcome(result.loss, result.metrics, mismatch, gradients, len(batches), collectives.seen)
+
+
+def unequal_replicas(model: mcore.MegatronModel) -> list[str]:
+    """Parameters that every tensor-parallel rank holds whole, whose gradients differ between them."""
+    return [
+        str(held.place.names)
+        for held in held_parameters(model, table_of(model.shape))
+        if held.place.entry.axis is None
+        for other in model.groups.tp.all_gather(mcore.main_gradient(held.parameter))
+        if not torch.equal(other, mcore.main_gradient(held.parameter))
+    ]
 
 
 @contextmanager

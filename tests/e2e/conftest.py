@@ -7,11 +7,17 @@ import pytest
 
 from tests.e2e.workplace import REPOSITORY, Workplace, succeed
 
+WARM = """
+extends: {examples}/cpu_warm_start.yaml
+sft: {{steps: 30}}
+evaluation: {{prompts: 16}}
+"""
+
 TINY = """
 extends: {examples}/cpu_troll.yaml
 name: finished
 rollout: {{prompts: 8, samples: 4}}
-reward: {{name: "tests.e2e.plugins:Overlap"}}
+reward: {{name: "tests.e2e.rewards:Overlap"}}
 train: {{steps: 4, updates: 2}}
 evaluation: {{every: 2, prompts: 16}}
 checkpoint: {{every: 1}}
@@ -20,20 +26,20 @@ checkpoint: {{every: 1}}
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """The demo task, cut to a few prompts, and tiny.yaml, the RL run of these tests."""
+    """The demo task, cut to a few prompts; warm.yaml and tiny.yaml, the two trainings of these tests."""
     place = Workplace(tmp_path_factory.mktemp("e2e"))
     succeed(place.mtroll("demo", "runs/demo"))
     for name, lines in (("train", 64), ("held_out", 64), ("warm", 1000)):
         _cut(place.run("demo") / "data" / f"{name}.jsonl", lines)
-    (place.root / "tiny.yaml").write_text(TINY.format(examples=REPOSITORY / "examples" / "configs"))
+    for name, text in (("warm.yaml", WARM), ("tiny.yaml", TINY)):
+        (place.root / name).write_text(text.format(examples=REPOSITORY / "examples" / "configs"))
     return place
 
 
 @pytest.fixture(scope="session")
 def warm(demo: Workplace) -> Workplace:
     """The demo's model after a short warm start, in runs/demo-warm-start/hf."""
-    config = REPOSITORY / "examples" / "configs" / "cpu_warm_start.yaml"
-    succeed(demo.mtroll("sft", str(config), "sft.steps=30", "evaluation.prompts=16"))
+    succeed(demo.mtroll("sft", "warm.yaml"))
     return demo
 
 

@@ -1,5 +1,6 @@
 """What a finished run leaves for its reader."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,5 @@ def test_two_runs_are_compared_in_one_page(finished: Workplace) -> None:
 
 
 def _first(folder: Path) -> dict[str, Any]:
-    import gzip
-
     with gzip.open(folder / "step_000001.0-of-1.jsonl.gz", "rt") as file:
         return json.loads(file.readline())

@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ class Workplace:
         return finish(self.start(*arguments))
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")
+        }
         return subprocess.Popen(
             [Path(sys.executable).parent / "mtroll", *arguments],
             cwd=self.root,
@@ -45,6 +48,16 @@ class Workplace:
             text=True,
         )
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Rewards (rewards.Overlap) wait until the block ends."""
+        hold = self.root / "hold"
+        hold.touch()
+        try:
+            yield
+        finally:
+            hold.unlink()
+
     def run(self, name: str) -> Path:
         return self.root / "runs" / name
 
@@ -53,7 +66,9 @@ class Workplace:
         path = self.run(name) / "metrics.jsonl"
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [
+            json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
+        ]
 
 
 def finish(process: subprocess.Popen[str]) -> Done:
@@ -77,6 +92,4 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) 
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what depends on how busy the machine is."""
-    return [
-        {name: value for name, value in row.items() if name.split("/")[0] not in TIMINGS} for row in rows
-    ]
+    return [{name: value for name, value in row.items() if name.split("/")[0] not in TIMINGS} for row in rows]

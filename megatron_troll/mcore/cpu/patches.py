@@ -72,18 +72,6 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.cpu().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _own_step(set_state: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> Any:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state:
-            state["step"] = state["step"].clone()
-            tensors["step"] = state["step"]
-        return set_state(self, model_param, tensors)
-
-    return wrapped
-
-
 def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(outputs: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
         rows = {output.size(0) for output in outputs if output.dim()}
@@ -100,30 +88,11 @@ def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _uneven_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(
-        output: Tensor,
-        inputs: list[Tensor],
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if len({part.size(0) for part in inputs}) <= 1 or dist.get_backend(group) != "gloo":
-            return reduce_scatter(output, inputs, op=op, group=group, async_op=async_op)
-        total = torch.cat(list(inputs))
-        dist.all_reduce(total, op=op, group=group)
-        output.copy_(total.split([part.size(0) for part in inputs])[dist.get_rank(group)])
-        return None
-
-    return wrapped
-
-
 def patches() -> tuple[Patch, ...]:
     """The list, in the order it is applied. Imports the Megatron modules it touches."""
     import megatron.core.tensor_parallel.random as mcore_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     stream = CpuStream()
     cuda = torch.cuda
@@ -138,23 +107,17 @@ def patches() -> tuple[Patch, ...]:
               "distrib_optimizer, optimizer", _cuda_type_names),
         Patch(cuda, "Stream", "token_dispatcher makes one", lambda _: CpuStream),
         Patch(cuda, "current_stream", "token_dispatcher waits on it", lambda _: lambda *_, **__: stream),
-        Patch(cuda, "stream", "token_dispatcher enters one", lambda _: torch.cpu.stream),
         Patch(cuda, "synchronize", "p2p_communication, timers", lambda _: torch.cpu.synchronize),
         Patch(moe_utils, "te_general_gemm", "the router names it without Transformer Engine (NameError)",
               lambda original: original),
         Patch(token_dispatcher, "maybe_move_tensor_to_cpu", "converts to numpy only from a CUDA tensor",
               lambda _: _to_host),
-        Patch(DistributedOptimizer, "_set_main_param_and_optimizer_states",
-              "a loaded state shares one `step` tensor among all parameters; AdamW counts too fast",
-              _own_step),
         Patch(mcore_random, "_get_cuda_rng_state", "activation recompute saves the CUDA generator",
               lambda _: lambda *_, **__: torch.get_rng_state()),
-        Patch(mcore_random, "_set_cuda_rng_state", "activation recompute restores the CUDA generator",
-              lambda _: lambda state, *_, **__: torch.set_rng_state(state)),
+        Patch(mcore_random, "_set_cuda_rng_state", "activation recompute restores it: torch would queue "
+              "the call, and with it the state, until CUDA starts", lambda _: lambda *_, **__: None),
         Patch(dist, "all_gather", "gloo has no all_gather of unequal lists (ETP with EP)",
               _uneven_all_gather),
-        Patch(dist, "reduce_scatter", "gloo has no reduce_scatter of unequal lists (ETP with EP)",
-              _uneven_reduce_scatter),
     )  # fmt: skip
 
 

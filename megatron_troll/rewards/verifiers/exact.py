@@ -2,14 +2,16 @@
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from megatron_troll.rewards.reward import Reward
 from megatron_troll.types import Prompt
 
 
 class Exact(Reward):
     cheap: ClassVar[bool] = True
-    strip: bool = True
-    ignore_case: bool = False
+    strip: bool = Field(default=True, description="leave out white space around both")
+    ignore_case: bool = Field(default=False, description="compare without case")
 
     def __call__(self, text: str, prompt: Prompt) -> float:
         return float(self._normal(text) == self._normal(prompt.answer))

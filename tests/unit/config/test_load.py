@@ -149,7 +149,7 @@ def test_an_override_in_error_is_quoted(base):
         ("models.policy.dtype=fp8", "got 'fp8', expected one of fp32, bf16"),
         (
             "data.held_out=-1",
-            "held_out: got -1, expected an integer >= 0 or a list of one or more, each a string",
+            "held_out: got -1, expected an integer >= 1 or a list of one or more, each a string",
         ),
         ("data.files=[]", "data.files: got [], expected a list of one or more, each a string"),
         ("sft.steps=3", "sft.files: missing; expected a list of one or more, each a string"),

@@ -58,6 +58,22 @@ def test_another_process_is_told_who_holds_the_folder(folder: RunFolder) -> None
         assert f"pid {os.getpid()} " in (folder.root / "lock").read_text()
 
 
+def test_a_check_refuses_like_opening_and_writes_nothing(folder: RunFolder) -> None:
+    folder.check(CONFIG, resume=False)
+    assert not folder.root.exists()
+    command = [sys.executable, "-c", OPEN, str(folder.root), CONFIG]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"open\n"
+        with pytest.raises(RunFolderError, match=f"being written by pid {holder.pid}"):
+            folder.check(CONFIG, resume=True)
+        assert f"pid {holder.pid} " in (folder.root / "lock").read_text()
+        holder.kill()
+    folder.check(CONFIG.replace("name: demo", "name: renamed"), resume=True)
+    with pytest.raises(RunFolderError, match=r"train\.updates: 4 there, 2 now"):
+        folder.check(CONFIG.replace("updates: 4", "updates: 2"), resume=True)
+
+
 def test_a_killed_holder_leaves_the_folder_free(folder: RunFolder) -> None:
     command = [sys.executable, "-c", OPEN, str(folder.root), CONFIG]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

@@ -1,7 +1,5 @@
-"""Methods that the end-to-end tests name by import path, as a user's own would be."""
+"""An engine and a trust region that go wrong, named by import path."""
 
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,30 +8,11 @@ import torch
 from megatron_troll.config.tree import Sampling
 from megatron_troll.objectives.slots import Policy, Term
 from megatron_troll.objectives.trust_region.clip import Clip
-from megatron_troll.rewards.reward import Reward
 from megatron_troll.rollout.engine import Request
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
-from megatron_troll.types import ObjectiveInputs, Prompt, Rollout
+from megatron_troll.types import ObjectiveInputs, Rollout
 
 MARK = -1e4
-
-
-class Overlap(Reward):
-    """The share of places where answer and text agree: a model that has learned little earns something."""
-
-    cheap = True
-
-    def __call__(self, text: str, prompt: Prompt) -> float:
-        return sum(a == b for a, b in zip(text, prompt.answer)) / len(prompt.answer)
-
-
-class Sleepy(Overlap):
-    """Never returns on rank 1."""
-
-    def __call__(self, text: str, prompt: Prompt) -> float:
-        if os.environ["RANK"] == "1":
-            time.sleep(600)
-        return super().__call__(text, prompt)
 
 
 class Unreliable(InProcessEngine):

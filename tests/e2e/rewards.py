@@ -1,0 +1,29 @@
+"""Rewards that the end-to-end tests name by import path, as a user's own would be."""
+
+import os
+import time
+from pathlib import Path
+
+from megatron_troll.rewards.reward import Reward
+from megatron_troll.types import Prompt
+
+
+class Overlap(Reward):
+    """The share of places where answer and text agree: a model that has learned little earns something.
+    Waits while a file `hold` exists, so that a test decides how far a run gets."""
+
+    cheap = True
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        while Path("hold").exists():
+            time.sleep(0.02)
+        return sum(a == b for a, b in zip(text, prompt.answer)) / len(prompt.answer)
+
+
+class Sleepy(Overlap):
+    """Never returns on rank 1."""
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        if os.environ["RANK"] == "1":
+            time.sleep(600)
+        return super().__call__(text, prompt)

@@ -1,0 +1,37 @@
+"""What goes wrong in a run is named, and costs no more than it must."""
+
+import json
+
+from tests.e2e.workplace import Workplace
+
+UNRELIABLE = [
+    "rollout.engine=tests.e2e.faulty:Unreliable",
+    "objective.trust_region={name: tests.e2e.faulty:Brittle}",
+]
+
+
+def test_steps_with_nan_are_skipped_kept_and_in_the_end_fatal(warm: Workplace) -> None:
+    """The engine loses a log-prob in step 1, and from step 3 on the loss of one sample is NaN."""
+    changes = ["name=broken", "train.steps=9", "train.max_skipped=2", "checkpoint.keep_last=9", *UNRELIABLE]
+    done = warm.mtroll("train", "tiny.yaml", *changes)
+    rows = warm.metrics("broken")
+    assert [row["skipped_updates"] for row in rows[1:]] == [2, 0, 1, 1]
+    assert done.code == 1
+    assert "2 batches in a row (train.max_skipped): stopping" in done.err[-1]
+    assert not any("Traceback" in line for line in done.err)
+    for step, culprit in ((1, 5), (3, 2), (4, 2)):
+        batch = json.loads((warm.run("broken") / "broken" / f"step_{step:06d}.json").read_text())
+        assert [i for i, sample in enumerate(batch) if sample["at_fault"]] == [culprit]
+        assert f"at fault: {batch[culprit]['sample']}" in done.out
+
+
+def test_a_hang_says_which_rank_waits_where(warm: Workplace) -> None:
+    changes = ["name=hung", "reward.name=tests.e2e.rewards:Sleepy", "observe.hang_timeout_s=15"]
+    done = warm.mtroll("train", "tiny.yaml", *changes)
+    told = "\n".join(done.err)
+    assert done.code == 75
+    assert "No progress for 15 s (observe.hang_timeout_s)" in told
+    assert "rank 0: evaluation" in told
+    assert "rank 1: evaluation" in told
+    stacks = (warm.run("hung") / "heartbeat" / "hang_rank_1.txt").read_text()
+    assert "rewards.py" in stacks

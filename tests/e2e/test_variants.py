@@ -1,0 +1,49 @@
+"""Short runs of settings that a user may choose; each trains on what it draws, with finite figures."""
+
+import pytest
+
+from tests.e2e.workplace import Workplace, succeed
+
+VARIANTS = {
+    "bf16-clip": (
+        "models.policy.dtype=bf16",
+        "models.policy.recompute=full",
+        "models.policy.optimizer.distributed=false",
+        "objective.trust_region.name=clip",
+    ),
+    "stages-engine-unpacked": (
+        "models.policy.layout={tp: 1, ep: 1, pp: 2}",
+        "objective.old=engine",
+        "objective.trust_region.support=own",
+        "train.packing=false",
+    ),
+    "data-parallel-experts": (
+        "models.policy.layout={tp: 1, ep: 2}",
+        "models.policy.aux_loss=0.01",
+        "rollout.kv_cache=fp8_e4m3",
+        "reward={name: exact}",
+        "checkpoint.asynchronous=true",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_steps_of(warm: Workplace, name: str) -> None:
+    settings = [f"name={name}", "train.steps=2", "checkpoint={every: 0, export: false}", *VARIANTS[name]]
+    succeed(warm.mtroll("train", "tiny.yaml", *settings))
+    rows = warm.metrics(name)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [key for row in rows for key, value in row.items() if value is None] == []
+    assert all(row["skipped_updates"] == 0 for row in rows[1:])
+    assert (warm.run(name) / "checkpoints" / "step_000002").is_dir()
+    assert not (warm.run(name) / "hf").exists()
+
+
+def test_each_variant_did_what_it_was_asked(warm: Workplace) -> None:
+    clip, engine, experts = (warm.metrics(name)[-1] for name in VARIANTS)
+    assert "clipped" in clip
+    assert "projected" not in clip
+    # bf16 rounds a token's log-prob at the third digit; the engine's own record is the old policy itself.
+    assert clip["rollout_trainer_gap/max"] > 1e-4
+    assert engine["rollout_trainer_gap/max"] == 0
+    assert experts["rollout_trainer_gap/max"] > 1e-4

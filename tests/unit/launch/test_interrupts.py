@@ -1,0 +1,23 @@
+"""A stop that is asked for is remembered; outside the block signals do what they did before."""
+
+import os
+import signal
+
+import pytest
+
+from megatron_troll.launch.interrupts import watched
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_remembered_and_ends_nothing(number: signal.Signals) -> None:
+    with watched() as interrupts:
+        assert not interrupts.asked
+        os.kill(os.getpid(), number)
+        assert interrupts.asked
+
+
+def test_the_handlers_of_before_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with watched():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

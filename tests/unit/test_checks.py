@@ -1,0 +1,175 @@
+"""What a configuration is refused for, before any process is started."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_troll.checks import PROBLEMS, Task, demonstrations, prepare, smallest_world
+from megatron_troll.config.load import load
+from megatron_troll.config.tree import Layout
+from megatron_troll.data.demo_model import write_base
+
+CONFIG = """
+name: trial
+models: {{policy: {{path: {base}, init: random, layout: {{tp: 2, ep: 2}}}}}}
+data: {{files: [{prompts}], held_out: 1, max_prompt_tokens: 32}}
+rollout: {{prompts: 4, sampling: {{max_tokens: 8}}}}
+train: {{updates: 2}}
+objective: {{trust_region: {{name: troll}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's untrained model."""
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder)
+    return folder
+
+
+@pytest.fixture
+def config(base: Path, tmp_path: Path) -> Path:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(line(number) for number in range(10)))
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(base=base, prompts=prompts))
+    return path
+
+
+def line(number: int) -> str:
+    turns = [{"role": "user", "content": f"sort {number}"}]
+    return json.dumps({"id": str(number), "messages": turns, "answer": str(number)}) + "\n"
+
+
+def task(config: Path, *overrides: str) -> Task:
+    return prepare(load(config, overrides))
+
+
+def refusal(config: Path, *overrides: str) -> str:
+    with pytest.raises(PROBLEMS) as caught:
+        task(config, *overrides)
+    return str(caught.value)
+
+
+def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> None:
+    prepared = task(config)
+    assert prepared.config.objective.trust_region.fields["k"] == 64
+    assert prepared.config.reward.model_dump()["timeout_s"] == 10.0
+    assert (len(prepared.prompts.train), len(prepared.prompts.held_out)) == (9, 1)
+    assert prepared.shape.vocab == 64
+    assert prepared.token_text(prepared.stop_ids[0]) == "<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stpes=3", "train.stpes: unknown key; did you mean 'steps'?"),
+        (
+            "objective.trust_region.bonud=1",
+            "objective.trust_region.bonud: unknown key; did you mean 'bound'?",
+        ),
+        ("reward.name=exat", "did you mean 'exact'?"),
+        ("rollout.engine=inproces", "did you mean 'inprocess'?"),
+        ("models.policy.layout={tp: 3, ep: 3}", "attention heads (4) cannot be divided by tp (3)"),
+        ("models.policy.layout={pp: 3}", "layers (4) cannot be divided by pp x vpp (3)"),
+        ("models.policy.layout={tp: 1, ep: 3}", "experts (8) cannot be divided by ep (3)"),
+        ("models.policy.layout={ep: 1, etp: 1}", "wrong expert gradients"),
+        ("models.policy.layout={cp: 2}", "inprocess does not generate under context parallelism"),
+        ("launch.ranks=3", "needs a world that tp x pp x cp = 2 divides; this one has 3 ranks"),
+        ("models.policy.spec=te", "needs CUDA and transformer_engine"),
+        ("models.policy.path=nowhere", "nowhere/config.json not found"),
+        ("models.policy.init=pretrained", "no model.safetensors.index.json or model.safetensors"),
+        ("rollout.sampling.temperature=0", "0 is greedy and explores nothing"),
+        ("rollout.sampling.top_p=0.9", "top_p cut the law that tokens are drawn from"),
+        ("rollout.sampling.max_tokens=250", "= 282 exceeds the model's max_position_embeddings 256"),
+        ("objective.trust_region.p_d=0.1", "(V - |S|) * p_d = 6.3 >= 1"),
+        ("train.updates=8", "at least as many prompts a batch as steps an epoch"),
+        ("rollout.prompts=10", "rollout.prompts=10 is more than the 9 training prompts"),
+        ("train.epochs=3", "make it a multiple of train.epochs=3"),
+        ("data.files=[none.jsonl]", "none.jsonl: no such file"),
+        ("data.max_prompt_tokens=3", "line 1: prompt '0' has 9 tokens, over data.max_prompt_tokens=3"),
+        ("data.held_out=0", "data.held_out: got 0, expected an integer >= 1"),
+        ("data.held_out=10", "leaves nothing to train on"),
+    ],
+)
+def test_it_is_refused(config: Path, override: str, said: str) -> None:
+    assert said in refusal(config, override)
+
+
+def test_the_engines_record_must_hold_what_the_trust_region_reads(config: Path) -> None:
+    assert "rollout.top_k >= the trust region's k: 8 < 64" in refusal(
+        config, "objective.old=engine", "rollout.top_k=8"
+    )
+
+
+def test_a_malformed_line_is_named_or_skipped_and_counted(config: Path) -> None:
+    prompts = config.parent / "prompts.jsonl"
+    prompts.write_text(prompts.read_text() + "{oops\n")
+    assert "prompts.jsonl line 11: not valid JSON" in refusal(config)
+    assert "1 malformed skipped (first: " in str(task(config, "data.malformed=skip").prompts)
+
+
+def test_an_empty_file_is_refused(config: Path) -> None:
+    (config.parent / "prompts.jsonl").write_text("")
+    assert "prompts.jsonl: the file holds no records" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vocab_size": 50}, "the model's vocab_size is 50: tokenizer and model do not belong together"),
+        ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is not supported"),
+        ({"hidden_size": None}, "config.json: 'hidden_size' is missing"),
+    ],
+)
+def test_a_model_folder_that_does_not_fit(config: Path, base: Path, change: dict, said: str) -> None:
+    folder = config.parent / "model"
+    folder.mkdir()
+    for path in base.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    fields: dict[str, Any] = json.loads((folder / "config.json").read_text()) | change
+    kept = {key: value for key, value in fields.items() if value is not None or key not in change}
+    (folder / "config.json").write_text(json.dumps(kept))
+    assert said in refusal(config, f"models.policy.path={folder}")
+
+
+def test_wandb_that_is_not_installed_is_said_with_the_fix(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    assert "install megatron-troll[wandb]" in refusal(config, "observe.wandb_project=p")
+
+
+def test_a_warm_start_needs_demonstrations_that_fit(config: Path) -> None:
+    chats = config.parent / "chats.jsonl"
+    turns = [{"role": "user", "content": "sort 21"}, {"role": "assistant", "content": "12"}]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    (example,) = demonstrations(task(config, f"sft.files=[{chats}]"))
+    assert example.mask.tolist() == [0.0] * 9 + [1.0] * 3
+    with pytest.raises(PROBLEMS, match=r"sft: missing; `mtroll sft` needs sft\.files"):
+        demonstrations(task(config))
+    with pytest.raises(PROBLEMS, match="a warm start is not resumed"):
+        demonstrations(task(config, f"sft.files=[{chats}]", "resume=true"))
+    turns[1]["content"] = "1" * 300
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(PROBLEMS, match=r"chats\.jsonl line 1: 311 tokens, more than .* 256"):
+        demonstrations(task(config, f"sft.files=[{chats}]"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        ({}, 1),
+        ({"tp": 2, "ep": 2}, 2),
+        ({"tp": 2, "ep": 4}, 4),
+        ({"tp": 2, "pp": 2, "ep": 2}, 4),
+        ({"tp": 2, "cp": 2, "ep": 2, "etp": 2}, 4),
+        ({"tp": 2, "ep": 3}, 6),
+    ],
+)
+def test_the_smallest_world(layout: dict[str, int], ranks: int) -> None:
+    assert smallest_world(Layout(**layout)) == ranks

@@ -1,0 +1,62 @@
+"""What the command line does before any run: help without heavy imports, refusals without a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_troll.cli import main
+
+HEAVY = ("torch", "transformers", "megatron.core")
+
+
+def test_help_and_typing_errors_load_nothing_heavy() -> None:
+    script = f"""
+import sys
+from megatron_troll.cli import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    sys.exit(str([name for name in {HEAVY} if name in sys.modules]) if end.code == 0 else "failed")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == "[]\n"
+    for command in ("train", "sft", "demo", "report", "rollouts"):
+        assert command in done.stdout
+
+
+def test_checks_need_no_megatron() -> None:
+    script = "import sys, megatron_troll.checks; print('megatron.core' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory\n"),
+        (["report", "nowhere"], "nowhere has no metrics yet"),
+        (["rollouts", "nowhere"], "nowhere holds no rollouts"),
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(message)
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_run_from_the_config_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("name: again\nmodles: {}\n")
+    assert main(["train", str(tmp_path)]) == 2
+    assert f"({tmp_path / 'config.yaml'} line 2)" in capsys.readouterr().err
