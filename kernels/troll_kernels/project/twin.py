@@ -209,8 +209,9 @@ class _Project(torch.autograd.Function):
 
 
 def _launch(width: int, shared: bool) -> tuple[dict[str, int | bool], int]:
-    slots = max(triton.next_power_of_2(width), CHUNK)
-    return {"SHARED": shared, "SLOTS": slots, "CHUNK": CHUNK}, max(slots // 64, 1)
+    """Constants, and warps: a slot of either side a thread."""
+    slots = max(triton.next_power_of_2(width), 32)
+    return {"SHARED": shared, "SLOTS": slots, "CHUNK": CHUNK}, slots // 32
 
 
 def builds() -> list[Build]:

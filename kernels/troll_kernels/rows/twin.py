@@ -3,6 +3,8 @@
 Sums run in base 2, one per tile column of the program, so no step waits for another warp.
 """
 
+import warnings
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,8 @@ from troll_kernels.transform import Transform
 # Logits in flight per program: wider blocks spill registers.
 STEP = 2048
 WARPS = 4
+# Numbers that a row must be a multiple of for loads of 128 bits.
+ALIGNMENT = 16
 # Stands for -inf, so that 0 times it is 0; no logit of a network is below it.
 FLOOR = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -89,6 +93,12 @@ def row_statistics(
     logits: Tensor, width: int, target: Tensor, transform: Transform, tile: int
 ) -> RowStatistics:
     """See rows/ref.py."""
+    if logits.stride(0) % ALIGNMENT:
+        warnings.warn(
+            f"rows of {logits.stride(0)} logits, not a multiple of {ALIGNMENT}: every kernel that reads them "
+            "loads one number at a time, slower; pad the vocabulary shard",
+            stacklevel=2,
+        )
     rows, tiles = len(logits), triton.cdiv(width, tile)
     numbers = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     tile_max = torch.empty(rows, tiles, dtype=torch.float32, device=logits.device)
