@@ -161,8 +161,8 @@ class Readings:
     """What the LM head gave for N positions; None where it was not read or never formed.
 
     logp [N]; topk; entropy [N] nats, with gradient only where `Reads.entropy` asked for it; probe;
-    at_rollout [N, W] detached full-softmax log-probs at the ids of `ObjectiveInputs.rollout_topk`, -inf on its
-    unused slots; reference_kl [N] nats; others: the records that `Reads.others` asked for, by support.
+    at_rollout [N, W] detached full-softmax log-probs at the ids of `ObjectiveInputs.rollout_topk`, -inf on
+    its unused slots; reference_kl [N] nats; others: the records that `Reads.others` asked for, by support.
     """
 
     logp: Tensor | None
