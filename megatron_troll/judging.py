@@ -41,3 +41,11 @@ def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> Judged:
         reward[rank :: world.size], keep[rank :: world.size] = share.reward, share.keep
     kept = [r if k else replace(r, mask=np.zeros_like(r.mask)) for r, k in zip(rollouts, keep)]
     return Judged(kept, reward, sum(s.timeouts for s in shares), sum(s.crashes for s in shares))
+
+
+def extract(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> list[str | None]:
+    """The vote of each rollout (Scorer.votes), shared out like `judge`. Blocks."""
+    votes: list[str | None] = [None] * len(rollouts)
+    for rank, share in enumerate(world.all_gather_objects(scorer.votes(rollouts[world.rank :: world.size]))):
+        votes[rank :: world.size] = share
+    return votes

@@ -25,6 +25,8 @@ CHANGEABLE = (
     "models.*.layout.*",
     "models.*.recompute",
     "evaluation.every",
+    "eval",
+    "eval.*",
     "checkpoint.*",
     "observe.*",
     "launch.*",
@@ -57,6 +59,10 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.root / "summary.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "eval.json"
 
     @property
     def tensorboard(self) -> Path:
@@ -113,7 +119,7 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether anything would be lost or mixed if another run started here."""
-        if self.metrics.exists() and self.metrics.stat().st_size > 0:
+        if self.evaluation.exists() or (self.metrics.exists() and self.metrics.stat().st_size > 0):
             return True
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 

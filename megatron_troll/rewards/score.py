@@ -65,7 +65,9 @@ class Scorer:
         for task, value in self._run(_tasks(rollouts, judged, "vote")).values.items():
             if not isinstance(value, str | None):
                 name = rollouts[judged[task]].name
-                raise RewardError(f"vote of {self._config.name!r} gave {value!r} for {name}; expected text")
+                raise RewardError(
+                    f"reward {self._config.name!r} gave {value!r} as the vote of {name}; expected text"
+                )
             votes[judged[task]] = value
         return votes
 

@@ -48,6 +48,7 @@ class MathVerify(Reward):
 def _normal(value: Any, decimals: int) -> str:
     if isinstance(value, sympy.Eq) and isinstance(value.lhs, sympy.Symbol):
         value = value.rhs
+    value = value.doit() if isinstance(value, sympy.Expr) else value
     if isinstance(value, sympy.Expr) and value.is_number and value.is_real:
         value = sympy.Rational(str(value.round(decimals)))
     return str(value)
