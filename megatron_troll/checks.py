@@ -57,7 +57,8 @@ def prepare(config: Config) -> Task:
     objective = compose(config.objective)
     shape = shape_of(config)
     objective.check(shape.vocab)
-    _check_rollout(config, objective)
+    _check_models(config, objective, shape)
+    _check_rollout(config, objective, shape)
     answer = config.rollout.sampling.max_tokens
     check_length(
         {"data.max_prompt_tokens": data.max_prompt_tokens, "rollout.sampling.max_tokens": answer}, shape
@@ -146,7 +147,7 @@ def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
         )
 
 
-def _check_rollout(config: Config, objective: Objective) -> None:
+def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> None:
     sampling = config.rollout.sampling
     if sampling.temperature == 0:
         raise ConfigError("rollout.sampling.temperature: 0 is greedy and explores nothing; set it above 0")
@@ -155,12 +156,14 @@ def _check_rollout(config: Config, objective: Objective) -> None:
             f"rollout.sampling: {', '.join(filters)} cut the law that tokens are drawn from, while the "
             "log-probs of every trust region are of the uncut one; leave them at their defaults in training"
         )
-    topk = objective.reads_old.topk
-    if config.objective.old == "engine" and topk is not None and topk.k > config.rollout.top_k:
-        raise ConfigError(
-            f"objective.old=engine needs rollout.top_k >= the trust region's k: "
-            f"{config.rollout.top_k} < {topk.k}"
-        )
+    wanted = {"a method that reads the engine's own record": objective.rollout_k}
+    if config.objective.old == "engine":
+        wanted["objective.old=engine"] = max((kept.k for kept in objective.reads_old.supports), default=0)
+    for who, k in wanted.items():
+        if config.rollout.top_k < min(k, shape.vocab):
+            raise ConfigError(
+                f"rollout.top_k={config.rollout.top_k}: {who} needs at least {min(k, shape.vocab)}"
+            )
     if config.rollout.refill and config.rollout.samples == 1:
         raise ConfigError(
             f"rollout.refill={config.rollout.refill} looks for prompts whose samples differ in reward: "
@@ -176,6 +179,35 @@ def _check_rollout(config: Config, objective: Objective) -> None:
             f"train.updates={config.train.updates} is over all epochs: make it a multiple of train.epochs="
             f"{config.train.epochs}"
         )
+
+
+def _check_models(config: Config, objective: Objective, shape: ModelShape) -> None:
+    reference, critic = config.models.reference, config.models.critic
+    if objective.needs_reference:
+        if reference is None:
+            raise ConfigError(
+                f"models.reference: missing; objective.kl={config.objective.kl.name} keeps the policy near it"
+            )
+        check_folder(reference.path, read_shape(reference.path))
+        if read_shape(reference.path) != shape:
+            raise ConfigError(
+                f"models.reference: {reference.path} is of another shape than the policy {config.policy.path}"
+            )
+    if objective.advantage.needs_values != (critic is not None):
+        raise ConfigError(
+            "models.critic and objective.advantage=gae go together: "
+            + ("gae needs a critic, and there is none" if critic is None else "nothing else reads its values")
+        )
+    if critic is None:
+        return
+    body = read_shape(critic.path)
+    if body.vocab != shape.vocab:
+        raise ConfigError(f"models.critic: a vocabulary of {body.vocab}, the policy's has {shape.vocab}")
+    check_layout(body, critic.layout)
+    check_world(critic.layout, world_size(config))
+    uses_te(critic.spec)
+    if critic.init == "pretrained":
+        check_folder(critic.path, body)
 
 
 def _check_observe(observe: Observe) -> None:

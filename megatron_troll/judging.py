@@ -32,6 +32,16 @@ class Judged:
         return metrics | {name: float(count) for name, count in failed.items() if count}
 
 
+def together(parts: Sequence[Judged]) -> Judged:
+    """Several batches as one, in order."""
+    return Judged(
+        rollouts=[rollout for part in parts for rollout in part.rollouts],
+        reward=np.concatenate([part.reward for part in parts]),
+        timeouts=sum(part.timeouts for part in parts),
+        crashes=sum(part.crashes for part in parts),
+    )
+
+
 def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> Judged:
     """Every rank scores its share and gathers the rest, so all return the same. Blocks."""
     shares = world.all_gather_objects(scorer.score(rollouts[world.rank :: world.size]))

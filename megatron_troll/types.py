@@ -262,6 +262,7 @@ class MicroBatch:
     position           [N] index inside its response, masked tokens not counted
     weight, advantage, rollout_logp   [N] float32
     rollout_topk       engine record of the same N tokens, or None
+    response_advantage [S] float32, of each response; None where a critic gives each token its own
     uniform            [N] float64 in [0, 1), drawn with the rollout
     rollouts           [S] index of each response in the rollout batch
     groups             [S] its prompt group
@@ -279,6 +280,7 @@ class MicroBatch:
     position: Tensor
     weight: Tensor
     advantage: Tensor
+    response_advantage: Tensor | None
     rollout_logp: Tensor
     rollout_topk: TopK | None
     uniform: Tensor

@@ -94,6 +94,34 @@ class Model(Node):
     )
 
 
+class Reference(Node):
+    """A frozen model that the policy is kept near; everything else about it is the policy's: shape of the
+    vocabulary, dtype, layout."""
+
+    path: str = Field(description="Hugging Face folder with safetensors")
+
+
+class CriticOptimizer(Optimizer):
+    """AdamW with the critic's own rates."""
+
+    lr: PositiveFloat = Field(default=1e-5, description="learning rate after the warm-up")
+    weight_decay: NonNegative = Field(default=0.01, description="decoupled weight decay")
+
+
+class Critic(Model):
+    """The model that PPO's advantages come from: the body of a language model under a value head of zeros."""
+
+    optimizer: CriticOptimizer = CriticOptimizer()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class Models(Node):
+    """The models of a run, each with its own weights; only the policy must be there."""
+
+    policy: Model
+    reference: Reference | None = Field(default=None, description="for objective.kl")
+    critic: Critic | None = Field(default=None, description="for objective.advantage gae")
+
+
 class PromptFiles(Node):
     """Files that hold prompts, and what to do with rows that are none."""
 
@@ -193,6 +221,10 @@ class ObjectiveConfig(Node):
     )
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         default="token-mean", description="weights of tokens, normalised over the whole optimizer step"
+    )
+    entropy_bonus: NonNegative = Field(default=0.0, description="weight of the entropy in the objective")
+    entropy_over: Literal["full", "sparse"] = Field(
+        default="full", description="whose entropy: the whole vocabulary's, or that of troll's sparse policy"
     )
     sum_norm_length: Positive | None = Field(
         default=None, description="L_max of seq-mean-token-sum-norm; default: rollout.sampling.max_tokens"
@@ -301,13 +333,13 @@ class Launch(Node):
 
 
 class Config(Node):
-    """A run. `models` is a map, so that a reference, a critic and a rollout model can join the policy."""
+    """A run."""
 
     name: str = Field(description="the run folder is runs/<name>")
     runs: str = Field(default="runs", description="where run folders lie")
     seed: Natural = Field(default=0, description="of prompt order, sampling and random weights")
     resume: bool = Field(default=False, description="continue from the newest checkpoint of the run folder")
-    models: dict[str, Model]
+    models: Models
     data: Data | None = Field(default=None, description="`mtroll eval` alone needs none")
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig(name="exact")
@@ -320,13 +352,6 @@ class Config(Node):
     observe: Observe = Observe()
     launch: Launch = Launch()
 
-    @field_validator("models")
-    @classmethod
-    def _policy_is_named(cls, models: dict[str, Model]) -> dict[str, Model]:
-        if "policy" not in models:
-            raise ValueError(f"the model to train must be named 'policy'; got {sorted(models)}")
-        return models
-
     @property
     def policy(self) -> Model:
-        return self.models["policy"]
+        return self.models.policy

@@ -7,20 +7,16 @@ import numpy as np
 
 from megatron_troll.config.tree import EvalSet
 from megatron_troll.evals.estimators import interval, majority_at, pass_at
-from megatron_troll.judging import Judged
-from megatron_troll.types import Rollout
+from megatron_troll.judging import Judged, together
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Judged samples, a prompt's next to each other. reward [B] float32; votes [B], None where the verifier
-    extracts no answers or no majority is asked for."""
+    """Samples, a prompt's next to each other; votes [B], None where the verifier extracts no answers or no
+    majority is asked for."""
 
-    rollouts: list[Rollout]
-    reward: np.ndarray
+    judged: Judged
     votes: list[str | None] | None
-    timeouts: int
-    crashes: int
 
 
 @dataclass(frozen=True)
@@ -47,17 +43,11 @@ class Result:
     crashes: int
 
 
-def together(parts: Sequence[tuple[Judged, list[str | None] | None]]) -> Answers:
-    """The batches of a data set, each with its votes, as one."""
-    judged = [part for part, _ in parts]
-    votes = [vote for _, votes in parts if votes is not None for vote in votes]
-    return Answers(
-        rollouts=[rollout for part in judged for rollout in part.rollouts],
-        reward=np.concatenate([part.reward for part in judged]),
-        votes=votes if parts[0][1] is not None else None,
-        timeouts=sum(part.timeouts for part in judged),
-        crashes=sum(part.crashes for part in judged),
-    )
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The batches of a data set as one."""
+    votes = [part.votes for part in parts if part.votes is not None]
+    judged = together([part.judged for part in parts])
+    return Answers(judged, [vote for some in votes for vote in some] if votes else None)
 
 
 def figures(answers: Answers, asked: EvalSet, seed: int) -> dict[str, Figure]:
@@ -74,7 +64,7 @@ def figures(answers: Answers, asked: EvalSet, seed: int) -> dict[str, Figure]:
 def per_prompt(answers: Answers, asked: EvalSet) -> dict[str, np.ndarray]:
     """Name -> [P] float64."""
     samples = asked.samples
-    reward = answers.reward.astype(np.float64).reshape(-1, samples)
+    reward = answers.judged.reward.astype(np.float64).reshape(-1, samples)
     success = (reward > asked.success_above).astype(np.float64)
     right = success.sum(1).astype(int)
     columns = {f"mean@{samples}": reward.mean(1)}
@@ -83,8 +73,9 @@ def per_prompt(answers: Answers, asked: EvalSet) -> dict[str, np.ndarray]:
         votes = [answers.votes[i : i + samples] for i in range(0, len(answers.votes), samples)]
         for k in majorities(asked):
             columns[f"maj@{k}"] = np.array([majority_at(v, s, k) for v, s in zip(votes, success)])
-    lengths = np.array([len(rollout.response_ids) for rollout in answers.rollouts], dtype=np.float64)
-    cut = np.array([rollout.finish == "length" for rollout in answers.rollouts], dtype=np.float64)
+    rollouts = answers.judged.rollouts
+    lengths = np.array([len(rollout.response_ids) for rollout in rollouts], dtype=np.float64)
+    cut = np.array([rollout.finish == "length" for rollout in rollouts], dtype=np.float64)
     columns["response_length"] = lengths.reshape(-1, samples).mean(1)
     columns["truncated"] = cut.reshape(-1, samples).mean(1)
     return columns

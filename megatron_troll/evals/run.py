@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from megatron_troll import rollout
 from megatron_troll.evals.report import write
-from megatron_troll.evals.results import Answers, Result, figures, majorities, together
+from megatron_troll.evals.results import Answers, Result, figures, joined, majorities
 from megatron_troll.evals.task import DataSet, EvalTask
 from megatron_troll.evaluation import EVALUATION_ROUND
-from megatron_troll.judging import Judged, extract, judge
+from megatron_troll.judging import extract, judge
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.rewind import rewind
@@ -56,7 +56,7 @@ class Evaluation:
         task, one = self.task, self.one
         requests = requests_for(one.prompts, one.config.samples, task.tokenizer)
         engine = rollout.build(one.rollout, self.model, task.tokenizer, one.stop_ids, task.config.seed)
-        parts: list[tuple[Judged, list[str | None] | None]] = []
+        parts: list[Answers] = []
         with Scorer(one.reward) as scorer:
             for start in range(0, len(requests), task.at_once):
                 if self.session.stopping():
@@ -64,25 +64,23 @@ class Evaluation:
                 began = time.perf_counter()
                 parts.append(self._batch(requests[start : start + task.at_once], engine, scorer))
                 step = self.drawn + len(parts)
-                self.session.log(step, parts[-1][0].metrics, time.perf_counter() - began)
-        return together(parts)
+                self.session.log(step, parts[-1].judged.metrics, time.perf_counter() - began)
+        return joined(parts)
 
-    def _batch(
-        self, requests: Sequence[Request], engine: Engine, scorer: Scorer
-    ) -> tuple[Judged, list[str | None] | None]:
+    def _batch(self, requests: Sequence[Request], engine: Engine, scorer: Scorer) -> Answers:
         asked, world = self.one.config, self.session.groups.world
         with self.session.phases("generation"):
             rollouts = engine.generate(requests, asked.sampling, EVALUATION_ROUND)
         with self.session.phases("reward"):
             judged = judge(scorer, rollouts, world)
             wanted = scorer.has_votes and majorities(asked)
-            return judged, extract(scorer, rollouts, world) if wanted else None
+            return Answers(judged, extract(scorer, rollouts, world) if wanted else None)
 
 
 def keep(session: Session, store: RolloutStore, step: int, answers: Answers) -> None:
     """Store every sample under the number of its data set. Blocks."""
-    nothing = [0.0] * len(answers.rollouts)
-    session.on_first(lambda: store.write(step, answers.rollouts, answers.reward.tolist(), nothing))
+    judged, no_advantage = answers.judged, [0.0] * len(answers.judged.rollouts)
+    session.on_first(lambda: store.write(step, judged.rollouts, judged.reward.tolist(), no_advantage))
 
 
 def result(one: DataSet, step: int, answers: Answers, seed: int) -> Result:
@@ -94,6 +92,6 @@ def result(one: DataSet, step: int, answers: Answers, seed: int) -> Result:
         samples=one.config.samples,
         figures=figures(answers, one.config, seed),
         no_majority=f"reward {one.reward.name} extracts no answer to vote on" if mute else None,
-        timeouts=answers.timeouts,
-        crashes=answers.crashes,
+        timeouts=answers.judged.timeouts,
+        crashes=answers.judged.crashes,
     )

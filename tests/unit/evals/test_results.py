@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_troll.config.tree import Config, EvalSet, Model
+from megatron_troll.config.tree import Config, EvalSet, Model, Models
 from megatron_troll.evals.report import table, write
-from megatron_troll.evals.results import Answers, Figure, Result, figures, per_prompt, together
+from megatron_troll.evals.results import Answers, Figure, Result, figures, joined, per_prompt
 from megatron_troll.judging import Judged
 from megatron_troll.types import Prompt, Rollout
 
@@ -39,15 +39,16 @@ def judged(first: int, last: int) -> Judged:
 
 
 def answers(votes: list[str | None] | None) -> Answers:
-    return Answers([sample(i) for i in range(6)], REWARDS, votes, 0, 0)
+    return Answers(judged(0, 6), votes)
 
 
 def test_batches_of_any_size_come_together() -> None:
-    parts = [(judged(0, 4), VOTES[:4]), (judged(4, 6), VOTES[4:])]
-    whole = together(parts)
-    assert [rollout.name for rollout in whole.rollouts] == ["p0#0", "p0#1", "p0#2", "p1#0", "p1#1", "p1#2"]
-    assert (whole.reward.tolist(), whole.votes, whole.timeouts) == (REWARDS.tolist(), VOTES, 2)
-    assert together([(judged(0, 4), None), (judged(4, 6), None)]).votes is None
+    whole = joined([Answers(judged(0, 4), VOTES[:4]), Answers(judged(4, 6), VOTES[4:])])
+    names = [rollout.name for rollout in whole.judged.rollouts]
+    assert names == ["p0#0", "p0#1", "p0#2", "p1#0", "p1#1", "p1#2"]
+    assert (whole.judged.reward.tolist(), whole.votes) == (REWARDS.tolist(), VOTES)
+    assert whole.judged.timeouts == 2
+    assert joined([Answers(judged(0, 4), None), Answers(judged(4, 6), None)]).votes is None
 
 
 def test_every_figure_of_a_prompt() -> None:
@@ -109,7 +110,7 @@ def test_the_table_says_what_is_missing_and_what_failed() -> None:
 
 
 def test_eval_json_holds_the_figures_and_what_made_them(tmp_path: Path) -> None:
-    config = Config(name="e", seed=7, models={"policy": Model(path="p")}, eval={"hard": asked()})
+    config = Config(name="e", seed=7, models=Models(policy=Model(path="p")), eval={"hard": asked()})
     write(tmp_path / "eval.json", config, [RESULT])
     content = json.loads((tmp_path / "eval.json").read_text())
     assert content["sets"]["hard"]["figures"]["mean@4"] == {"value": 0.5, "low": 0.25, "high": 0.75}
