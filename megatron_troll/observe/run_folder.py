@@ -119,7 +119,7 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether anything would be lost or mixed if another run started here."""
-        if self.evaluation.exists() or (self.metrics.exists() and self.metrics.stat().st_size > 0):
+        if self.metrics.exists() and self.metrics.stat().st_size > 0:
             return True
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
@@ -152,6 +152,10 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.root} holds a run of another config. These keys differ:\n{lines}\n"
                 "Choose another `name`, set them back, or delete the folder."
+            )
+        if self.evaluation.exists():
+            raise RunFolderError(
+                f"{self.root} holds a finished evaluation. Choose another `name`, or delete the folder."
             )
         if self.holds_run() and not resume:
             raise RunFolderError(

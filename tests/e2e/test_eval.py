@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,30 @@ from typing import Any
 import pytest
 
 from megatron_troll.observe.rollouts import Sample, read_step
-from tests.e2e.workplace import Workplace, succeed
+from tests.e2e.workplace import Done, Workplace, finish, succeed, wait_until
+
+ALONE = (
+    *("eval", "eval.yaml", "name=alone", "launch.ranks=1"),
+    *("models.policy.layout={tp: 1, ep: 1}", "rollout.max_sequences=50"),
+)
 
 
 @pytest.fixture(scope="module")
-def evaluated(finished: Workplace) -> Workplace:
-    """runs/evaluated on two ranks, and runs/alone on one."""
+def stopped(finished: Workplace) -> Done:
+    """runs/alone, on one rank, that gets SIGTERM in its first data set."""
+    with finished.held():
+        process = finished.start(*ALONE)
+        wait_until(lambda: (finished.run("alone") / "heartbeat").exists(), process)
+        process.send_signal(signal.SIGTERM)
+    return finish(process)
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished: Workplace, stopped: Done) -> Workplace:
+    """runs/evaluated on two ranks, and runs/alone again."""
+    assert not (finished.run("alone") / "eval.json").exists()
     succeed(finished.mtroll("eval", "eval.yaml"))
-    alone = ["name=alone", "models.policy.layout={tp: 1, ep: 1}", "launch.ranks=1"]
-    succeed(finished.mtroll("eval", "eval.yaml", *alone, "rollout.max_sequences=50"))
+    succeed(finished.mtroll(*ALONE))
     return finished
 
 
@@ -30,6 +46,10 @@ def test_the_exported_policy_scores_what_training_said_last(evaluated: Workplace
     found = sets(evaluated.run("evaluated"))["as_trained"]
     assert found["figures"]["mean@1"]["value"] == pytest.approx(summary["held_out_success_after"], rel=1e-6)
     assert found["prompts"] == 16
+
+
+def test_a_stop_on_request_says_how_to_go_on(stopped: Done) -> None:
+    assert "; an evaluation is not resumed: run it again" in succeed(stopped).out
 
 
 def test_any_layout_and_batch_size_gives_the_same(evaluated: Workplace) -> None:
@@ -71,7 +91,9 @@ def test_it_is_told_and_browsed(evaluated: Workplace) -> None:
 def test_it_is_not_mixed_with_another(evaluated: Workplace) -> None:
     done = evaluated.mtroll("eval", "eval.yaml")
     assert done.code == 2
-    assert "runs/evaluated already holds a run of this config" in done.err[0]
+    assert done.err == [
+        "runs/evaluated holds a finished evaluation. Choose another `name`, or delete the folder."
+    ]
 
 
 def majority(group: list[Sample]) -> float:

@@ -105,6 +105,14 @@ def test_the_engines_record_must_hold_what_the_trust_region_reads(config: Path) 
     )
 
 
+def test_dynamic_sampling_needs_samples_to_compare(config: Path) -> None:
+    assert "rollout.samples must be 2 or more" in refusal(config, "rollout.refill=2", "rollout.samples=1")
+
+
+def test_training_needs_data(config: Path) -> None:
+    assert "data: missing; training needs data.files" in refusal(config, "data=null")
+
+
 def test_a_malformed_line_is_named_or_skipped_and_counted(config: Path) -> None:
     prompts = config.parent / "prompts.jsonl"
     prompts.write_text(prompts.read_text() + "{oops\n")

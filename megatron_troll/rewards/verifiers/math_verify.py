@@ -13,6 +13,8 @@ from megatron_troll.types import Prompt
 
 # The library's own limits are alarm signals, which work in main threads only; the pool keeps the time.
 NO_LIMIT = 0
+# What SymPy raises where it cannot evaluate or print an expression.
+GIVES_UP = (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError)
 
 
 class MathVerify(Reward):
@@ -32,9 +34,15 @@ class MathVerify(Reward):
 
     def vote(self, text: str) -> str | None:
         """The first reading of the answer as SymPy prints it; of x = 3 the 3, numbers rounded to `decimals`.
-        x(x + 1) and x^2 + x are right alike, and vote apart."""
+        x(x + 1) and x^2 + x are right alike, and vote apart. What SymPy cannot bring to that form (a number
+        of 5,000 digits) votes as it is written."""
         found = self._parse(text)
-        return _normal(found[0], self.decimals) if found else None
+        if not found:
+            return None
+        try:
+            return _normal(found[0], self.decimals)
+        except GIVES_UP:
+            return last_boxed(text) or text.strip()
 
     def _parse(self, text: str) -> list[Any]:
         """What the answer may mean, likeliest first. The library swallows what goes wrong inside SymPy: an

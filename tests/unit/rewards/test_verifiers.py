@@ -111,6 +111,8 @@ def test_the_last_box_that_closes():
         ("math_verify", {}, r"\boxed{2x+1}", "2*x + 1"),
         ("math_verify", {}, r"\boxed{\sqrt{-2}}", "sqrt(2)*I"),
         ("math_verify", {}, r"\boxed{\infty}", "oo"),
+        ("math_verify", {}, r"\boxed{10^{5000}}", "10^{5000}"),
+        ("math_verify", {}, r"\boxed{10^{5000} + \sqrt{2}}", r"10^{5000} + \sqrt{2}"),
         ("math_verify", {}, r"\boxed{}", None),
         ("math_verify", {"boxed": True}, "34", None),
     ],
