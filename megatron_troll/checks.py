@@ -156,6 +156,11 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
             f"rollout.sampling: {', '.join(filters)} cut the law that tokens are drawn from, while the "
             "log-probs of every trust region are of the uncut one; leave them at their defaults in training"
         )
+    if objective.advantage.needs_groups and config.rollout.samples < 2:
+        raise ConfigError(
+            f"rollout.samples={config.rollout.samples}: advantage {config.objective.advantage.name!r} "
+            "compares the answers to one prompt, so that there must be at least 2"
+        )
     wanted = {"a method that reads the engine's own record": objective.rollout_k}
     if config.objective.old == "engine":
         wanted["objective.old=engine"] = max((kept.k for kept in objective.reads_old.supports), default=0)
@@ -164,10 +169,10 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
             raise ConfigError(
                 f"rollout.top_k={config.rollout.top_k}: {who} needs at least {min(k, shape.vocab)}"
             )
-    if config.rollout.refill and config.rollout.samples == 1:
+    if config.rollout.refill and not objective.advantage.needs_groups:
         raise ConfigError(
-            f"rollout.refill={config.rollout.refill} looks for prompts whose samples differ in reward: "
-            "rollout.samples must be 2 or more"
+            f"rollout.refill={config.rollout.refill} replaces prompts whose samples earn the same: advantage "
+            f"{config.objective.advantage.name!r} learns from those too; set it to 0"
         )
     if config.rollout.prompts < config.train.updates // config.train.epochs:
         raise ConfigError(
