@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Layout, Observe, Sampling, WarmStart
+from megatron_troll.config.tree import Config, Data, Layout, Model, Observe, Sampling, WarmStart
 from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.errors import DataError
 from megatron_troll.data.prompts import PromptSet, load_prompts
@@ -36,6 +36,9 @@ class Task:
     prompts: PromptSet
     objective: Objective
 
+    def __str__(self) -> str:
+        return str(self.prompts)
+
     def token_text(self, token: int) -> str:
         """What one token id reads as."""
         return str(self.tokenizer.decode([token]))
@@ -44,9 +47,7 @@ class Task:
 def prepare(config: Config) -> Task:
     """Read and check what `config` names. Raises one of PROBLEMS with what is wrong and where; touches no
     device and writes nothing."""
-    policy = config.models.get("policy")
-    if policy is None:
-        raise ConfigError("models: there must be a model named policy")
+    data = data_of(config)
     config = config.model_copy(
         update={
             "objective": resolve(config.objective),
@@ -54,25 +55,50 @@ def prepare(config: Config) -> Task:
         }
     )
     objective = compose(config.objective)
-    shape = read_shape(policy.path)
-    check_layout(shape, policy.layout)
-    uses_te(policy.spec)
-    check_world(policy.layout, world_size(config))
+    shape = shape_of(config)
     objective.check(shape.vocab)
-    rollout.check(config.rollout, policy.layout.cp)
+    _check_models(config, objective, shape)
     _check_rollout(config, objective, shape)
+    answer = config.rollout.sampling.max_tokens
+    check_length(
+        {"data.max_prompt_tokens": data.max_prompt_tokens, "rollout.sampling.max_tokens": answer}, shape
+    )
     _check_observe(config.observe)
-    if policy.init == "pretrained":
-        check_folder(policy.path, shape)
-    tokenizer = load_tokenizer(policy.path)
-    check_vocab(tokenizer, shape.vocab)
-    stops = stop_ids(tokenizer, policy.path, config.rollout.sampling.stop)
-    prompts = load_prompts(config.data, config.seed, tokenizer)
+    tokenizer = tokenizer_of(config.policy, shape)
+    stops = stop_ids(tokenizer, config.policy.path, config.rollout.sampling.stop)
+    prompts = load_prompts(data, config.seed, tokenizer)
     if config.rollout.prompts > len(prompts.train):
         raise ConfigError(
             f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"
         )
     return Task(config, shape, tokenizer, stops, prompts, objective)
+
+
+def shape_of(config: Config) -> ModelShape:
+    """The policy's sizes. Raises one of PROBLEMS where the folder, the layout or the engine does not fit."""
+    policy = config.policy
+    shape = read_shape(policy.path)
+    check_layout(shape, policy.layout)
+    uses_te(policy.spec)
+    check_world(policy.layout, world_size(config))
+    rollout.check(config.rollout, policy.layout.cp)
+    if policy.init == "pretrained":
+        check_folder(policy.path, shape)
+    return shape
+
+
+def tokenizer_of(model: Model, shape: ModelShape) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder. Raises one of PROBLEMS where it is not the model's."""
+    tokenizer = load_tokenizer(model.path)
+    check_vocab(tokenizer, shape.vocab)
+    return tokenizer
+
+
+def data_of(config: Config) -> Data:
+    """What is trained on. Raises ConfigError where the configuration does not say."""
+    if config.data is None:
+        raise ConfigError("data: missing; training needs data.files, prompts to answer")
+    return config.data
 
 
 def sft_of(config: Config) -> WarmStart:
@@ -111,6 +137,16 @@ def smallest_world(layout: Layout) -> int:
     return layout.pp * (larger if larger % smaller == 0 else dense * expert)
 
 
+def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
+    """Raises ConfigError where `tokens`, by the keys that limit them, are more than the model has positions
+    for."""
+    if sum(tokens.values()) > shape.max_positions:
+        raise ConfigError(
+            f"{' + '.join(tokens)} = {sum(tokens.values())} exceeds the model's max_position_embeddings "
+            f"{shape.max_positions}"
+        )
+
+
 def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> None:
     sampling = config.rollout.sampling
     if sampling.temperature == 0:
@@ -120,17 +156,23 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
             f"rollout.sampling: {', '.join(filters)} cut the law that tokens are drawn from, while the "
             "log-probs of every trust region are of the uncut one; leave them at their defaults in training"
         )
-    if config.data.max_prompt_tokens + sampling.max_tokens > shape.max_positions:
+    if objective.advantage.needs_groups and config.rollout.samples < 2:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.sampling.max_tokens = "
-            f"{config.data.max_prompt_tokens + sampling.max_tokens} exceeds the model's "
-            f"max_position_embeddings {shape.max_positions}"
+            f"rollout.samples={config.rollout.samples}: advantage {config.objective.advantage.name!r} "
+            "compares the answers to one prompt, so that there must be at least 2"
         )
-    topk = objective.reads_old.topk
-    if config.objective.old == "engine" and topk is not None and topk.k > config.rollout.top_k:
+    wanted = {"a method that reads the engine's own record": objective.rollout_k}
+    if config.objective.old == "engine":
+        wanted["objective.old=engine"] = max((kept.k for kept in objective.reads_old.supports), default=0)
+    for who, k in wanted.items():
+        if config.rollout.top_k < min(k, shape.vocab):
+            raise ConfigError(
+                f"rollout.top_k={config.rollout.top_k}: {who} needs at least {min(k, shape.vocab)}"
+            )
+    if config.rollout.refill and not objective.advantage.needs_groups:
         raise ConfigError(
-            f"objective.old=engine needs rollout.top_k >= the trust region's k: "
-            f"{config.rollout.top_k} < {topk.k}"
+            f"rollout.refill={config.rollout.refill} replaces prompts whose samples earn the same: advantage "
+            f"{config.objective.advantage.name!r} learns from those too; set it to 0"
         )
     if config.rollout.prompts < config.train.updates // config.train.epochs:
         raise ConfigError(
@@ -142,6 +184,35 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
             f"train.updates={config.train.updates} is over all epochs: make it a multiple of train.epochs="
             f"{config.train.epochs}"
         )
+
+
+def _check_models(config: Config, objective: Objective, shape: ModelShape) -> None:
+    reference, critic = config.models.reference, config.models.critic
+    if objective.needs_reference:
+        if reference is None:
+            raise ConfigError(
+                f"models.reference: missing; objective.kl={config.objective.kl.name} keeps the policy near it"
+            )
+        check_folder(reference.path, read_shape(reference.path))
+        if read_shape(reference.path) != shape:
+            raise ConfigError(
+                f"models.reference: {reference.path} is of another shape than the policy {config.policy.path}"
+            )
+    if objective.advantage.needs_values != (critic is not None):
+        raise ConfigError(
+            "models.critic and objective.advantage=gae go together: "
+            + ("gae needs a critic, and there is none" if critic is None else "nothing else reads its values")
+        )
+    if critic is None:
+        return
+    body = read_shape(critic.path)
+    if body.vocab != shape.vocab:
+        raise ConfigError(f"models.critic: a vocabulary of {body.vocab}, the policy's has {shape.vocab}")
+    check_layout(body, critic.layout)
+    check_world(critic.layout, world_size(config))
+    uses_te(critic.spec)
+    if critic.init == "pretrained":
+        check_folder(critic.path, body)
 
 
 def _check_observe(observe: Observe) -> None:

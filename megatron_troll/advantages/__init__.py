@@ -24,14 +24,23 @@ class Advantage(Node):
     """A method of the slot `advantage`; its fields are its configuration."""
 
     @property
+    def needs_groups(self) -> bool:
+        """Whether a response is compared with others to its prompt, so that there must be two at least."""
+        return True
+
+    @property
     def needs_values(self) -> bool:
         """Whether a critic's values must be given; the advantages are then per token, [L]."""
         return False
 
     @abstractmethod
     def __call__(self, rewards: Tensor, group: Tensor, values: Values | None = None) -> Tensor:
-        """rewards [B] float, group [B] int64: which prompt each response answers. Returns [B], detached,
-        in the dtype of rewards."""
+        """rewards [B] float, group [B] int64: which prompt each response answers. Returns [B] (with values
+        [L]), detached, in the dtype of rewards."""
+
+    def targets(self, rewards: Tensor, values: Values) -> Tensor:
+        """[L] what the critic should have expected from each token on."""
+        raise NotImplementedError(f"{type(self).__name__} needs no critic")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ class Gae(Advantage):
     whiten: bool = Field(default=True, description="scale the advantages of the batch to mean 0, variance 1")
 
     @property
+    def needs_groups(self) -> bool:
+        return False
+
+    @property
     def needs_values(self) -> bool:
         return True
 
@@ -34,6 +38,10 @@ class Gae(Advantage):
             raise ValueError("objective.advantage gae needs a critic's values: set models.critic")
         advantages, _ = gae(values.value, rewards, values.length, self.gamma, self.lam)
         return (whitened(advantages) if self.whiten else advantages).to(rewards.dtype)
+
+    def targets(self, rewards: Tensor, values: Values) -> Tensor:
+        """[L] float64, advantage plus value, not whitened."""
+        return gae(values.value, rewards, values.length, self.gamma, self.lam)[1]
 
 
 def gae(

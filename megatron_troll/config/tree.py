@@ -6,7 +6,7 @@ fields of their own slot beside their maths (objectives/), rewards beside theirs
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -94,11 +94,38 @@ class Model(Node):
     )
 
 
-class Data(Node):
-    """Prompt files, JSONL or Parquet."""
+class Reference(Node):
+    """A frozen model that the policy is kept near; everything else about it is the policy's: shape of the
+    vocabulary, dtype, layout."""
 
-    files: Files = Field(description="training prompts")
-    held_out: Positive | Files = Field(default=1024, description="a count split from `files`, or files")
+    path: str = Field(description="Hugging Face folder with safetensors")
+
+
+class CriticOptimizer(Optimizer):
+    """AdamW with the critic's own rates."""
+
+    lr: PositiveFloat = Field(default=1e-5, description="learning rate after the warm-up")
+    weight_decay: NonNegative = Field(default=0.01, description="decoupled weight decay")
+
+
+class Critic(Model):
+    """The model that PPO's advantages come from: the body of a language model under a value head of zeros."""
+
+    optimizer: CriticOptimizer = CriticOptimizer()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class Models(Node):
+    """The models of a run, each with its own weights; only the policy must be there."""
+
+    policy: Model
+    reference: Reference | None = Field(default=None, description="for objective.kl")
+    critic: Critic | None = Field(default=None, description="for objective.advantage gae")
+
+
+class PromptFiles(Node):
+    """Files that hold prompts, and what to do with rows that are none."""
+
+    files: Files = Field(description="prompts, JSONL or Parquet")
     schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field(
         default="auto", alias="schema", description="auto: told by the first record of each file"
     )
@@ -111,6 +138,12 @@ class Data(Node):
     overlong_prompts: Literal["error", "skip"] = Field(
         default="error", description="a longer prompt: stop, or skip and count it"
     )
+
+
+class Data(PromptFiles):
+    """The prompts of training, and those held out from it."""
+
+    held_out: Positive | Files = Field(default=1024, description="a count split from `files`, or files")
     shuffle: bool = Field(
         default=True, description="a new order each epoch, fixed by `seed`; false: file order"
     )
@@ -139,6 +172,11 @@ class RolloutConfig(Node):
     engine: str = Field(default="inprocess", description="engine by name or import path")
     prompts: Positive = Field(default=64, description="prompts per rollout batch")
     samples: Positive = Field(default=8, description="samples per prompt (the group)")
+    refill: Natural = Field(
+        default=0,
+        description="extra rounds a batch, in which new prompts take the place of those whose samples all "
+        "got the same reward (DAPO's dynamic sampling); 0: none",
+    )
     sampling: Sampling = Sampling()
     top_k: Natural = Field(default=64, description="top-K entries the engine returns per position; 0: none")
     max_sequences: Positive = Field(
@@ -183,6 +221,10 @@ class ObjectiveConfig(Node):
     )
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         default="token-mean", description="weights of tokens, normalised over the whole optimizer step"
+    )
+    entropy_bonus: NonNegative = Field(default=0.0, description="weight of the entropy in the objective")
+    entropy_over: Literal["full", "sparse"] = Field(
+        default="full", description="whose entropy: the whole vocabulary's, or that of troll's sparse policy"
     )
     sum_norm_length: Positive | None = Field(
         default=None, description="L_max of seq-mean-token-sum-norm; default: rollout.sampling.max_tokens"
@@ -234,6 +276,29 @@ class Evaluation(Node):
     temperature: NonNegative | None = Field(default=None, description="default: that of training")
 
 
+class EvalSet(PromptFiles):
+    """A data set of `mtroll eval`, by the name of its key."""
+
+    prompts: Positive | None = Field(default=None, description="the first so many; default: all")
+    samples: Positive = Field(default=1, description="answers per prompt")
+    sampling: Sampling = Sampling()
+    pass_at: tuple[Positive, ...] = Field(
+        default=(1,), description="each k of pass@k and, above 1, of maj@k; at most `samples`"
+    )
+    success_above: float = Field(
+        default=0.5, description="pass@k and maj@k count a reward beyond this as a success"
+    )
+    reward: RewardConfig | None = Field(default=None, description="default: `reward` of the run")
+
+    @field_validator("pass_at")
+    @classmethod
+    def _enough_samples(cls, pass_at: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        samples = info.data.get("samples")
+        if samples is not None and max(pass_at, default=0) > samples:
+            raise ValueError(f"{max(pass_at)} is more than the samples of a prompt: samples is {samples}")
+        return pass_at
+
+
 class Checkpoint(Node):
     """torch_dist checkpoints under runs/<name>/checkpoints."""
 
@@ -268,31 +333,25 @@ class Launch(Node):
 
 
 class Config(Node):
-    """A run. `models` is a map, so that a reference, a critic and a rollout model can join the policy."""
+    """A run."""
 
     name: str = Field(description="the run folder is runs/<name>")
     runs: str = Field(default="runs", description="where run folders lie")
     seed: Natural = Field(default=0, description="of prompt order, sampling and random weights")
     resume: bool = Field(default=False, description="continue from the newest checkpoint of the run folder")
-    models: dict[str, Model]
-    data: Data
+    models: Models
+    data: Data | None = Field(default=None, description="`mtroll eval` alone needs none")
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig(name="exact")
     objective: ObjectiveConfig = ObjectiveConfig()
     train: Train = Train()
     sft: WarmStart | None = None
     evaluation: Evaluation = Evaluation()
+    eval: dict[str, EvalSet] = {}
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()
     launch: Launch = Launch()
 
-    @field_validator("models")
-    @classmethod
-    def _policy_is_named(cls, models: dict[str, Model]) -> dict[str, Model]:
-        if "policy" not in models:
-            raise ValueError(f"the model to train must be named 'policy'; got {sorted(models)}")
-        return models
-
     @property
     def policy(self) -> Model:
-        return self.models["policy"]
+        return self.models.policy

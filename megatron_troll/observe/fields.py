@@ -24,15 +24,18 @@ class Field:
 
 RUN = (
     Field("step", "rollout batches", "rollout batches trained on; 0 is the evaluation before training"),
-    Field("success", "", "mean reward of the training batch, as sampled"),
+    Field("success", "", "mean reward of everything sampled for the batch, as sampled"),
     Field("reward_std", "", "standard deviation of those rewards"),
     Field("held_out_success", "share", "mean reward on held-out prompts; on evaluation steps only"),
     Field(
         "frac_zero_std_groups",
         "share",
-        "prompts whose samples all got the same reward: no gradient from them",
+        "prompts trained on whose samples all got the same reward: no gradient from them",
     ),
-    Field("response_length", "tokens", "mean length of the batch's responses, stop token included"),
+    Field("refill_rounds", "", "times that new prompts were drawn for such ones (rollout.refill)"),
+    Field("dropped_groups", "share", "prompts sampled that are not trained on"),
+    Field("sampled_responses", "", "responses sampled for the batch, dropped ones included"),
+    Field("response_length", "tokens", "mean length of the responses sampled, stop token included"),
     Field("truncated", "share", "responses cut at rollout.sampling.max_tokens"),
     Field("reward_timeouts", "answers", "earned 0 because their verifier ran out of time; absent where none"),
     Field("reward_crashes", "answers", "earned 0 because their verifier was killed; absent where none"),
@@ -40,6 +43,14 @@ RUN = (
     Field("grad_norm", "", "global gradient norm before clipping, mean over the updates"),
     Field("lr", "", "learning rate of the last update"),
     Field("skipped_updates", "updates", "updates left out because of NaN or Inf"),
+    Field(
+        "critic_explained_variance",
+        "",
+        "1 - var(target - value) / var(target) over the batch's tokens before the critic's updates",
+    ),
+    Field("critic_loss", "", "weighted mean of (value - target)^2 / 2 over the updates"),
+    Field("critic_grad_norm", "", "its gradient norm before clipping, mean over the updates"),
+    Field("critic_skipped", "updates", "updates of the critic left out because of NaN or Inf"),
 )
 
 TOKEN = (
@@ -165,7 +176,11 @@ CORRECTION = (
 )
 
 SPEED = (
-    Field("tokens_per_s", "tokens/s", "tokens generated and trained on, over the whole step's seconds"),
+    Field(
+        "tokens_per_s",
+        "tokens/s",
+        "tokens generated and trained on, over the whole step's seconds; dropped responses are not counted",
+    ),
     Field("mfu", "share", "model FLOP/s over the devices' dense bf16 peak; absent where the peak is unknown"),
     Field("seconds", "s", "wall time of the step, evaluation and checkpoint included"),
 )
@@ -174,6 +189,8 @@ PHASES = (
     Field("generation", "s", "sampling the rollout batch"),
     Field("reward", "s", "verifying the answers"),
     Field("old_policy", "s", "no-gradient forward that records the old policy (objective.old=trainer)"),
+    Field("reference", "s", "forward of the frozen reference model"),
+    Field("critic", "s", "the critic's values and its updates"),
     Field("forward_backward", "s", "forward and backward of every update"),
     Field("optimizer", "s", "gradient reduction, clipping and the optimizer's steps"),
     Field("evaluation", "s", "sampling and verifying held-out prompts"),

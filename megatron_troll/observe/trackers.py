@@ -99,15 +99,22 @@ def open_trackers(folder: RunFolder, observe: Observe, config: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run comes to. Success is a share in [0, 1], None where it was not evaluated."""
+    """What a finished run comes to. Success is a share in [0, 1], None where it was not evaluated. remarks:
+    what whoever reads its figures should know."""
 
     held_out_success_before: float | None
     held_out_success_after: float | None
     seconds: float
     seed: int
+    remarks: tuple[str, ...] = ()
 
 
 def write_summary(path: Path, summary: Summary) -> None:
     """summary.json: the summary's fields and `versions` of Python and the packages that made it."""
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    write_atomic(path, json.dumps(asdict(summary) | {"versions": versions}, indent=2, allow_nan=False) + "\n")
+    content = asdict(summary) | {"versions": versions()}
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that make the figures."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
