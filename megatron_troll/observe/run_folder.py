@@ -94,8 +94,8 @@ class RunFolder:
     def open(self, config_yaml: str, resume: bool) -> Iterator[None]:
         """Own the folder until the block ends, and write `config_yaml` into it.
 
-        Raises RunFolderError when another process holds it, when it holds a run of another config
-        (keys in CHANGEABLE apart), or when it holds a run and `resume` is false. Nothing is written then.
+        Raises RunFolderError when another process holds it, or when it holds a run and that one is of another
+        config (keys in CHANGEABLE apart) or `resume` is false. Nothing is written then.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / "lock", "a+") as lock:
@@ -112,10 +112,11 @@ class RunFolder:
         self._check(config_yaml, resume)
 
     def holds_run(self) -> bool:
-        """Whether anything would be lost or mixed if another run started here."""
-        if self.metrics.exists() and self.metrics.stat().st_size > 0:
-            return True
-        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        """Whether anything would be lost or mixed if another run started here: figures, checkpoints, rollouts."""
+        figures = any(path.exists() and path.stat().st_size > 0 for path in (self.metrics, self.discarded_metrics))
+        return figures or any(
+            folder.is_dir() and any(folder.iterdir()) for folder in (self.checkpoints, self.rollouts)
+        )
 
     def _take(self, lock: IO[str]) -> None:
         self._lock(lock)
@@ -140,6 +141,8 @@ class RunFolder:
             ) from error
 
     def _check(self, config_yaml: str, resume: bool) -> None:
+        if not self.holds_run():
+            return
         changed = config_differences(self.config, config_yaml) if self.config.exists() else {}
         if changed:
             lines = "\n".join(f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items())
@@ -147,7 +150,7 @@ class RunFolder:
                 f"{self.root} holds a run of another config. These keys differ:\n{lines}\n"
                 "Choose another `name`, set them back, or delete the folder."
             )
-        if self.holds_run() and not resume:
+        if not resume:
             raise RunFolderError(
                 f"{self.root} already holds a run of this config. "
                 "Continue it with resume=true, choose another `name`, or delete the folder."
