@@ -32,13 +32,15 @@ def train(task: Task, interrupts: Interrupts) -> bool:
             standing = before_training(run, standing)
         while standing.step < steps:
             if run.session.stopping():
-                run.save(standing)
+                save(run, standing)
                 run.checkpoints.finish()
                 run.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
                 return False
             standing = train_step(run, standing)
             run.checkpoints.maybe_finalize()
-        run.finish(standing)
+        began = time.perf_counter()
+        save(run, standing)
+        run.finish(run.since(standing, began))
         return True
 
 
@@ -50,8 +52,11 @@ def before_training(run: Run, standing: Standing) -> Standing:
 
 
 def train_step(run: Run, standing: Standing) -> Standing:
-    """One rollout batch: sample, judge, learn, and whatever is due after it."""
+    """One rollout batch: sample, judge, learn, evaluate where that is due, write its row. The checkpoint of
+    the step before comes first: a run that continues from it finds all its rows."""
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
+    if standing.step > 0 and due(standing.step, config.checkpoint.every, config.train.steps):
+        save(run, standing)
     prompts = [run.task.prompts.train[i] for i in run.order.next(config.rollout.prompts)]
     requests = requests_for(prompts, config.rollout.samples, run.task.tokenizer)
     with run.session.phases("generation"):
@@ -72,14 +77,19 @@ def train_step(run: Run, standing: Standing) -> Standing:
     if due(step, config.evaluation.every, config.train.steps):
         metrics["held_out_success"] = run.evaluator.success()
         standing = replace(standing, after=metrics["held_out_success"])
-    if due(step, config.checkpoint.every, config.train.steps):
-        run.save(run.since(standing, began), metrics.get("held_out_success"))
     seconds = time.perf_counter() - began
     metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
     alarm(run, step, metrics)
     guard(run, learned, judged.rollouts, standing)
     return run.since(standing, began)
+
+
+def save(run: Run, standing: Standing) -> None:
+    """A checkpoint, with the held-out success of its policy where it was evaluated."""
+    config = run.task.config
+    evaluated = due(standing.step, config.evaluation.every, config.train.steps)
+    run.save(standing, standing.after if evaluated else None)
 
 
 def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
