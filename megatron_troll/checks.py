@@ -44,9 +44,7 @@ class Task:
 def prepare(config: Config) -> Task:
     """Read and check what `config` names. Raises one of PROBLEMS with what is wrong and where; touches no
     device and writes nothing."""
-    policy = config.models.get("policy")
-    if policy is None:
-        raise ConfigError("models: there must be a model named policy")
+    policy = config.policy
     config = config.model_copy(
         update={
             "objective": resolve(config.objective),
@@ -59,6 +57,7 @@ def prepare(config: Config) -> Task:
     uses_te(policy.spec)
     check_world(policy.layout, world_size(config))
     objective.check(shape.vocab)
+    _check_models(config, objective, shape)
     rollout.check(config.rollout, policy.layout.cp)
     _check_rollout(config, objective, shape)
     _check_observe(config.observe)
@@ -126,12 +125,14 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
             f"{config.data.max_prompt_tokens + sampling.max_tokens} exceeds the model's "
             f"max_position_embeddings {shape.max_positions}"
         )
-    topk = objective.reads_old.topk
-    if config.objective.old == "engine" and topk is not None and topk.k > config.rollout.top_k:
-        raise ConfigError(
-            f"objective.old=engine needs rollout.top_k >= the trust region's k: "
-            f"{config.rollout.top_k} < {topk.k}"
-        )
+    wanted = {"a method that reads the engine's own record": objective.rollout_k}
+    if config.objective.old == "engine":
+        wanted["objective.old=engine"] = max((kept.k for kept in objective.reads_old.supports), default=0)
+    for who, k in wanted.items():
+        if config.rollout.top_k < min(k, shape.vocab):
+            raise ConfigError(
+                f"rollout.top_k={config.rollout.top_k}: {who} needs at least {min(k, shape.vocab)}"
+            )
     if config.rollout.prompts < config.train.updates // config.train.epochs:
         raise ConfigError(
             f"train.updates: {config.train.updates} steps over {config.train.epochs} epochs need at least as "
@@ -142,6 +143,35 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
             f"train.updates={config.train.updates} is over all epochs: make it a multiple of train.epochs="
             f"{config.train.epochs}"
         )
+
+
+def _check_models(config: Config, objective: Objective, shape: ModelShape) -> None:
+    reference, critic = config.models.reference, config.models.critic
+    if objective.needs_reference:
+        if reference is None:
+            raise ConfigError(
+                f"models.reference: missing; objective.kl={config.objective.kl.name} keeps the policy near it"
+            )
+        check_folder(reference.path, read_shape(reference.path))
+        if read_shape(reference.path) != shape:
+            raise ConfigError(
+                f"models.reference: {reference.path} is of another shape than the policy {config.policy.path}"
+            )
+    if objective.advantage.needs_values != (critic is not None):
+        raise ConfigError(
+            "models.critic and objective.advantage=gae go together: "
+            + ("gae needs a critic, and there is none" if critic is None else "nothing else reads its values")
+        )
+    if critic is None:
+        return
+    body = read_shape(critic.path)
+    if body.vocab != shape.vocab:
+        raise ConfigError(f"models.critic: a vocabulary of {body.vocab}, the policy's has {shape.vocab}")
+    check_layout(body, critic.layout)
+    check_world(critic.layout, world_size(config))
+    uses_te(critic.spec)
+    if critic.init == "pretrained":
+        check_folder(critic.path, body)
 
 
 def _check_observe(observe: Observe) -> None:

@@ -1,19 +1,19 @@
-"""From a scored rollout batch to optimizer steps."""
+"""From a scored rollout batch to optimizer steps of the policy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from megatron_troll.batching.build import Form, build
-from megatron_troll.batching.plan import Capacity, Schedule, Step, plan
-from megatron_troll.batching.weights import step_weights
-from megatron_troll.config.tree import Config
-from megatron_troll.mcore.parallel import device
+from megatron_troll.arrange import Arranger
+from megatron_troll.batching.build import Advantages
 from megatron_troll.observe.phases import Phases
-from megatron_troll.parallel.groups import Groups
+from megatron_troll.reference import Kept
 from megatron_troll.trainer import PolicyTrainer
-from megatron_troll.types import NO_ID, MicroBatch, Readings, Rollout
+from megatron_troll.types import NO_ID, MicroBatch, Rollout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,27 @@ class Learner:
     """Turns rollouts into the optimizer steps that `config.train` asks for."""
 
     trainer: PolicyTrainer
-    config: Config
+    arranger: Arranger
     phases: Phases
 
-    def learn(self, rollouts: Sequence[Rollout], advantages: Sequence[float], step: int) -> Learned:
-        """Train on `rollouts` (the whole batch, on every rank) with one advantage each. `step` seeds the
-        plan. Blocks on all ranks."""
-        unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self._engine_topk))
+    def learn(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> Learned:
+        """Train on `rollouts` (the whole batch, on every rank). `step` seeds the plan. Blocks on every
+        rank."""
+        unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.arranger.topk))
         if unusable:
-            return Learned({}, self.config.train.updates, unusable)
-        updates = self._updates(rollouts, advantages, step)
+            return Learned({}, self.arranger.config.train.updates, unusable)
+        updates = self.arranger.updates(rollouts, advantages, step)
+        every = [batch for update in updates for batch in update]
         with self.phases("old_policy"):
-            old = self.trainer.old_readings([batch for update in updates for batch in update])
+            old = self.trainer.old_readings(every)
         if old.broken:
             return Learned({}, len(updates), old.broken)
-        rows = [self.trainer.mismatch([batch for update in updates for batch in update], old.readings)]
+        kept = self._references(every)
+        rows = [self.trainer.mismatch(every, old.readings)]
         broken: set[int] = set()
-        for update, readings in zip(updates, _split(old.readings, updates)):
+        for update, readings, references in zip(updates, split(old.readings, updates), split(kept, updates)):
             with self.phases("forward_backward"):
-                gradients = self.trainer.accumulate(update, readings)
+                gradients = self.trainer.accumulate(update, readings, references)
             with self.phases("optimizer"):
                 if not self.trainer.healthy(gradients):
                     broken |= set(self.trainer.agree_on(gradients.broken))
@@ -59,65 +61,11 @@ class Learner:
         skipped = len(updates) + 1 - len(rows)
         return Learned(combine(rows), skipped, tuple(sorted(broken)))
 
-    def _updates(
-        self, rollouts: Sequence[Rollout], advantages: Sequence[float], step: int
-    ) -> list[list[MicroBatch]]:
-        """This rank's micro-batches of every optimizer step."""
-        train, groups = self.config.train, self.trainer.trainable.model.groups
-        form = self._form(groups)
-        lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
-        seed = int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0])
-        arranged = plan(
-            lengths,
-            [rollout.group for rollout in rollouts],
-            Schedule(train.updates, train.epochs, seed),
-            capacity(self.config, groups, form.align),
-        )
-        return [self._micro_batches(rollouts, advantages, update, form, groups) for update in arranged.steps]
-
-    def _micro_batches(
-        self,
-        rollouts: Sequence[Rollout],
-        advantages: Sequence[float],
-        update: Step,
-        form: Form,
-        groups: Groups,
-    ) -> list[MicroBatch]:
-        objective = self.config.objective
-        length = objective.sum_norm_length or self.config.rollout.sampling.max_tokens
-        weights = step_weights(rollouts, update.responses, objective.aggregation, length)
-        return [
-            build(rollouts, advantages, weights, chosen, form).to(device())
-            for chosen in update.ranks[groups.dp.rank]
-        ]
-
-    def _form(self, groups: Groups) -> Form:
-        return Form(
-            vocab=self.trainer.trainable.model.shape.vocab,
-            packed=self.config.train.packing,
-            cp_rank=groups.cp.rank,
-            cp_size=groups.cp.size,
-            tp_size=groups.tp.size,
-            topk=self._engine_topk,
-        )
-
-    @property
-    def _engine_topk(self) -> int:
-        """Entries read of the engine's record; 0: none."""
-        objective = self.trainer.objective
-        read = objective.reads.at_rollout or objective.reads_old.at_rollout
-        return self.config.rollout.top_k if read or self.config.objective.old == "engine" else 0
-
-
-def capacity(config: Config, groups: Groups, align: int) -> Capacity:
-    """What one optimizer step must fit on this layout."""
-    return Capacity(
-        dp=groups.dp.size,
-        token_budget=config.train.token_budget,
-        align=align,
-        multiple=groups.pp.size if config.policy.layout.vpp else 1,
-        packed=config.train.packing,
-    )
+    def _references(self, batches: Sequence[MicroBatch]) -> Sequence[Kept | None]:
+        if self.trainer.reference is None:
+            return [None] * len(batches)
+        with self.phases("reference"):
+            return self.trainer.reference.keep(batches)
 
 
 def finite(rollout: Rollout, topk: int) -> bool:
@@ -132,10 +80,10 @@ def finite(rollout: Rollout, topk: int) -> bool:
     return bool(np.isfinite(logp[ids != NO_ID]).all())
 
 
-def _split(readings: Sequence[Readings], updates: Sequence[Sequence[MicroBatch]]) -> list[list[Readings]]:
-    """The old readings of each update; empty lists off the last stage, which holds none."""
+def split(parts: Sequence[T], updates: Sequence[Sequence[MicroBatch]]) -> list[list[T]]:
+    """One part per micro-batch, by update; empty lists where there is none (off the last stage)."""
     starts = np.cumsum([0, *(len(update) for update in updates)])
-    return [list(readings[start : start + len(update)]) for start, update in zip(starts, updates)]
+    return [list(parts[start : start + len(update)]) for start, update in zip(starts, updates)]
 
 
 def combine(rows: Sequence[dict[str, float]]) -> dict[str, float]:

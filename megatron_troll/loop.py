@@ -9,6 +9,7 @@ import torch
 
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
+from megatron_troll.estimate import estimate
 from megatron_troll.judging import judge
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
@@ -64,15 +65,17 @@ def train_step(run: Run, standing: Standing) -> Standing:
     with run.session.phases("reward"):
         judged = judge(run.scorer, rollouts, run.session.groups.world)
     rewards = shuffled(judged.reward, step) if config.train.shuffle_rewards else judged.reward
-    group = torch.tensor([rollout.group for rollout in judged.rollouts])
-    advantages = run.task.objective.advantage(torch.from_numpy(rewards), group)
+    estimated = estimate(run.task.objective.advantage, run.critic, judged.rollouts, rewards, step)
     if config.observe.rollouts:
         run.session.on_first(
-            lambda: run.store.write(step, judged.rollouts, rewards.tolist(), advantages.tolist())
+            lambda: run.store.write(step, judged.rollouts, rewards.tolist(), estimated.means)
         )
-    learned = run.learner.learn(judged.rollouts, advantages.tolist(), step)
+    learned = run.learner.learn(judged.rollouts, estimated.advantages, step)
+    if run.critic is not None:
+        learned.metrics.update(run.critic.learn(judged.rollouts, estimated.targets, step))
     standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
     metrics = {**judged.metrics, **learned.metrics, "lr": run.policy.lr, "skipped_updates": learned.skipped}
+    group = torch.tensor([rollout.group for rollout in judged.rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
     if due(step, config.evaluation.every, config.train.steps):
         metrics["held_out_success"] = run.evaluator.success()

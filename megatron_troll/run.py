@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
+from megatron_troll.arrange import Arranger
 from megatron_troll.checks import Task
+from megatron_troll.critic import Critic, open_critic
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.evaluation import Evaluator, open_engine
 from megatron_troll.launch.interrupts import Interrupts
@@ -15,6 +17,7 @@ from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.observe.rollouts import RolloutStore
 from megatron_troll.policy import open_policy
+from megatron_troll.reference import open_reference
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine
 from megatron_troll.session import Session, open_session
@@ -42,6 +45,7 @@ class Run:
     session: Session
     policy: Trainable
     learner: Learner
+    critic: Critic | None
     engine: Engine
     scorer: Scorer
     evaluator: Evaluator
@@ -89,28 +93,61 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
         policy = open_policy(
             config.policy, task.shape, session.groups, config.seed, config.train.steps * config.train.updates
         )
-        head = Head(policy.model, config.rollout.sampling.temperature)
-        trainer = PolicyTrainer(policy, task.objective, head, config.objective.old)
+        trainer = open_trainer(task, policy)
+        critic = None if config.models.critic is None else open_critic(config, session.groups, session.phases)
         engine = open_engine(task, policy.model)
         yield Run(
             task=task,
             session=session,
             policy=policy,
-            learner=Learner(trainer, config, session.phases),
+            learner=Learner(trainer, open_arranger(task, policy), session.phases),
+            critic=critic,
             engine=engine,
             scorer=scorer,
             evaluator=Evaluator(task, session, engine, scorer),
             order=PromptOrder(len(task.prompts.train), config.seed, config.data.shuffle),
             store=RolloutStore(session.folder.rollouts, task.token_text),
-            checkpoints=open_checkpoints(session, policy),
+            checkpoints=open_checkpoints(session, policy, critic),
         )
 
 
-def open_checkpoints(session: Session, policy: Trainable) -> Checkpoints:
+def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
+    """The policy under its objective, beside its reference model where a method reads one."""
+    config, objective = task.config, task.objective
+    temperature, reference = config.rollout.sampling.temperature, None
+    if objective.needs_reference:
+        assert config.models.reference is not None
+        model = config.policy.model_copy(update={"path": config.models.reference.path})
+        reference = open_reference(
+            model, policy.model.shape, policy.model.groups, temperature, objective.reads_reference
+        )
+    return PolicyTrainer(
+        policy,
+        objective,
+        Head(policy.model, temperature),
+        config.objective.old,
+        reference,
+        config.objective.aggregation,
+    )
+
+
+def open_arranger(task: Task, policy: Trainable) -> Arranger:
+    """Cuts batches for the policy; the engine's record is packed where something reads it."""
+    config, objective = task.config, task.objective
+    read = (
+        config.objective.old == "engine"
+        or objective.rollout_k > 0
+        or objective.reads.at_rollout
+        or objective.reads_old.at_rollout
+    )
+    return Arranger(config, policy.model, config.policy.layout, config.rollout.top_k if read else 0)
+
+
+def open_checkpoints(session: Session, policy: Trainable, critic: Critic | None) -> Checkpoints:
     checkpoint = session.config.checkpoint
     return Checkpoints(
         session.folder.checkpoints,
-        {"policy": policy},
+        {"policy": policy} | ({} if critic is None else {"critic": critic.trained}),
         keep_last=checkpoint.keep_last,
         keep_best=checkpoint.keep_best,
         asynchronous=checkpoint.asynchronous,

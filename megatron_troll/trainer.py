@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_troll.mcore.head import Head, Records
+from megatron_troll.mcore.head import Beside, Head
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
-from megatron_troll.mcore.router import routers, share_counts, start_counting
-from megatron_troll.mcore.schedule import accumulate, infer
+from megatron_troll.mcore.router import routers
+from megatron_troll.mcore.schedule import accumulate, infer, survey
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Diagnostics, Statistics
 from megatron_troll.objectives.supervised import Supervised
@@ -20,6 +20,7 @@ from megatron_troll.observe.metrics import Reducer
 from megatron_troll.parallel.divergence import kl
 from megatron_troll.parallel.segments import segments
 from megatron_troll.parallel.vocab import gather_logits
+from megatron_troll.reference import Kept, Reference
 from megatron_troll.types import LossTerms, MicroBatch, ObjectiveInputs, Readings
 
 PROBED_POSITIONS = 16
@@ -54,12 +55,16 @@ class OldReadings:
 class PolicyTrainer:
     """`old: trainer` reads the policy at the start of the update by a forward of its own; `old: engine`
     takes the rollout engine's record. Old readings stay on the last stage's device until the batch is done:
-    12 bytes x (K + 1) per loss token, on every tensor-parallel rank."""
+    12 bytes x (K + 1) per loss token and record, on every tensor-parallel rank; those of a `reference` beside
+    them, with the hidden state of each token where its rows are read again. `aggregation`: how the weights of
+    the micro-batches average tokens."""
 
     trainable: Trainable
     objective: Objective | Supervised
     head: Head
     old: Literal["trainer", "engine"] = "trainer"
+    reference: Reference | None = None
+    aggregation: str | None = None
 
     def old_readings(self, batches: Sequence[MicroBatch]) -> OldReadings:
         """Readings of the policy before its update, one per micro-batch. Blocks on every rank."""
@@ -80,13 +85,14 @@ class PolicyTrainer:
         self, batches: Sequence[MicroBatch], prepared: Callable[[int, Readings], Readings]
     ) -> list[Readings]:
         if self.old == "engine":
-            records = [Readings(batch.rollout_logp, batch.rollout_topk, None) for batch in batches]
+            records = [engine_readings(batch) for batch in batches]
             return [prepared(i, record) for i, record in enumerate(records)] if self._last else []
         reads = replace(self.objective.reads_old, logp=True)
 
         def read(i: int, hidden: Tensor) -> Readings:
-            records = Records(None, batches[i].rollout_topk)
-            readings = self.head.read(hidden, batches[i].target, reads, records)
+            readings = self.head.read(
+                hidden, batches[i].target, reads, Beside(rollout=batches[i].rollout_topk)
+            )
             probe = self.head.probe(hidden, probed_rows(len(hidden)).to(hidden.device))
             return prepared(i, replace(readings, probe=probe))
 
@@ -111,15 +117,18 @@ class PolicyTrainer:
             reducer.add({"rollout_trainer_kl": gap.expm1() - gap, "rollout_trainer_gap": gap.abs()})
         return self._from_last_stage(reducer)
 
-    def accumulate(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> Gradients:
-        """Gradients of one optimizer step, in `main_grad`, from zero. Blocks on every rank."""
-        statistics = self._statistics(batches, old)
+    def accumulate(
+        self, batches: Sequence[MicroBatch], old: Sequence[Readings], kept: Sequence[Kept | None]
+    ) -> Gradients:
+        """Gradients of one optimizer step, in `main_grad`, from zero. `kept` of the reference, where there is
+        one: None for each micro-batch otherwise. Blocks on every rank."""
+        statistics = self._statistics(batches, old, kept)
         reducer = self._reducer({**self.objective.diagnostics, **PROBED, "entropy": ("mean",)})
         losses: list[Tensor] = []
         objectives: list[Tensor] = []
 
         def loss(i: int, hidden: Tensor) -> tuple[Tensor, None]:
-            inputs = self._inputs(batches[i], hidden, old[i])
+            inputs = self._inputs(batches[i], hidden, old[i], kept[i])
             terms = self.objective.loss(inputs, statistics)
             extra = {} if inputs.new.entropy is None else {"entropy": inputs.new.entropy}
             reducer.add({**terms.per_token, **extra, **self._probed(hidden, inputs, terms)})
@@ -155,7 +164,9 @@ class PolicyTrainer:
             probed["outside_mass"] = before - after
         return probed
 
-    def _statistics(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> Statistics | None:
+    def _statistics(
+        self, batches: Sequence[MicroBatch], old: Sequence[Readings], kept: Sequence[Kept | None]
+    ) -> Statistics | None:
         """A forward of the whole step without gradient, where the objective or the balancing loss needs
         numbers over all of it. Blocks."""
         model = self.trainable.model
@@ -166,21 +177,23 @@ class PolicyTrainer:
         def read(i: int, hidden: Tensor) -> Statistics | None:
             if not self.objective.needs_statistics:
                 return None
-            return self.objective.statistics(self._inputs(batches[i], hidden, old[i]))
+            return self.objective.statistics(self._inputs(batches[i], hidden, old[i], kept[i]))
 
-        start_counting(model.chunks)
-        parts = infer(model, batches, read)
-        share_counts(model.chunks, model.groups.tp, model.groups.dp_cp)
+        parts = survey(model, batches, read)
         if not self.objective.needs_statistics or not self._last:
             return None
         totals = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
         return {name: model.groups.dp_cp.all_reduce(total) for name, total in totals.items()}
 
-    def _inputs(self, batch: MicroBatch, hidden: Tensor, old: Readings) -> ObjectiveInputs:
+    def _inputs(self, batch: MicroBatch, hidden: Tensor, old: Readings, kept: Kept | None) -> ObjectiveInputs:
+        reads, frozen = self.objective.reads, None if kept is None else kept.frozen
+        new = self.head.read(hidden, batch.target, reads, Beside(old, batch.rollout_topk, frozen))
+        reference = None
+        if kept is not None:
+            assert self.reference is not None
+            reference = self.reference.beside(kept, new, reads)
         return ObjectiveInputs(
-            new=self.head.read(
-                hidden, batch.target, self.objective.reads, Records(old.topk, batch.rollout_topk)
-            ),
+            new=new,
             old=old,
             rollout_logp=batch.rollout_logp,
             rollout_topk=batch.rollout_topk,
@@ -194,6 +207,9 @@ class PolicyTrainer:
             rollout=torch.tensor(batch.rollouts, device=hidden.device),
             rollouts=batch.batch_size,
             uniform=batch.uniform,
+            reference=reference,
+            aggregation=self.aggregation,
+            response_advantage=batch.response_advantage,
         )
 
     @property
@@ -206,6 +222,12 @@ class PolicyTrainer:
     def _from_last_stage(self, reducer: Reducer) -> dict[str, float]:
         pp = self.trainable.model.groups.pp
         return pp.broadcast_object(reducer.result() if self._last else None, pp.size - 1)
+
+
+def engine_readings(batch: MicroBatch) -> Readings:
+    """The rollout engine's record in the place of the old policy's."""
+    topk = batch.rollout_topk
+    return Readings(batch.rollout_logp, topk, None, at_rollout=None if topk is None else topk.logits)
 
 
 def probed_rows(n: int) -> Tensor:

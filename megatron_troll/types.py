@@ -161,8 +161,8 @@ class Readings:
     """What the LM head gave for N positions; None where it was not read or never formed.
 
     logp [N]; topk; entropy [N] nats, with gradient only where `Reads.entropy` asked for it; probe;
-    at_rollout [N, W] detached full-softmax log-probs at the ids of `ObjectiveInputs.rollout_topk`, -inf on its
-    unused slots; reference_kl [N] nats; others: the records that `Reads.others` asked for, by support.
+    at_rollout [N, W] detached full-softmax log-probs at the ids of `ObjectiveInputs.rollout_topk`, -inf on
+    its unused slots; reference_kl [N] nats; others: the records that `Reads.others` asked for, by support.
     """
 
     logp: Tensor | None
@@ -262,6 +262,7 @@ class MicroBatch:
     position           [N] index inside its response, masked tokens not counted
     weight, advantage, rollout_logp   [N] float32
     rollout_topk       engine record of the same N tokens, or None
+    response_advantage [S] float32, of each response; None where a critic gives each token its own
     uniform            [N] float64 in [0, 1), drawn with the rollout
     rollouts           [S] index of each response in the rollout batch
     groups             [S] its prompt group
@@ -279,6 +280,7 @@ class MicroBatch:
     position: Tensor
     weight: Tensor
     advantage: Tensor
+    response_advantage: Tensor | None
     rollout_logp: Tensor
     rollout_topk: TopK | None
     uniform: Tensor

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from megatron_troll.arrange import capacity
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.plan import Schedule, plan
 from megatron_troll.batching.weights import step_weights
@@ -10,7 +11,6 @@ from megatron_troll.checks import Task, demonstrations, sft_of
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.evaluation import Evaluator, open_engine
 from megatron_troll.launch.interrupts import Interrupts
-from megatron_troll.learner import capacity
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
@@ -54,7 +54,7 @@ def supervised_step(session: Session, trainer: PolicyTrainer, chosen: list[Rollo
     began = time.perf_counter()
     batches = micro_batches(session, trainer.trainable, chosen)
     with session.phases("forward_backward"):
-        gradients = trainer.accumulate(batches, [NOTHING] * len(batches))
+        gradients = trainer.accumulate(batches, [NOTHING] * len(batches), [None] * len(batches))
     with session.phases("optimizer"):
         if not trainer.healthy(gradients):
             raise unhealthy(session, chosen, trainer.agree_on(gradients.broken), step)
@@ -91,7 +91,7 @@ def micro_batches(session: Session, policy: Trainable, chosen: list[Rollout]) ->
         [len(r.response_ids) for r in chosen],
         list(range(len(chosen))),
         Schedule(updates=1, epochs=1, seed=0),
-        capacity(config, groups, form.align),
+        capacity(config, config.policy.layout, groups, form.align),
     ).steps[0]
     weights = step_weights(chosen, arranged.responses, "token-mean", None)
     nothing = [0.0] * len(chosen)

@@ -30,8 +30,12 @@ class Advantage(Node):
 
     @abstractmethod
     def __call__(self, rewards: Tensor, group: Tensor, values: Values | None = None) -> Tensor:
-        """rewards [B] float, group [B] int64: which prompt each response answers. Returns [B], detached,
-        in the dtype of rewards."""
+        """rewards [B] float, group [B] int64: which prompt each response answers. Returns [B] (with values
+        [L]), detached, in the dtype of rewards."""
+
+    def targets(self, rewards: Tensor, values: Values) -> Tensor:
+        """[L] what the critic should have expected from each token on."""
+        raise NotImplementedError(f"{type(self).__name__} needs no critic")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ class Gae(Advantage):
         advantages, _ = gae(values.value, rewards, values.length, self.gamma, self.lam)
         return (whitened(advantages) if self.whiten else advantages).to(rewards.dtype)
 
+    def targets(self, rewards: Tensor, values: Values) -> Tensor:
+        """[L] float64, advantage plus value, not whitened."""
+        return gae(values.value, rewards, values.length, self.gamma, self.lam)[1]
+
 
 def gae(
     values: Tensor, rewards_at_end: Tensor, lengths: Tensor, gamma: float, lam: float

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from megatron_troll.batching.context import zigzag
 from megatron_troll.batching.engine_topk import engine_topk
-from megatron_troll.types import NO_ID, MicroBatch, Rollout
+from megatron_troll.types import NO_ID, MicroBatch, Rollout, TopK
+
+# Of each rollout: one number, or one per response token [T].
+Advantages = Sequence[float] | Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,12 @@ class _Row(NamedTuple):
 
 def build(
     rollouts: Sequence[Rollout],
-    advantages: Sequence[float],
+    advantages: Advantages,
     weights: Sequence[float],
     chosen: Sequence[int],
     form: Form,
 ) -> MicroBatch:
-    """The micro-batch of rollouts `chosen`, on the host. `advantages` and `weights`: one number per rollout.
+    """The micro-batch of rollouts `chosen`, on the host. `weights`: one number per rollout.
 
     The model reads prompt + response without its last token; the N positions are those that predict a
     response token whose mask is 1 and that lie on this context-parallel rank. Packed, the last sequence takes
@@ -82,7 +85,6 @@ def build(
     index = (whole.step != NO_ID).nonzero()[:, 0]
     steps = [row.step[row.step != NO_ID] for row in rows[: len(picked)]]
     sequence = torch.arange(len(picked)).repeat_interleave(torch.tensor([len(s) for s in steps]).long())
-    has_topk = form.topk > 0 and all(rollout.topk is not None for rollout in picked)
     shape = (1 if form.packed else len(rows), -1)
     return MicroBatch(
         tokens=whole.tokens.view(shape),
@@ -95,14 +97,35 @@ def build(
         sequence=sequence,
         position=_read(picked, steps, lambda r: np.cumsum(r.mask > 0) - 1, torch.int64),
         weight=torch.tensor([weights[i] for i in chosen], dtype=torch.float32)[sequence],
-        advantage=torch.tensor([advantages[i] for i in chosen], dtype=torch.float32)[sequence],
+        advantage=_advantage(advantages, picked, chosen, steps),
+        response_advantage=_response_advantage(advantages, chosen),
         rollout_logp=_read(picked, steps, lambda r: r.logp, torch.float32),
-        rollout_topk=engine_topk(picked, steps, form.topk, form.vocab) if has_topk else None,
+        rollout_topk=_topk(picked, steps, form),
         uniform=_read(picked, steps, lambda r: r.uniform, torch.float64),
         rollouts=tuple(chosen),
         groups=tuple(rollout.group for rollout in picked),
         batch_size=len(rollouts),
     )
+
+
+def _topk(picked: Sequence[Rollout], steps: Sequence[Tensor], form: Form) -> TopK | None:
+    if form.topk == 0 or any(rollout.topk is None for rollout in picked):
+        return None
+    return engine_topk(picked, steps, form.topk, form.vocab)
+
+
+def _advantage(
+    advantages: Advantages, picked: Sequence[Rollout], chosen: Sequence[int], steps: Sequence[Tensor]
+) -> Tensor:
+    rows = [np.broadcast_to(advantages[i], rollout.response_ids.shape) for i, rollout in zip(chosen, picked)]
+    parts = [torch.from_numpy(row[step.numpy()]).float() for row, step in zip(rows, steps)]
+    return torch.cat([torch.empty(0), *parts])
+
+
+def _response_advantage(advantages: Advantages, chosen: Sequence[int]) -> Tensor | None:
+    if any(np.ndim(advantages[i]) for i in chosen):
+        return None
+    return torch.tensor([float(advantages[i]) for i in chosen], dtype=torch.float32)
 
 
 def _check(rollout: Rollout) -> None:

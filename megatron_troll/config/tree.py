@@ -6,7 +6,7 @@ fields of their own slot beside their maths (objectives/), rewards beside theirs
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -92,6 +92,34 @@ class Model(Node):
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="activations to recompute in the backward pass instead of keeping them"
     )
+
+
+class Reference(Node):
+    """A frozen model that the policy is kept near; everything else about it is the policy's: shape of the
+    vocabulary, dtype, layout."""
+
+    path: str = Field(description="Hugging Face folder with safetensors")
+
+
+class CriticOptimizer(Optimizer):
+    """AdamW with the critic's own rates."""
+
+    lr: PositiveFloat = Field(default=1e-5, description="learning rate after the warm-up")
+    weight_decay: NonNegative = Field(default=0.01, description="decoupled weight decay")
+
+
+class Critic(Model):
+    """The model that PPO's advantages come from: the body of a language model under a value head of zeros."""
+
+    optimizer: CriticOptimizer = CriticOptimizer()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class Models(Node):
+    """The models of a run, each with its own weights; only the policy must be there."""
+
+    policy: Model
+    reference: Reference | None = Field(default=None, description="for objective.kl")
+    critic: Critic | None = Field(default=None, description="for objective.advantage gae")
 
 
 class Data(Node):
@@ -184,6 +212,10 @@ class ObjectiveConfig(Node):
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         default="token-mean", description="weights of tokens, normalised over the whole optimizer step"
     )
+    entropy_bonus: NonNegative = Field(default=0.0, description="weight of the entropy in the objective")
+    entropy_over: Literal["full", "sparse"] = Field(
+        default="full", description="whose entropy: the whole vocabulary's, or that of troll's sparse policy"
+    )
     sum_norm_length: Positive | None = Field(
         default=None, description="L_max of seq-mean-token-sum-norm; default: rollout.sampling.max_tokens"
     )
@@ -268,13 +300,13 @@ class Launch(Node):
 
 
 class Config(Node):
-    """A run. `models` is a map, so that a reference, a critic and a rollout model can join the policy."""
+    """A run."""
 
     name: str = Field(description="the run folder is runs/<name>")
     runs: str = Field(default="runs", description="where run folders lie")
     seed: Natural = Field(default=0, description="of prompt order, sampling and random weights")
     resume: bool = Field(default=False, description="continue from the newest checkpoint of the run folder")
-    models: dict[str, Model]
+    models: Models
     data: Data
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig(name="exact")
@@ -286,13 +318,6 @@ class Config(Node):
     observe: Observe = Observe()
     launch: Launch = Launch()
 
-    @field_validator("models")
-    @classmethod
-    def _policy_is_named(cls, models: dict[str, Model]) -> dict[str, Model]:
-        if "policy" not in models:
-            raise ValueError(f"the model to train must be named 'policy'; got {sorted(models)}")
-        return models
-
     @property
     def policy(self) -> Model:
-        return self.models["policy"]
+        return self.models.policy

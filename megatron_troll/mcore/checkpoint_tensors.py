@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from torch import Tensor, nn
 
 from megatron_troll.mcore.optimizer import Trainable
+from megatron_troll.mcore.parallel import inside
 
 MASTER, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 
@@ -35,14 +36,15 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     For saving, gathers the distributed optimizer's shards on the first data-parallel rank, which then holds
     3 fp32 copies of its model shard on the host, and blocks; for loading, every rank allocates the same.
     """
-    chunks = _chunks(trained)
     for part in _parts(trained.optimizer):
         _allocate(part)
-    # The optimizer's names derive from the weights': the prefix is added once, at the end.
-    optimizer = {
-        str(i): _sharded_part(part, trained, chunks, loading)
-        for i, part in enumerate(_parts(trained.optimizer))
-    }
+    with inside(trained.model.groups):
+        chunks = _chunks(trained)
+        # The optimizer's names derive from the weights': the prefix is added once, at the end.
+        optimizer = {
+            str(i): _sharded_part(part, trained, chunks, loading)
+            for i, part in enumerate(_parts(trained.optimizer))
+        }
     state = {**chunks, "optimizer": optimizer}
     add_prefix_for_sharding(state, f"{name}.")
     return state
@@ -50,7 +52,8 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
 
 def weights(name: str, trained: Trainable) -> State:
     """The weights alone of `sharded`."""
-    chunks = _chunks(trained)
+    with inside(trained.model.groups):
+        chunks = _chunks(trained)
     add_prefix_for_sharding(chunks, f"{name}.")
     return chunks
 

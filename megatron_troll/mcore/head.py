@@ -1,6 +1,6 @@
 """The LM head: from final hidden states to what an objective reads, under vocabulary parallelism."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +10,6 @@ from troll_kernels import sparsify
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.parallel import vocab
 from megatron_troll.types import Probe, Readings, Reads, Support, TopK
-
-
-@dataclass(frozen=True)
-class Records:
-    """Whose ids the head is read at: the old policy's record for `support: old`, the rollout engine's."""
-
-    old: TopK | None = None
-    rollout: TopK | None = None
-
-
-NO_RECORDS = Records()
 
 
 @dataclass(frozen=True)
@@ -36,21 +25,40 @@ class Head:
         # Megatron's bf16 wrapper gives the last stage's output in fp32.
         return F.linear(hidden.to(weight.dtype), weight).float() / self.temperature
 
-    def read(self, hidden: Tensor, target: Tensor, reads: Reads, records: Records = NO_RECORDS) -> Readings:
+    def read(self, hidden: Tensor, target: Tensor, reads: Reads, beside: "Beside | None" = None) -> Readings:
         """Everything `reads` names, for N hidden states [N, h] and sampled tokens [N]; every
         tensor-parallel rank returns the same. Holds N x V / tp logits in fp32; with gradient, until the
         backward. Each rank sends N x K candidates."""
-        tp, size = self.model.groups.tp, self.model.shape.vocab
+        tp, size, beside = self.model.groups.tp, self.model.shape.vocab, beside or Beside()
         logits = self.logits(hidden)
         lse = vocab.logsumexp(logits if reads.full else logits.detach(), tp, size)
-        topk = None if reads.topk is None else self._support(logits, target, lse, reads.topk, records.old)
+        records = {kept: self._record(logits, target, lse, kept, beside.old) for kept in reads.supports}
         entropy = vocab.entropy(logits if reads.entropy else logits.detach(), lse.detach(), tp, size)
         return Readings(
             logp=vocab.log_prob(logits, target, tp, size) if reads.logp else None,
-            topk=topk,
+            topk=None if reads.topk is None else records[reads.topk],
             entropy=entropy,
-            at_rollout=self._at(logits.detach(), lse.detach(), records.rollout) if reads.at_rollout else None,
+            at_rollout=self._at(logits.detach(), lse.detach(), beside.rollout) if reads.at_rollout else None,
+            reference_kl=self._kl(logits, lse, beside.frozen) if reads.reference_kl else None,
+            others={kept: records[kept] for kept in reads.others},
         )
+
+    @torch.no_grad()
+    def probe(self, hidden: Tensor, rows: Tensor) -> Probe:
+        """Full log-probabilities of hidden[rows]. Holds M x V / tp."""
+        return Probe(rows, self.log_probs(hidden[rows]))
+
+    @torch.no_grad()
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """This rank's shard [N, V_padded / tp] of the full rows, -inf on padding."""
+        return vocab.log_softmax(self.logits(hidden), self.model.groups.tp, self.model.shape.vocab)
+
+    @torch.no_grad()
+    def at(self, hidden: Tensor, lse: Tensor, record: TopK) -> TopK:
+        """This head's logits at the ids of another policy's `record`, for the same N positions; `lse` [N] is
+        this head's own. Holds N x V / tp."""
+        logits = vocab.gather_logits(self.logits(hidden), record.ids, self.model.groups.tp)
+        return replace(record, logits=logits, lse=lse)
 
     def _at(self, logits: Tensor, lse: Tensor, record: TopK | None) -> Tensor:
         """Log-probabilities [N, W] at the ids of `record`, -inf on its unused slots."""
@@ -58,19 +66,21 @@ class Head:
             raise ValueError("the objective reads the rollout engine's top-K, and the rollouts have none")
         return vocab.gather_logits(logits, record.ids, self.model.groups.tp) - lse[:, None]
 
-    @torch.no_grad()
-    def probe(self, hidden: Tensor, rows: Tensor) -> Probe:
-        """Full log-probabilities of hidden[rows]. Holds M x V / tp."""
-        tp, size = self.model.groups.tp, self.model.shape.vocab
-        return Probe(rows, vocab.log_softmax(self.logits(hidden[rows]), tp, size))
+    def _kl(self, logits: Tensor, lse: Tensor, frozen: "Frozen | None") -> Tensor:
+        if frozen is None:
+            raise ValueError(
+                "the objective reads a reference model, and none was given: set models.reference"
+            )
+        reference = frozen.head.log_probs(frozen.hidden)
+        return vocab.kl(logits, lse, reference, self.model.groups.tp, self.model.shape.vocab)
 
-    def _support(
-        self, logits: Tensor, target: Tensor, lse: Tensor, support: Support, old: TopK | None
+    def _record(
+        self, logits: Tensor, target: Tensor, lse: Tensor, support: Support, old: Readings | None
     ) -> TopK:
         tp, size = self.model.groups.tp, self.model.shape.vocab
         if support.kind == "old":
-            assert old is not None
-            ids, count, place = old.ids, old.count, old.place
+            kept = record_of(old, support)
+            ids, count, place = kept.ids, kept.count, kept.place
         else:
             with torch.no_grad():
                 target_logit = vocab.gather_logits(logits, target[:, None], tp)[:, 0]
@@ -79,3 +89,32 @@ class Head:
                     values, candidates, lse.detach(), target, target_logit, support.delta
                 )
         return TopK(ids, vocab.gather_logits(logits, ids, tp), count, place, lse, size)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What is kept of a frozen model's forward over N positions: its final hidden states [N, h] and the
+    logsumexp [N] of its head."""
+
+    head: Head
+    hidden: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What was read of the same N positions before: of the old policy, by the rollout engine, of a frozen
+    reference model."""
+
+    old: Readings | None = None
+    rollout: TopK | None = None
+    frozen: Frozen | None = None
+
+
+def record_of(old: Readings | None, support: Support) -> TopK:
+    """The old policy's record whose ids `support: old` names: the one cut for just this support, or its only
+    one."""
+    kept = None if old is None else old.others.get(replace(support, kind="own"), old.topk)
+    if kept is None:
+        raise ValueError("support: old reads the old policy's top-K record, and none was given")
+    return kept

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_troll.config.tree import Model
 from megatron_troll.mcore.layout import check_layout, uses_te
 from megatron_troll.mcore.packing import packed_sequences
-from megatron_troll.mcore.parallel import device
+from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.router import routers
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.mcore.transformer_config import transformer_config
@@ -31,7 +31,13 @@ from megatron_troll.types import MicroBatch
 
 class HiddenStateModel(GPTModel):
     """GPTModel whose last stage returns the normed hidden states [s, b, h] (sharded over s under sequence
-    parallelism); the LM head (head.py) reads its `output_weight`."""
+    parallelism); the LM head (head.py) reads its `output_weight`.
+
+    splits_head  whether each tensor-parallel rank reads the hidden states with its own part of the head, so
+                 that their gradients add up
+    """
+
+    splits_head = True
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
@@ -74,27 +80,40 @@ def bare(chunk: nn.Module) -> HiddenStateModel:
     return chunk
 
 
-def build(model: Model, shape: ModelShape, groups: Groups, *, trained: bool = True) -> MegatronModel:
+def build(
+    model: Model,
+    shape: ModelShape,
+    groups: Groups,
+    *,
+    trained: bool = True,
+    kind: type[HiddenStateModel] = HiddenStateModel,
+) -> MegatronModel:
     """The chunks of this rank, with uninitialised weights (weights/ fills them).
 
     Raises ValueError for a layout the model cannot be cut into.
     """
     check_layout(shape, model.layout)
     config = transformer_config(model, shape)
-    chunks: list[nn.Module] = [
-        _chunk(model, shape, config, groups, vp_stage) for vp_stage in range(model.layout.vpp or 1)
-    ]
-    for router in routers(chunks):
-        router.coefficient = model.aux_loss
-    if config.bf16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
-    if trained:
-        chunks = [_data_parallel(config, chunk, model.optimizer.distributed) for chunk in chunks]
+    with inside(groups):
+        chunks: list[nn.Module] = [
+            _chunk(kind, model, shape, config, groups, vp_stage) for vp_stage in range(model.layout.vpp or 1)
+        ]
+        for router in routers(chunks):
+            router.coefficient = model.aux_loss
+        if config.bf16:
+            chunks = [Float16Module(config, chunk) for chunk in chunks]
+        if trained:
+            chunks = [_data_parallel(config, chunk, model.optimizer.distributed) for chunk in chunks]
     return MegatronModel(shape, config, groups, chunks)
 
 
 def _chunk(
-    model: Model, shape: ModelShape, config: TransformerConfig, groups: Groups, vp_stage: int
+    kind: type[HiddenStateModel],
+    model: Model,
+    shape: ModelShape,
+    config: TransformerConfig,
+    groups: Groups,
+    vp_stage: int,
 ) -> HiddenStateModel:
     stage = vp_stage if model.layout.vpp else None
     layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank)
@@ -104,7 +123,7 @@ def _chunk(
         from megatron_troll.mcore.local_spec import block_spec
     first = groups.is_first_stage and vp_stage == 0
     last = groups.is_last_stage and vp_stage == (model.layout.vpp or 1) - 1
-    chunk = HiddenStateModel(
+    chunk = kind(
         config,
         block_spec(shape.experts, layers),  # pyright: ignore[reportArgumentType]
         vocab_size=shape.padded_vocab(model.layout.tp),
@@ -164,11 +183,13 @@ def select_hidden(model: MegatronModel, hidden: Tensor, index: Tensor) -> Tensor
     """Hidden states [N, h] of the flattened [b * s] positions `index`, from the last stage's [s, b, h].
 
     Under sequence parallelism gathers s over the tensor-parallel ranks; the backward sums the gradients of
-    their vocabulary shards and scatters them.
+    their parts of the head, where it is split, and scatters them.
     """
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=True, group=model.groups.tp.handle
+            hidden,
+            tensor_parallel_output_grad=model.stages[-1].splits_head,
+            group=model.groups.tp.handle,
         )
     return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[index]
 

@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_troll.config.tree import Optimizer
 from megatron_troll.mcore.model import MegatronModel
-from megatron_troll.mcore.parallel import device
+from megatron_troll.mcore.parallel import device, inside
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Trainable:
         """One update from the accumulated gradients; returns the global gradient norm before clipping.
         Blocks on every rank. The schedule moves first: step 1 of w warm-up steps has 1/w of the rate."""
         self.schedule.step(1)
-        succeeded, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
+        with inside(self.model.groups):
+            succeeded, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
         assert succeeded
         self.optimizer.zero_grad()
         return float(grad_norm)
@@ -52,23 +53,21 @@ class Trainable:
 
 def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trainable:
     """Optimizer and schedule over `total_steps` optimizer steps for a model built with `trained`."""
-    half = model.config.bf16
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.lr * config.schedule.min_lr_ratio,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.betas[0],
-            adam_beta2=config.betas[1],
-            adam_eps=config.eps,
-            clip_grad=config.grad_norm,
-            bf16=half,
-            params_dtype=model.config.params_dtype,
-            use_distributed_optimizer=config.distributed,
-        ),
-        model.chunks,  # pyright: ignore[reportArgumentType]
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.lr * config.schedule.min_lr_ratio,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        clip_grad=config.grad_norm,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=config.distributed,
     )
+    with inside(model.groups):
+        optimizer = get_megatron_optimizer(settings, model.chunks)  # pyright: ignore[reportArgumentType]
     model.config.grad_scale_func = optimizer.scale_loss
     return Trainable(model, optimizer, _schedule(optimizer, config, total_steps))
 

@@ -3,6 +3,8 @@
 import datetime
 import os
 import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,8 +39,47 @@ def start(layout: Layout, seed: int, timeout_s: float = 600.0) -> Groups:
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
         )
-    check_world(layout, dist.get_world_size())
+    groups = _form(layout)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    # The inference tracker never forks a CUDA generator; no module of ours draws inside the model.
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+    return groups
+
+
+def also(layout: Layout) -> Groups:
+    """The groups of a second layout of the same world; the first one stays the current one. Blocks until
+    every rank has called it. Raises ValueError when the world does not divide by the layout."""
+    current = _state()
+    try:
+        return _form(layout)
+    finally:
+        _become(current)
+
+
+@contextmanager
+def inside(groups: Groups) -> Iterator[None]:
+    """Megatron's functions work on the layout of `groups` until the block ends."""
+    current = _state()
+    _become(groups.state)
+    try:
+        yield
+    finally:
+        _become(current)
+
+
+def stop() -> None:
+    """Leave the world. Without it gloo complains at exit."""
     parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _form(layout: Layout) -> Groups:
+    check_world(layout, dist.get_world_size())
+    # Not destroy_model_parallel: it would end groups that another layout still uses.
+    _become(dict.fromkeys(_state()))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -47,19 +88,17 @@ def start(layout: Layout, seed: int, timeout_s: float = 600.0) -> Groups:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
     )
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    # The inference tracker never forks a CUDA generator; no module of ours draws inside the model.
-    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
     return _groups()
 
 
-def stop() -> None:
-    """Leave the world. Without it gloo complains at exit."""
-    parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _state() -> dict[str, Any]:
+    """Megatron keeps its layout in module globals; these are all of them."""
+    return {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name.isupper()}
+
+
+def _become(state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        setattr(parallel_state, name, value)
 
 
 def _groups() -> Groups:
@@ -74,6 +113,7 @@ def _groups() -> Groups:
         ep=_group(state.get_expert_model_parallel_group()),
         etp=_group(state.get_expert_tensor_parallel_group()),
         model=_group(state.get_model_parallel_group()),
+        state=_state(),
     )
 
 

@@ -10,6 +10,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_troll.mcore.model import MegatronModel, forward, select_hidden
+from megatron_troll.mcore.parallel import inside
+from megatron_troll.mcore.router import share_counts, start_counting
 from megatron_troll.types import MicroBatch
 
 Read = Callable[[int, Tensor], Any]
@@ -37,18 +39,28 @@ def accumulate(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss) 
     return _run(model, batches, loss, forward_only=False)
 
 
+def survey(model: MegatronModel, batches: Sequence[MicroBatch], read: Read) -> list[Any]:
+    """`infer` over the micro-batches of one optimizer step that also counts the loads of its experts, which
+    the balancing loss needs before the first backward. Blocks on every rank."""
+    start_counting(model.chunks)
+    results = infer(model, batches, read)
+    share_counts(model.chunks, model.groups.tp, model.groups.dp_cp)
+    return results
+
+
 def _run(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss, forward_only: bool) -> list[Any]:
     model.config.finalize_model_grads_func = _finalize
     iterators: list[Any] = [iter(enumerate(batches)) for _ in model.chunks]
-    return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, model, loss),
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
-        num_microbatches=len(batches),
-        seq_length=max(batch.tokens.numel() for batch in batches),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    with inside(model.groups):
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, model, loss),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=max(batch.tokens.numel() for batch in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def _forward_step(

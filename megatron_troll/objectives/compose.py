@@ -4,15 +4,18 @@ Methods named by import path answer for themselves: no rule of the table is appl
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_troll.advantages import Advantage
 from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.methods import build_method
 from megatron_troll.config.tree import Node, ObjectiveConfig, Slot
+from megatron_troll.objectives.entropy import FullEntropy, SparseEntropy
 from megatron_troll.objectives.masking import Masking
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Correction, Kl, Ratio, TrustRegion
 from megatron_troll.objectives.trust_region.troll import Budget, Troll
+from megatron_troll.types import Reads
 
 OBJECTIVES = "megatron_troll.objectives"
 SLOTS: dict[str, tuple[str, type[Node]]] = {
@@ -36,10 +39,24 @@ JACKPOT_WITH = frozenset({"none", "clip", "troll"})
 def compose(config: ObjectiveConfig) -> Objective:
     """The objective of a configuration. Raises ConfigError for an unknown method or field, and for a
     combination that has no meaning, with the reason."""
-    objective = Objective(**_methods(config))
+    objective = _with_entropy(Objective(**_methods(config)), config)
     if problems := list(_problems(config, objective)):
         raise ConfigError("\n".join(f"objective: {problem}" for problem in problems))
     return objective
+
+
+def _with_entropy(objective: Objective, config: ObjectiveConfig) -> Objective:
+    coef, region = config.entropy_bonus, objective.trust_region
+    if not coef:
+        return objective
+    if config.entropy_over == "full":
+        return replace(objective, entropy=FullEntropy(coef=coef))
+    if not isinstance(region, Troll):
+        raise ConfigError(
+            "objective.entropy_over=sparse is the entropy of the sparse policy that trust_region troll makes "
+            f"and trust_region is {config.trust_region.name!r}; use entropy_over=full"
+        )
+    return replace(objective, entropy=SparseEntropy(coef=coef, region=region))
 
 
 def resolve(config: ObjectiveConfig) -> ObjectiveConfig:
@@ -65,17 +82,20 @@ def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
 def refuse_sparse_head(objective: Objective) -> None:
     """Raises ConfigError where a method needs the gradient of the full softmax: a sparse LM head has that of
     the kept tokens alone (ALGORITHMS 1.7)."""
-    slots = ("ratio", "trust_region", "kl", "correction")
     dense = [
-        slot
-        for slot, method in zip(slots, objective.methods, strict=True)
-        if method.reads.logp or method.reads.full or method.reads.entropy or method.reads.reference_kl
+        name
+        for name in ("ratio", "trust_region", "kl", "correction", "entropy")
+        if (method := getattr(objective, name)) is not None and _reads_full(method.reads)
     ]
     if dense:
         raise ConfigError(
             f"objective: {', '.join(dense)} differentiate the full softmax, which a sparse "
             "LM head does not form; it goes with trust_region troll and kl none or tike_sparse"
         )
+
+
+def _reads_full(reads: Reads) -> bool:
+    return reads.logp or reads.full or reads.entropy or reads.reference_kl
 
 
 def _problems(config: ObjectiveConfig, objective: Objective) -> Iterator[str]:

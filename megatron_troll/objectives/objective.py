@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_troll.advantages import Advantage
 from megatron_troll.objectives.slots import (
+    Bonus,
     Correction,
     Diagnostics,
     Kl,
@@ -34,10 +35,12 @@ class Objective:
     trust_region: TrustRegion
     kl: Kl
     correction: Correction
+    entropy: Bonus | None = None
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        return self.ratio, self.trust_region, self.kl, self.correction
+        slots = (self.ratio, self.trust_region, self.kl, self.correction)
+        return slots if self.entropy is None else (*slots, self.entropy)
 
     @property
     def reads(self) -> Reads:
@@ -50,6 +53,10 @@ class Objective:
     @property
     def reads_reference(self) -> Reads:
         return merge_reads(tuple(method.reads_reference for method in self.methods))
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.reads_reference != Reads()
 
     @property
     def rollout_k(self) -> int:
@@ -106,6 +113,8 @@ class Objective:
         correction = self.correction.weight(self._seen_by(self.correction, inputs), policy, statistics)
         kl = self.kl.penalty(self._seen_by(self.kl, inputs), policy, statistics)
         objective = correction.value * score.value - policy.penalty - kl.value
+        if self.entropy is not None:
+            objective = objective + self.entropy.value(self._seen_by(self.entropy, inputs))
         per_token = {"objective": objective.detach(), "approx_kl": approximate_kl(policy)}
         for term in (policy, score, correction, kl):
             per_token |= term.per_token

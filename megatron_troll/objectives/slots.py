@@ -159,6 +159,12 @@ class Correction(Method):
         """[N], detached; multiplies the score and nothing else."""
 
 
+class Bonus(Method):
+    @abstractmethod
+    def value(self, inputs: ObjectiveInputs) -> Tensor:
+        """[N], its coefficient included; added to the objective."""
+
+
 def logp_of(readings: Readings, side: str) -> Tensor:
     if readings.logp is None:
         raise ValueError(

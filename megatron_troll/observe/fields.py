@@ -174,6 +174,8 @@ PHASES = (
     Field("generation", "s", "sampling the rollout batch"),
     Field("reward", "s", "verifying the answers"),
     Field("old_policy", "s", "no-gradient forward that records the old policy (objective.old=trainer)"),
+    Field("reference", "s", "forward of the frozen reference model"),
+    Field("critic", "s", "the critic's values and its updates"),
     Field("forward_backward", "s", "forward and backward of every update"),
     Field("optimizer", "s", "gradient reduction, clipping and the optimizer's steps"),
     Field("evaluation", "s", "sampling and verifying held-out prompts"),

@@ -1,6 +1,7 @@
 """Process groups as values: whoever communicates is handed the group it may use."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -69,6 +70,7 @@ class Groups:
     dp     ranks that hold the same shards and see different data (context-parallel ranks not included)
     dp_cp  dp x cp: everyone whose gradients are summed
     model  tp x pp: the ranks that together hold one replica
+    state  what Megatron's functions must find while they work on this layout (mcore/parallel.py)
     """
 
     world: Group = ALONE
@@ -80,6 +82,7 @@ class Groups:
     ep: Group = ALONE
     etp: Group = ALONE
     model: Group = ALONE
+    state: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_first_stage(self) -> bool:

@@ -116,6 +116,18 @@ def entropy(logits_local: Tensor, lse: Tensor, group: Group, vocab: int) -> Tens
     return _apply(_Entropy, logits_local, lse.detach(), group, vocab)
 
 
+def kl(logits_local: Tensor, lse: Tensor, reference_local: Tensor, group: Group, vocab: int) -> Tensor:
+    """KL(p || reference) [N] in nats, float32 or better, with p = exp(logits - lse). Differentiable in the
+    logits.
+
+    `lse` [N] must be the logsumexp of the same logits and is read as a number; `reference_local` [N, V/tp]
+    are log-probabilities, and where one is -inf so must be p. Gradient: dKL/dlogit_v = p_v (log p_v -
+    reference_v - KL). Forward holds three [N, V/tp] temporaries and all-reduces N floats; saved for backward:
+    logits, reference and 2 N floats. Backward holds three [N, V/tp].
+    """
+    return _apply(_Kl, logits_local, lse.detach(), reference_local, group, vocab)
+
+
 def first_nonfinite(logits_local: Tensor, group: Group, vocab: int) -> int | None:
     """The first row that holds NaN or +inf on any rank, None where there is none. -inf is allowed: it forbids
     a token. All-reduces one integer and waits for the device."""
@@ -204,6 +216,33 @@ class _Entropy(Function):
         p = _probabilities(logits_local, lse, ctx.real_width)
         grad = (torch.special.entr(p) - p * entropy[:, None]) * upstream[:, None]
         return grad.to(logits_local.dtype), None, None, None
+
+
+class _Kl(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_local: Tensor, lse: Tensor, reference_local: Tensor, group: Group, vocab: int
+    ) -> Tensor:
+        ctx.real_width = _real_columns(logits_local, group, vocab).shape[1]
+        p = _probabilities(logits_local, lse, ctx.real_width)
+        total = group.all_reduce((p * _log_ratio(logits_local, lse, reference_local, p)).sum(1))
+        ctx.save_for_backward(logits_local, lse, reference_local, total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
+        logits_local, lse, reference_local, total = ctx.saved_tensors
+        p = _probabilities(logits_local, lse, ctx.real_width)
+        grad = p * (_log_ratio(logits_local, lse, reference_local, p) - total[:, None]) * upstream[:, None]
+        return grad.to(logits_local.dtype), None, None, None, None
+
+
+def _log_ratio(logits_local: Tensor, lse: Tensor, reference_local: Tensor, p: Tensor) -> Tensor:
+    """log p - reference [N, V/tp], 0 where p is 0."""
+    return torch.where(p > 0, _wide(logits_local) - lse[:, None] - reference_local, 0.0)
 
 
 def _apply(function: type[Function], *args: Any) -> Tensor:

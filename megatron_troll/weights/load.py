@@ -7,17 +7,18 @@ from megatron_troll.weights.check import check
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.placement import Held, held_parameters, shard_group
 from megatron_troll.weights.source import Source, Unstacked
+from megatron_troll.weights.table import Table
 
 
 @torch.no_grad()
-def load(model: MegatronModel, source: Source) -> None:
+def load(model: MegatronModel, source: Source, table: Table | None = None) -> None:
     """Copy `source` into this rank's parameters, in their dtype. Reads only the layers and experts that
     this rank holds, one Megatron parameter at a time; no communication. An optimizer that keeps fp32 copies
-    of the parameters has to be built, or told to reload, afterwards.
+    of the parameters has to be built afterwards. `table`: default, that of the model's family.
 
     Raises ValueError listing every missing, unused and wrongly shaped tensor, before anything is copied.
     """
-    table = table_of(model.shape)
+    table = table or table_of(model.shape)
     source = Unstacked(source, table)
     check(source, table, tied=model.shape.tied)
     for held in held_parameters(model, table):

@@ -123,7 +123,7 @@ def accumulate(
     learner = trainer(policy, case)
     mismatch = learner.mismatch(batches, old)
     with Collectives(policy.model.groups) as collectives:
-        result = learner.accumulate(batches, old)
+        result = learner.accumulate(batches, old, [None] * len(batches))
     assert result.broken == ()
     unequal = unequal_replicas(policy.model)
     assert not unequal, unequal

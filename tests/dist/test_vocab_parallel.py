@@ -109,12 +109,27 @@ def context_parallel_gradient(values: Tensor, sequence: Tensor, place: Tensor) -
     group = world()
     mine = place == group.rank
     local = values[mine].requires_grad_()
-    by_response = segments(sequence[mine], 3, group)
+    by_response = segments(sequence[mine], places(sequence)[mine], 3, group)
     totals = by_response.sum(local)
     loss = (by_response.expand(totals.exp()) * local).sum()
     loss.backward()
     assert local.grad is not None
     return totals.detach(), local.grad
+
+
+def context_parallel_whole(values: Tensor, sequence: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every token in order as this rank sees it, whose it is, and this rank's own of those again."""
+    group = world()
+    mine = place == group.rank
+    by_response = segments(sequence[mine], places(sequence)[mine], 3, group)
+    whole = by_response.whole(values[mine])
+    return whole, by_response.owner, by_response.mine(whole)
+
+
+def places(sequence: Tensor) -> Tensor:
+    """The index of each token inside its response."""
+    same = sequence[:, None] == sequence
+    return same.tril(-1).sum(1)
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -177,3 +192,17 @@ def test_totals_of_responses_cross_context_parallel_ranks(ranks: RankPool) -> No
     for rank, (rank_totals, grad) in enumerate(ranks.run(context_parallel_gradient, values, sequence, place)):
         assert_close(rank_totals, totals.detach())
         assert_close(grad, whole.grad[place == rank])
+
+
+def test_whole_responses_are_seen_in_order_on_every_context_parallel_rank(ranks: RankPool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    sequence = torch.randint(0, 3, (30,), generator=generator).sort().values
+    values = torch.arange(30.0)
+    place = torch.randint(0, ranks.world_size, (30,), generator=generator)
+    if ranks.world_size == 4:
+        place[place == 3] = 0  # one rank has no token
+    results = ranks.run(context_parallel_whole, values, sequence, place)
+    for rank, (whole, owner, mine) in enumerate(results):
+        assert torch.equal(whole, values)
+        assert torch.equal(owner, sequence)
+        assert torch.equal(mine, values[place == rank])

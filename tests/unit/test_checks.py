@@ -100,7 +100,7 @@ def test_it_is_refused(config: Path, override: str, said: str) -> None:
 
 
 def test_the_engines_record_must_hold_what_the_trust_region_reads(config: Path) -> None:
-    assert "rollout.top_k >= the trust region's k: 8 < 64" in refusal(
+    assert "rollout.top_k=8: objective.old=engine needs at least 64" in refusal(
         config, "objective.old=engine", "rollout.top_k=8"
     )
 

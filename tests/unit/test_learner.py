@@ -22,6 +22,7 @@ def rollout(logp: list[float], mask: list[float], topk_logp: list[list[float]] |
         response_ids=np.arange(len(logp)),
         mask=np.array(mask, dtype=np.float32),
         logp=np.array(logp, dtype=np.float32),
+        uniform=np.zeros(len(logp)),
         topk=topk,
         text="",
         finish="stop",

@@ -1,0 +1,77 @@
+"""From a scored rollout batch to the micro-batches of its optimizer steps, on the layout of one model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_troll.batching.build import Advantages, Form, build
+from megatron_troll.batching.plan import Capacity, Schedule, plan
+from megatron_troll.batching.weights import step_weights
+from megatron_troll.config.tree import Config, Layout
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.mcore.parallel import device
+from megatron_troll.parallel.groups import Groups
+from megatron_troll.types import MicroBatch, Rollout
+
+
+@dataclass(frozen=True)
+class Arranger:
+    """Cuts rollout batches for `model`. topk: entries of the engine's record that are packed; 0: none."""
+
+    config: Config
+    model: MegatronModel
+    layout: Layout
+    topk: int = 0
+
+    def updates(
+        self, rollouts: Sequence[Rollout], advantages: Advantages, step: int
+    ) -> list[list[MicroBatch]]:
+        """This rank's micro-batches of every optimizer step. `step` seeds the plan, so that models of any
+        layout take the same responses in the same steps."""
+        config, groups, form = self.config, self.model.groups, self._form()
+        lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
+        seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
+        arranged = plan(
+            lengths,
+            [rollout.group for rollout in rollouts],
+            Schedule(config.train.updates, config.train.epochs, seed),
+            capacity(config, self.layout, groups, form.align),
+        )
+        objective = config.objective
+        length = objective.sum_norm_length or config.rollout.sampling.max_tokens
+        return [
+            [
+                build(
+                    rollouts,
+                    advantages,
+                    step_weights(rollouts, update.responses, objective.aggregation, length),
+                    chosen,
+                    form,
+                ).to(device())
+                for chosen in update.ranks[groups.dp.rank]
+            ]
+            for update in arranged.steps
+        ]
+
+    def _form(self) -> Form:
+        groups = self.model.groups
+        return Form(
+            vocab=self.model.shape.vocab,
+            packed=self.config.train.packing,
+            cp_rank=groups.cp.rank,
+            cp_size=groups.cp.size,
+            tp_size=groups.tp.size,
+            topk=self.topk,
+        )
+
+
+def capacity(config: Config, layout: Layout, groups: Groups, align: int) -> Capacity:
+    """What one optimizer step must fit on this layout."""
+    return Capacity(
+        dp=groups.dp.size,
+        token_budget=config.train.token_budget,
+        align=align,
+        multiple=groups.pp.size if layout.vpp else 1,
+        packed=config.train.packing,
+    )

@@ -1,0 +1,119 @@
+"""The critic of PPO: what it expects of every token, and how it learns from what came."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_troll.advantages import Values
+from megatron_troll.arrange import Arranger
+from megatron_troll.config.tree import Config
+from megatron_troll.mcore import parallel
+from megatron_troll.mcore.model import build
+from megatron_troll.mcore.optimizer import Trainable, trainable
+from megatron_troll.mcore.router import routers
+from megatron_troll.mcore.schedule import accumulate, infer, survey
+from megatron_troll.mcore.shape import read_shape
+from megatron_troll.mcore.value import ValueModel, values
+from megatron_troll.observe.phases import Phases
+from megatron_troll.parallel.groups import Groups
+from megatron_troll.types import MicroBatch, Rollout
+from megatron_troll.weights.families import table_of
+from megatron_troll.weights.load import load
+from megatron_troll.weights.source import FolderSource, RandomSource
+from megatron_troll.weights.value import ValueSource, value_table
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A model of its own layout, on the world of the policy.
+
+    loss = sum_t w_t (V_t - R_t)^2 / 2 with the token weights of the policy's loss, over the same steps. The
+    values are not clipped to the old ones: clipping them was found to do no good (arXiv 2006.05990, 3.2).
+    """
+
+    trained: Trainable
+    arranger: Arranger
+    phases: Phases
+
+    def values(self, rollouts: Sequence[Rollout], step: int) -> Values:
+        """V of every token that carries loss, before the update, on every rank. Every rank receives one
+        number per token of the batch. Blocks on all ranks."""
+        model = self.trained.model
+        nothing = [0.0] * len(rollouts)
+        train = self.arranger.config.train
+        once = self.arranger.updates(rollouts, nothing, step)[: train.updates // train.epochs]
+        batches = [batch for update in once for batch in update]
+
+        def read(i: int, hidden: Tensor) -> np.ndarray:
+            return values(model, hidden).cpu().numpy()
+
+        with self.phases("critic"):
+            found = infer(model, batches, read)
+        mine = [placed(batch, each) for batch, each in zip(batches, found)]
+        # Every tensor-parallel rank has the same.
+        share = mine if model.groups.tp.rank == 0 else []
+        lengths = [int((rollout.mask > 0).sum()) for rollout in rollouts]
+        whole = [np.zeros(length, dtype=np.float32) for length in lengths]
+        for rank in model.groups.world.all_gather_objects(share):
+            for owner, position, value in (row for batch in rank for row in batch):
+                whole[owner][position] = value
+        joined = np.concatenate([np.zeros(0, dtype=np.float32), *whole])
+        return Values(torch.from_numpy(joined), torch.tensor(lengths, dtype=torch.int64))
+
+    def learn(
+        self, rollouts: Sequence[Rollout], targets: Sequence[np.ndarray], step: int
+    ) -> dict[str, float]:
+        """One optimizer step of the critic for each of the policy's, towards `targets` [T] of each rollout.
+        Returns metrics; a step with NaN or Inf is left out and counted. Blocks on all ranks."""
+        with self.phases("critic"):
+            rows = [self._step(update) for update in self.arranger.updates(rollouts, targets, step)]
+        taken = [row for row in rows if row]
+        metrics = {name: float(np.mean([row[name] for row in taken])) for row in taken[:1] for name in row}
+        return metrics | {"critic_skipped": float(len(rows) - len(taken))}
+
+    def _step(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
+        model = self.trained.model
+        if any(router.coefficient for router in routers(model.chunks)):
+            survey(model, batches, lambda i, hidden: None)
+
+        def loss(i: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            # A critic's batches carry its targets where the policy's carry advantages.
+            error = values(model, hidden) - batches[i].advantage
+            value = (batches[i].weight * error.square()).sum() / 2
+            return value, value.detach()
+
+        parts = accumulate(model, batches, loss)
+        total = torch.stack([torch.zeros((), device=parallel.device()), *parts]).sum().double()
+        model.groups.dp_cp.all_reduce(total)
+        model.groups.pp.broadcast(total, model.groups.pp.size - 1)
+        if not (self.trained.gradients_finite() and bool(total.isfinite())):
+            return {}
+        return {"critic_loss": float(total), "critic_grad_norm": self.trained.step()}
+
+
+def placed(batch: MicroBatch, values: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(rollout, positions, values) of each response in a micro-batch."""
+    sequence, position = batch.sequence.cpu().numpy(), batch.position.cpu().numpy()
+    return [
+        (rollout, position[sequence == i], values[sequence == i]) for i, rollout in enumerate(batch.rollouts)
+    ]
+
+
+def open_critic(config: Config, groups: Groups, phases: Phases) -> Critic:
+    """The critic with its optimizer: the body of models.critic under a value head of zeros. `groups` are the
+    policy's; a critic of another layout forms its own. Blocks on every rank."""
+    model = config.models.critic
+    assert model is not None
+    if model.layout != config.policy.layout:
+        groups = parallel.also(model.layout)
+    # No head, so nothing to tie.
+    shape = replace(read_shape(model.path), tied=False)
+    body = RandomSource(shape, config.seed) if model.init == "random" else FolderSource(model.path)
+    built = build(model, shape, groups, kind=ValueModel)
+    load(built, ValueSource(body, shape.hidden), value_table(table_of(shape), shape.hidden))
+    updates = config.train.steps * config.train.updates
+    trained = trainable(built, model.optimizer, updates)
+    return Critic(trained, Arranger(config, built, model.layout), phases)

@@ -1,0 +1,82 @@
+"""The frozen reference model: one forward of every rollout batch, read again at each update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_troll.config.tree import Model
+from megatron_troll.mcore.head import Frozen, Head
+from megatron_troll.mcore.model import MegatronModel, build
+from megatron_troll.mcore.schedule import infer
+from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.parallel import vocab
+from megatron_troll.parallel.groups import Groups
+from megatron_troll.types import MicroBatch, Readings, Reads, Support, TopK
+from megatron_troll.weights.load import load
+from megatron_troll.weights.source import FolderSource
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of one micro-batch: logp [N] of the sampled tokens; frozen, where rows of the head are
+    read again: the hidden states [N, h] in the model's dtype on the last stage's device."""
+
+    logp: Tensor
+    frozen: Frozen | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`model` has the policy's layout, so that a micro-batch of the policy is one of the reference: only then
+    can each update read it at ids that the new policy chooses."""
+
+    model: MegatronModel
+    head: Head
+    reads: Reads
+
+    def keep(self, batches: Sequence[MicroBatch]) -> list[Kept]:
+        """One forward of the micro-batches, on the last stage ([] elsewhere). Blocks on every rank."""
+        tp, size = self.model.groups.tp, self.model.shape.vocab
+        again = bool(self.reads.supports) or self.reads.reference_kl
+
+        def read(i: int, hidden: Tensor) -> Kept:
+            logits = self.head.logits(hidden)
+            logp = vocab.log_prob(logits, batches[i].target, tp, size)
+            frozen = (
+                Frozen(
+                    self.head, hidden.to(self.model.config.params_dtype), vocab.logsumexp(logits, tp, size)
+                )
+                if again
+                else None
+            )
+            return Kept(logp, frozen)
+
+        return infer(self.model, batches, read)
+
+    def beside(self, kept: Kept, new: Readings, reads: Reads) -> Readings:
+        """The reference's side of what was `reads` of the new policy: log-probs, and records at the same
+        ids. Holds N x V / tp for each record."""
+        if not self.reads.supports:
+            return Readings(kept.logp, None, None)
+        frozen = kept.frozen
+        assert frozen is not None
+        records: dict[Support, TopK] = {}
+        for support in self.reads.supports:
+            record = new.topk if support == reads.topk else new.others[support]
+            assert record is not None
+            records[support] = frozen.head.at(frozen.hidden, frozen.lse, record)
+        first = None if reads.topk is None else records.get(reads.topk)
+        return Readings(kept.logp, first, None, others=records)
+
+
+def open_reference(
+    model: Model, shape: ModelShape, groups: Groups, temperature: float, reads: Reads
+) -> Reference:
+    """The model with the weights of its folder, without gradient buffers or optimizer."""
+    built = build(model, shape, groups, trained=False)
+    load(built, FolderSource(model.path))
+    for chunk in built.chunks:
+        chunk.requires_grad_(False)
+    built.train(False)
+    return Reference(built, Head(built, temperature), reads)
