@@ -1,5 +1,7 @@
 """A trained model: built, filled, with its optimizer."""
 
+from collections.abc import Callable
+
 from megatron_troll.config.tree import Model
 from megatron_troll.mcore.model import build
 from megatron_troll.mcore.optimizer import Trainable, trainable
@@ -9,8 +11,11 @@ from megatron_troll.weights.load import load
 from megatron_troll.weights.source import FolderSource, RandomSource
 
 
-def open_policy(model: Model, shape: ModelShape, groups: Groups, seed: int, updates: int) -> Trainable:
-    """The trained model with its weights and its optimizer over `updates` steps."""
-    built = build(model, shape, groups)
+def open_policy(
+    model: Model, shape: ModelShape, groups: Groups, seed: int, updates: int, progress: Callable[[], object]
+) -> Trainable:
+    """The trained model with its weights and its optimizer over `updates` steps. See MegatronModel for
+    `progress`."""
+    built = build(model, shape, groups, progress=progress)
     load(built, RandomSource(shape, seed) if model.init == "random" else FolderSource(model.path))
     return trainable(built, model.optimizer, updates)

@@ -167,7 +167,9 @@ CORRECTION = (
 SPEED = (
     Field("tokens_per_s", "tokens/s", "tokens generated and trained on, over the whole step's seconds"),
     Field("mfu", "share", "model FLOP/s over the devices' dense bf16 peak; absent where the peak is unknown"),
-    Field("seconds", "s", "wall time of the step, its evaluation and the checkpoint of the step before included"),
+    Field(
+        "seconds", "s", "wall time of the step, its evaluation and the checkpoint of the step before included"
+    ),
 )
 
 PHASES = (

@@ -112,8 +112,10 @@ class RunFolder:
         self._check(config_yaml, resume)
 
     def holds_run(self) -> bool:
-        """Whether anything would be lost or mixed if another run started here: figures, checkpoints, rollouts."""
-        figures = any(path.exists() and path.stat().st_size > 0 for path in (self.metrics, self.discarded_metrics))
+        """Whether figures, checkpoints or rollouts would be lost or mixed if another run started here."""
+        figures = any(
+            path.exists() and path.stat().st_size > 0 for path in (self.metrics, self.discarded_metrics)
+        )
         return figures or any(
             folder.is_dir() and any(folder.iterdir()) for folder in (self.checkpoints, self.rollouts)
         )
