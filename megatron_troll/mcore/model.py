@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -200,19 +199,3 @@ def select_hidden(model: MegatronModel, hidden: Tensor, index: Tensor) -> Tensor
             group=model.groups.tp.handle,
         )
     return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[index]
-
-
-def parameters_by_name(model: MegatronModel) -> dict[str, nn.Parameter]:
-    """Bare name -> parameter of this rank; the chunk number in front when there are several."""
-    named = {}
-    for i, stage in enumerate(model.stages):
-        prefix = f"{i}." if len(model.chunks) > 1 else ""
-        named.update({prefix + name: parameter for name, parameter in stage.named_parameters()})
-    return named
-
-
-def main_gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient that data parallelism accumulates (`main_grad`, fp32)."""
-    gradient = getattr(parameter, "main_grad", None)
-    assert isinstance(gradient, torch.Tensor)
-    return gradient

@@ -2,9 +2,9 @@
 
 Each rank writes what it is doing to heartbeat/rank_N.json. A rank that makes no progress may wait for one
 that does; when none has made any for the timeout, the first to find out raises an alarm (a file); every rank
-that sees it writes the stacks of its threads beside it and leaves with EXIT_HANG, the first one after printing
-a table of all ranks. A rank whose interpreter cannot run at all (stuck in C code with the lock held) is
-written out and ended by faulthandler's own thread.
+that sees it writes the stacks of its threads beside it and leaves with EXIT_HANG, the first one after
+printing a table of all ranks. A rank whose interpreter cannot run at all (stuck in C code with the lock held)
+is written out and ended by faulthandler's own thread.
 """
 
 import faulthandler

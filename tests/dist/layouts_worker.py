@@ -27,10 +27,10 @@ from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
 from megatron_troll.weights.placement import held_parameters
 from megatron_troll.weights.source import TensorSource
+from tests.dist.layout_table import AXES, Sizes, formed_groups
 from tests.dist.layouts_batch import OBJECTIVES, TEMPERATURE, Batch, Weights
+from tests.dist.parameters import main_gradient, parameters_by_name
 from tests.dist.tiny import MOE, started
-
-AXES = ("tp", "pp", "cp", "dp", "ep", "etp", "dp_cp")
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RankResult:
-    """world and sizes of the groups that were formed, parameter shapes by Megatron's names, the outcome of
+    """Sizes of the groups that were formed, parameter shapes by Megatron's names, the outcome of
     every case, and the gradient norm that an optimizer step after the last one reports."""
 
-    world: int
-    sizes: dict[str, int]
+    groups: Sizes
     shapes: dict[str, tuple[int, ...]]
     outcomes: list[Outcome]
     grad_norm: float
@@ -78,9 +77,8 @@ def run_cases(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
         old = [trainer(policy, case).old_readings(m).readings for case, m in zip(cases, micro_batches)]
         load(model, TensorSource(batch.now))
         outcomes = [accumulate(policy, *each) for each in zip(cases, micro_batches, old)]
-        shapes = {name: tuple(p.shape) for name, p in mcore.parameters_by_name(model).items()}
-        formed = {axis: getattr(groups, axis).size for axis in AXES}
-        return RankResult(groups.world.size, formed, shapes, outcomes, policy.step())
+        shapes = {name: tuple(p.shape) for name, p in parameters_by_name(model).items()}
+        return RankResult(formed_groups(groups), shapes, outcomes, policy.step())
 
 
 def trainer(policy: Trainable, case: Case) -> PolicyTrainer:
@@ -138,18 +136,18 @@ def unequal_replicas(model: mcore.MegatronModel) -> list[str]:
         str(held.place.names)
         for held in held_parameters(model, table_of(model.shape))
         if held.place.entry.axis is None
-        for other in model.groups.tp.all_gather(mcore.main_gradient(held.parameter))
-        if not torch.equal(other, mcore.main_gradient(held.parameter))
+        for other in model.groups.tp.all_gather(main_gradient(held.parameter))
+        if not torch.equal(other, main_gradient(held.parameter))
     ]
 
 
 @contextmanager
 def gradients_as_parameters(model: mcore.MegatronModel) -> Iterator[None]:
     """So that gradients can be gathered as weights are."""
-    parameters = mcore.parameters_by_name(model).values()
+    parameters = parameters_by_name(model).values()
     values = [parameter.data for parameter in parameters]
     for parameter in parameters:
-        parameter.data = mcore.main_gradient(parameter)
+        parameter.data = main_gradient(parameter)
     yield
     for parameter, value in zip(parameters, values):
         parameter.data = value

@@ -16,6 +16,7 @@ from megatron_troll.config.tree import Layout, Model, Optimizer
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.trainer import PROBED
+from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups
 from tests.dist.layouts_batch import (
     BOUND,
     DELTA,
@@ -32,20 +33,6 @@ from tests.dist.layouts_reference import Expected, Read, Reference
 from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases
 from tests.dist.tiny import MOE
 
-LAYOUTS = {
-    "one-rank": (1, {}),
-    "tp2-ep2": (2, {"tp": 2, "ep": 2}),
-    "tp2-etp2": (2, {"tp": 2, "etp": 2}),
-    "pp2": (2, {"pp": 2}),
-    "pp2-interleaved": (2, {"pp": 2, "vpp": 2}),
-    "ep2": (2, {"ep": 2}),
-    "cp2": (2, {"cp": 2}),
-    "dp2": (2, {}),
-    "tp2-ep2-dp2": (4, {"tp": 2, "ep": 2}),
-    "tp2-pp2-ep2": (4, {"tp": 2, "pp": 2, "ep": 2}),
-    "tp2-pp2-etp2-interleaved": (4, {"tp": 2, "pp": 2, "etp": 2, "vpp": 2}),
-    "tp2-cp2-ep2-etp2": (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}),
-}
 VARIANTS = {
     "full-recompute": (2, {"tp": 2, "ep": 2}, {"recompute": "full"}),
     "selective-recompute": (2, {"pp": 2}, {"recompute": "selective"}),
@@ -152,7 +139,7 @@ def test_micro_batches_of_every_size_were_run(alone: list[Outcome]) -> None:
     assert 1 < counts[96] < counts[40] < 10
 
 
-def model(sizes: dict[str, int], **fields: Any) -> Model:
+def model(sizes: Sizes, **fields: Any) -> Model:
     return Model(
         path="none", dtype="fp32", layout=Layout(**sizes), optimizer=Optimizer(distributed=False), **fields
     )
@@ -162,14 +149,10 @@ def run_on(world: int, config: Model, batch: Batch, request: pytest.FixtureReque
     return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, CASES)
 
 
-def check_formed(result: RankResult, world: int, sizes: dict[str, int]) -> None:
+def check_formed(result: RankResult, world: int, sizes: Sizes) -> None:
     """No layout runs as another: group sizes, shard shapes, and the collectives of each axis."""
-    size = dict.fromkeys(result.sizes, 1) | sizes
-    size["dp_cp"] = world // (size["tp"] * size["pp"])
-    size["dp"] = size["dp_cp"] // size["cp"]
-    size.pop("vpp", None)
-    assert result.world == world
-    assert result.sizes == size
+    size = expected_groups(world, sizes)
+    assert result.groups == size
     check_shards(result.shapes, size, sizes.get("vpp", 1))
     for outcome in result.outcomes:
         for axis, operations in COLLECTIVES.items():
@@ -177,7 +160,7 @@ def check_formed(result: RankResult, world: int, sizes: dict[str, int]) -> None:
             assert operations <= seen if size[axis] > 1 else not seen, (axis, seen)
 
 
-def check_shards(shapes: dict[str, tuple[int, ...]], size: dict[str, int], chunks: int) -> None:
+def check_shards(shapes: dict[str, tuple[int, ...]], size: Sizes, chunks: int) -> None:
     hidden, width, ffn = MOE["hidden_size"], MOE["head_dim"], MOE["moe_intermediate_size"]
     heads, groups = MOE["num_attention_heads"], MOE["num_key_value_heads"]
     rows = -(-MOE["vocab_size"] // size["tp"])

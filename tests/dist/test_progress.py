@@ -11,7 +11,8 @@ from megatron_troll.policy import open_policy
 from megatron_troll.weights.export import stream
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.placement import held_parameters
-from tests.dist.generation_worker import CONFIG, Case, Sizes, generate, packed
+from tests.dist.generation_worker import CONFIG, Case, generate, packed
+from tests.dist.layout_table import Sizes
 from tests.dist.tiny import started, write_reference
 
 TOKENS = 8
