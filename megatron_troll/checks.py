@@ -125,6 +125,11 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
             f"{config.data.max_prompt_tokens + sampling.max_tokens} exceeds the model's "
             f"max_position_embeddings {shape.max_positions}"
         )
+    if objective.advantage.needs_groups and config.rollout.samples < 2:
+        raise ConfigError(
+            f"rollout.samples={config.rollout.samples}: advantage {config.objective.advantage.name!r} "
+            "compares the answers to one prompt, so that there must be at least 2"
+        )
     wanted = {"a method that reads the engine's own record": objective.rollout_k}
     if config.objective.old == "engine":
         wanted["objective.old=engine"] = max((kept.k for kept in objective.reads_old.supports), default=0)

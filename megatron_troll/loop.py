@@ -74,7 +74,13 @@ def train_step(run: Run, standing: Standing) -> Standing:
     if run.critic is not None:
         learned.metrics.update(run.critic.learn(judged.rollouts, estimated.targets, step))
     standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
-    metrics = {**judged.metrics, **learned.metrics, "lr": run.policy.lr, "skipped_updates": learned.skipped}
+    metrics = {
+        **judged.metrics,
+        **estimated.metrics,
+        **learned.metrics,
+        "lr": run.policy.lr,
+        "skipped_updates": learned.skipped,
+    }
     group = torch.tensor([rollout.group for rollout in judged.rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
     if due(step, config.evaluation.every, config.train.steps):

@@ -15,7 +15,9 @@ from megatron_troll.learner import Learner
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable
+from megatron_troll.objectives.compose import remarks
 from megatron_troll.observe.rollouts import RolloutStore
+from megatron_troll.observe.trackers import Summary
 from megatron_troll.policy import open_policy
 from megatron_troll.reference import open_reference
 from megatron_troll.rewards.score import Scorer
@@ -79,7 +81,9 @@ class Run:
     def finish(self, standing: Standing) -> None:
         """Export, summary and report of a run that is complete."""
         self.checkpoints.finish()
-        self.session.complete(self.policy.model, standing.before, standing.after, standing.seconds)
+        said = remarks(self.task.config.objective, self.task.objective)
+        summary = Summary(standing.before, standing.after, standing.seconds, self.task.config.seed, said)
+        self.session.complete(self.policy.model, summary)
 
 
 @contextmanager

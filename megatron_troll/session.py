@@ -75,13 +75,10 @@ class Session:
             self.trackers.log(step, metrics)
         self.progress.step(step, metrics, self.pace.eta(step, seconds))
 
-    def complete(
-        self, model: MegatronModel, before: float | None, after: float | None, seconds: float
-    ) -> None:
+    def complete(self, model: MegatronModel, summary: Summary) -> None:
         """Export the model, write the summary and the report. Blocks on all ranks."""
         if self.config.checkpoint.export:
             export(model, self.folder.hf, self.config.policy.path)
-        summary = Summary(before, after, seconds, self.config.seed)
 
         def write() -> None:
             write_summary(self.folder.summary, summary)

@@ -15,6 +15,7 @@ from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.objectives.supervised import Supervised
+from megatron_troll.observe.trackers import Summary
 from megatron_troll.policy import open_policy
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.session import Session, open_session
@@ -49,7 +50,8 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
                 return False
             chosen = [examples[i] for i in order.next(sft.sequences)]
             supervised_step(session, trainer, chosen, step)
-        session.complete(policy.model, before, evaluator.success(), session.seconds)
+        summary = Summary(before, evaluator.success(), session.seconds, config.seed)
+        session.complete(policy.model, summary)
     return True
 
 

@@ -24,6 +24,11 @@ class Advantage(Node):
     """A method of the slot `advantage`; its fields are its configuration."""
 
     @property
+    def needs_groups(self) -> bool:
+        """Whether a response is compared with others to its prompt, so that there must be two at least."""
+        return True
+
+    @property
     def needs_values(self) -> bool:
         """Whether a critic's values must be given; the advantages are then per token, [L]."""
         return False

@@ -25,6 +25,10 @@ class Gae(Advantage):
     whiten: bool = Field(default=True, description="scale the advantages of the batch to mean 0, variance 1")
 
     @property
+    def needs_groups(self) -> bool:
+        return False
+
+    @property
     def needs_values(self) -> bool:
         return True
 

@@ -40,6 +40,14 @@ RUN = (
     Field("grad_norm", "", "global gradient norm before clipping, mean over the updates"),
     Field("lr", "", "learning rate of the last update"),
     Field("skipped_updates", "updates", "updates left out because of NaN or Inf"),
+    Field(
+        "critic_explained_variance",
+        "",
+        "1 - var(target - value) / var(target) over the batch's tokens before the critic's updates",
+    ),
+    Field("critic_loss", "", "weighted mean of (value - target)^2 / 2 over the updates"),
+    Field("critic_grad_norm", "", "its gradient norm before clipping, mean over the updates"),
+    Field("critic_skipped", "updates", "updates of the critic left out because of NaN or Inf"),
 )
 
 TOKEN = (

@@ -101,12 +101,14 @@ def open_trackers(folder: RunFolder, observe: Observe, config: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run comes to. Success is a share in [0, 1], None where it was not evaluated."""
+    """What a finished run comes to. Success is a share in [0, 1], None where it was not evaluated. remarks:
+    what whoever reads its figures should know."""
 
     held_out_success_before: float | None
     held_out_success_after: float | None
     seconds: float
     seed: int
+    remarks: tuple[str, ...] = ()
 
 
 def write_summary(path: Path, summary: Summary) -> None:

@@ -11,18 +11,19 @@ from megatron_troll.weights.table import Entry, HFTensor, Table
 
 VALUE_HEAD = "value_head.weight"
 LM_HEAD = "lm_head.weight"
+MEGATRON_HEAD = ("output_layer.weight",)
 
 
 def value_table(table: Table, hidden: int) -> Table:
-    """`table` of a language model with a value head [h] in place of the LM head."""
-    body = [entry for entry in table.entries if entry.megatron != ("output_layer.weight",)]
-    head = Entry((HFTensor(VALUE_HEAD, (hidden,)),), ("value_weight",))
+    """`table` of a language model with a value head [1, h] in place of the LM head."""
+    body = [entry for entry in table.entries if entry.megatron != MEGATRON_HEAD]
+    head = Entry((HFTensor(VALUE_HEAD, (1, hidden)),), MEGATRON_HEAD)
     return replace(table, entries=(*body, head))
 
 
 @dataclass(frozen=True)
 class ValueSource:
-    """`model`, a language model, as the start of a critic: no LM head, and zeros for the value head [h], so
+    """`model`, a language model, as the start of a critic: no LM head, zeros for the value head [1, h], so
     that every value starts at 0."""
 
     model: Source
@@ -31,7 +32,7 @@ class ValueSource:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         body = {name: shape for name, shape in self.model.shapes.items() if name != LM_HEAD}
-        return {**body, VALUE_HEAD: (self.hidden,)}
+        return {**body, VALUE_HEAD: (1, self.hidden)}
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        return torch.zeros(self.hidden) if name == VALUE_HEAD else self.model.read(name, index)
+        return torch.zeros(1, self.hidden) if name == VALUE_HEAD else self.model.read(name, index)

@@ -87,6 +87,10 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
         ("rollout.sampling.max_tokens=250", "= 282 exceeds the model's max_position_embeddings 256"),
         ("objective.trust_region.p_d=0.1", "(V - |S|) * p_d = 6.3 >= 1"),
         ("train.updates=8", "at least as many prompts a batch as steps an epoch"),
+        ("rollout.samples=1", "advantage 'grpo' compares the answers to one prompt"),
+        ("objective.advantage.name=gae", "gae needs a critic, and there is none"),
+        ("models.critic={path: x}", "models.critic and objective.advantage=gae go together"),
+        ("objective.kl.name=k3", "models.reference: missing; objective.kl=k3"),
         ("rollout.prompts=10", "rollout.prompts=10 is more than the 9 training prompts"),
         ("train.epochs=3", "make it a multiple of train.epochs=3"),
         ("data.files=[none.jsonl]", "none.jsonl: no such file"),
@@ -97,6 +101,13 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
 )
 def test_it_is_refused(config: Path, override: str, said: str) -> None:
     assert said in refusal(config, override)
+
+
+def test_the_engines_record_must_hold_what_a_mask_reads(config: Path) -> None:
+    said = "rollout.top_k=8: a method that reads the engine's own record needs at least 20"
+    assert said in refusal(
+        config, "objective.trust_region={name: cppo, divergence: topk_tv}", "rollout.top_k=8"
+    )
 
 
 def test_the_engines_record_must_hold_what_the_trust_region_reads(config: Path) -> None:

@@ -45,10 +45,11 @@ def test_tensorboard_can_be_off(tmp_path: Path) -> None:
 
 
 def test_summary_holds_result_and_versions(tmp_path: Path) -> None:
-    write_summary(tmp_path / "summary.json", Summary(0.41, 0.95, 300.5, 7))
+    write_summary(tmp_path / "summary.json", Summary(0.41, 0.95, 300.5, 7, ("experimental",)))
     summary = json.loads((tmp_path / "summary.json").read_text())
     versions = summary.pop("versions")
     assert summary == {
+        "remarks": ["experimental"],
         "held_out_success_before": 0.41,
         "held_out_success_after": 0.95,
         "seconds": 300.5,

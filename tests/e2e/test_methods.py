@@ -1,0 +1,45 @@
+"""Two steps of methods that bring more than the policy: a reference model, a critic, the engine's record."""
+
+import pytest
+
+from tests.e2e.workplace import Workplace, succeed
+
+REFERENCE = "models.reference.path=runs/demo-warm-start/hf"
+METHODS = {
+    "tike": (
+        REFERENCE,
+        "objective.kl={name: tike, k: 8, beta: 0.01}",
+        "objective.entropy_bonus=0.01",
+        "objective.entropy_over=sparse",
+    ),
+    "exact": (REFERENCE, "objective.trust_region.name=cppo", "objective.kl={name: exact, beta: 0.01}"),
+    "jackpot": ("objective.trust_region.name=clip", "objective.correction.name=jackpot"),
+    "ppo": (
+        "objective.advantage.name=gae",
+        "objective.trust_region.name=clip",
+        "models.critic={path: runs/demo-warm-start/hf, dtype: fp32, layout: {ep: 2}, optimizer: {lr: 1e-3}}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_steps_of(warm: Workplace, name: str) -> None:
+    settings = [f"name={name}", "train.steps=2", "checkpoint={every: 0, export: false}", *METHODS[name]]
+    succeed(warm.mtroll("train", "tiny.yaml", *settings))
+    rows = warm.metrics(name)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["skipped_updates"] == 0 for row in rows[1:])
+
+
+def test_the_policy_leaves_its_reference(warm: Workplace) -> None:
+    for name in ("tike", "exact"):
+        _, first, second = warm.metrics(name)
+        assert 0 < first["reference_kl"] < second["reference_kl"]
+
+
+def test_the_critic_learns_what_to_expect(warm: Workplace) -> None:
+    _, first, second = warm.metrics("ppo")
+    assert first["critic_explained_variance"] == 0  # its value head starts at 0
+    assert second["critic_explained_variance"] != 0
+    assert second["critic_skipped"] == 0
+    assert (warm.run("ppo") / "checkpoints" / "step_000002").is_dir()
