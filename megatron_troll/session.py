@@ -13,10 +13,10 @@ from rich.console import Console
 
 from megatron_troll.config.load import dump
 from megatron_troll.config.tree import Config
+from megatron_troll.files import write_atomic
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.model import MegatronModel
-from megatron_troll.observe.files import write_atomic
 from megatron_troll.observe.hang import Watchdog
 from megatron_troll.observe.phases import Pace, Phases
 from megatron_troll.observe.progress import Progress, Silent, open_progress

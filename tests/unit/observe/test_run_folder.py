@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.observe.files import write_atomic
+from megatron_troll.files import write_atomic
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 
