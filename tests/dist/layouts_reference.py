@@ -116,8 +116,7 @@ class Reference:
 
 def troll(p: Tensor, q: Tensor, tokens: Tokens) -> Tensor:
     """J [N] of arXiv 2510.03817, eq. 5, from p' and q' [N, V]."""
-    active = kl(p, q).detach() > BOUND
-    pi = p.index_put((active,), projected(p[active], q[active], BOUND))
+    pi = projected(p, q, BOUND)
     at = tokens.target[:, None]
     return (pi.gather(1, at) / q.gather(1, at))[:, 0] * tokens.advantage - ALPHA * kl(p, pi.detach())
 
