@@ -165,7 +165,6 @@ def test_topk_with_a_shard_of_padding_only(ranks4: RankPool) -> None:
         assert ids.tolist() == [list(range(20))] * 2
 
 
-
 def test_totals_of_responses_cross_context_parallel_ranks(ranks: RankPool) -> None:
     size = ranks.world_size
     generator = torch.Generator().manual_seed(0)

@@ -70,8 +70,8 @@ def write_reference(config: dict[str, Any], folder: Path, seed: int = 0) -> "Pre
 
 
 def unpacked(tokens: Tensor, positions: Tensor, length: int, index: Tensor, target: Tensor) -> MicroBatch:
-    """A micro-batch of rows [b, s] of sequences of `length`, at `positions` [s], that is read at `index` [N] of
-    the flattened rows. Every weight is 1."""
+    """A micro-batch of rows [b, s] of sequences of `length`, at `positions` [s], that is read at `index` [N]
+    of the flattened rows. Every weight is 1."""
     rows, ones = tuple(range(len(tokens))), torch.ones(len(index))
     return MicroBatch(
         tokens=tokens,
