@@ -29,15 +29,14 @@ def train(task: Task, interrupts: Interrupts) -> bool:
     steps = task.config.train.steps
     with open_run(task, interrupts) as run:
         standing = run.resume()
-        if standing.step == 0 and standing.before is None:
-            standing = before_training(run, standing)
         while standing.step < steps:
             if run.session.stopping():
                 save(run, standing)
                 run.checkpoints.finish()
                 run.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
                 return False
-            standing = train_step(run, standing)
+            begins = standing.step == 0 and standing.before is None
+            standing = before_training(run, standing) if begins else train_step(run, standing)
             run.checkpoints.maybe_finalize()
         began = time.perf_counter()
         save(run, standing)
