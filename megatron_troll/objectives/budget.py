@@ -1,4 +1,4 @@
-"""CPPO's position-weighted divergence budget (arXiv 2606.10968, read as a summary; ALGORITHMS 2).
+"""CPPO's position-weighted divergence budget (arXiv 2606.10968, eq. 8 and 9; ALGORITHMS 2).
 
     S_t = sum_{j<=t} w_j D_j,  W_t = sum_{j<=t} w_j
     c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1})      the threshold on w_t D_t
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_troll.objectives.scans import before, scan
 
-# delta, delta_b of the paper. `tv`: 0.02 is from its ablation.
+# delta, delta_b of the paper (sections 4.1 and 4.3).
 TV, KL = (0.15, 0.02), (0.1, 0.002)
 
 
