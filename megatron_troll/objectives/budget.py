@@ -13,6 +13,8 @@ from megatron_troll.objectives.scans import before, scan
 
 # delta, delta_b of the paper (sections 4.1 and 4.3).
 TV, KL = (0.15, 0.02), (0.1, 0.002)
+# Every delta and delta_b of its runs with TV.
+OF_TV = (0.15, 0.2), (0.015, 0.02, 0.03)
 
 
 def schedule(step: Tensor, horizon: Tensor | float, w_min: float) -> Tensor:
