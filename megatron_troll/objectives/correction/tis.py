@@ -1,4 +1,5 @@
-"""Truncated importance sampling between rollout engine and trainer (ALGORITHMS 6.5; verl, miles)."""
+"""Truncated importance sampling between rollout engine and trainer (Yao and others, "Your Efficient RL
+Framework Secretly Brings You Off-Policy RL Training", 2025; ALGORITHMS 6.5)."""
 
 from pydantic import Field
 
