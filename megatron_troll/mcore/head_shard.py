@@ -1,4 +1,4 @@
-"""The rows of the LM head on this rank: readings of its part of the vocabulary, put together over all ranks."""
+"""The rows of the LM head on this rank: what its part of the vocabulary says, put together over all ranks."""
 
 from dataclasses import dataclass
 
