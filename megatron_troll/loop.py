@@ -9,11 +9,10 @@ import torch
 
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
-from megatron_troll.estimate import estimate
-from megatron_troll.judging import judge
+from megatron_troll.collect import Collected, collect
+from megatron_troll.estimate import Estimate, estimate
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
-from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run import Run, Standing, open_run
 from megatron_troll.speed import speed
 from megatron_troll.trainer import Unhealthy
@@ -57,30 +56,25 @@ def train_step(run: Run, standing: Standing) -> Standing:
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
     if standing.step > 0 and due(standing.step, config.checkpoint.every, config.train.steps):
         save(run, standing)
-    prompts = [run.task.prompts.train[i] for i in run.order.next(config.rollout.prompts)]
-    requests = requests_for(prompts, config.rollout.samples, run.task.tokenizer)
-    with run.session.phases("generation"):
-        rollouts = run.engine.generate(requests, config.rollout.sampling, step)
-    with run.session.phases("reward"):
-        judged = judge(run.scorer, rollouts, run.session.groups.world)
-    rewards = shuffled(judged.reward, step) if config.train.shuffle_rewards else judged.reward
-    estimated = estimate(run.task.objective.advantage, run.critic, judged.rollouts, rewards, step)
+    batch = collect(run, step)
+    rollouts, rewards = batch.rollouts, batch.reward
+    if config.train.shuffle_rewards:
+        rewards = shuffled(rewards, step)
+    estimated = estimate(run.task.objective.advantage, run.critic, rollouts, rewards, step)
     if config.observe.rollouts:
-        run.session.on_first(
-            lambda: run.store.write(step, judged.rollouts, rewards.tolist(), estimated.means)
-        )
-    learned = run.learner.learn(judged.rollouts, estimated.advantages, step)
+        run.session.on_first(lambda: keep(run, batch, rewards, estimated, step))
+    learned = run.learner.learn(rollouts, estimated.advantages, step)
     if run.critic is not None:
-        learned.metrics.update(run.critic.learn(judged.rollouts, estimated.targets, step))
+        learned.metrics.update(run.critic.learn(rollouts, estimated.targets, step))
     standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
     metrics = {
-        **judged.metrics,
+        **batch.metrics,
         **estimated.metrics,
         **learned.metrics,
         "lr": run.policy.lr,
         "skipped_updates": learned.skipped,
     }
-    group = torch.tensor([rollout.group for rollout in judged.rollouts])
+    group = torch.tensor([rollout.group for rollout in rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
     if due(step, config.evaluation.every, config.train.steps):
         metrics["held_out_success"] = run.evaluator.success()
@@ -89,7 +83,7 @@ def train_step(run: Run, standing: Standing) -> Standing:
     metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
     alarm(run, step, metrics)
-    guard(run, learned, judged.rollouts, standing)
+    guard(run, learned, rollouts, standing)
     return run.since(standing, began)
 
 
@@ -98,6 +92,15 @@ def save(run: Run, standing: Standing) -> None:
     config = run.task.config
     evaluated = due(standing.step, config.evaluation.every, config.train.steps)
     run.save(standing, standing.after if evaluated else None)
+
+
+def keep(run: Run, batch: Collected, rewards: np.ndarray, estimated: Estimate, step: int) -> None:
+    """Store everything sampled, also what is not trained on: with the verifier's reward and no advantage."""
+    everything = batch.sampled.reward.copy()
+    everything[batch.kept] = rewards
+    advantages = np.zeros(len(everything))
+    advantages[batch.kept] = estimated.means
+    run.store.write(step, batch.sampled.rollouts, everything.tolist(), advantages.tolist())
 
 
 def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:

@@ -25,6 +25,8 @@ CHANGEABLE = (
     "models.*.layout.*",
     "models.*.recompute",
     "evaluation.every",
+    "eval",
+    "eval.*",
     "checkpoint.*",
     "observe.*",
     "launch.*",
@@ -57,6 +59,10 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.root / "summary.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "eval.json"
 
     @property
     def tensorboard(self) -> Path:
@@ -113,11 +119,10 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether figures, checkpoints or rollouts would be lost or mixed if another run started here."""
-        figures = any(
-            path.exists() and path.stat().st_size > 0 for path in (self.metrics, self.discarded_metrics)
-        )
-        return figures or any(
-            folder.is_dir() and any(folder.iterdir()) for folder in (self.checkpoints, self.rollouts)
+        files = (self.metrics, self.discarded_metrics, self.evaluation)
+        folders = (self.checkpoints, self.rollouts)
+        return any(path.exists() and path.stat().st_size > 0 for path in files) or any(
+            folder.is_dir() and any(folder.iterdir()) for folder in folders
         )
 
     def _take(self, lock: IO[str]) -> None:
@@ -151,6 +156,10 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.root} holds a run of another config. These keys differ:\n{lines}\n"
                 "Choose another `name`, set them back, or delete the folder."
+            )
+        if self.evaluation.exists():
+            raise RunFolderError(
+                f"{self.root} holds a finished evaluation. Choose another `name`, or delete the folder."
             )
         if not resume:
             raise RunFolderError(

@@ -130,6 +130,18 @@ def test_what_was_paid_for_protects_its_config(folder: RunFolder, kept: str) -> 
         folder.check(CONFIG.replace("updates: 4", "updates: 2"), resume=True)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_evaluation_is_not_overwritten(folder: RunFolder, resume: bool) -> None:
+    with folder.open(CONFIG, resume=False):
+        folder.evaluation.write_text("{}")
+    with pytest.raises(RunFolderError, match="holds a finished evaluation"):
+        folder.check(CONFIG, resume)
+
+
+def test_data_sets_of_an_evaluation_may_come_later(folder: RunFolder) -> None:
+    finished(folder).check(CONFIG + "eval: {easy: {files: [f]}}\n", resume=True)
+
+
 def test_rewind_sets_later_steps_aside(folder: RunFolder) -> None:
     finished(folder)
     rows = [json.dumps({"step": step, "loss": step / 10}) + "\n" for step in range(5)]
