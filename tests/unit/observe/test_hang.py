@@ -44,12 +44,20 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_every_rank_says_where_it_waits(tmp_path: Path) -> None:
-    """Rank 0 hangs from the start; rank 1 makes progress for a second and then hangs as well. Whoever finds out
+    """Rank 0 hangs from the start; rank 1 makes progress for a while and then hangs too. Whoever finds out
     first prints the table; both may."""
-    stuck = start(tmp_path, 0, 3, "generation", "wait_for_rank_1()")
-    wait_for(tmp_path / "rank_0.json")
-    work = "for _ in range(50): time.sleep(0.02); watchdog.beat()\ntime.sleep(60)"
+    work = f"""
+while not Path({str(tmp_path / "rank_0.json")!r}).exists():
+    time.sleep(0.02)
+    watchdog.beat()
+for _ in range(50):
+    time.sleep(0.02)
+    watchdog.beat()
+time.sleep(60)
+"""
     later = start(tmp_path, 1, 3, "reward", work)
+    wait_for(tmp_path / "rank_1.json")
+    stuck = start(tmp_path, 0, 3, "generation", "wait_for_rank_1()")
     codes, tables = zip(end(later), end(stuck))
     assert codes == (EXIT_HANG, EXIT_HANG)
     table = max(tables)
