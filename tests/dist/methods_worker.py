@@ -75,10 +75,12 @@ def arrange(name: str, cut: Cut, batch: Batch, model: MegatronModel) -> list[Mic
     return arranger.updates(batch.rollouts, advantages, step=0)[0]
 
 
-def trainer(name: str, policy: Trainable, beside: Reference) -> PolicyTrainer:
+def trainer(name: str, policy: Trainable, beside: Reference | None) -> PolicyTrainer:
     config = METHODS[name].config
-    objective = compose(config)
-    reference = replace(beside, reads=objective.reads_reference) if objective.needs_reference else None
+    objective, reference = compose(config), None
+    if objective.needs_reference:
+        assert beside is not None
+        reference = replace(beside, reads=objective.reads_reference)
     head = Head(policy.model, TEMPERATURE)
     return PolicyTrainer(policy, objective, head, config.old, reference, config.aggregation)
 
