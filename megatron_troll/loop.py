@@ -9,11 +9,10 @@ import torch
 
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
-from megatron_troll.estimate import estimate
-from megatron_troll.judging import judge
+from megatron_troll.collect import Collected, collect
+from megatron_troll.estimate import Estimate, estimate
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
-from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run import Run, Standing, open_run
 from megatron_troll.speed import speed
 from megatron_troll.trainer import Unhealthy
@@ -29,15 +28,16 @@ def train(task: Task, interrupts: Interrupts) -> bool:
     steps = task.config.train.steps
     with open_run(task, interrupts) as run:
         standing = run.resume()
-        if standing.step == 0 and standing.before is None:
-            standing = before_training(run, standing)
         while standing.step < steps:
             if run.session.stopping():
-                run.save(standing)
+                checkpoint(run, standing)
                 run.checkpoints.finish()
                 run.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
                 return False
-            standing = train_step(run, standing)
+            begins = standing.step == 0 and standing.before is None
+            standing = before_training(run, standing) if begins else train_step(run, standing)
+            if standing.step > 0 and due(standing.step, task.config.checkpoint.every, steps):
+                standing = checkpoint(run, standing)
             run.checkpoints.maybe_finalize()
         run.finish(standing)
         return True
@@ -51,43 +51,54 @@ def before_training(run: Run, standing: Standing) -> Standing:
 
 
 def train_step(run: Run, standing: Standing) -> Standing:
-    """One rollout batch: sample, judge, learn, and whatever is due after it."""
+    """One rollout batch: sample, judge, learn, evaluate where that is due, write its row. A checkpoint comes
+    after the row: a run that continues from it finds all its rows."""
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
-    prompts = [run.task.prompts.train[i] for i in run.order.next(config.rollout.prompts)]
-    requests = requests_for(prompts, config.rollout.samples, run.task.tokenizer)
-    with run.session.phases("generation"):
-        rollouts = run.engine.generate(requests, config.rollout.sampling, step)
-    with run.session.phases("reward"):
-        judged = judge(run.scorer, rollouts, run.session.groups.world)
-    rewards = shuffled(judged.reward, step) if config.train.shuffle_rewards else judged.reward
-    estimated = estimate(run.task.objective.advantage, run.critic, judged.rollouts, rewards, step)
+    batch = collect(run, step)
+    rollouts, rewards = batch.rollouts, batch.reward
+    if config.train.shuffle_rewards:
+        rewards = shuffled(rewards, step)
+    estimated = estimate(run.task.objective.advantage, run.critic, rollouts, rewards, step)
     if config.observe.rollouts:
-        run.session.on_first(
-            lambda: run.store.write(step, judged.rollouts, rewards.tolist(), estimated.means)
-        )
-    learned = run.learner.learn(judged.rollouts, estimated.advantages, step)
+        run.session.on_first(lambda: keep(run, batch, rewards, estimated, step))
+    learned = run.learner.learn(rollouts, estimated.advantages, step)
     if run.critic is not None:
-        learned.metrics.update(run.critic.learn(judged.rollouts, estimated.targets, step))
+        learned.metrics.update(run.critic.learn(rollouts, estimated.targets, step))
     standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
     metrics = {
-        **judged.metrics,
+        **batch.metrics,
         **estimated.metrics,
         **learned.metrics,
         "lr": run.policy.lr,
         "skipped_updates": learned.skipped,
     }
-    group = torch.tensor([rollout.group for rollout in judged.rollouts])
+    group = torch.tensor([rollout.group for rollout in rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
     if due(step, config.evaluation.every, config.train.steps):
         metrics["held_out_success"] = run.evaluator.success()
         standing = replace(standing, after=metrics["held_out_success"])
-    if due(step, config.checkpoint.every, config.train.steps):
-        run.save(run.since(standing, began), metrics.get("held_out_success"))
     seconds = time.perf_counter() - began
     metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
     alarm(run, step, metrics)
-    guard(run, learned, judged.rollouts, standing)
+    guard(run, learned, rollouts, standing)
+    return run.since(standing, began)
+
+
+def keep(run: Run, batch: Collected, rewards: np.ndarray, estimated: Estimate, step: int) -> None:
+    """Store everything sampled, also what is not trained on: with the verifier's reward and no advantage."""
+    everything = batch.sampled.reward.copy()
+    everything[batch.kept] = rewards
+    advantages = np.zeros(len(everything))
+    advantages[batch.kept] = estimated.means
+    run.store.write(step, batch.sampled.rollouts, everything.tolist(), advantages.tolist())
+
+
+def checkpoint(run: Run, standing: Standing) -> Standing:
+    """Save, with the held-out success of the policy where it was evaluated."""
+    config, began = run.task.config, time.perf_counter()
+    evaluated = due(standing.step, config.evaluation.every, config.train.steps)
+    run.save(standing, standing.after if evaluated else None)
     return run.since(standing, began)
 
 

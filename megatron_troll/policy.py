@@ -1,7 +1,9 @@
-"""A trained model: built, filled, with its optimizer."""
+"""The policy: built and filled, with its optimizer where it is trained."""
+
+from collections.abc import Callable
 
 from megatron_troll.config.tree import Model
-from megatron_troll.mcore.model import build
+from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.parallel.groups import Groups
@@ -9,8 +11,26 @@ from megatron_troll.weights.load import load
 from megatron_troll.weights.source import FolderSource, RandomSource
 
 
-def open_policy(model: Model, shape: ModelShape, groups: Groups, seed: int, updates: int) -> Trainable:
-    """The trained model with its weights and its optimizer over `updates` steps."""
-    built = build(model, shape, groups)
-    load(built, RandomSource(shape, seed) if model.init == "random" else FolderSource(model.path))
+def open_policy(
+    model: Model, shape: ModelShape, groups: Groups, seed: int, updates: int, progress: Callable[[], object]
+) -> Trainable:
+    """The trained model with its weights and its optimizer over `updates` steps. See MegatronModel for
+    `progress`."""
+    built = open_model(model, shape, groups, seed, progress, trained=True)
     return trainable(built, model.optimizer, updates)
+
+
+def open_model(
+    model: Model,
+    shape: ModelShape,
+    groups: Groups,
+    seed: int,
+    progress: Callable[[], object],
+    *,
+    trained: bool = False,
+) -> MegatronModel:
+    """The model with its weights; only `trained` has buffers for gradients. See MegatronModel for
+    `progress`."""
+    built = build(model, shape, groups, trained=trained, progress=progress)
+    load(built, RandomSource(shape, seed) if model.init == "random" else FolderSource(model.path))
+    return built

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 from megatron_troll.arrange import Arranger
-from megatron_troll.checks import Task
+from megatron_troll.checks import Task, data_of
 from megatron_troll.critic import Critic, open_critic
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.evaluation import Evaluator, open_engine
@@ -92,13 +92,18 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
     config = task.config
     with (
         open_session(config, config.train.steps, interrupts) as session,
-        Scorer(config.reward) as scorer,
+        Scorer(config.reward, progress=session.watchdog.beat) as scorer,
     ):
         policy = open_policy(
-            config.policy, task.shape, session.groups, config.seed, config.train.steps * config.train.updates
+            config.policy,
+            task.shape,
+            session.groups,
+            config.seed,
+            config.train.steps * config.train.updates,
+            session.watchdog.beat,
         )
         trainer = open_trainer(task, policy)
-        critic = None if config.models.critic is None else open_critic(config, session.groups, session.phases)
+        critic = None if config.models.critic is None else open_critic(config, policy.model, session.phases)
         engine = open_engine(task, policy.model)
         yield Run(
             task=task,
@@ -109,7 +114,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             engine=engine,
             scorer=scorer,
             evaluator=Evaluator(task, session, engine, scorer),
-            order=PromptOrder(len(task.prompts.train), config.seed, config.data.shuffle),
+            order=PromptOrder(len(task.prompts.train), config.seed, data_of(config).shuffle),
             store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy, critic),
         )
@@ -122,9 +127,7 @@ def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
     if objective.needs_reference:
         assert config.models.reference is not None
         model = config.policy.model_copy(update={"path": config.models.reference.path})
-        reference = open_reference(
-            model, policy.model.shape, policy.model.groups, temperature, objective.reads_reference
-        )
+        reference = open_reference(model, policy.model, temperature, objective.reads_reference)
     return PolicyTrainer(
         policy,
         objective,

@@ -2,13 +2,13 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
 from megatron_troll.config.tree import RewardConfig
+from megatron_troll.rewards.reward import Question
 from megatron_troll.rewards.worker import START_LIMIT_S, Failed, Worker
-from megatron_troll.types import Prompt
 
 ATTEMPTS = 2
 
@@ -19,11 +19,10 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """One answer; `name` is what errors call it."""
+    """A question about one answer; `name` is what errors call it."""
 
     name: str
-    text: str
-    prompt: Prompt
+    question: Question
 
 
 @dataclass
@@ -58,11 +57,13 @@ class _Batch:
 
 
 class Pool:
-    """Up to `size` workers, started when there is work and kept until `close`."""
+    """Up to `size` workers, started when there is work and kept until `close`. `progress` is called after
+    each answer."""
 
-    def __init__(self, config: RewardConfig, size: int):
+    def __init__(self, config: RewardConfig, size: int, progress: Callable[[], object]):
         self._config = config
         self._size = size
+        self._progress = progress
         self._workers: list[Worker] = []
 
     def run(self, tasks: Sequence[Task]) -> Outcomes:
@@ -75,6 +76,7 @@ class Pool:
                 self._hand_out(batch)
                 for worker in self._answering():
                     self._receive(worker, batch)
+                    self._progress()
         except BaseException:
             self.close()  # an answer still on its way would be taken for one of the next batch
             raise
@@ -91,8 +93,7 @@ class Pool:
         for worker in self._workers:
             if not worker.waited_for and batch.queue:
                 index = batch.queue.popleft()
-                task = batch.tasks[index]
-                worker.ask(index, task.text, task.prompt, self._config.timeout_s)
+                worker.ask(index, batch.tasks[index].question, self._config.timeout_s)
 
     def _answering(self) -> list[Worker]:
         """The workers that have answered, died or run out of time; waits for the first."""

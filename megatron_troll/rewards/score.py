@@ -1,7 +1,7 @@
 """Rewards of a batch of rollouts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_troll.config.tree import RewardConfig
 from megatron_troll.rewards.pool import Outcomes, Pool, RewardError, Task
-from megatron_troll.rewards.reward import build
+from megatron_troll.rewards.reward import Question, Votes, Wanted, build
 from megatron_troll.types import Rollout
 
 
@@ -27,12 +27,14 @@ class Scores:
 
 class Scorer:
     """Scores rollouts with one verifier, in `workers` processes unless it is cheap. Close it, or use it in a
-    `with` block. Raises ConfigError for an unknown verifier or field."""
+    `with` block. `progress` is called after each answer. Raises ConfigError for an unknown verifier or
+    field."""
 
-    def __init__(self, config: RewardConfig, workers: int = 2):
+    def __init__(self, config: RewardConfig, workers: int = 2, progress: Callable[[], object] = lambda: None):
         self._config = config
         self._verifier = build(config)
-        self._pool = None if self._verifier.cheap else Pool(config, workers)
+        self._progress = progress
+        self._pool = None if self._verifier.cheap else Pool(config, workers, progress)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Blocks until all are scored. Aborted rollouts, and with `overlong.mode: penalise` those cut at
@@ -40,20 +42,41 @@ class Scorer:
         overlong = self._config.overlong
         reward = np.zeros(len(rollouts), dtype=np.float32)
         keep = np.ones(len(rollouts), dtype=bool)
-        judged: list[int] = []
         for index, rollout in enumerate(rollouts):
             cut = rollout.finish == "length"
             if rollout.finish == "abort" or (cut and overlong.mode == "mask"):
                 keep[index] = False
             if cut and overlong.mode == "penalise":
                 reward[index] = overlong.reward
-            elif rollout.finish != "abort":
-                judged.append(index)
-        tasks = [Task(rollouts[i].name, rollouts[i].text, rollouts[i].prompt) for i in judged]
-        outcomes = self._run(tasks)
+        judged = self._judged(rollouts)
+        outcomes = self._run(_tasks(rollouts, judged, "reward"))
         for task, value in outcomes.values.items():
-            reward[judged[task]] = _checked(value, tasks[task].name, self._config.name)
+            reward[judged[task]] = _checked(value, rollouts[judged[task]].name, self._config.name)
         return Scores(reward, keep, len(outcomes.timeouts), len(outcomes.crashes))
+
+    @property
+    def has_votes(self) -> bool:
+        """Whether the verifier extracts answers."""
+        return isinstance(self._verifier, Votes)
+
+    def votes(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        """The extracted answer of each; None where there is none, its extraction ran out of time, or the
+        rollout is not shown to the verifier (see `score`). Blocks. Raises RewardError where it is no text."""
+        votes: list[str | None] = [None] * len(rollouts)
+        judged = self._judged(rollouts)
+        for task, value in self._run(_tasks(rollouts, judged, "vote")).values.items():
+            if not isinstance(value, str | None):
+                name = rollouts[judged[task]].name
+                raise RewardError(
+                    f"reward {self._config.name!r} gave {value!r} as the vote of {name}; expected text"
+                )
+            votes[judged[task]] = value
+        return votes
+
+    def _judged(self, rollouts: Sequence[Rollout]) -> list[int]:
+        """Those that the verifier sees."""
+        unseen = ("abort", "length") if self._config.overlong.mode == "penalise" else ("abort",)
+        return [index for index, rollout in enumerate(rollouts) if rollout.finish not in unseen]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -71,7 +94,16 @@ class Scorer:
     def _run(self, tasks: Sequence[Task]) -> Outcomes:
         if self._pool is not None:
             return self._pool.run(tasks)
-        return Outcomes({index: self._verifier(task.text, task.prompt) for index, task in enumerate(tasks)})
+        outcomes = Outcomes()
+        for index, task in enumerate(tasks):
+            outcomes.values[index] = task.question.put_to(self._verifier)
+            self._progress()
+        return outcomes
+
+
+def _tasks(rollouts: Sequence[Rollout], chosen: Sequence[int], wanted: Wanted) -> list[Task]:
+    asked = [rollouts[i] for i in chosen]
+    return [Task(rollout.name, Question(rollout.text, rollout.prompt, wanted)) for rollout in asked]
 
 
 def _checked(value: object, sample: str, verifier: str) -> float:
