@@ -12,11 +12,10 @@ from megatron_troll.config.tree import Config, CriticOptimizer, Data, Layout, Mo
 from megatron_troll.config.tree import Critic as CriticModel
 from megatron_troll.critic import Critic, open_critic
 from megatron_troll.mcore.checkpoint import Checkpoints
-from megatron_troll.mcore.model import MegatronModel, build, main_gradient
+from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.observe.phases import Phases
-from megatron_troll.parallel.groups import Groups
 from megatron_troll.trainer import PolicyTrainer
 from megatron_troll.types import Rollout
 from megatron_troll.weights.families import table_of
@@ -27,6 +26,7 @@ from megatron_troll.weights.table import Table
 from megatron_troll.weights.value import value_table
 from tests.dist.methods_batch import Batch
 from tests.dist.methods_worker import Cut, accumulate, arrange, trainer
+from tests.dist.parameters import main_gradient
 from tests.dist.tiny import MOE, started
 
 CLIPPED_NEVER = 1e9
@@ -62,27 +62,29 @@ class Sizes:
 
 def run_critic(cut: Cut, task: Task) -> Seen:
     """One update of a critic that has the ranks to itself."""
-    with started(Layout(**cut.sizes)) as groups:
-        critic = opened(task, groups, cut.sizes, cut, distributed=False)
+    layout = Layout(**cut.sizes)
+    with started(layout) as groups:
+        policy = build(Model(path="none", dtype="fp32", layout=layout), shape_of(MOE), groups, trained=False)
+        critic = opened(task, policy, layout, cut, distributed=False)
         values = critic.values(task.rollouts, step=0)
         metrics = critic.learn(task.rollouts, task.targets, step=0)
         return Seen(values.value, metrics, list(shards(critic.trained.model)))
 
 
-def opened(task: Task, groups: Groups, policy: dict[str, int], cut: Cut, *, distributed: bool) -> Critic:
-    """A critic on the layout of `cut`; `groups` are those of a policy of the sizes `policy`."""
+def opened(task: Task, policy: MegatronModel, layout: Layout, cut: Cut, *, distributed: bool) -> Critic:
+    """A critic on the layout of `cut` beside a policy on `layout`."""
     optimizer = CriticOptimizer(lr=1e-3, grad_norm=CLIPPED_NEVER, distributed=distributed)
-    layout = Layout(**cut.sizes)
+    own = Layout(**cut.sizes)
     config = Config(
         name="critic",
         models=Models(
-            policy=Model(path="none", layout=Layout(**policy)),
-            critic=CriticModel(path=task.folder, dtype="fp32", layout=layout, optimizer=optimizer),
+            policy=Model(path="none", layout=layout),
+            critic=CriticModel(path=task.folder, dtype="fp32", layout=own, optimizer=optimizer),
         ),
         data=Data(files=("none",)),
         train=Train(updates=1, packing=cut.packed, token_budget=cut.token_budget),
     )
-    critic = open_critic(config, groups, Phases())
+    critic = open_critic(config, policy, Phases())
     for stage in critic.trained.model.stages:
         if stage.post_process:
             with torch.no_grad():
@@ -142,7 +144,7 @@ def paired(sizes: Sizes, batch: Batch, task: Task) -> Iterator[Pair]:
         load(model, TensorSource(batch.now))
         policy = trainer("gae", trainable(model, optimizer, total_steps=10), None)
         cut = Cut(sizes.critic, packed=True, token_budget=48)
-        critic = opened(task, groups, sizes.policy, cut, distributed=True)
+        critic = opened(task, model, layout, cut, distributed=True)
         yield Pair(policy, critic, Cut(sizes.policy, packed=True, token_budget=48), batch, task)
 
 

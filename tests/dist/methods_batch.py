@@ -17,7 +17,7 @@ ENGINE_K = 14
 # How far the rollout engine's logits lie from those of the weights it was given, as its arithmetic differs.
 ENGINE_NOISE = 0.15
 # Centred over each prompt, as group transforms need: 3, 3, 2 and 2 responses. The last but one is empty.
-ADVANTAGES = (1.4, -0.7, -0.7, 0.9, -1.1, 0.2, -0.8, 0.8, -0.9, 0.9)
+ADVANTAGES = (1.4, -0.7, -0.7, -1.1, 0.9, 0.2, -0.8, 0.8, -0.9, 0.9)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Batch:
 
 def make_methods_batch() -> Batch:
     """What masked tokens say is NaN: nothing may read it."""
-    drawn = make_batch()
+    drawn = make_batch("moe")
     generator = torch.Generator().manual_seed(SEED)
     before = read(model_of(drawn.before), drawn.rollouts).logits.detach()
     noise = torch.randn(before.shape, generator=generator, dtype=torch.float64)

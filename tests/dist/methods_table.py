@@ -30,7 +30,7 @@ def near(**kl: Any) -> Method:
 
 
 def dfpo(**fields: Any) -> Method:
-    bounds = clip(eps_low=0.05, eps_high=0.05)
+    bounds = clip(eps_low=0.02, eps_high=0.05)
     return method("clipped_above", "clipped_below", ratio={"name": "dfpo"} | fields, trust_region=bounds)
 
 
@@ -110,7 +110,7 @@ METHODS = {
     ),
     "tis": method("tis_truncated", trust_region=clip(), correction={"name": "tis", "cap": 1.1}),
     "icepop": method(
-        "icepop_left_out", trust_region=clip(), correction={"name": "icepop", "alpha": 0.9, "beta": 1.15}
+        "icepop_left_out", trust_region=clip(), correction={"name": "icepop", "alpha": 0.89, "beta": 1.14}
     ),
     "jackpot": method(
         "jackpot_accepted",

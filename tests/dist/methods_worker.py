@@ -13,11 +13,10 @@ from megatron_troll.objectives import compose
 from megatron_troll.reference import Reference, open_reference
 from megatron_troll.trainer import PolicyTrainer
 from megatron_troll.types import MicroBatch, Readings, Reads
-from megatron_troll.weights.export import stream
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import TensorSource
 from tests.dist.layouts_batch import TEMPERATURE, Weights
-from tests.dist.layouts_worker import gradients_as_parameters, unequal_replicas
+from tests.dist.layouts_worker import gradients_of
 from tests.dist.methods_batch import ENGINE_K, Batch
 from tests.dist.methods_table import METHODS
 from tests.dist.tiny import MOE, started
@@ -51,7 +50,7 @@ def run_methods(cut: Cut, batch: Batch, frozen: str, names: Sequence[str]) -> di
     with started(layout) as groups:
         model = build(config, shape_of(MOE), groups)
         policy = trainable(model, config.optimizer, total_steps=1)
-        beside = open_reference(config, model.shape, groups, TEMPERATURE, Reads())
+        beside = open_reference(config, model, TEMPERATURE, Reads())
         arranged = {name: arrange(name, cut, batch, model) for name in names}
         trainers = {name: trainer(name, policy, beside) for name in names}
         load(model, TensorSource(batch.before))
@@ -90,10 +89,7 @@ def accumulate(trainer: PolicyTrainer, batches: Sequence[MicroBatch], old: Seque
     kept = [None] * len(batches) if reference is None else reference.keep(batches)
     result = trainer.accumulate(batches, old, kept)
     assert result.broken == ()
-    unequal = unequal_replicas(model)
-    assert not unequal, unequal
-    with gradients_as_parameters(model):
-        gradients = {name: tensor.clone() for name, tensor in stream(model)}
+    gradients = gradients_of(model)
     first = model.groups.world.rank == 0
     return Outcome(
         result.loss, result.metrics, gradients if first else {}, [batch.rollouts for batch in batches]
