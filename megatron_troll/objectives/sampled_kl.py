@@ -6,11 +6,19 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_troll.objectives.reference import ReferenceKl, ratio, reference_of
-from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, logp_of
+from megatron_troll.objectives.reference import ReferenceKl, reference_of
+from megatron_troll.objectives.slots import (
+    Diagnostics,
+    Policy,
+    Statistics,
+    Term,
+    importance_ratio,
+    limited,
+    logp_of,
+)
 from megatron_troll.types import ObjectiveInputs, Reads
 
-LOG_RATIO_LIMIT, K3_LIMIT = 20.0, 10.0
+K3_LIMIT = 10.0
 
 
 class SampledKl(ReferenceKl):
@@ -57,11 +65,11 @@ class SampledKl(ReferenceKl):
     def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
         new = logp_of(inputs.new, "new")
         x = new - logp_of(reference_of(inputs), "reference")
-        limited = x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) if self.clamp else x
-        value = self.estimate(limited)
-        per_token = {"reference_kl_clamped": (limited != x).to(x.dtype)}
+        counted = limited(x) if self.clamp else x
+        value = self.estimate(counted)
+        per_token = {"reference_kl_clamped": (counted != x).to(x.dtype)}
         if self.is_weight == "token":
-            weight = ratio(new, logp_of(inputs.old, "old"))
+            weight = importance_ratio(new, logp_of(inputs.old, "old"))
             value = (weight if self.diff_is else weight.detach()) * value
             per_token["reference_kl_ratio"] = weight.detach()
         return Term(self.beta * value, {"reference_kl": value.detach()} | per_token)

@@ -6,8 +6,9 @@ from pydantic import Field
 from torch import Tensor, full_like, int64, where
 from troll_kernels.sparsify import sparse_logp
 
-from megatron_troll.objectives.partial_kl import first_slots, partial_kl
-from megatron_troll.objectives.reference import ReferenceKl, reference_of, topk_of
+from megatron_troll.objectives.partial_kl import partial_kl
+from megatron_troll.objectives.records import first_slots, record_of
+from megatron_troll.objectives.reference import ReferenceKl, reference_of
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term
 from megatron_troll.objectives.sparse import Sparse
 from megatron_troll.types import ObjectiveInputs, Reads, Support
@@ -40,10 +41,11 @@ class TikeSparse(Sparse, ReferenceKl):
         return {"reference_kl": ("mean", "max", "min"), "reference_kl_floored": ("mean",)}
 
     def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
-        topk = topk_of(inputs.new, "new", self.k)
+        topk = record_of(inputs.new.topk, self.k, "new", "objective.kl")
         kept = first_slots(topk, self.k, union_sampled=True) & (topk.logits.detach() != float("-inf"))
         new = self._sparse(topk.logits, kept, topk.vocab)
-        logits = where(kept, topk_of(reference_of(inputs), "reference", self.k).logits, float("-inf"))
+        frozen = record_of(reference_of(inputs).topk, self.k, "reference", "objective.kl")
+        logits = where(kept, frozen.logits, float("-inf"))
         lowest = logits.amax(1, keepdim=True) + self.floor
         reference = self._sparse(logits.clamp(min=lowest), kept, topk.vocab)
         value = partial_kl(new, reference, kept, non_negative=False)

@@ -43,7 +43,8 @@ class Budget(Node):
 
     @model_validator(mode="after")
     def _is_for_kl(self) -> Self:
-        if (self.delta, self.delta_b) == budget.TV:
+        deltas, deltas_b = budget.OF_TV
+        if self.delta in deltas and self.delta_b in deltas_b:
             raise ValueError(
                 f"delta={self.delta}, delta_b={self.delta_b} are CPPO's constants for TV; the bound is "
                 f"a KL: delta={budget.KL[0]}, delta_b={budget.KL[1]}"
