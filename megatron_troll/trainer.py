@@ -205,8 +205,8 @@ class PolicyTrainer:
             segments=segments(
                 batch.sequence, batch.position, len(batch.rollouts), self.trainable.model.groups.cp
             ),
-            group=torch.tensor(batch.groups, device=hidden.device),
-            rollout=torch.tensor(batch.rollouts, device=hidden.device),
+            group=torch.tensor(batch.groups, dtype=torch.int64, device=hidden.device),
+            rollout=torch.tensor(batch.rollouts, dtype=torch.int64, device=hidden.device),
             rollouts=batch.batch_size,
             uniform=batch.uniform,
             reference=reference,
