@@ -10,7 +10,7 @@ import torch
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
 from megatron_troll.estimate import estimate
-from megatron_troll.judging import judge
+from megatron_troll.judging import Judged, judge
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
 from megatron_troll.rollout.engine import requests_for
@@ -53,12 +53,8 @@ def before_training(run: Run, standing: Standing) -> Standing:
 def train_step(run: Run, standing: Standing) -> Standing:
     """One rollout batch: sample, judge, learn, and whatever is due after it."""
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
-    prompts = [run.task.prompts.train[i] for i in run.order.next(config.rollout.prompts)]
-    requests = requests_for(prompts, config.rollout.samples, run.task.tokenizer)
-    with run.session.phases("generation"):
-        rollouts = run.engine.generate(requests, config.rollout.sampling, step)
-    with run.session.phases("reward"):
-        judged = judge(run.scorer, rollouts, run.session.groups.world)
+    batch = run.pending.next(step, lambda number: sample(run, number))
+    judged = batch.judged
     rewards = shuffled(judged.reward, step) if config.train.shuffle_rewards else judged.reward
     estimated = estimate(run.task.objective.advantage, run.critic, judged.rollouts, rewards, step)
     if config.observe.rollouts:
@@ -75,6 +71,7 @@ def train_step(run: Run, standing: Standing) -> Standing:
         **learned.metrics,
         "lr": run.policy.lr,
         "skipped_updates": learned.skipped,
+        "staleness": standing.step - 1 - batch.trained,
     }
     group = torch.tensor([rollout.group for rollout in judged.rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
@@ -84,11 +81,22 @@ def train_step(run: Run, standing: Standing) -> Standing:
     if due(step, config.checkpoint.every, config.train.steps):
         run.save(run.since(standing, began), metrics.get("held_out_success"))
     seconds = time.perf_counter() - began
-    metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
+    metrics |= speed(config, run.task.shape, judged.rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
     alarm(run, step, metrics)
     guard(run, learned, judged.rollouts, standing)
     return run.since(standing, began)
+
+
+def sample(run: Run, number: int) -> Judged:
+    """Rollout batch `number`, of the policy as it is. Blocks on every rank."""
+    config = run.task.config.rollout
+    prompts = [run.task.prompts.train[i] for i in run.order.next(config.prompts)]
+    requests = requests_for(prompts, config.samples, run.task.tokenizer)
+    with run.session.phases("generation"):
+        rollouts = run.engine.generate(requests, config.sampling, number)
+    with run.session.phases("reward"):
+        return judge(run.scorer, rollouts, run.session.groups.world)
 
 
 def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:

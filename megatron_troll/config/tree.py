@@ -167,6 +167,9 @@ class RolloutConfig(Node):
     engine: str = Field(default="inprocess", description="engine by name or import path")
     prompts: Positive = Field(default=64, description="prompts per rollout batch")
     samples: Positive = Field(default=8, description="samples per prompt (the group)")
+    staleness: Natural = Field(
+        default=0, description="train on the batch sampled this many rollout batches earlier"
+    )
     sampling: Sampling = Sampling()
     top_k: Natural = Field(default=64, description="top-K entries the engine returns per position; 0: none")
     max_sequences: Positive = Field(

@@ -43,14 +43,17 @@ class Study(Node):
     base: str = Field(description="configuration file that every run starts from")
     warm_start: str | None = Field(
         default=None,
-        description="configuration of `mtroll sft`: each seed then has its own demo task and warm start, which "
-        "all of its runs share; null: the data and models of the base",
+        description="configuration of `mtroll sft`: each seed then has its own demo task and warm start, "
+        "which all of its runs share; null: the data and models of the base",
     )
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = Field(description="each with every method")
     threshold: Fraction = Field(default=0.7, description="held-out success of `steps_to_threshold`")
     collapse: Fraction = Field(
         default=0.5,
         description="a run collapsed where its last held-out success is below this share of its best one",
+    )
+    baseline: str | None = Field(
+        default=None, description="the method that tables show differences from; default: the first"
     )
     comparisons: tuple[Comparison, ...] = Field(default=(), description="the confirmatory ones, all of them")
 
@@ -115,6 +118,7 @@ class Plan:
             "name": "warm-start",
             "runs": str(folder),
             "seed": seed,
+            "checkpoint.export": True,
             "models.policy.path": str(folder / "demo" / "base"),
             "sft.files": [str(folder / "demo" / "data" / "warm.jsonl")],
         }
@@ -177,8 +181,8 @@ def _refuse_unmatched(plan: Plan) -> None:
         if len(spent) > 1:
             (one, a), (two, b), *_ = spent.items()
             raise ConfigError(
-                f"study {plan.study.name}, setting {setting}: {a} and {b} do not get the same compute: rollout "
-                f"batches, responses a batch, updates, epochs, longest response are {one} and {two}"
+                f"study {plan.study.name}, setting {setting}: {a} and {b} do not get the same compute: "
+                f"rollout batches, responses a batch, updates, epochs, longest response: {one} and {two}"
             )
 
 

@@ -1,0 +1,89 @@
+"""`mtroll study`: run, report."""
+
+import argparse
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_troll.config import ConfigError
+
+FAILED, REFUSED = 1, 2
+
+
+class Parser(argparse.ArgumentParser):
+    """`mtroll study FILE.yaml` is `mtroll study run FILE.yaml`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
+        if args and self.prog.endswith(" study") and args[0].endswith((".yaml", ".yml")):
+            args = ["run", *args]
+        return super().parse_known_args(args, namespace)
+
+
+def add_to(commands: "argparse._SubParsersAction") -> None:
+    """The command's own sub-commands."""
+    about = "many runs planned in one file: methods x seeds x settings"
+    study = commands.add_parser("study", help=about, description=about)
+    kinds = study.add_subparsers(required=True, metavar="run|report")
+    run = kinds.add_parser("run", help="run what is not finished; also `mtroll study STUDY.yaml`")
+    run.add_argument("study", metavar="STUDY.yaml")
+    run.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
+    run.set_defaults(run=run_command)
+    report = kinds.add_parser("report", help="compare: a page of tables and curves")
+    report.add_argument("study", metavar="STUDY.yaml")
+    report.add_argument("--output", default=None, help="default: runs/<study>/report.md")
+    report.set_defaults(run=report_command)
+
+
+def run_command(arguments: Namespace) -> int:
+    from megatron_troll.launch.interrupts import watched
+    from megatron_troll.study.plan import load_plan
+    from megatron_troll.study.results import results_path
+    from megatron_troll.study.runner import run_study
+
+    path = Path(arguments.study)
+    try:
+        plan = load_plan(path)
+    except ConfigError as error:
+        return _refuse(error)
+    with watched() as interrupts:
+        complete = run_study(plan, results_path(path), arguments.jobs, interrupts, _say)
+    if complete:
+        _say(f"all runs are finished; compare: mtroll study report {path}")
+        return 0
+    _say(f"not every run is finished; go on: mtroll study {path}")
+    return 0 if interrupts.asked else FAILED
+
+
+def report_command(arguments: Namespace) -> int:
+    from megatron_troll.observe.files import write_atomic
+    from megatron_troll.study.plan import load_plan
+    from megatron_troll.study.plots import plot
+    from megatron_troll.study.report import markdown
+    from megatron_troll.study.results import gather, results_path
+
+    path = Path(arguments.study)
+    try:
+        plan = load_plan(path)
+    except ConfigError as error:
+        return _refuse(error)
+    results = gather(plan, results_path(path))
+    if not results:
+        return _refuse(ConfigError(f"{path}: no finished run; first: mtroll study {path}"))
+    output = Path(arguments.output) if arguments.output else plan.root / "report.md"
+    pictures = f"images/{output.stem}-{{setting}}.png"
+    for setting in {cell.setting for cell in results}:
+        plot(plan, setting, results, output.parent / pictures.format(setting=setting))
+    write_atomic(output, markdown(plan, results, str(path), pictures))
+    _say(f"wrote {output}")
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _refuse(error: Exception) -> int:
+    sys.stderr.write(f"{error}\n")
+    return REFUSED
