@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Layout, Observe, Sampling, WarmStart
+from megatron_troll.config.tree import Config, Data, Layout, Model, Observe, Sampling, WarmStart
 from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.errors import DataError
 from megatron_troll.data.prompts import PromptSet, load_prompts
@@ -36,6 +36,9 @@ class Task:
     prompts: PromptSet
     objective: Objective
 
+    def __str__(self) -> str:
+        return str(self.prompts)
+
     def token_text(self, token: int) -> str:
         """What one token id reads as."""
         return str(self.tokenizer.decode([token]))
@@ -44,7 +47,7 @@ class Task:
 def prepare(config: Config) -> Task:
     """Read and check what `config` names. Raises one of PROBLEMS with what is wrong and where; touches no
     device and writes nothing."""
-    policy = config.policy
+    data = data_of(config)
     config = config.model_copy(
         update={
             "objective": resolve(config.objective),
@@ -52,26 +55,50 @@ def prepare(config: Config) -> Task:
         }
     )
     objective = compose(config.objective)
-    shape = read_shape(policy.path)
-    check_layout(shape, policy.layout)
-    uses_te(policy.spec)
-    check_world(policy.layout, world_size(config))
+    shape = shape_of(config)
     objective.check(shape.vocab)
     _check_models(config, objective, shape)
-    rollout.check(config.rollout, policy.layout.cp)
     _check_rollout(config, objective, shape)
+    answer = config.rollout.sampling.max_tokens
+    check_length(
+        {"data.max_prompt_tokens": data.max_prompt_tokens, "rollout.sampling.max_tokens": answer}, shape
+    )
     _check_observe(config.observe)
-    if policy.init == "pretrained":
-        check_folder(policy.path, shape)
-    tokenizer = load_tokenizer(policy.path)
-    check_vocab(tokenizer, shape.vocab)
-    stops = stop_ids(tokenizer, policy.path, config.rollout.sampling.stop)
-    prompts = load_prompts(config.data, config.seed, tokenizer)
+    tokenizer = tokenizer_of(config.policy, shape)
+    stops = stop_ids(tokenizer, config.policy.path, config.rollout.sampling.stop)
+    prompts = load_prompts(data, config.seed, tokenizer)
     if config.rollout.prompts > len(prompts.train):
         raise ConfigError(
             f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"
         )
     return Task(config, shape, tokenizer, stops, prompts, objective)
+
+
+def shape_of(config: Config) -> ModelShape:
+    """The policy's sizes. Raises one of PROBLEMS where the folder, the layout or the engine does not fit."""
+    policy = config.policy
+    shape = read_shape(policy.path)
+    check_layout(shape, policy.layout)
+    uses_te(policy.spec)
+    check_world(policy.layout, world_size(config))
+    rollout.check(config.rollout, policy.layout.cp)
+    if policy.init == "pretrained":
+        check_folder(policy.path, shape)
+    return shape
+
+
+def tokenizer_of(model: Model, shape: ModelShape) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder. Raises one of PROBLEMS where it is not the model's."""
+    tokenizer = load_tokenizer(model.path)
+    check_vocab(tokenizer, shape.vocab)
+    return tokenizer
+
+
+def data_of(config: Config) -> Data:
+    """What is trained on. Raises ConfigError where the configuration does not say."""
+    if config.data is None:
+        raise ConfigError("data: missing; training needs data.files, prompts to answer")
+    return config.data
 
 
 def sft_of(config: Config) -> WarmStart:
@@ -110,6 +137,16 @@ def smallest_world(layout: Layout) -> int:
     return layout.pp * (larger if larger % smaller == 0 else dense * expert)
 
 
+def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
+    """Raises ConfigError where `tokens`, by the keys that limit them, are more than the model has positions
+    for."""
+    if sum(tokens.values()) > shape.max_positions:
+        raise ConfigError(
+            f"{' + '.join(tokens)} = {sum(tokens.values())} exceeds the model's max_position_embeddings "
+            f"{shape.max_positions}"
+        )
+
+
 def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> None:
     sampling = config.rollout.sampling
     if sampling.temperature == 0:
@@ -118,12 +155,6 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
         raise ConfigError(
             f"rollout.sampling: {', '.join(filters)} cut the law that tokens are drawn from, while the "
             "log-probs of every trust region are of the uncut one; leave them at their defaults in training"
-        )
-    if config.data.max_prompt_tokens + sampling.max_tokens > shape.max_positions:
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.sampling.max_tokens = "
-            f"{config.data.max_prompt_tokens + sampling.max_tokens} exceeds the model's "
-            f"max_position_embeddings {shape.max_positions}"
         )
     if objective.advantage.needs_groups and config.rollout.samples < 2:
         raise ConfigError(
@@ -138,6 +169,11 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
             raise ConfigError(
                 f"rollout.top_k={config.rollout.top_k}: {who} needs at least {min(k, shape.vocab)}"
             )
+    if config.rollout.refill and not objective.advantage.needs_groups:
+        raise ConfigError(
+            f"rollout.refill={config.rollout.refill} replaces prompts whose samples earn the same: advantage "
+            f"{config.objective.advantage.name!r} learns from those too; set it to 0"
+        )
     if config.rollout.prompts < config.train.updates // config.train.epochs:
         raise ConfigError(
             f"train.updates: {config.train.updates} steps over {config.train.epochs} epochs need at least as "

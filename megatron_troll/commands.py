@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from rich.console import Console
 
@@ -19,8 +19,19 @@ from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
     from megatron_troll.checks import Task
+    from megatron_troll.evals.task import EvalTask
 
 FAILED, REFUSED = 1, 2
+
+
+class Prepared(Protocol):
+    """A configuration with all that it names read and found fit; its text is for the terminal."""
+
+    @property
+    def config(self) -> Config: ...
+
+
+Prep = TypeVar("Prep", bound=Prepared)
 
 
 def train(arguments: Namespace) -> int:
@@ -30,7 +41,7 @@ def train(arguments: Namespace) -> int:
         if loop(task, interrupts) and os.environ["RANK"] == "0":
             _say_next(task.config)
 
-    return _configured(arguments, Command("train", lambda task: None, run))
+    return _configured(arguments, Command("train", _task, lambda task: None, run))
 
 
 def sft(arguments: Namespace) -> int:
@@ -45,7 +56,26 @@ def sft(arguments: Namespace) -> int:
         if warm_start(task, interrupts) and os.environ["RANK"] == "0":
             _say(f"exported to {_folder(task.config).hf}")
 
-    return _configured(arguments, Command("sft", check, run))
+    return _configured(arguments, Command("sft", _task, check, run))
+
+
+def evaluate(arguments: Namespace) -> int:
+    def prepare(config: Config) -> "EvalTask":
+        from megatron_troll.evals.task import prepare
+
+        return prepare(config)
+
+    def run(task: "EvalTask", interrupts: Interrupts) -> None:
+        from megatron_troll.evals.report import table
+        from megatron_troll.evals.run import evaluate
+
+        results = evaluate(task, interrupts)
+        if results is not None and os.environ["RANK"] == "0":
+            Console().print(table(results))
+            folder = _folder(task.config)
+            _say(f"wrote {folder.evaluation}; every sample: mtroll rollouts {folder.root} --step N")
+
+    return _configured(arguments, Command("eval", prepare, lambda task: None, run))
 
 
 def demo(arguments: Namespace) -> int:
@@ -86,23 +116,30 @@ def rollouts(arguments: Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Command:
-    """A command on a configuration: what it refuses beside `prepare`, before ranks start, and what each rank
-    does."""
+class Command(Generic[Prep]):
+    """A command on a configuration: what it reads and refuses on every rank, what it refuses besides before
+    ranks start, and what each rank does."""
 
     name: str
-    check: Callable[["Task"], object]
-    run: Callable[["Task", Interrupts], None]
+    prepare: Callable[[Config], Prep]
+    check: Callable[[Prep], object]
+    run: Callable[[Prep, Interrupts], None]
 
 
-def _configured(arguments: Namespace, command: Command) -> int:
+def _task(config: Config) -> "Task":
+    from megatron_troll.checks import prepare
+
+    return prepare(config)
+
+
+def _configured(arguments: Namespace, command: Command[Prep]) -> int:
     """Check the configuration; then be a rank, or start the ranks that will check it again."""
     if "RANK" in os.environ:
         return _as_rank(arguments, command)
-    from megatron_troll.checks import PROBLEMS, prepare, world_size
+    from megatron_troll.checks import PROBLEMS, world_size
 
     try:
-        task = prepare(_load(arguments))
+        task = command.prepare(_load(arguments))
         command.check(task)
         folder = _folder(task.config)
         folder.check(dump(task.config), task.config.resume)
@@ -112,22 +149,22 @@ def _configured(arguments: Namespace, command: Command) -> int:
     ranks = world_size(task.config)
     argv = [sys.executable, "-m", "megatron_troll.cli", command.name, arguments.config, *arguments.overrides]
     threads = task.config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
-    _say(str(task.prompts))
+    _say(str(task))
     return launch(argv, ranks, threads, folder.logs)
 
 
-def _as_rank(arguments: Namespace, command: Command) -> int:
+def _as_rank(arguments: Namespace, command: Command[Prep]) -> int:
     with watched() as interrupts:
-        from megatron_troll.checks import PROBLEMS, prepare
+        from megatron_troll.checks import PROBLEMS
 
         try:
-            task = prepare(_load(arguments))
+            task = command.prepare(_load(arguments))
         except PROBLEMS as error:
             return _refuse(error)
         return _run(task, command, interrupts)
 
 
-def _run(task: "Task", command: Command, interrupts: Interrupts) -> int:
+def _run(task: Prep, command: Command[Prep], interrupts: Interrupts) -> int:
     from megatron_troll.data.errors import DataError
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.rewards.pool import RewardError

@@ -32,6 +32,16 @@ class Judged:
         return metrics | {name: float(count) for name, count in failed.items() if count}
 
 
+def together(parts: Sequence[Judged]) -> Judged:
+    """Several batches as one, in order."""
+    return Judged(
+        rollouts=[rollout for part in parts for rollout in part.rollouts],
+        reward=np.concatenate([part.reward for part in parts]),
+        timeouts=sum(part.timeouts for part in parts),
+        crashes=sum(part.crashes for part in parts),
+    )
+
+
 def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> Judged:
     """Every rank scores its share and gathers the rest, so all return the same. Blocks."""
     shares = world.all_gather_objects(scorer.score(rollouts[world.rank :: world.size]))
@@ -41,3 +51,11 @@ def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> Judged:
         reward[rank :: world.size], keep[rank :: world.size] = share.reward, share.keep
     kept = [r if k else replace(r, mask=np.zeros_like(r.mask)) for r, k in zip(rollouts, keep)]
     return Judged(kept, reward, sum(s.timeouts for s in shares), sum(s.crashes for s in shares))
+
+
+def extract(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> list[str | None]:
+    """The vote of each rollout (Scorer.votes), shared out like `judge`. Blocks."""
+    votes: list[str | None] = [None] * len(rollouts)
+    for rank, share in enumerate(world.all_gather_objects(scorer.votes(rollouts[world.rank :: world.size]))):
+        votes[rank :: world.size] = share
+    return votes

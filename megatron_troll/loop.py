@@ -9,11 +9,11 @@ import torch
 
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
-from megatron_troll.estimate import estimate
-from megatron_troll.judging import Judged, judge
+from megatron_troll.collect import collect
+from megatron_troll.collected import Collected
+from megatron_troll.estimate import Estimate, estimate
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
-from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run import Run, Standing, open_run
 from megatron_troll.speed import speed
 from megatron_troll.trainer import Unhealthy
@@ -53,27 +53,26 @@ def before_training(run: Run, standing: Standing) -> Standing:
 def train_step(run: Run, standing: Standing) -> Standing:
     """One rollout batch: sample, judge, learn, and whatever is due after it."""
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
-    batch = run.pending.next(step, lambda number: sample(run, number))
-    judged = batch.judged
-    rewards = shuffled(judged.reward, step) if config.train.shuffle_rewards else judged.reward
-    estimated = estimate(run.task.objective.advantage, run.critic, judged.rollouts, rewards, step)
+    waited = run.pending.next(step, lambda number: collect(run, number))
+    batch, rollouts, rewards = waited.batch, waited.batch.rollouts, waited.batch.reward
+    if config.train.shuffle_rewards:
+        rewards = shuffled(rewards, step)
+    estimated = estimate(run.task.objective.advantage, run.critic, rollouts, rewards, step)
     if config.observe.rollouts:
-        run.session.on_first(
-            lambda: run.store.write(step, judged.rollouts, rewards.tolist(), estimated.means)
-        )
-    learned = run.learner.learn(judged.rollouts, estimated.advantages, step)
+        run.session.on_first(lambda: keep(run, batch, rewards, estimated, step))
+    learned = run.learner.learn(rollouts, estimated.advantages, step)
     if run.critic is not None:
-        learned.metrics.update(run.critic.learn(judged.rollouts, estimated.targets, step))
+        learned.metrics.update(run.critic.learn(rollouts, estimated.targets, step))
     standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
     metrics = {
-        **judged.metrics,
+        **batch.metrics,
         **estimated.metrics,
         **learned.metrics,
         "lr": run.policy.lr,
         "skipped_updates": learned.skipped,
-        "staleness": standing.step - 1 - batch.trained,
+        "staleness": step - 1 - waited.trained,
     }
-    group = torch.tensor([rollout.group for rollout in judged.rollouts])
+    group = torch.tensor([rollout.group for rollout in rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
     if due(step, config.evaluation.every, config.train.steps):
         metrics["held_out_success"] = run.evaluator.success()
@@ -81,22 +80,20 @@ def train_step(run: Run, standing: Standing) -> Standing:
     if due(step, config.checkpoint.every, config.train.steps):
         run.save(run.since(standing, began), metrics.get("held_out_success"))
     seconds = time.perf_counter() - began
-    metrics |= speed(config, run.task.shape, judged.rollouts, seconds, run.session.groups.world.size)
+    metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
     alarm(run, step, metrics)
-    guard(run, learned, judged.rollouts, standing)
+    guard(run, learned, rollouts, standing)
     return run.since(standing, began)
 
 
-def sample(run: Run, number: int) -> Judged:
-    """Rollout batch `number`, of the policy as it is. Blocks on every rank."""
-    config = run.task.config.rollout
-    prompts = [run.task.prompts.train[i] for i in run.order.next(config.prompts)]
-    requests = requests_for(prompts, config.samples, run.task.tokenizer)
-    with run.session.phases("generation"):
-        rollouts = run.engine.generate(requests, config.sampling, number)
-    with run.session.phases("reward"):
-        return judge(run.scorer, rollouts, run.session.groups.world)
+def keep(run: Run, batch: Collected, rewards: np.ndarray, estimated: Estimate, step: int) -> None:
+    """Store everything sampled, also what is not trained on: with the verifier's reward and no advantage."""
+    everything = batch.sampled.reward.copy()
+    everything[batch.kept] = rewards
+    advantages = np.zeros(len(everything))
+    advantages[batch.kept] = estimated.means
+    run.store.write(step, batch.sampled.rollouts, everything.tolist(), advantages.tolist())
 
 
 def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
-"""A trained model: built, filled, with its optimizer."""
+"""The policy: built and filled, with its optimizer where it is trained."""
 
 from megatron_troll.config.tree import Model
-from megatron_troll.mcore.model import build
+from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.parallel.groups import Groups
@@ -11,6 +11,14 @@ from megatron_troll.weights.source import FolderSource, RandomSource
 
 def open_policy(model: Model, shape: ModelShape, groups: Groups, seed: int, updates: int) -> Trainable:
     """The trained model with its weights and its optimizer over `updates` steps."""
-    built = build(model, shape, groups)
-    load(built, RandomSource(shape, seed) if model.init == "random" else FolderSource(model.path))
+    built = open_model(model, shape, groups, seed, trained=True)
     return trainable(built, model.optimizer, updates)
+
+
+def open_model(
+    model: Model, shape: ModelShape, groups: Groups, seed: int, *, trained: bool = False
+) -> MegatronModel:
+    """The model with its weights; only `trained` has buffers for gradients."""
+    built = build(model, shape, groups, trained=trained)
+    load(built, RandomSource(shape, seed) if model.init == "random" else FolderSource(model.path))
+    return built

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 from megatron_troll.arrange import Arranger
-from megatron_troll.checks import Task
+from megatron_troll.checks import Task, data_of
 from megatron_troll.critic import Critic, open_critic
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.evaluation import Evaluator, open_engine
@@ -113,7 +113,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             engine=engine,
             scorer=scorer,
             evaluator=Evaluator(task, session, engine, scorer),
-            order=PromptOrder(len(task.prompts.train), config.seed, config.data.shuffle),
+            order=PromptOrder(len(task.prompts.train), config.seed, data_of(config).shuffle),
             store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy, critic),
             pending=Pending(config.rollout.staleness, config.train.steps),

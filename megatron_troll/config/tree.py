@@ -6,7 +6,7 @@ fields of their own slot beside their maths (objectives/), rewards beside theirs
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -122,11 +122,10 @@ class Models(Node):
     critic: Critic | None = Field(default=None, description="for objective.advantage gae")
 
 
-class Data(Node):
-    """Prompt files, JSONL or Parquet."""
+class PromptFiles(Node):
+    """Files that hold prompts, and what to do with rows that are none."""
 
-    files: Files = Field(description="training prompts")
-    held_out: Positive | Files = Field(default=1024, description="a count split from `files`, or files")
+    files: Files = Field(description="prompts, JSONL or Parquet")
     schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field(
         default="auto", alias="schema", description="auto: told by the first record of each file"
     )
@@ -139,6 +138,12 @@ class Data(Node):
     overlong_prompts: Literal["error", "skip"] = Field(
         default="error", description="a longer prompt: stop, or skip and count it"
     )
+
+
+class Data(PromptFiles):
+    """The prompts of training, and those held out from it."""
+
+    held_out: Positive | Files = Field(default=1024, description="a count split from `files`, or files")
     shuffle: bool = Field(
         default=True, description="a new order each epoch, fixed by `seed`; false: file order"
     )
@@ -169,6 +174,11 @@ class RolloutConfig(Node):
     samples: Positive = Field(default=8, description="samples per prompt (the group)")
     staleness: Natural = Field(
         default=0, description="train on the batch sampled this many rollout batches earlier"
+    )
+    refill: Natural = Field(
+        default=0,
+        description="extra rounds a batch, in which new prompts take the place of those whose samples all "
+        "got the same reward (DAPO's dynamic sampling); 0: none",
     )
     sampling: Sampling = Sampling()
     top_k: Natural = Field(default=64, description="top-K entries the engine returns per position; 0: none")
@@ -269,6 +279,29 @@ class Evaluation(Node):
     temperature: NonNegative | None = Field(default=None, description="default: that of training")
 
 
+class EvalSet(PromptFiles):
+    """A data set of `mtroll eval`, by the name of its key."""
+
+    prompts: Positive | None = Field(default=None, description="the first so many; default: all")
+    samples: Positive = Field(default=1, description="answers per prompt")
+    sampling: Sampling = Sampling()
+    pass_at: tuple[Positive, ...] = Field(
+        default=(1,), description="each k of pass@k and, above 1, of maj@k; at most `samples`"
+    )
+    success_above: float = Field(
+        default=0.5, description="pass@k and maj@k count a reward beyond this as a success"
+    )
+    reward: RewardConfig | None = Field(default=None, description="default: `reward` of the run")
+
+    @field_validator("pass_at")
+    @classmethod
+    def _enough_samples(cls, pass_at: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        samples = info.data.get("samples")
+        if samples is not None and max(pass_at, default=0) > samples:
+            raise ValueError(f"{max(pass_at)} is more than the samples of a prompt: samples is {samples}")
+        return pass_at
+
+
 class Checkpoint(Node):
     """torch_dist checkpoints under runs/<name>/checkpoints."""
 
@@ -310,13 +343,14 @@ class Config(Node):
     seed: Natural = Field(default=0, description="of prompt order, sampling and random weights")
     resume: bool = Field(default=False, description="continue from the newest checkpoint of the run folder")
     models: Models
-    data: Data
+    data: Data | None = Field(default=None, description="`mtroll eval` alone needs none")
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig(name="exact")
     objective: ObjectiveConfig = ObjectiveConfig()
     train: Train = Train()
     sft: WarmStart | None = None
     evaluation: Evaluation = Evaluation()
+    eval: dict[str, EvalSet] = {}
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()
     launch: Launch = Launch()

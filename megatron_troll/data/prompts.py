@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.config.tree import Data
+from megatron_troll.config.tree import Data, PromptFiles
 from megatron_troll.data.chat import render_prompt
 from megatron_troll.data.errors import DataError, Malformed
 from megatron_troll.data.messages import content_key
@@ -54,23 +54,24 @@ class PromptSet:
 def load_prompts(config: Data, seed: int, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """Read the files of `config`. An integer `held_out` is split off by a hash of `seed` and each prompt's
     text, so it does not depend on the order of files or rows. Raises DataError."""
-    prompts, counts = read_prompts(config.files, config, tokenizer)
+    prompts, counts = read_prompts(config.files, config, tokenizer, "data")
     if isinstance(config.held_out, int):
         train, held_out = split(prompts, config.held_out, seed)
         read = {"files": counts}
     else:
-        held_out, held_counts = read_prompts(config.held_out, config, tokenizer)
+        held_out, held_counts = read_prompts(config.held_out, config, tokenizer, "data")
         train, read = prompts, {"files": counts, "held-out files": held_counts}
     check_disjoint(train, held_out)
     return PromptSet(tuple(train), tuple(held_out), read)
 
 
 def read_prompts(
-    files: Sequence[str], config: Data, tokenizer: PreTrainedTokenizerBase
+    files: Sequence[str], config: PromptFiles, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> tuple[list[Prompt], Counts]:
     """The distinct prompts of `files` in file order. A row with the text of an earlier one is a duplicate,
-    dropped and counted. Raises DataError for a malformed or too long row unless `config` says to skip it."""
-    reader = _Reader(config)
+    dropped and counted. Raises DataError for a malformed or too long row unless `config`, which stands at
+    `key` of the configuration, says to skip it."""
+    reader = _Reader(config, key)
     prompts = [prompt for path in files for prompt in reader.prompts(path, tokenizer)]
     if not prompts:
         raise DataError(f"{', '.join(files)}: no usable prompt; {reader.counts}")
@@ -81,7 +82,8 @@ def read_prompts(
 class _Reader:
     """What has been seen so far: text -> answer, id -> place."""
 
-    config: Data
+    config: PromptFiles
+    key: str
     counts: Counts = field(default_factory=Counts)
     answers: dict[str, str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
@@ -116,7 +118,9 @@ class _Reader:
 
     def _skip_malformed(self, row: Row, error: Malformed) -> None:
         if self.config.malformed == "error":
-            raise DataError(f"{row.where}: {error} (data.malformed=skip skips and counts it)") from error
+            raise DataError(
+                f"{row.where}: {error} ({self.key}.malformed=skip skips and counts it)"
+            ) from error
         self.counts.malformed += 1
         self.counts.first_malformed = self.counts.first_malformed or f"{row.where}: {error}"
 
@@ -129,8 +133,8 @@ class _Reader:
             return True
         if self.config.overlong_prompts == "error":
             raise DataError(
-                f"{row.where}: prompt {prompt.id!r} has {length} tokens, over data.max_prompt_tokens="
-                f"{self.config.max_prompt_tokens} (data.overlong_prompts=skip skips and counts it)"
+                f"{row.where}: prompt {prompt.id!r} has {length} tokens, over {self.key}.max_prompt_tokens="
+                f"{self.config.max_prompt_tokens} ({self.key}.overlong_prompts=skip skips and counts it)"
             )
         self.counts.overlong += 1
         return False

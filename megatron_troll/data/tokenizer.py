@@ -24,18 +24,21 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def stop_ids(
-    tokenizer: PreTrainedTokenizerBase, folder: str | Path, stop: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    stop: Sequence[str] = (),
+    key: str = "rollout.sampling.stop",
 ) -> tuple[int, ...]:
     """Sorted ids that end a response: the tokenizer's end of sequence, those of the folder's
-    generation_config.json, and the tokens of `stop`. Raises DataError where a stop text is not one token,
-    and where there is none at all."""
-    ids = {_single_token(text, tokenizer) for text in stop} | set(_generation_eos(Path(folder)))
+    generation_config.json, and the tokens of `stop`, which stands at `key` of the configuration. Raises
+    DataError where a stop text is not one token, and where there is none at all."""
+    ids = {_single_token(text, tokenizer, key) for text in stop} | set(_generation_eos(Path(folder)))
     if isinstance(tokenizer.eos_token_id, int):
         ids.add(tokenizer.eos_token_id)
     if not ids:
         raise DataError(
             f"{folder}: nothing ends a response: neither the tokenizer nor generation_config.json names "
-            "an end of sequence, and rollout.sampling.stop is empty"
+            f"an end of sequence, and {key} is empty"
         )
     return tuple(sorted(ids))
 
@@ -50,11 +53,11 @@ def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         )
 
 
-def _single_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+def _single_token(text: str, tokenizer: PreTrainedTokenizerBase, key: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1 or tokenizer.decode(ids) != text:
         raise DataError(
-            f"rollout.sampling.stop: {text!r} is not one token of the tokenizer (it encodes to {ids}); "
+            f"{key}: {text!r} is not one token of the tokenizer (it encodes to {ids}); "
             "sampling can only stop at single tokens"
         )
     return ids[0]

@@ -24,15 +24,18 @@ class Field:
 
 RUN = (
     Field("step", "rollout batches", "rollout batches trained on; 0 is the evaluation before training"),
-    Field("success", "", "mean reward of the training batch, as sampled"),
+    Field("success", "", "mean reward of everything sampled for the batch, as sampled"),
     Field("reward_std", "", "standard deviation of those rewards"),
     Field("held_out_success", "share", "mean reward on held-out prompts; on evaluation steps only"),
     Field(
         "frac_zero_std_groups",
         "share",
-        "prompts whose samples all got the same reward: no gradient from them",
+        "prompts trained on whose samples all got the same reward: no gradient from them",
     ),
-    Field("response_length", "tokens", "mean length of the batch's responses, stop token included"),
+    Field("refill_rounds", "", "times that new prompts were drawn for such ones (rollout.refill)"),
+    Field("dropped_groups", "share", "prompts sampled that are not trained on"),
+    Field("sampled_responses", "", "responses sampled for the batch, dropped ones included"),
+    Field("response_length", "tokens", "mean length of the responses sampled, stop token included"),
     Field("truncated", "share", "responses cut at rollout.sampling.max_tokens"),
     Field("reward_timeouts", "answers", "earned 0 because their verifier ran out of time; absent where none"),
     Field("reward_crashes", "answers", "earned 0 because their verifier was killed; absent where none"),
@@ -174,7 +177,11 @@ CORRECTION = (
 )
 
 SPEED = (
-    Field("tokens_per_s", "tokens/s", "tokens generated and trained on, over the whole step's seconds"),
+    Field(
+        "tokens_per_s",
+        "tokens/s",
+        "tokens generated and trained on, over the whole step's seconds; dropped responses are not counted",
+    ),
     Field("mfu", "share", "model FLOP/s over the devices' dense bf16 peak; absent where the peak is unknown"),
     Field("seconds", "s", "wall time of the step, evaluation and checkpoint included"),
 )

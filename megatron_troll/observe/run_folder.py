@@ -25,6 +25,8 @@ CHANGEABLE = (
     "models.*.layout.*",
     "models.*.recompute",
     "evaluation.every",
+    "eval",
+    "eval.*",
     "checkpoint.*",
     "observe.*",
     "launch.*",
@@ -57,6 +59,10 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.root / "summary.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "eval.json"
 
     @property
     def tensorboard(self) -> Path:
@@ -146,6 +152,10 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.root} holds a run of another config. These keys differ:\n{lines}\n"
                 "Choose another `name`, set them back, or delete the folder."
+            )
+        if self.evaluation.exists():
+            raise RunFolderError(
+                f"{self.root} holds a finished evaluation. Choose another `name`, or delete the folder."
             )
         if self.holds_run() and not resume:
             raise RunFolderError(

@@ -111,5 +111,10 @@ class Summary:
 
 def write_summary(path: Path, summary: Summary) -> None:
     """summary.json: the summary's fields and `versions` of Python and the packages that made it."""
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    write_atomic(path, json.dumps(asdict(summary) | {"versions": versions}, indent=2, allow_nan=False) + "\n")
+    content = asdict(summary) | {"versions": versions()}
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that make the figures."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

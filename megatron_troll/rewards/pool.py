@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
 from megatron_troll.config.tree import RewardConfig
+from megatron_troll.rewards.reward import Question
 from megatron_troll.rewards.worker import START_LIMIT_S, Failed, Worker
-from megatron_troll.types import Prompt
 
 ATTEMPTS = 2
 
@@ -19,11 +19,10 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """One answer; `name` is what errors call it."""
+    """A question about one answer; `name` is what errors call it."""
 
     name: str
-    text: str
-    prompt: Prompt
+    question: Question
 
 
 @dataclass
@@ -91,8 +90,7 @@ class Pool:
         for worker in self._workers:
             if not worker.waited_for and batch.queue:
                 index = batch.queue.popleft()
-                task = batch.tasks[index]
-                worker.ask(index, task.text, task.prompt, self._config.timeout_s)
+                worker.ask(index, batch.tasks[index].question, self._config.timeout_s)
 
     def _answering(self) -> list[Worker]:
         """The workers that have answered, died or run out of time; waits for the first."""

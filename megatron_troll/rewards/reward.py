@@ -1,12 +1,15 @@
 """What a verifier is, and how the configuration leads to one."""
 
 from abc import abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.methods import build_method
 from megatron_troll.config.tree import Node, RewardConfig
 from megatron_troll.types import Prompt
+
+Wanted = Literal["reward", "vote"]
 
 
 class Reward(Node):
@@ -20,6 +23,31 @@ class Reward(Node):
 
     @abstractmethod
     def __call__(self, text: str, prompt: Prompt) -> float: ...
+
+
+@runtime_checkable
+class Votes(Protocol):
+    """A verifier that extracts an answer, for majority votes (maj@k)."""
+
+    def vote(self, text: str) -> str | None:
+        """The answer of `text` in a normal form: two texts vote alike where these are equal. None: it gives
+        no answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a verifier about one text: its reward, or its vote."""
+
+    text: str
+    prompt: Prompt
+    wanted: Wanted
+
+    def put_to(self, verifier: Reward) -> object:
+        if self.wanted == "reward":
+            return verifier(self.text, self.prompt)
+        assert isinstance(verifier, Votes)
+        return verifier.vote(self.text)
 
 
 def build(config: RewardConfig) -> Reward:

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_troll.config.tree import RewardConfig
 from megatron_troll.rewards.pool import Outcomes, Pool, RewardError, Task
-from megatron_troll.rewards.reward import build
+from megatron_troll.rewards.reward import Question, Votes, Wanted, build
 from megatron_troll.types import Rollout
 
 
@@ -40,20 +40,41 @@ class Scorer:
         overlong = self._config.overlong
         reward = np.zeros(len(rollouts), dtype=np.float32)
         keep = np.ones(len(rollouts), dtype=bool)
-        judged: list[int] = []
         for index, rollout in enumerate(rollouts):
             cut = rollout.finish == "length"
             if rollout.finish == "abort" or (cut and overlong.mode == "mask"):
                 keep[index] = False
             if cut and overlong.mode == "penalise":
                 reward[index] = overlong.reward
-            elif rollout.finish != "abort":
-                judged.append(index)
-        tasks = [Task(rollouts[i].name, rollouts[i].text, rollouts[i].prompt) for i in judged]
-        outcomes = self._run(tasks)
+        judged = self._judged(rollouts)
+        outcomes = self._run(_tasks(rollouts, judged, "reward"))
         for task, value in outcomes.values.items():
-            reward[judged[task]] = _checked(value, tasks[task].name, self._config.name)
+            reward[judged[task]] = _checked(value, rollouts[judged[task]].name, self._config.name)
         return Scores(reward, keep, len(outcomes.timeouts), len(outcomes.crashes))
+
+    @property
+    def has_votes(self) -> bool:
+        """Whether the verifier extracts answers."""
+        return isinstance(self._verifier, Votes)
+
+    def votes(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        """The extracted answer of each; None where there is none, its extraction ran out of time, or the
+        rollout is not shown to the verifier (see `score`). Blocks. Raises RewardError where it is no text."""
+        votes: list[str | None] = [None] * len(rollouts)
+        judged = self._judged(rollouts)
+        for task, value in self._run(_tasks(rollouts, judged, "vote")).values.items():
+            if not isinstance(value, str | None):
+                name = rollouts[judged[task]].name
+                raise RewardError(
+                    f"reward {self._config.name!r} gave {value!r} as the vote of {name}; expected text"
+                )
+            votes[judged[task]] = value
+        return votes
+
+    def _judged(self, rollouts: Sequence[Rollout]) -> list[int]:
+        """Those that the verifier sees."""
+        unseen = ("abort", "length") if self._config.overlong.mode == "penalise" else ("abort",)
+        return [index for index, rollout in enumerate(rollouts) if rollout.finish not in unseen]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -71,7 +92,12 @@ class Scorer:
     def _run(self, tasks: Sequence[Task]) -> Outcomes:
         if self._pool is not None:
             return self._pool.run(tasks)
-        return Outcomes({index: self._verifier(task.text, task.prompt) for index, task in enumerate(tasks)})
+        return Outcomes({index: task.question.put_to(self._verifier) for index, task in enumerate(tasks)})
+
+
+def _tasks(rollouts: Sequence[Rollout], chosen: Sequence[int], wanted: Wanted) -> list[Task]:
+    asked = [rollouts[i] for i in chosen]
+    return [Task(rollout.name, Question(rollout.text, rollout.prompt, wanted)) for rollout in asked]
 
 
 def _checked(value: object, sample: str, verifier: str) -> float:

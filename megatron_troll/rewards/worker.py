@@ -9,8 +9,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 from megatron_troll.config.tree import RewardConfig
-from megatron_troll.rewards.reward import build
-from megatron_troll.types import Prompt
+from megatron_troll.rewards.reward import Question, build
 
 START_LIMIT_S = 120.0
 
@@ -27,7 +26,7 @@ class Failed:
 
 
 def serve(connection: Connection, config: RewardConfig) -> None:
-    """Build the verifier, send Ready, then answer each (text, prompt) with its reward; Failed ends it."""
+    """Build the verifier, send Ready, then answer each Question; Failed ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     try:
         _answer(connection, config)
@@ -41,10 +40,10 @@ def _answer(connection: Connection, config: RewardConfig) -> None:
     connection.send(Ready())
     while True:
         try:
-            text, prompt = connection.recv()
+            question: Question = connection.recv()
         except EOFError:
             return
-        connection.send(reward(text, prompt))
+        connection.send(question.put_to(reward))
 
 
 class Worker:
@@ -67,12 +66,12 @@ class Worker:
     def waited_for(self) -> bool:
         return self.task is not None or not self.ready
 
-    def ask(self, task: int, text: str, prompt: Prompt, limit_s: float) -> None:
+    def ask(self, task: int, question: Question, limit_s: float) -> None:
         self.task = task
         self.deadline = time.monotonic() + limit_s
         # One that died while it rested is noticed when its answer is read.
         with contextlib.suppress(BrokenPipeError):
-            self.connection.send((text, prompt))
+            self.connection.send(question)
 
     def exit_code(self) -> int:
         """Of a process whose connection broke; negative where a signal ended it."""

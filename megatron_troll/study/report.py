@@ -72,10 +72,13 @@ def _what_ran(plan: Plan, done: Sequence[Result]) -> list[str]:
         "",
         "All methods of a setting get the same rollout batches, responses and optimizer steps; sampled",
         "tokens differ as far as responses differ in length. A critic or a reference model costs its",
-        f"forwards on top. Steps to {study.threshold:g}: rollout batches until held-out success reaches it; a",
-        "run that never does counts one more than it has. Jitter2: mean |second difference| of held-out",
-        "success. Entropy: of the last batch, nats per token.",
-        f"Collapse: the last held-out success is below {study.collapse:g} of the run's best.",
+        "forwards on top.",
+        "",
+        f"- Steps to {study.threshold:g}: rollout batches until held-out success reaches it; a run that",
+        "  never does counts one more than it has.",
+        "- Jitter2: mean |second difference| of held-out success over rollout batches.",
+        "- Entropy: of the last batch, nats per token.",
+        f"- Collapse: the last held-out success is below {study.collapse:g} of the run's best.",
     ]
 
 

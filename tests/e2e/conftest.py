@@ -23,15 +23,37 @@ evaluation: {{every: 2, prompts: 16}}
 checkpoint: {{every: 1}}
 """
 
+EVAL = """
+extends: tiny.yaml
+name: evaluated
+models: {{policy: {{path: runs/finished/hf}}}}
+eval:
+  as_trained:
+    files: [runs/demo/data/held_out.jsonl]
+    schema: messages
+    max_prompt_tokens: 32
+    prompts: 16
+    sampling: {{max_tokens: 8}}
+  often:
+    files: [runs/demo/data/train.jsonl, runs/demo/data/held_out.jsonl]
+    max_prompt_tokens: 32
+    prompts: 20
+    samples: 6
+    pass_at: [1, 2, 6]
+    sampling: {{max_tokens: 6, temperature: 0.9, top_p: 0.95, stop: ["9"]}}
+    reward: {{name: exact}}
+"""
+
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """The demo task, cut to a few prompts; warm.yaml and tiny.yaml, the two trainings of these tests."""
+    """The demo task, cut to a few prompts; warm.yaml and tiny.yaml, the two trainings of these tests, and
+    eval.yaml, which evaluates what tiny.yaml exports."""
     place = Workplace(tmp_path_factory.mktemp("e2e"))
     succeed(place.mtroll("demo", "runs/demo"))
     for name, lines in (("train", 64), ("held_out", 64), ("warm", 1000)):
         _cut(place.run("demo") / "data" / f"{name}.jsonl", lines)
-    for name, text in (("warm.yaml", WARM), ("tiny.yaml", TINY)):
+    for name, text in (("warm.yaml", WARM), ("tiny.yaml", TINY), ("eval.yaml", EVAL)):
         (place.root / name).write_text(text.format(examples=REPOSITORY / "examples" / "configs"))
     return place
 

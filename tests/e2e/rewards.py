@@ -20,6 +20,15 @@ class Overlap(Reward):
         return sum(a == b for a, b in zip(text, prompt.answer)) / len(prompt.answer)
 
 
+class Starts(Reward):
+    """1 where the first digit is right: many prompts whose samples all earn the same."""
+
+    cheap = True
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        return float(text[:1] == prompt.answer[:1])
+
+
 class Sleepy(Overlap):
     """Never returns on rank 1."""
 

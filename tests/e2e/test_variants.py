@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_troll.observe.rollouts import read_step
 from tests.e2e.workplace import Workplace, succeed
 
 VARIANTS = {
@@ -24,6 +25,11 @@ VARIANTS = {
         "reward={name: exact}",
         "checkpoint.asynchronous=true",
     ),
+    "replicas-refilled": (
+        "models.policy.layout={tp: 1, ep: 1}",
+        "rollout.refill=2",
+        "reward.name=tests.e2e.rewards:Starts",
+    ),
 }
 
 
@@ -40,10 +46,14 @@ def test_two_steps_of(warm: Workplace, name: str) -> None:
 
 
 def test_each_variant_did_what_it_was_asked(warm: Workplace) -> None:
-    clip, engine, experts = (warm.metrics(name)[-1] for name in VARIANTS)
+    clip, engine, experts, refilled = (warm.metrics(name)[-1] for name in VARIANTS)
     assert "clipped" in clip
     assert "projected" not in clip
     # bf16 rounds a token's log-prob at the third digit; the engine's own record is the old policy itself.
     assert clip["rollout_trainer_gap/max"] > 1e-4
     assert engine["rollout_trainer_gap/max"] == 0
     assert experts["rollout_trainer_gap/max"] > 1e-4
+    assert refilled["refill_rounds"] >= 1
+    stored = list(read_step(warm.run("replicas-refilled"), 2))
+    assert len(stored) == refilled["sampled_responses"] > 32
+    assert sum(sample.advantage != 0 for sample in stored) == 32 * (1 - refilled["frac_zero_std_groups"])

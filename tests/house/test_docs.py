@@ -44,7 +44,7 @@ def test_every_command_is_understood(page: Path, tmp_path: Path, monkeypatch: py
 def check_mtroll(words: list[str], runs: dict[str, Config], place: Path) -> None:
     """Parse as the command line does, resolve what the command reads, and add the run it makes to `runs`."""
     arguments = parser().parse_args(words)
-    if words[0] in ("train", "sft"):
+    if words[0] in ("train", "sft", "eval"):
         source = arguments.config
         if source in runs:
             (place / "config.yaml").write_text(dump(runs[source]))

@@ -116,6 +116,16 @@ def test_the_engines_record_must_hold_what_the_trust_region_reads(config: Path) 
     )
 
 
+def test_dynamic_sampling_is_for_advantages_that_compare_samples(config: Path, base: Path) -> None:
+    critic = f"models.critic={{path: {base}, init: random, layout: {{tp: 2, ep: 2}}}}"
+    said = refusal(config, "rollout.refill=2", "objective.advantage.name=gae", critic)
+    assert "advantage 'gae' learns from those too" in said
+
+
+def test_training_needs_data(config: Path) -> None:
+    assert "data: missing; training needs data.files" in refusal(config, "data=null")
+
+
 def test_a_malformed_line_is_named_or_skipped_and_counted(config: Path) -> None:
     prompts = config.parent / "prompts.jsonl"
     prompts.write_text(prompts.read_text() + "{oops\n")

@@ -22,7 +22,7 @@ except SystemExit as end:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stderr == "[]\n"
-    for command in ("train", "sft", "demo", "report", "rollouts"):
+    for command in ("train", "sft", "eval", "demo", "report", "rollouts"):
         assert command in done.stdout
 
 

@@ -1,19 +1,24 @@
 """Which batch a step trains on, and that nothing sampled is lost or used twice."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_troll.collected import Collected
 from megatron_troll.judging import Judged
 from megatron_troll.pending import Pending
-from tests.unit.rollout.test_archive import PROMPTS, assert_same, rollout
+from tests.unit.rollout.test_archive import PROMPTS, assert_arrays, assert_same, rollout
 
 
-def judged(number: int) -> Judged:
-    """Batch `number`, known by its first reward."""
-    rollouts = [rollout("a", 0, 5), rollout("b", 1, number)]
-    return Judged(rollouts, np.array([number, 0.1], dtype=np.float32), timeouts=number, crashes=1)
+def collected(number: int) -> Collected:
+    """Batch `number`, known by its timeouts; of three responses the first is not trained on."""
+    drawn = [rollout("a", 0, 5), rollout("a", 1, 2), rollout("b", 1, number)]
+    reward = np.array([0.0, 0.1, 1.0], dtype=np.float32)
+    kept = np.array([False, True, True])
+    trained_on = [replace(one, group=i) for i, one in enumerate(drawn[1:])]
+    return Collected(Judged(drawn, reward, timeouts=number, crashes=1), kept, trained_on, rounds=2)
 
 
 def train(pending: Pending, steps: range, sampled: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -21,12 +26,12 @@ def train(pending: Pending, steps: range, sampled: list[tuple[int, int]]) -> lis
     trained = []
     for step in steps:
 
-        def sample(number: int, step: int = step) -> Judged:
+        def collect(number: int, step: int = step) -> Collected:
             sampled.append((step, number))
-            return judged(number)
+            return collected(number)
 
-        batch = pending.next(step, sample)
-        trained.append((int(batch.judged.reward[0]), step - 1 - batch.trained))
+        waiting = pending.next(step, collect)
+        trained.append((waiting.batch.sampled.timeouts, step - 1 - waiting.trained))
     return trained
 
 
@@ -56,11 +61,13 @@ def test_a_resumed_queue_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None
     before.write(tmp_path)
     after.read(tmp_path, PROMPTS)
     for kept, read in zip(before.batches, after.batches, strict=True):
-        np.testing.assert_array_equal(kept.judged.reward, read.judged.reward)
-        assert kept.judged.reward.dtype == read.judged.reward.dtype
-        assert kept.judged.metrics == read.judged.metrics
-        for one, other in zip(kept.judged.rollouts, read.judged.rollouts, strict=True):
-            assert_same(one, other)
+        one, other = kept.batch, read.batch
+        assert_arrays(one.sampled.reward, other.sampled.reward)
+        assert_arrays(one.kept, other.kept)
+        assert one.metrics == other.metrics
+        for here, there in ((one.sampled.rollouts, other.sampled.rollouts), (one.rollouts, other.rollouts)):
+            for pair in zip(here, there, strict=True):
+                assert_same(*pair)
     assert trained + train(after, range(5, 9), sampled) == expected
     assert sampled == whole
 

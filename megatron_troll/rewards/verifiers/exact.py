@@ -14,8 +14,8 @@ class Exact(Reward):
     ignore_case: bool = Field(default=False, description="compare without case")
 
     def __call__(self, text: str, prompt: Prompt) -> float:
-        return float(self._normal(text) == self._normal(prompt.answer))
+        return float(self.vote(text) == self.vote(prompt.answer))
 
-    def _normal(self, text: str) -> str:
+    def vote(self, text: str) -> str:
         text = text.strip() if self.strip else text
         return text.casefold() if self.ignore_case else text

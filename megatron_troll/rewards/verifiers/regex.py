@@ -22,12 +22,15 @@ class Regex(Reward):
         return pattern
 
     def __call__(self, text: str, prompt: Prompt) -> float:
+        return float(self.vote(text) == self._normal(prompt.answer))
+
+    def vote(self, text: str) -> str | None:
         matches = list(re.finditer(self.pattern, text))
         if not matches:
-            return 0.0
+            return None
         last = matches[-1]
         found = last[1] if last.re.groups else last[0]
-        return float(found is not None and self._normal(found) == self._normal(prompt.answer))
+        return None if found is None else self._normal(found)
 
     def _normal(self, text: str) -> str:
         return text.translate(str.maketrans("", "", self.ignore)).strip()

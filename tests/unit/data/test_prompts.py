@@ -27,7 +27,7 @@ def dapo(index, text: str, answer: str = "34") -> dict:
 
 
 def read(path, tokenizer, **config):
-    return read_prompts((path,), Data(files=(path,), **config), tokenizer)
+    return read_prompts((path,), Data(files=(path,), **config), tokenizer, "data")
 
 
 def refusal(path, tokenizer, **config) -> str:

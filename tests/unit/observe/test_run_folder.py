@@ -109,6 +109,18 @@ def test_a_run_is_not_started_over_unasked(folder: RunFolder) -> None:
         pytest.fail("opened")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_evaluation_is_not_overwritten(folder: RunFolder, resume: bool) -> None:
+    with folder.open(CONFIG, resume=False):
+        folder.evaluation.write_text("{}")
+    with pytest.raises(RunFolderError, match="holds a finished evaluation"):
+        folder.check(CONFIG, resume)
+
+
+def test_data_sets_of_an_evaluation_may_come_later(folder: RunFolder) -> None:
+    finished(folder).check(CONFIG + "eval: {easy: {files: [f]}}\n", resume=True)
+
+
 def test_a_run_that_ended_before_its_first_step_can_start_again(folder: RunFolder) -> None:
     for _ in range(2):
         with folder.open(CONFIG, resume=False):

@@ -66,3 +66,8 @@ class TakenField(Reward):
 class NotAReward:
     def __call__(self, text, prompt):
         return 1.0
+
+
+class VotesANumber(Obeys):
+    def vote(self, text: str) -> int | None:
+        return len(text) or None

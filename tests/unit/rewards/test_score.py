@@ -125,3 +125,27 @@ def test_a_reward_that_is_not_a_finite_float_names_the_sample(text, value):
 
 def test_no_rollouts_no_rewards():
     assert score([]).reward.shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["exact", "math_verify"])
+def test_what_the_verifier_saw_votes(name):
+    cut = [rollout("12"), rollout("13", finish="length"), rollout("", finish="abort"), rollout(" 12")]
+    for mode, expected in (("keep", ["12", "13", None, "12"]), ("penalise", ["12", None, None, "12"])):
+        with Scorer(RewardConfig(name=name, overlong=Overlong(mode=mode))) as scorer:
+            assert scorer.has_votes
+            assert scorer.votes(cut) == expected
+
+
+def test_a_vote_that_hangs_is_none_and_the_others_count():
+    config = RewardConfig(name="regex", pattern="(a+)+$", timeout_s=0.5)
+    with Scorer(config) as scorer:
+        assert scorer.votes([rollout("a" * 40 + "!"), rollout("aa")]) == [None, "aa"]
+
+
+def test_a_vote_must_be_text():
+    with Scorer(RewardConfig(name=PLUGINS + ":VotesANumber")) as scorer:
+        assert scorer.votes([rollout("")]) == [None]
+        with pytest.raises(RewardError, match="VotesANumber' gave 2 as the vote of p1#1; expected text"):
+            scorer.votes([rollout(""), rollout("ab", sample=1)])
+    with Scorer(RewardConfig(name=PLUGINS + ":Length")) as scorer:
+        assert not scorer.has_votes

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.tree import RewardConfig
-from megatron_troll.rewards.reward import build, resolve
+from megatron_troll.rewards.reward import Votes, build, resolve
+from megatron_troll.rewards.verifiers.code import Code
 from megatron_troll.rewards.verifiers.math_verify import last_boxed
 from megatron_troll.types import Prompt
 
@@ -91,6 +92,39 @@ def test_math_verify_works_outside_the_main_thread():
 def test_the_last_box_that_closes():
     assert last_boxed(r"\boxed{a{b}c} and \boxed{d{") == "a{b}c"
     assert last_boxed("none") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "text", "voted"),
+    [
+        ("exact", {"ignore_case": True}, " Yes\n", "yes"),
+        ("regex", GSM8K, "#### 5 no\n#### 1,018 ", "1018"),
+        ("regex", GSM8K, "1018", None),
+        ("math_verify", {}, r"\boxed{\frac{1}{2}}", "1/2"),
+        ("math_verify", {}, r"\boxed{0.5}", "1/2"),
+        ("math_verify", {}, r"\boxed{50\%}", "1/2"),
+        ("math_verify", {}, r"\boxed{x = 34}", "34"),
+        ("math_verify", {}, r"\boxed{\sqrt{2}}", "707107/500000"),
+        ("math_verify", {}, r"\boxed{1.41421356}", "707107/500000"),
+        ("math_verify", {}, r"\boxed{10^{30}+1}", f"{10**30 + 1}"),
+        ("math_verify", {}, r"\boxed{1 + 2x}", "2*x + 1"),
+        ("math_verify", {}, r"\boxed{2x+1}", "2*x + 1"),
+        ("math_verify", {}, r"\boxed{\sqrt{-2}}", "sqrt(2)*I"),
+        ("math_verify", {}, r"\boxed{\infty}", "oo"),
+        ("math_verify", {}, r"\boxed{10^{5000}}", "10^{5000}"),
+        ("math_verify", {}, r"\boxed{10^{5000} + \sqrt{2}}", r"10^{5000} + \sqrt{2}"),
+        ("math_verify", {}, r"\boxed{}", None),
+        ("math_verify", {"boxed": True}, "34", None),
+    ],
+)
+def test_votes(name, fields, text, voted):
+    verifier = build(RewardConfig(name=name, **fields))
+    assert isinstance(verifier, Votes)
+    assert verifier.vote(text) == voted
+
+
+def test_an_answer_that_is_a_program_does_not_vote():
+    assert not issubclass(Code, Votes)
 
 
 def test_resolving_fills_in_the_defaults_of_the_verifier():

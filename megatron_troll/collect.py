@@ -1,0 +1,66 @@
+"""One rollout batch, sampled and judged; with `rollout.refill`, of prompts that teach something."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_troll.collected import Collected
+from megatron_troll.judging import Judged, judge, together
+from megatron_troll.rollout.engine import Request, requests_for
+from megatron_troll.run import Run
+
+
+def collect(run: Run, step: int) -> Collected:
+    """Draw rollout.prompts prompts. While some of them got one reward for all samples, which is no gradient,
+    and at most `refill` times: draw as many new ones (dynamic sampling of DAPO, arXiv 2503.14476, section
+    3.2). What is still missing then is filled up with the first of those, in the order drawn. Blocks.
+    """
+    wanted, samples = run.task.config.rollout.prompts, run.task.config.rollout.samples
+    seen: Counter[str] = Counter()
+    rounds = [_draw(run, wanted, seen, step)]
+    everything = rounds[0]
+    while len(rounds) <= run.task.config.rollout.refill:
+        missing = wanted - int(informative(everything.reward, samples).sum())
+        if missing == 0:
+            break
+        rounds.append(_draw(run, missing, seen, step))
+        everything = together(rounds)
+    kept = np.repeat(chosen(informative(everything.reward, samples), wanted), samples)
+    rollouts = [rollout for rollout, keep in zip(everything.rollouts, kept) if keep]
+    numbered = [replace(rollout, group=i // samples) for i, rollout in enumerate(rollouts)]
+    return Collected(everything, kept, numbered, len(rounds))
+
+
+def informative(reward: np.ndarray, samples: int) -> np.ndarray:
+    """[P] bool: the prompts whose samples differ in reward, from reward [P * samples]."""
+    by_prompt = reward.reshape(-1, samples)
+    return (by_prompt != by_prompt[:, :1]).any(1)
+
+
+def chosen(informs: np.ndarray, wanted: int) -> np.ndarray:
+    """[P] bool: every prompt that `informs` [P], and of the others the first, up to `wanted` in all."""
+    spare = wanted - informs.sum()
+    return informs | (np.cumsum(~informs) <= spare)
+
+
+def _draw(run: Run, count: int, seen: Counter[str], step: int) -> Judged:
+    """The answers to the next `count` prompts, judged."""
+    requests = _requests(run, count, seen)
+    with run.session.phases("generation"):
+        rollouts = run.engine.generate(requests, run.task.config.rollout.sampling, step)
+    with run.session.phases("reward"):
+        return judge(run.scorer, rollouts, run.session.groups.world)
+
+
+def _requests(run: Run, count: int, seen: Counter[str]) -> list[Request]:
+    """A prompt that a step meets again (the next epoch began) counts its samples on: tokens are keyed by the
+    sample's number, and the same number would draw the same answer."""
+    task, samples = run.task, run.task.config.rollout.samples
+    prompts = [task.prompts.train[i] for i in run.order.next(count)]
+    first = []
+    for prompt in prompts:
+        first.append(samples * seen[prompt.id])
+        seen[prompt.id] += 1
+    requests = requests_for(prompts, samples, task.tokenizer)
+    return [replace(request, sample=first[request.group] + request.sample) for request in requests]

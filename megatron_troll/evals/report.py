@@ -1,0 +1,55 @@
+"""The results of an evaluation: eval.json, and a table on the terminal."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from megatron_troll.config.tree import Config
+from megatron_troll.evals.estimators import CONFIDENCE, RESAMPLES
+from megatron_troll.evals.results import Result
+from megatron_troll.observe.files import write_atomic
+from megatron_troll.observe.trackers import versions
+
+
+def write(path: Path, config: Config, results: Sequence[Result]) -> None:
+    """eval.json: every result by the name of its data set, and what made it."""
+    content = {
+        "sets": {result.name: {k: v for k, v in asdict(result).items() if k != "name"} for result in results},
+        "interval": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "over": "prompts"},
+        "seed": config.seed,
+        "config": config.model_dump(by_alias=True),
+        "versions": versions(),
+    }
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def table(results: Sequence[Result]) -> Table:
+    """A row a figure, and under them why one that was asked for is missing."""
+    missing = [f"{one.name}: no maj@k, {one.no_majority}" for one in results if one.no_majority]
+    interval = f"{CONFIDENCE:.0%} interval"
+    shown = Table(
+        *("data set", "prompts", "figure", "value", interval),
+        box=None,
+        caption="\n".join(missing) or None,
+        caption_justify="left",
+    )
+    for column in (1, 3, 4):
+        shown.columns[column].justify = "right"
+    for result in results:
+        size = f"{result.prompts:,} x {result.samples}"
+        for i, (name, value, around) in enumerate(_rows(result)):
+            shown.add_row(*((result.name, size) if i == 0 else ("", "")), name, value, around)
+    return shown
+
+
+def _rows(result: Result) -> Iterator[tuple[str, str, str]]:
+    for name, figure in result.figures.items():
+        form = "{:.1f}" if name == "response_length" else "{:.3f}"
+        low, high = form.format(figure.low), form.format(figure.high)
+        yield name, form.format(figure.value), f"{low} to {high}"
+    for name, count in (("reward timeouts", result.timeouts), ("reward crashes", result.crashes)):
+        if count:
+            yield name, str(count), ""

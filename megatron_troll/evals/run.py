@@ -1,0 +1,97 @@
+"""`mtroll eval`: every data set answered by the policy, judged, and summed up."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_troll import rollout
+from megatron_troll.evals.report import write
+from megatron_troll.evals.results import Answers, Result, figures, joined, majorities
+from megatron_troll.evals.task import DataSet, EvalTask
+from megatron_troll.evaluation import EVALUATION_ROUND
+from megatron_troll.judging import extract, judge
+from megatron_troll.launch.interrupts import Interrupts
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.observe.rewind import rewind
+from megatron_troll.observe.rollouts import RolloutStore
+from megatron_troll.policy import open_model
+from megatron_troll.rewards.score import Scorer
+from megatron_troll.rollout.engine import Engine, Request, requests_for
+from megatron_troll.session import Session, open_session
+
+
+def evaluate(task: EvalTask, interrupts: Interrupts) -> list[Result] | None:
+    """Answer, judge and sum up every data set; write eval.json and every sample into the run folder. None
+    after Ctrl-C or SIGTERM: an interrupted evaluation is started again. Runs on every rank."""
+    config = task.config
+    with open_session(config, task.batches, interrupts) as session:
+        model = open_model(config.policy, task.shape, session.groups, config.seed)
+        session.on_first(lambda: rewind(session.folder, 0))
+        results: list[Result] = []
+        drawn = 0
+        for step, one in enumerate(task.sets, 1):
+            answers = Evaluation(task, session, model, one, drawn).answers()
+            if answers is None:
+                session.progress.say(f"stopped in {one.name}; an evaluation is not resumed: run it again")
+                return None
+            drawn += task.batches_of(one)
+            keep(session, RolloutStore(session.folder.rollouts, task.token_text), step, answers)
+            results.append(result(one, step, answers, config.seed))
+        session.on_first(lambda: write(session.folder.evaluation, config, results))
+        return results
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One data set on this rank, `drawn` batches after the start."""
+
+    task: EvalTask
+    session: Session
+    model: MegatronModel
+    one: DataSet
+    drawn: int
+
+    def answers(self) -> Answers | None:
+        """Every answer; None where the job was asked to stop. Blocks on all ranks."""
+        task, one = self.task, self.one
+        requests = requests_for(one.prompts, one.config.samples, task.tokenizer)
+        engine = rollout.build(one.rollout, self.model, task.tokenizer, one.stop_ids, task.config.seed)
+        parts: list[Answers] = []
+        with Scorer(one.reward) as scorer:
+            for start in range(0, len(requests), task.at_once):
+                if self.session.stopping():
+                    return None
+                began = time.perf_counter()
+                parts.append(self._batch(requests[start : start + task.at_once], engine, scorer))
+                step = self.drawn + len(parts)
+                self.session.log(step, parts[-1].judged.metrics, time.perf_counter() - began)
+        return joined(parts)
+
+    def _batch(self, requests: Sequence[Request], engine: Engine, scorer: Scorer) -> Answers:
+        asked, world = self.one.config, self.session.groups.world
+        with self.session.phases("generation"):
+            rollouts = engine.generate(requests, asked.sampling, EVALUATION_ROUND)
+        with self.session.phases("reward"):
+            judged = judge(scorer, rollouts, world)
+            wanted = scorer.has_votes and majorities(asked)
+            return Answers(judged, extract(scorer, rollouts, world) if wanted else None)
+
+
+def keep(session: Session, store: RolloutStore, step: int, answers: Answers) -> None:
+    """Store every sample under the number of its data set. Blocks."""
+    judged, no_advantage = answers.judged, [0.0] * len(answers.judged.rollouts)
+    session.on_first(lambda: store.write(step, judged.rollouts, judged.reward.tolist(), no_advantage))
+
+
+def result(one: DataSet, step: int, answers: Answers, seed: int) -> Result:
+    mute = answers.votes is None and majorities(one.config)
+    return Result(
+        name=one.name,
+        step=step,
+        prompts=len(one.prompts),
+        samples=one.config.samples,
+        figures=figures(answers, one.config, seed),
+        no_majority=f"reward {one.reward.name} extracts no answer to vote on" if mute else None,
+        timeouts=answers.judged.timeouts,
+        crashes=answers.judged.crashes,
+    )

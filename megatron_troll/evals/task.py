@@ -1,0 +1,104 @@
+"""What `mtroll eval` evaluates: a configuration with all that it names read and found fit."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_troll.checks import check_length, shape_of, tokenizer_of, world_size
+from megatron_troll.config import ConfigError
+from megatron_troll.config.tree import Config, EvalSet, RewardConfig, RolloutConfig
+from megatron_troll.data.prompts import Counts, read_prompts
+from megatron_troll.data.tokenizer import stop_ids
+from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.rewards import reward as verifiers
+from megatron_troll.types import Prompt
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set with its prompts. `config` and `reward` have every default written out; `rollout` is what
+    its engine is built with."""
+
+    name: str
+    config: EvalSet
+    reward: RewardConfig
+    rollout: RolloutConfig
+    prompts: tuple[Prompt, ...]
+    counts: Counts
+    stop_ids: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {len(self.prompts):,} prompts x {self.config.samples} ({self.counts})"
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """`at_once` is how many answers are drawn together, on all data-parallel ranks."""
+
+    config: Config
+    shape: ModelShape
+    tokenizer: PreTrainedTokenizerBase
+    sets: tuple[DataSet, ...]
+    at_once: int
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.sets))
+
+    @property
+    def batches(self) -> int:
+        return sum(map(self.batches_of, self.sets))
+
+    def batches_of(self, one: DataSet) -> int:
+        return -(-len(one.prompts) * one.config.samples // self.at_once)
+
+    def token_text(self, token: int) -> str:
+        """What one token id reads as."""
+        return str(self.tokenizer.decode([token]))
+
+
+def prepare(config: Config) -> EvalTask:
+    """Read and check what `config` names. Raises one of checks.PROBLEMS with what is wrong and where; touches
+    no device and writes nothing."""
+    if not config.eval:
+        raise ConfigError("eval: missing; `mtroll eval` needs eval.<name>.files, prompts to answer")
+    if config.resume:
+        raise ConfigError(
+            "resume: an evaluation is not resumed; delete its run folder or choose another name"
+        )
+    rewards = {name: _reward(config, name) for name in config.eval}
+    resolved = {name: one.model_copy(update={"reward": rewards[name]}) for name, one in config.eval.items()}
+    config = config.model_copy(update={"eval": resolved})
+    shape = shape_of(config)
+    for name, one in config.eval.items():
+        limits = {"max_prompt_tokens": one.max_prompt_tokens, "sampling.max_tokens": one.sampling.max_tokens}
+        check_length({f"eval.{name}.{key}": tokens for key, tokens in limits.items()}, shape)
+    tokenizer = tokenizer_of(config.policy, shape)
+    sets = tuple(_data_set(config, name, rewards[name], tokenizer) for name in config.eval)
+    layout = config.policy.layout
+    replicas = world_size(config) // (layout.tp * layout.pp * layout.cp)
+    return EvalTask(config, shape, tokenizer, sets, config.rollout.max_sequences * replicas)
+
+
+def _reward(config: Config, name: str) -> RewardConfig:
+    """The data set's own verifier or the run's, with its defaults. Raises ConfigError."""
+    own = config.eval[name].reward
+    try:
+        return verifiers.resolve(own or config.reward)
+    except ConfigError as error:
+        at = "" if own is None else f"eval.{name}."
+        raise ConfigError("\n".join(at + line for line in str(error).splitlines())) from error
+
+
+def _data_set(config: Config, name: str, reward: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> DataSet:
+    one, key = config.eval[name], f"eval.{name}"
+    prompts, counts = read_prompts(one.files, one, tokenizer, key)
+    return DataSet(
+        name=name,
+        config=one,
+        reward=reward,
+        # Nothing is learned from the samples: their top-K would be memory for nothing.
+        rollout=config.rollout.model_copy(update={"sampling": one.sampling, "top_k": 0}),
+        prompts=tuple(prompts[: one.prompts]),
+        counts=counts,
+        stop_ids=stop_ids(tokenizer, config.policy.path, one.sampling.stop, f"{key}.sampling.stop"),
+    )

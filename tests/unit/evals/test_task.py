@@ -1,0 +1,125 @@
+"""What an evaluation is refused for, before any process is started."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_troll.checks import PROBLEMS
+from megatron_troll.config.load import load
+from megatron_troll.data.demo_model import write_base
+from megatron_troll.evals.task import EvalTask, prepare
+
+CONFIG = """
+name: trial
+models: {{policy: {{path: {base}, init: random, layout: {{tp: 2, ep: 2}}}}}}
+rollout: {{max_sequences: 6}}
+reward: {{name: exact}}
+eval:
+  easy: {{files: [{prompts}], max_prompt_tokens: 32, sampling: {{max_tokens: 8}}}}
+  hard:
+    files: [{prompts}]
+    max_prompt_tokens: 32
+    prompts: 3
+    samples: 4
+    pass_at: [1, 4]
+    sampling: {{max_tokens: 8, temperature: 0.5, stop: ["9"]}}
+    reward: {{name: regex, pattern: '\\d+'}}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's untrained model."""
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder)
+    return folder
+
+
+@pytest.fixture
+def config(base: Path, tmp_path: Path) -> Path:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(line(number) for number in range(10)))
+    path = tmp_path / "eval.yaml"
+    path.write_text(CONFIG.format(base=base, prompts=prompts))
+    return path
+
+
+def line(number: int) -> str:
+    turns = [{"role": "user", "content": f"sort {number}"}]
+    return json.dumps({"id": str(number), "messages": turns, "answer": str(number)}) + "\n"
+
+
+def task(config: Path, *overrides: str) -> EvalTask:
+    return prepare(load(config, overrides))
+
+
+def test_each_data_set_has_its_own_prompts_decoding_and_reward(config: Path) -> None:
+    easy, hard = task(config).sets
+    assert (len(easy.prompts), [prompt.id for prompt in hard.prompts]) == (10, ["0", "1", "2"])
+    assert (easy.reward.name, hard.reward.fields) == ("exact", {"pattern": r"\d+", "ignore": ""})
+    assert (easy.rollout.sampling.temperature, hard.rollout.sampling.temperature) == (1.0, 0.5)
+    assert len(hard.stop_ids) == len(easy.stop_ids) + 1
+    assert str(hard) == "hard: 3 prompts x 4 (10 rows)"
+
+
+def test_the_resolved_configuration_holds_every_default(config: Path) -> None:
+    resolved = task(config).config.eval["easy"].reward
+    assert resolved is not None
+    assert resolved.fields == {"strip": True, "ignore_case": False}
+
+
+@pytest.mark.parametrize(("ranks", "at_once", "batches"), [(2, 6, 4), (4, 12, 2)])
+def test_every_replica_decodes_a_full_batch(config: Path, ranks: int, at_once: int, batches: int) -> None:
+    prepared = task(config, f"launch.ranks={ranks}")
+    assert (prepared.at_once, prepared.batches) == (at_once, batches)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("eval.new={}", "eval.new.files: missing"),
+        (
+            "eval.hard.pass_at=[1, 5]",
+            "eval.hard.pass_at: 5 is more than the samples of a prompt: samples is 4",
+        ),
+        ("eval.hard.samples=3", "eval.hard.pass_at: 4 is more than the samples of a prompt: samples is 3"),
+        ("eval.hard.pass_at=[0]", "eval.hard.pass_at.0: got 0, expected an integer >= 1"),
+        ("eval.hard.smaples=3", "eval.hard.smaples: unknown key; did you mean 'samples'?"),
+        ("eval.hard.sampling.top=3", "eval.hard.sampling.top: unknown key; did you mean 'stop'?"),
+        ("eval.hard.files=[]", "eval.hard.files: got [], expected a list of one or more"),
+        ("eval.hard.files=[none.jsonl]", "none.jsonl: no such file"),
+        ("eval.hard.prompts=0", "eval.hard.prompts: got 0, expected an integer >= 1"),
+        ("eval.hard.max_prompt_tokens=3", "(eval.hard.overlong_prompts=skip skips and counts it)"),
+        ("eval.hard.sampling.stop=[12]", "eval.hard.sampling.stop.0: got 12, expected a string"),
+        ("eval.hard.sampling.stop=['12']", "eval.hard.sampling.stop: '12' is not one token"),
+        (
+            "eval.hard.sampling.max_tokens=250",
+            "eval.hard.max_prompt_tokens + eval.hard.sampling.max_tokens = 282 exceeds the model's",
+        ),
+        ("eval.hard.reward.pattern='('", "eval.hard.reward.pattern: '(' is not a regular expression"),
+        ("eval.hard.reward.name=exat", "eval.hard.reward.name: unknown method 'exat'; did you mean 'exact'?"),
+        ("reward.name=exat", "reward.name: unknown method 'exat'"),
+        ("models.policy.path=nowhere", "nowhere/config.json not found"),
+        ("models.policy.init=pretrained", "no model.safetensors.index.json or model.safetensors"),
+        ("models.policy.layout={cp: 2}", "inprocess does not generate under context parallelism"),
+        ("launch.ranks=3", "needs a world that tp x pp x cp = 2 divides"),
+        ("resume=true", "resume: an evaluation is not resumed"),
+    ],
+)
+def test_it_is_refused(config: Path, override: str, said: str) -> None:
+    with pytest.raises(PROBLEMS) as caught:
+        task(config, override)
+    assert said in str(caught.value)
+
+
+def test_without_data_sets_there_is_nothing_to_evaluate(config: Path) -> None:
+    config.write_text(config.read_text().partition("eval:")[0])
+    with pytest.raises(PROBLEMS, match=r"eval: missing; `mtroll eval` needs eval\.<name>\.files"):
+        task(config)
+
+
+def test_an_empty_file_is_refused(config: Path) -> None:
+    (config.parent / "prompts.jsonl").write_text("")
+    with pytest.raises(PROBLEMS, match=r"prompts\.jsonl: the file holds no records"):
+        task(config)
