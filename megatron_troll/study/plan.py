@@ -141,8 +141,11 @@ def load_plan(path: str | Path) -> Plan:
         raise ConfigError(f"{path}: settings and methods must each map one name or more to a part")
     plan = Plan(study, tree.value.get("config", NOTHING), settings, methods)
     _refuse_unmatched(plan)
-    for comparison in study.comparisons:
-        _refuse_unknown(comparison, plan)
+    if study.baseline is not None:
+        _known(study.baseline, methods, "baseline")
+    for c in study.comparisons:
+        for name, known in zip((c.setting, c.a, c.b), (settings, methods, methods)):
+            _known(name, known, f"comparison {c.claim!r}")
     return plan
 
 
@@ -192,11 +195,6 @@ def _compute(config: Config) -> tuple[int, ...]:
     return (train.steps, responses, train.updates, train.epochs, rollout.sampling.max_tokens)
 
 
-def _refuse_unknown(comparison: Comparison, plan: Plan) -> None:
-    for name, known in (
-        (comparison.setting, plan.settings),
-        (comparison.a, plan.methods),
-        (comparison.b, plan.methods),
-    ):
-        if name not in known:
-            raise ConfigError(f"comparison {comparison.claim!r}: no {name!r}; {nearest(name, list(known))}")
+def _known(name: str, known: dict[str, Entry], where: str) -> None:
+    if name not in known:
+        raise ConfigError(f"{where}: no {name!r}; {nearest(name, list(known))}")
