@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from troll_kernels import sparsify
 
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.parallel import vocab
+from megatron_troll.parallel.records import own_record
 from megatron_troll.types import Probe, Readings, Reads, Support, TopK
 
 
@@ -78,17 +78,11 @@ class Head:
         self, logits: Tensor, target: Tensor, lse: Tensor, support: Support, old: Readings | None
     ) -> TopK:
         tp, size = self.model.groups.tp, self.model.shape.vocab
-        if support.kind == "old":
-            kept = record_of(old, support)
-            ids, count, place = kept.ids, kept.count, kept.place
-        else:
-            with torch.no_grad():
-                target_logit = vocab.gather_logits(logits, target[:, None], tp)[:, 0]
-                values, candidates = vocab.topk(logits, support.k, tp, size)
-                ids, _, count, place = sparsify.select(
-                    values, candidates, lse.detach(), target, target_logit, support.delta
-                )
-        return TopK(ids, vocab.gather_logits(logits, ids, tp), count, place, lse, size)
+        if support.kind == "own":
+            return own_record(logits, target, lse, support, tp, size)
+        kept = record_of(old, support)
+        at_kept = vocab.gather_logits(logits, kept.ids, tp)
+        return TopK(kept.ids, at_kept, kept.count, kept.place, lse, size)
 
 
 @dataclass(frozen=True)

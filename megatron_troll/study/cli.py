@@ -1,9 +1,11 @@
-"""`mtroll study`: run, report."""
+"""`mtroll study`: run, report, kl."""
 
 import argparse
 import sys
 from argparse import Namespace
+from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from megatron_troll.config import ConfigError
@@ -24,7 +26,7 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     """The command's own sub-commands."""
     about = "many runs planned in one file: methods x seeds x settings"
     study = commands.add_parser("study", help=about, description=about)
-    kinds = study.add_subparsers(required=True, metavar="run|report")
+    kinds = study.add_subparsers(required=True, metavar="run|report|kl")
     run = kinds.add_parser("run", help="run what is not finished; also `mtroll study STUDY.yaml`")
     run.add_argument("study", metavar="STUDY.yaml")
     run.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
@@ -33,6 +35,12 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     report.add_argument("study", metavar="STUDY.yaml")
     report.add_argument("--output", default=None, help="default: runs/<study>/report.md")
     report.set_defaults(run=report_command)
+    kl = kinds.add_parser("kl", help="bias, spread and cost of the estimators of KL(policy || reference)")
+    kl.add_argument("config", help="YAML file with models.policy and models.reference")
+    kl.add_argument("overrides", nargs="*", metavar="key=value")
+    kl.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256], help="of TIKE")
+    kl.add_argument("--output", default="kl-estimators.md", help="a page; figures go to .json and images/")
+    kl.set_defaults(run=kl_command)
 
 
 def run_command(arguments: Namespace) -> int:
@@ -76,6 +84,23 @@ def report_command(arguments: Namespace) -> int:
         plot(plan, setting, results, output.parent / pictures.format(setting=setting))
     write_atomic(output, markdown(plan, results, str(path), pictures))
     _say(f"wrote {output}")
+    return 0
+
+
+def kl_command(arguments: Namespace) -> int:
+    from megatron_troll.checks import PROBLEMS, prepare
+    from megatron_troll.config.load import load
+    from megatron_troll.study.kl_report import analyse, write
+    from megatron_troll.study.pool import draw_pool
+
+    try:
+        pool = draw_pool(prepare(load(arguments.config, arguments.overrides)))
+    except PROBLEMS as error:
+        return _refuse(error)
+    words = ["mtroll study kl", arguments.config, *map(quote, arguments.overrides)]
+    command = " ".join([*words, "--output", arguments.output])
+    write(analyse(pool, arguments.k), Path(arguments.output), command, f"{datetime.now(UTC):%Y-%m-%d}")
+    _say(f"wrote {arguments.output}")
     return 0
 
 
