@@ -30,6 +30,7 @@ SIZES = (8, 32, 128, 512)
 KS = (8, 16, 32, 64, 128, 256)
 # Rows of a large vocabulary, for what an estimator costs there.
 COST_VOCAB, COST_TOKENS, REPEATS = 151_936, 32, 3
+SMALLEST_SHOWN = 1e-5
 
 
 @dataclass(frozen=True)
@@ -153,19 +154,29 @@ def _residual_rows(analysis: Analysis) -> Iterator[list[str]]:
 
 
 def plot(analysis: Analysis, path: Path) -> None:
-    """Spread against responses, size of the bias, cost."""
+    """Spread against responses (of TIKE, the largest k), size of the bias, cost."""
     figure = Figure(figsize=(10, 3.4), dpi=130, layout=ConstrainedLayoutEngine())
     FigureCanvasAgg(figure)
     spread, bias, cost = figure.subplots(1, 3)
-    for i, (name, quality) in enumerate(analysis.qualities.items()):
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "label": name}
-        spread.plot(analysis.sizes, quality.spread, marker="o", markersize=3, **style)
-    spread.set(xscale="log", yscale="log", xlabel="responses", title="standard deviation (nats)")
+    truncated = [name for name in analysis.qualities if name.startswith("tike")]
+    shown = [name for name in analysis.qualities if name not in truncated[:-1]]
+    for i, name in enumerate(shown):
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "label": name, "markersize": 4}
+        spread.plot(analysis.sizes, analysis.qualities[name].spread, marker="osv^Dx"[i % 6], **style)
+    spread.set(xscale="log", yscale="log", xlabel="responses")
     spread.legend(fontsize=7, frameon=False)
-    _bars(bias, {name: abs(q.expected) for name, q in analysis.qualities.items() if name != "exact"})
-    bias.set(xscale="log", title="size of the expected bias (nats)")
+    biases = {name: abs(quality.expected) for name, quality in analysis.qualities.items()}
+    _bars(bias, {name: value for name, value in biases.items() if name != "exact"})
+    bias.set(xscale="log", xlim=(SMALLEST_SHOWN, None))
     _bars(cost, analysis.seconds)
-    cost.set(title=f"seconds per 1,000 tokens, V = {COST_VOCAB:,}")
+    titles = (
+        "standard deviation (nats)",
+        "expected bias (nats)",
+        f"seconds / 1,000 tokens, V = {COST_VOCAB:,}",
+    )
+    for axes, title in zip((spread, bias, cost), titles):
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.tick_params(labelsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor="white")
 
