@@ -11,14 +11,13 @@ from megatron_troll.advantages import Values
 from megatron_troll.arrange import Arranger
 from megatron_troll.config.tree import Config
 from megatron_troll.mcore import parallel
-from megatron_troll.mcore.model import build
+from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.router import routers
 from megatron_troll.mcore.schedule import accumulate, infer, survey
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.mcore.value import ValueModel, values
 from megatron_troll.observe.phases import Phases
-from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch, Rollout
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
@@ -102,17 +101,16 @@ def placed(batch: MicroBatch, values: np.ndarray) -> list[tuple[int, np.ndarray,
     ]
 
 
-def open_critic(config: Config, groups: Groups, phases: Phases) -> Critic:
-    """The critic with its optimizer: the body of models.critic under a value head of zeros. `groups` are the
-    policy's; a critic of another layout forms its own. Blocks on every rank."""
+def open_critic(config: Config, policy: MegatronModel, phases: Phases) -> Critic:
+    """The critic with its optimizer: the body of models.critic under a value head of zeros. It shares the
+    groups of `policy`; a critic of another layout forms its own. Blocks on every rank."""
     model = config.models.critic
     assert model is not None
-    if model.layout != config.policy.layout:
-        groups = parallel.also(model.layout)
+    groups = policy.groups if model.layout == config.policy.layout else parallel.also(model.layout)
     # No head, so nothing to tie.
     shape = replace(read_shape(model.path), tied=False)
     body = RandomSource(shape, config.seed) if model.init == "random" else FolderSource(model.path)
-    built = build(model, shape, groups, kind=ValueModel)
+    built = build(model, shape, groups, kind=ValueModel, progress=policy.progress)
     load(built, ValueSource(body, shape.hidden), value_table(table_of(shape), shape.hidden))
     updates = config.train.steps * config.train.updates
     trained = trainable(built, model.optimizer, updates)

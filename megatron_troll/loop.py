@@ -29,15 +29,16 @@ def train(task: Task, interrupts: Interrupts) -> bool:
     steps = task.config.train.steps
     with open_run(task, interrupts) as run:
         standing = run.resume()
-        if standing.step == 0 and standing.before is None:
-            standing = before_training(run, standing)
         while standing.step < steps:
             if run.session.stopping():
-                run.save(standing)
+                checkpoint(run, standing)
                 run.checkpoints.finish()
                 run.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
                 return False
-            standing = train_step(run, standing)
+            begins = standing.step == 0 and standing.before is None
+            standing = before_training(run, standing) if begins else train_step(run, standing)
+            if standing.step > 0 and due(standing.step, task.config.checkpoint.every, steps):
+                standing = checkpoint(run, standing)
             run.checkpoints.maybe_finalize()
         run.finish(standing)
         return True
@@ -51,7 +52,8 @@ def before_training(run: Run, standing: Standing) -> Standing:
 
 
 def train_step(run: Run, standing: Standing) -> Standing:
-    """One rollout batch: sample, judge, learn, and whatever is due after it."""
+    """One rollout batch: sample, judge, learn, evaluate where that is due, write its row. A checkpoint comes
+    after the row: a run that continues from it finds all its rows."""
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
     waited = run.pending.next(step, lambda number: collect(run, number))
     batch, rollouts, rewards = waited.batch, waited.batch.rollouts, waited.batch.reward
@@ -77,8 +79,6 @@ def train_step(run: Run, standing: Standing) -> Standing:
     if due(step, config.evaluation.every, config.train.steps):
         metrics["held_out_success"] = run.evaluator.success()
         standing = replace(standing, after=metrics["held_out_success"])
-    if due(step, config.checkpoint.every, config.train.steps):
-        run.save(run.since(standing, began), metrics.get("held_out_success"))
     seconds = time.perf_counter() - began
     metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
@@ -94,6 +94,14 @@ def keep(run: Run, batch: Collected, rewards: np.ndarray, estimated: Estimate, s
     advantages = np.zeros(len(everything))
     advantages[batch.kept] = estimated.means
     run.store.write(step, batch.sampled.rollouts, everything.tolist(), advantages.tolist())
+
+
+def checkpoint(run: Run, standing: Standing) -> Standing:
+    """Save, with the held-out success of the policy where it was evaluated."""
+    config, began = run.task.config, time.perf_counter()
+    evaluated = due(standing.step, config.evaluation.every, config.train.steps)
+    run.save(standing, standing.after if evaluated else None)
+    return run.since(standing, began)
 
 
 def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:

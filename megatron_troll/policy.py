@@ -1,5 +1,7 @@
 """The policy: built and filled, with its optimizer where it is trained."""
 
+from collections.abc import Callable
+
 from megatron_troll.config.tree import Model
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
@@ -9,16 +11,26 @@ from megatron_troll.weights.load import load
 from megatron_troll.weights.source import FolderSource, RandomSource
 
 
-def open_policy(model: Model, shape: ModelShape, groups: Groups, seed: int, updates: int) -> Trainable:
-    """The trained model with its weights and its optimizer over `updates` steps."""
-    built = open_model(model, shape, groups, seed, trained=True)
+def open_policy(
+    model: Model, shape: ModelShape, groups: Groups, seed: int, updates: int, progress: Callable[[], object]
+) -> Trainable:
+    """The trained model with its weights and its optimizer over `updates` steps. See MegatronModel for
+    `progress`."""
+    built = open_model(model, shape, groups, seed, progress, trained=True)
     return trainable(built, model.optimizer, updates)
 
 
 def open_model(
-    model: Model, shape: ModelShape, groups: Groups, seed: int, *, trained: bool = False
+    model: Model,
+    shape: ModelShape,
+    groups: Groups,
+    seed: int,
+    progress: Callable[[], object],
+    *,
+    trained: bool = False,
 ) -> MegatronModel:
-    """The model with its weights; only `trained` has buffers for gradients."""
-    built = build(model, shape, groups, trained=trained)
+    """The model with its weights; only `trained` has buffers for gradients. See MegatronModel for
+    `progress`."""
+    built = build(model, shape, groups, trained=trained, progress=progress)
     load(built, RandomSource(shape, seed) if model.init == "random" else FolderSource(model.path))
     return built

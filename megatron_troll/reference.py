@@ -9,9 +9,7 @@ from megatron_troll.config.tree import Model
 from megatron_troll.mcore.head import Frozen, Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.schedule import infer
-from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.parallel import vocab
-from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch, Readings, Reads, Support, TopK
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import FolderSource
@@ -70,11 +68,10 @@ class Reference:
         return Readings(kept.logp, first, None, others=records)
 
 
-def open_reference(
-    model: Model, shape: ModelShape, groups: Groups, temperature: float, reads: Reads
-) -> Reference:
-    """The model with the weights of its folder, without gradient buffers or optimizer."""
-    built = build(model, shape, groups, trained=False)
+def open_reference(model: Model, policy: MegatronModel, temperature: float, reads: Reads) -> Reference:
+    """The model with the weights of its folder in the shape of `policy` and on its layout, without gradient
+    buffers or optimizer."""
+    built = build(model, policy.shape, policy.groups, trained=False, progress=policy.progress)
     load(built, FolderSource(model.path))
     for chunk in built.chunks:
         chunk.requires_grad_(False)

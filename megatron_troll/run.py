@@ -96,13 +96,18 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
     config = task.config
     with (
         open_session(config, config.train.steps, interrupts) as session,
-        Scorer(config.reward) as scorer,
+        Scorer(config.reward, progress=session.watchdog.beat) as scorer,
     ):
         policy = open_policy(
-            config.policy, task.shape, session.groups, config.seed, config.train.steps * config.train.updates
+            config.policy,
+            task.shape,
+            session.groups,
+            config.seed,
+            config.train.steps * config.train.updates,
+            session.watchdog.beat,
         )
         trainer = open_trainer(task, policy)
-        critic = None if config.models.critic is None else open_critic(config, session.groups, session.phases)
+        critic = None if config.models.critic is None else open_critic(config, policy.model, session.phases)
         engine = open_engine(task, policy.model)
         yield Run(
             task=task,
@@ -127,9 +132,7 @@ def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
     if objective.needs_reference:
         assert config.models.reference is not None
         model = config.policy.model_copy(update={"path": config.models.reference.path})
-        reference = open_reference(
-            model, policy.model.shape, policy.model.groups, temperature, objective.reads_reference
-        )
+        reference = open_reference(model, policy.model, temperature, objective.reads_reference)
     return PolicyTrainer(
         policy,
         objective,

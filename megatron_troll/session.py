@@ -13,10 +13,10 @@ from rich.console import Console
 
 from megatron_troll.config.load import dump
 from megatron_troll.config.tree import Config
+from megatron_troll.files import write_atomic
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.model import MegatronModel
-from megatron_troll.observe.files import write_atomic
 from megatron_troll.observe.hang import Watchdog
 from megatron_troll.observe.phases import Pace, Phases
 from megatron_troll.observe.progress import Progress, Silent, open_progress
@@ -123,15 +123,15 @@ def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator
     Raises RunFolderError on every rank when rank 0 cannot have the folder.
     """
     with ExitStack() as stack:
-        timeout_s = config.observe.hang_timeout_s
-        # A hang is the watchdog's to tell, so collectives wait longer.
-        groups = parallel.start(config.policy.layout, config.seed, 2 * timeout_s)
+        groups = parallel.start(config.policy.layout, config.seed)
         stack.callback(parallel.stop)
         folder = RunFolder(Path(config.runs) / config.name)
         _take_folder(stack, folder, config, groups)
         first = groups.world.rank == 0
         progress: Progress = open_progress(Console(), steps, config.name) if first else Silent()
-        watchdog = Watchdog(folder.heartbeat, groups.world.rank, groups.world.size, timeout_s)
+        watchdog = Watchdog(
+            folder.heartbeat, groups.world.rank, groups.world.size, config.observe.hang_timeout_s
+        )
         stack.enter_context(watchdog)
         stack.enter_context(progress)
         session = Session(

@@ -51,7 +51,7 @@ class Rollout:
     mask       float32 [T], 1 where the token was sampled by the policy and carries loss
     logp       float32 [T], engine log-probability of each sampled token, after temperature
     uniform    float64 [T] in [0, 1), one number per token for methods that draw on it later (Jackpot)
-    group      index of the prompt in its rollout batch; sample: which of its G samples
+    group      index of the prompt in its rollout batch; sample: which of the samples of that prompt
     """
 
     prompt: Prompt

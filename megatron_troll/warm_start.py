@@ -30,8 +30,12 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
     interrupted warm start is started again. Runs on every rank."""
     config, sft, examples = task.config, sft_of(task.config), demonstrations(task)
     order = PromptOrder(len(examples), config.seed)
-    with open_session(config, sft.steps, interrupts) as session, Scorer(config.reward) as scorer:
-        policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps)
+    with (
+        open_session(config, sft.steps, interrupts) as session,
+        Scorer(config.reward, progress=session.watchdog.beat) as scorer,
+    ):
+        beat = session.watchdog.beat
+        policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps, beat)
         evaluator = Evaluator(task, session, open_engine(task, policy.model), scorer)
         trainer = PolicyTrainer(policy, Supervised(), Head(policy.model))
         session.begin_at(0)

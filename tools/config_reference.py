@@ -109,6 +109,8 @@ def place(name: str, field: FieldInfo) -> str:
 
 def default(field: FieldInfo) -> str:
     value = field.default
+    if field.default_factory is not None:
+        return "see meaning"
     if value is PydanticUndefined:
         return "required"
     if isinstance(value, BaseModel):

@@ -17,8 +17,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, what it `extends`, and then `a.b.c=value` overrides (values are YAML).
 
     `extends` names a preset, a path relative to the file (it ends with .yaml), or a list of either, later
-    ones winning. Mappings merge; a slot whose `name` changes loses the fields of the method it held.
-    Raises ConfigError.
+    ones winning. Mappings merge; a slot whose `name` changes loses the fields of the method it held, and one
+    that is given fields only keeps its default method. Raises ConfigError.
     """
     return assemble([read(Path(path))], overrides)
 
@@ -28,6 +28,7 @@ def assemble(parts: Sequence[Entry], overrides: Sequence[str] = ()) -> Config:
     shape, tree = Shape.of(Config), Entry({}, "")
     for part in (*parts, *map(_override, overrides)):
         tree = merge(tree, part, shape)
+    tree = _with_names(tree, shape)
     return validate(Config, tree.plain(), "", lambda keys: place(tree, keys))
 
 
@@ -55,6 +56,16 @@ def _method_changes(base: dict[str, Entry], over: dict[str, Entry], shape: Shape
         return False
     before = base["name"].value if "name" in base else shape.default_name
     return over["name"].value != before
+
+
+def _with_names(tree: Entry, shape: Shape | None) -> Entry:
+    """`tree` with the default method's name in every slot that has none."""
+    if shape is None or not isinstance(tree.value, dict):
+        return tree
+    named = {key: _with_names(entry, shape.child(key)) for key, entry in tree.value.items()}
+    if shape.is_slot and shape.default_name is not None:
+        named.setdefault("name", Entry(shape.default_name, tree.place))
+    return Entry(named, tree.place)
 
 
 def read(path: Path, chain: tuple[Path, ...] = ()) -> Entry:

@@ -319,7 +319,8 @@ class Observe(Node):
     wandb_project: str | None = Field(default=None, description="W&B project; default: no W&B")
     rollouts: bool = Field(default=True, description="keep every rollout's text, reward and log-probs")
     hang_timeout_s: PositiveFloat = Field(
-        default=600.0, description="seconds without progress on a rank before every rank shows its stack"
+        default=600.0,
+        description="seconds without progress on any rank before every rank shows its stack",
     )
     peak_tflops: PositiveFloat | None = Field(
         default=None, description="per device, for MFU; default: known devices"

@@ -24,7 +24,7 @@ class PromptOrder:
         self.position = position
 
     def next(self, count: int) -> list[int]:
-        """The next `count` indices; runs on into the next epoch."""
+        """The next `count` indices; runs on into the next epoch, where an index may come again."""
         drawn = [self._index(self.position + offset) for offset in range(count)]
         self.position += count
         return drawn

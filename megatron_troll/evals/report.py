@@ -10,7 +10,7 @@ from rich.table import Table
 from megatron_troll.config.tree import Config
 from megatron_troll.evals.estimators import CONFIDENCE, RESAMPLES
 from megatron_troll.evals.results import Result
-from megatron_troll.observe.files import write_atomic
+from megatron_troll.files import write_atomic
 from megatron_troll.observe.trackers import versions
 
 

@@ -25,7 +25,7 @@ def evaluate(task: EvalTask, interrupts: Interrupts) -> list[Result] | None:
     after Ctrl-C or SIGTERM: an interrupted evaluation is started again. Runs on every rank."""
     config = task.config
     with open_session(config, task.batches, interrupts) as session:
-        model = open_model(config.policy, task.shape, session.groups, config.seed)
+        model = open_model(config.policy, task.shape, session.groups, config.seed, session.watchdog.beat)
         session.on_first(lambda: rewind(session.folder, 0))
         results: list[Result] = []
         drawn = 0
@@ -57,7 +57,7 @@ class Evaluation:
         requests = requests_for(one.prompts, one.config.samples, task.tokenizer)
         engine = rollout.build(one.rollout, self.model, task.tokenizer, one.stop_ids, task.config.seed)
         parts: list[Answers] = []
-        with Scorer(one.reward) as scorer:
+        with Scorer(one.reward, progress=self.session.watchdog.beat) as scorer:
             for start in range(0, len(requests), task.at_once):
                 if self.session.stopping():
                     return None

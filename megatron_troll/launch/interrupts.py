@@ -21,9 +21,11 @@ class Interrupts:
 
 @contextmanager
 def watched() -> Iterator[Interrupts]:
-    """Remember such signals, instead of ending, until the block ends. Needs the main thread."""
+    """Remember such signals, instead of ending, until the block ends; those that were blocked so far come
+    now. Needs the main thread."""
     interrupts = Interrupts()
     before = {number: signal.signal(number, interrupts.handle) for number in ASKING}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     try:
         yield interrupts
     finally:

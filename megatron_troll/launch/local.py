@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron_troll.launch.interrupts import ASKING
+
 GRACE_S = 15.0
 TAIL_LINES = 40
 PR_SET_PDEATHSIG = 1
@@ -67,7 +69,8 @@ def launch(argv: Sequence[str], ranks: int, threads: int, log_dir: Path, grace_s
     Every process gets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank 0
     writes to this terminal; the stdout of the others and everybody's stderr are appended to
     log_dir/rank_N.out and .err, and rank 0's stderr is shown as well. The first SIGINT or SIGTERM is handed
-    to every rank, and then waited for as long as a checkpoint takes; the third one kills. When a rank
+    to every rank, and then waited for as long as a checkpoint takes; the third one kills. A rank starts with
+    these signals blocked, and unblocks them when it can handle them (interrupts.watched). When a rank
     fails, the others have `grace_s` to end by themselves and as long again after SIGTERM; the last line
     names the rank that failed first. Blocks; needs the main thread, for its signal handlers.
     """
@@ -120,15 +123,17 @@ def _spawn(argv: Sequence[str], env: dict[str, str], number: int, log_dir: Path)
             stdout=None if number == 0 else stdout,
             stderr=stderr,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=_before_its_program,
         )
     return Rank(number, process, errors, start)
 
 
-def _end_with_parent() -> None:
+def _before_its_program() -> None:
     """SIGTERM for this rank when its parent dies, however that happens (Linux prctl). It may come twice:
-    once for each thread of the parent that the rank is handed to while they die."""
+    once for each thread of the parent that the rank is handed to while they die. Whoever asks the rank to
+    stop while it still imports has to wait."""
     LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
 
 
 @contextmanager

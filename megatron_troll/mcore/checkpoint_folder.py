@@ -9,6 +9,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from megatron_troll.files import flush
+
 MANIFEST = "checkpoint.json"
 FORMAT = 1
 _COMPLETE = re.compile(r"step_(\d{6,})")
@@ -49,16 +51,16 @@ def publish(written: Path, final: Path, manifest: dict[str, Any]) -> None:
     """
     sizes = {}
     for path in sorted(written.rglob("*")):
-        _flush(path)
+        flush(path)
         if path.is_file():
             sizes[str(path.relative_to(written))] = path.stat().st_size
     with open(written / MANIFEST, "w") as file:
         json.dump({"format": FORMAT, **manifest, "files": sizes}, file)
         file.flush()
         os.fsync(file.fileno())
-    _flush(written)
+    flush(written)
     os.rename(written, final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def discard(folder: Path, step: int) -> None:
@@ -143,11 +145,3 @@ def _score(folder: Path, step: int) -> float | None:
 def _unfinished_name(folder: Path, step: int) -> Path:
     # Unique, so that a writer of a killed run cannot write into the folder of the run that replaces it.
     return folder / f"{path_of(folder, step).name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}"
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

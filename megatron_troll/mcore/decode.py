@@ -98,11 +98,13 @@ class Decoder:
         return hidden[-1] if self.model.groups.is_last_stage and hidden is not None else None
 
     def _forward(
-        self, chunk: nn.Module, hidden: Tensor | None, tokens: Tensor, positions: Tensor, mask: Tensor
+        self, chunk: nn.Module, received: Tensor | None, tokens: Tensor, positions: Tensor, mask: Tensor
     ) -> Tensor:
         stage = bare(chunk)
-        stage.set_input_tensor(hidden)  # pyright: ignore[reportArgumentType]
-        return chunk(tokens, positions, mask, inference_context=self.context)
+        stage.set_input_tensor(received)  # pyright: ignore[reportArgumentType]
+        hidden = chunk(tokens, positions, mask, inference_context=self.context)
+        self.model.progress()
+        return hidden
 
     def _receive(self, tokens: Tensor, chunk: nn.Module) -> Tensor:
         pp = self.model.groups.pp

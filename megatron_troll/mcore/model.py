@@ -1,9 +1,9 @@
 """Build a Megatron model that ends at its final hidden states, and forward one micro-batch through it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -54,12 +54,15 @@ class HiddenStateModel(GPTModel):
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """One model on this rank: its virtual pipeline chunks, wrapped for data parallelism when trained."""
+    """One model on this rank: its virtual pipeline chunks, wrapped for data parallelism when trained.
+    `progress` is called after each forward of a chunk and for each tensor that is loaded or exported, so that
+    a watchdog can tell a long phase from a hang."""
 
     shape: ModelShape
     config: TransformerConfig
     groups: Groups
     chunks: list[nn.Module]
+    progress: Callable[[], object]
 
     @property
     def stages(self) -> list[HiddenStateModel]:
@@ -87,8 +90,10 @@ def build(
     *,
     trained: bool = True,
     kind: type[HiddenStateModel] = HiddenStateModel,
+    progress: Callable[[], object] = lambda: None,
 ) -> MegatronModel:
-    """The chunks of this rank, with uninitialised weights (weights/ fills them).
+    """The chunks of this rank, with uninitialised weights (weights/ fills them). See MegatronModel for
+    `progress`.
 
     Raises ValueError for a layout the model cannot be cut into.
     """
@@ -104,7 +109,7 @@ def build(
             chunks = [Float16Module(config, chunk) for chunk in chunks]
         if trained:
             chunks = [_data_parallel(config, chunk, model.optimizer.distributed) for chunk in chunks]
-    return MegatronModel(shape, config, groups, chunks)
+    return MegatronModel(shape, config, groups, chunks, progress)
 
 
 def _chunk(
@@ -162,13 +167,15 @@ def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor
     packed = None
     if batch.cu_seqlens is not None:
         packed = packed_sequences(batch.cu_seqlens, batch.max_seqlen, model.groups.cp)
-    return chunk(
+    hidden = chunk(
         batch.tokens,
         batch.positions,
         None,
         packed_seq_params=packed,
         padding_mask=_padding_of_stage(model, chunk, batch.padding),
     )
+    model.progress()
+    return hidden
 
 
 def _padding_of_stage(model: MegatronModel, chunk: nn.Module, padding: Tensor) -> Tensor:
@@ -192,19 +199,3 @@ def select_hidden(model: MegatronModel, hidden: Tensor, index: Tensor) -> Tensor
             group=model.groups.tp.handle,
         )
     return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[index]
-
-
-def parameters_by_name(model: MegatronModel) -> dict[str, nn.Parameter]:
-    """Bare name -> parameter of this rank; the chunk number in front when there are several."""
-    named = {}
-    for i, stage in enumerate(model.stages):
-        prefix = f"{i}." if len(model.chunks) > 1 else ""
-        named.update({prefix + name: parameter for name, parameter in stage.named_parameters()})
-    return named
-
-
-def main_gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient that data parallelism accumulates (`main_grad`, fp32)."""
-    gradient = getattr(parameter, "main_grad", None)
-    assert isinstance(gradient, torch.Tensor)
-    return gradient

@@ -32,10 +32,6 @@ class Trainable:
         self.optimizer.zero_grad()
         return float(grad_norm)
 
-    def reload_weights(self) -> None:
-        """Copy freshly loaded model weights into the optimizer's fp32 masters."""
-        self.optimizer.reload_model_params()
-
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])

@@ -18,6 +18,9 @@ from megatron_troll.mcore.cpu import patches
 from megatron_troll.mcore.layout import check_world
 from megatron_troll.parallel.groups import ALONE, Group, Groups
 
+# A hang is the watchdog's to tell (observe/hang.py); a rank may wait long for one that makes progress.
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
+
 
 def device() -> torch.device:
     """The device of this rank."""
@@ -26,7 +29,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def start(layout: Layout, seed: int, timeout_s: float = 600.0) -> Groups:
+def start(layout: Layout, seed: int) -> Groups:
     """Join the world (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT from the environment), form the groups of
     `layout` and seed this rank. May be called again with another layout. Blocks until every rank has joined.
 
@@ -36,9 +39,8 @@ def start(layout: Layout, seed: int, timeout_s: float = 600.0) -> Groups:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
-        )
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     groups = _form(layout)
     random.seed(seed)
     np.random.seed(seed)
@@ -87,6 +89,7 @@ def _form(layout: Layout) -> Groups:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        distributed_timeout_minutes=COLLECTIVE_TIMEOUT // datetime.timedelta(minutes=1),
     )
     return _groups()
 

@@ -18,18 +18,10 @@ class MaskedTEAttention(TEDotProductAttention):
         super().__init__(*args, **kwargs)
         self.masked = CoreAttention(*args, **kwargs)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if attention_mask is not None:
-            return self.masked(query, key, value, attention_mask)
-        return super().forward(query, key, value, attention_mask, *args, **kwargs)
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        """`inputs` are those of CoreAttention: query, key, value, attention_mask."""
+        masked = inputs[3] is not None
+        return self.masked(*inputs) if masked else super().forward(*inputs, **options)
 
 
 def block_spec(experts: int, layers: int) -> TransformerBlockSubmodules:

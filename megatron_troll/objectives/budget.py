@@ -1,4 +1,4 @@
-"""CPPO's position-weighted divergence budget (arXiv 2606.10968, read as a summary; ALGORITHMS 2).
+"""CPPO's position-weighted divergence budget (arXiv 2606.10968, eq. 8 and 9; ALGORITHMS 2).
 
     S_t = sum_{j<=t} w_j D_j,  W_t = sum_{j<=t} w_j
     c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1})      the threshold on w_t D_t
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from megatron_troll.objectives.scans import before, scan
 
-# delta, delta_b of the paper. `tv`: 0.02 is from its ablation.
+# delta, delta_b of the paper (sections 4.1 and 4.3).
 TV, KL = (0.15, 0.02), (0.1, 0.002)
+# Every delta and delta_b of its runs with TV.
+OF_TV = (0.15, 0.2), (0.015, 0.02, 0.03)
 
 
 def schedule(step: Tensor, horizon: Tensor | float, w_min: float) -> Tensor:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megatron_troll.config.tree import Positive, PositiveFloat
 from megatron_troll.objectives.divergence import Divergence, binary, topk
+from megatron_troll.objectives.records import at_rollout_of, first_slots, log_probs, record_of
 from megatron_troll.objectives.responses import by_decile, decile_diagnostics
-from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
-from megatron_troll.types import ObjectiveInputs, Reads, Support, TopK
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion, limited
+from megatron_troll.types import ObjectiveInputs, Reads, Support
 
-LARGEST_LOG_RATIO = 20.0
+KEY = "objective.trust_region"
 
 
 class Masking(TrustRegion):
@@ -66,7 +67,7 @@ class Masking(TrustRegion):
         log_rho = policy.logp.detach() - behind
         divergence = self.compare(policy.logp.detach(), behind, inputs)
         gate = self.gate(divergence, log_rho, inputs, statistics)
-        rho = log_rho.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp().clamp(max=self.cap)
+        rho = limited(log_rho).exp().clamp(max=self.cap)
         masked = (gate.value == 0).to(rho.dtype)
         per_token = {"divergence": divergence, "masked": masked} | by_decile("masked", masked, inputs)
         return Term(gate.value * rho * policy.logp, per_token | gate.per_token)
@@ -76,25 +77,13 @@ class Masking(TrustRegion):
         if not self._topk:
             return binary(behind, logp, self.divergence)
         if self.against == "old":
-            mu, new = _record(inputs.old.topk, "old"), _record(inputs.new.topk, "new")
-            assert mu.lse is not None
-            assert new.lse is not None
-            log_pi = (new.logits - new.lse[:, None]).detach()
-            return topk(mu.logits - mu.lse[:, None], log_pi, mu.valid, mu.vocab, self.divergence)
-        mu = _record(inputs.rollout_topk, "rollout")
-        if inputs.new.at_rollout is None:
-            raise ValueError(
-                "this objective reads the policy at the rollout engine's ids; it was not read there"
-            )
-        return topk(mu.logits, inputs.new.at_rollout, self._kept(mu), mu.vocab, self.divergence)
-
-    def _kept(self, mu: TopK) -> Tensor:
-        """[N, W] bool, the k largest of mu and the sampled token."""
-        stored = mu.ids.shape[1] - 1
-        if stored < min(self.k, mu.vocab):
-            raise ValueError(f"the rollout record keeps the top {stored} tokens; k={self.k} needs more")
-        slots = torch.arange(mu.ids.shape[1], device=mu.ids.device)
-        return mu.valid & ((slots < self.k) | (slots == mu.place[:, None]))
+            mu = record_of(inputs.old.topk, self.k, "old", KEY)
+            log_pi = log_probs(record_of(inputs.new.topk, self.k, "new", KEY), "new").detach()
+        else:
+            mu = record_of(inputs.rollout_topk, self.k, "rollout", KEY)
+            log_pi = at_rollout_of(inputs.new, "new", KEY)
+        kept = first_slots(mu, self.k, union_sampled=True)
+        return topk(log_probs(mu, self.against), log_pi, kept, mu.vocab, self.divergence)
 
     @property
     def _topk(self) -> bool:
@@ -108,9 +97,3 @@ class Masking(TrustRegion):
 def outward(log_rho: Tensor, advantage: Tensor) -> Tensor:
     """[N] bool, whether the update would move the sampled token further from mu; A = 0 counts as negative."""
     return torch.where(advantage > 0, log_rho > 0, log_rho < 0)
-
-
-def _record(topk: TopK | None, side: str) -> TopK:
-    if topk is None:
-        raise ValueError(f"a topk divergence reads the {side} policy's top-K record; none was given")
-    return topk

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from megatron_troll.objectives.reference import ratio
-from megatron_troll.objectives.slots import Diagnostics, Term, logp_of
+from megatron_troll.objectives.slots import Diagnostics, Term, importance_ratio, logp_of
 from megatron_troll.types import ObjectiveInputs
 
 # The square is there for the effective sample size (objectives/diagnostics.py).
@@ -13,7 +12,7 @@ DIAGNOSTICS: Diagnostics = {"correction_weight": ("mean", "max"), "correction_we
 def old_over_rollout(inputs: ObjectiveInputs) -> Tensor:
     """old(o_t) / rollout(o_t) [N] over the full vocabulary, detached. The old policy's own log-prob, not
     that of its sparse record: the engine's is over the full vocabulary too."""
-    return ratio(logp_of(inputs.old, "old"), inputs.rollout_logp).detach()
+    return importance_ratio(logp_of(inputs.old, "old"), inputs.rollout_logp).detach()
 
 
 def described(weight: Tensor, per_token: dict[str, Tensor]) -> Term:

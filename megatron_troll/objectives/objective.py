@@ -16,6 +16,7 @@ from megatron_troll.objectives.slots import (
     Ratio,
     Statistics,
     TrustRegion,
+    limited,
 )
 from megatron_troll.objectives.support import cut
 from megatron_troll.types import LossTerms, ObjectiveInputs, Readings, Reads, Support
@@ -24,7 +25,7 @@ from megatron_troll.types import LossTerms, ObjectiveInputs, Readings, Reads, Su
 @dataclass(frozen=True)
 class Objective:
     """Pure tensor maths on the N tokens of a micro-batch; nothing here waits for the device but
-    `prepare_old` and a method's own solver.
+    `prepare_old` and methods that say so.
 
     reads      what the head must give of the current policy, with gradient
     reads_old  what must be known of the policy at the start of the update
@@ -145,7 +146,7 @@ def _seen(readings: Readings, kept: Support | None, first: Support | None) -> Re
 
 def approximate_kl(policy: Policy) -> Tensor:
     """[N] estimate r - 1 - log r of KL(old || pi) from tokens drawn from old (k3)."""
-    x = (policy.logp - policy.old).detach().clamp(-20.0, 20.0)
+    x = limited(policy.logp - policy.old).detach()
     return torch.expm1(x) - x
 
 

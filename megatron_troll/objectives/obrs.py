@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_troll.objectives.slots import importance_ratio
+
 
 def accept_prob(target: Tensor, proposal: Tensor, lam: float) -> Tensor:
     """min(1, p / (lam q)), elementwise."""
@@ -23,7 +25,7 @@ def log_accepted(target: Tensor, proposal: Tensor, lam: float) -> Tensor:
 def importance(target: Tensor, proposal: Tensor, lam: float) -> Tensor:
     """max(lam, p / q), elementwise: p over the law of accepted tokens, Z left out. The log-ratio is
     clamped to [-20, 20]."""
-    return (target - proposal).clamp(-20.0, 20.0).exp().clamp(min=lam)
+    return importance_ratio(target, proposal).clamp(min=lam)
 
 
 def kl_of_sparse(target: Tensor, other: Tensor) -> Tensor:

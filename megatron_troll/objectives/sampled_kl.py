@@ -6,11 +6,19 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_troll.objectives.reference import ReferenceKl, ratio, reference_of
-from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, logp_of
+from megatron_troll.objectives.reference import ReferenceKl, reference_of
+from megatron_troll.objectives.slots import (
+    Diagnostics,
+    Policy,
+    Statistics,
+    Term,
+    importance_ratio,
+    limited,
+    logp_of,
+)
 from megatron_troll.types import ObjectiveInputs, Reads
 
-LOG_RATIO_LIMIT, K3_LIMIT = 20.0, 10.0
+K3_LIMIT = 10.0
 
 
 class SampledKl(ReferenceKl):
@@ -56,18 +64,18 @@ class SampledKl(ReferenceKl):
 
     def of_log_ratio(self, x: Tensor) -> Tensor:
         """The estimate from log-ratios x of any shape, with the limits of `clamp`."""
-        return self.estimate(self._limited(x))
+        return self.estimate(self._counted(x))
 
-    def _limited(self, x: Tensor) -> Tensor:
-        return x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) if self.clamp else x
+    def _counted(self, x: Tensor) -> Tensor:
+        return limited(x) if self.clamp else x
 
     def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
         new = logp_of(inputs.new, "new")
         x = new - logp_of(reference_of(inputs), "reference")
         value = self.of_log_ratio(x)
-        per_token = {"reference_kl_clamped": (self._limited(x) != x).to(x.dtype)}
+        per_token = {"reference_kl_clamped": (self._counted(x) != x).to(x.dtype)}
         if self.is_weight == "token":
-            weight = ratio(new, logp_of(inputs.old, "old"))
+            weight = importance_ratio(new, logp_of(inputs.old, "old"))
             value = (weight if self.diff_is else weight.detach()) * value
             per_token["reference_kl_ratio"] = weight.detach()
         return Term(self.beta * value, {"reference_kl": value.detach()} | per_token)

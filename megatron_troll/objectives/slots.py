@@ -1,6 +1,6 @@
 """What a method of each slot provides. A method is its own configuration: a frozen model with maths.
 
-J_t = C_t * score_t - penalty_t - kl_t,   score_t = surrogate_t * A_t,   loss = -sum_t weight_t J_t
+J_t = C_t * score_t - penalty_t - kl_t + bonus_t,   score_t = surrogate_t * A_t,   loss = -sum_t weight_t J_t
 
 The trust region says which policy takes the place of the new one (`policy`), the ratio weighs it against
 the old one, and the trust region limits that ratio (`surrogate`). All tensors are [N].
@@ -20,6 +20,7 @@ from megatron_troll.types import ObjectiveInputs, Readings, Reads
 Statistics = dict[str, Tensor]
 Reduction = Literal["mean", "p10", "p50", "p90", "p99", "max", "min"]
 Diagnostics = Mapping[str, tuple[Reduction, ...]]
+LARGEST_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,16 @@ def logp_of(readings: Readings, side: str) -> Tensor:
             f"this objective reads the {side} policy's log-prob of the sampled token; none was given"
         )
     return readings.logp
+
+
+def limited(log_ratio: Tensor) -> Tensor:
+    """Within [-20, 20], as in verl: exp stays finite. No gradient beyond."""
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+
+
+def importance_ratio(new: Tensor, old: Tensor) -> Tensor:
+    """new / old, elementwise, from log-probs."""
+    return limited(new - old).exp()
 
 
 def unit(logp: Tensor) -> Tensor:

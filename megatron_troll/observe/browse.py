@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from megatron_troll.observe.files import write_atomic
+from megatron_troll.files import write_atomic
 from megatron_troll.observe.rollouts import Sample, read_step, stored_steps
 from megatron_troll.observe.run_folder import RunFolderError
 

@@ -183,7 +183,9 @@ SPEED = (
         "tokens generated and trained on, over the whole step's seconds; dropped responses are not counted",
     ),
     Field("mfu", "share", "model FLOP/s over the devices' dense bf16 peak; absent where the peak is unknown"),
-    Field("seconds", "s", "wall time of the step, evaluation and checkpoint included"),
+    Field(
+        "seconds", "s", "wall time of the step, its evaluation and the checkpoint of the step before included"
+    ),
 )
 
 PHASES = (
@@ -195,7 +197,7 @@ PHASES = (
     Field("forward_backward", "s", "forward and backward of every update"),
     Field("optimizer", "s", "gradient reduction, clipping and the optimizer's steps"),
     Field("evaluation", "s", "sampling and verifying held-out prompts"),
-    Field("checkpoint", "s", "saving, as far as training waits for it"),
+    Field("checkpoint", "s", "saving the step before, as far as training waits for it"),
 )
 
 PER_TOKEN = (*TOKEN, *TROLL, *MASKS, *SEQUENCES, *REFERENCE, *CORRECTION)

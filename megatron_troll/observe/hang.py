@@ -1,9 +1,10 @@
 """A hang shows which rank waits where.
 
-Each rank writes what it is doing to heartbeat/rank_N.json. The first rank that makes no progress for the
-timeout raises an alarm (a file); every rank that sees it writes the stacks of its threads beside it and
-leaves with EXIT_HANG, the first one after printing a table of all ranks. A rank whose interpreter cannot
-run at all (stuck in C code with the lock held) is written out and ended by faulthandler's own thread.
+Each rank writes what it is doing to heartbeat/rank_N.json. A rank that makes no progress may wait for one
+that does; when none has made any for the timeout, the first to find out raises an alarm (a file); every rank
+that sees it writes the stacks of its threads beside it and leaves with EXIT_HANG, the first one after
+printing a table of all ranks. A rank whose interpreter cannot run at all (stuck in C code with the lock held)
+is written out and ended by faulthandler's own thread.
 """
 
 import faulthandler
@@ -19,9 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_troll.observe.files import write_atomic
+from megatron_troll.files import write_atomic
 
 EXIT_HANG = 75
+POLLS_PER_HEARTBEAT = 10
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Watchdog:
         self._phase = "startup"
         self._since = time.time()
         self._progress = time.monotonic()
+        self._patience = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -97,12 +100,24 @@ class Watchdog:
         while not self._stop.wait(self._poll):
             self._arm()
             polls += 1
-            if polls % 10 == 0:
+            if polls % POLLS_PER_HEARTBEAT == 0:
                 self._write_or_say()
             if self._alarmed():
                 self._follow()
-            elif time.monotonic() - self._progress > self._timeout:
+            elif self._hangs():
                 self._raise_alarm()
+
+    def _hangs(self) -> bool:
+        """Whether no rank has made progress for the timeout. The heartbeats of the others are read only when
+        this rank has made none, and then not before they in turn could be over it."""
+        now = time.monotonic()
+        if now <= max(self._progress + self._timeout, self._patience):
+            return False
+        beats = [read_heartbeat(self._folder, rank) for rank in range(self._world)]
+        newest = max((beat.since for beat in beats if beat is not None), default=0.0)
+        unwritten = POLLS_PER_HEARTBEAT * self._poll
+        self._patience = now + self._timeout + unwritten - (time.time() - newest)
+        return now > self._patience
 
     def _arm(self) -> None:
         """Unless this is called again in time, because no Python thread can run: stacks and exit code 1."""
@@ -147,9 +162,8 @@ def hang_table(folder: Path, world: int, timeout_s: float, now: float) -> str:
     """Which rank waits in which phase for how long, and where its stacks are."""
     lines = [f"No progress for {timeout_s:g} s (observe.hang_timeout_s). Every rank and what it was doing:"]
     for rank in range(world):
-        try:
-            beat = Heartbeat(**json.loads(heartbeat_path(folder, rank).read_text()))
-        except FileNotFoundError:
+        beat = read_heartbeat(folder, rank)
+        if beat is None:
             lines.append(f"  rank {rank}: never started")
             continue
         lines.append(
@@ -157,6 +171,14 @@ def hang_table(folder: Path, world: int, timeout_s: float, now: float) -> str:
             f"stacks in {stacks_path(folder, rank)}"
         )
     return "\n".join(lines) + "\n"
+
+
+def read_heartbeat(folder: Path, rank: int) -> Heartbeat | None:
+    """None where the rank has not written any."""
+    try:
+        return Heartbeat(**json.loads(heartbeat_path(folder, rank).read_text()))
+    except FileNotFoundError:
+        return None
 
 
 def heartbeat_path(folder: Path, rank: int) -> Path:

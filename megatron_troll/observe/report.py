@@ -8,8 +8,8 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
+from megatron_troll.files import write_atomic
 from megatron_troll.observe.charts import CHARTS, Chart, Line, colour, write_png
-from megatron_troll.observe.files import write_atomic
 from megatron_troll.observe.runs import Run, differing_keys, read_runs
 
 STYLE = """

@@ -3,7 +3,7 @@
 import json
 import os
 
-from megatron_troll.observe.files import write_atomic
+from megatron_troll.files import write_atomic
 from megatron_troll.observe.rollouts import step_of
 from megatron_troll.observe.run_folder import RunFolder
 

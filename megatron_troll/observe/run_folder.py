@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from megatron_troll.observe.files import write_atomic
+from megatron_troll.files import write_atomic
 
 # What a resumed run may change: how long it runs, where and how it is computed, what is written down.
 CHANGEABLE = (
@@ -100,8 +100,8 @@ class RunFolder:
     def open(self, config_yaml: str, resume: bool) -> Iterator[None]:
         """Own the folder until the block ends, and write `config_yaml` into it.
 
-        Raises RunFolderError when another process holds it, when it holds a run of another config
-        (keys in CHANGEABLE apart), or when it holds a run and `resume` is false. Nothing is written then.
+        Raises RunFolderError when another process holds it, or when it holds a run and that one is of another
+        config (keys in CHANGEABLE apart) or `resume` is false. Nothing is written then.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / "lock", "a+") as lock:
@@ -118,10 +118,14 @@ class RunFolder:
         self._check(config_yaml, resume)
 
     def holds_run(self) -> bool:
-        """Whether anything would be lost or mixed if another run started here."""
-        if self.metrics.exists() and self.metrics.stat().st_size > 0:
-            return True
-        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        """Whether figures, checkpoints or rollouts would be lost or mixed if another run started here."""
+        figures = any(
+            path.exists() and path.stat().st_size > 0
+            for path in (self.metrics, self.discarded_metrics, self.evaluation)
+        )
+        return figures or any(
+            folder.is_dir() and any(folder.iterdir()) for folder in (self.checkpoints, self.rollouts)
+        )
 
     def _take(self, lock: IO[str]) -> None:
         self._lock(lock)
@@ -146,6 +150,8 @@ class RunFolder:
             ) from error
 
     def _check(self, config_yaml: str, resume: bool) -> None:
+        if not self.holds_run():
+            return
         changed = config_differences(self.config, config_yaml) if self.config.exists() else {}
         if changed:
             lines = "\n".join(f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items())
@@ -157,7 +163,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.root} holds a finished evaluation. Choose another `name`, or delete the folder."
             )
-        if self.holds_run() and not resume:
+        if not resume:
             raise RunFolderError(
                 f"{self.root} already holds a run of this config. "
                 "Continue it with resume=true, choose another `name`, or delete the folder."

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_troll.config.tree import Observe
-from megatron_troll.observe.files import write_atomic
+from megatron_troll.files import write_atomic
 from megatron_troll.observe.run_folder import RunFolder
 
 PACKAGES = ("torch", "megatron-core", "transformers", "megatron-troll")
@@ -34,6 +35,7 @@ class JsonLines:
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -7,7 +7,7 @@ group must call with the same N. Results are the same on every rank. On a group 
 Backward of each function gives a rank the gradient of its own columns and communicates nothing: the upstream
 gradient is the same on every rank, because every rank computes the same loss from the same result.
 
-NaN and +inf are not looked for here; `first_nonfinite` is.
+NaN and +inf are not looked for: one anywhere in a row makes its logsumexp and its log-probs NaN.
 """
 
 from typing import Any
@@ -126,18 +126,6 @@ def kl(logits_local: Tensor, lse: Tensor, reference_local: Tensor, group: Group,
     logits, reference and 2 N floats. Backward holds three [N, V/tp].
     """
     return _apply(_Kl, logits_local, lse.detach(), reference_local, group, vocab)
-
-
-def first_nonfinite(logits_local: Tensor, group: Group, vocab: int) -> int | None:
-    """The first row that holds NaN or +inf on any rank, None where there is none. -inf is allowed: it forbids
-    a token. All-reduces one integer and waits for the device."""
-    real = _real_columns(logits_local.detach(), group, vocab)
-    rows = real.shape[0]
-    bad = ~(real < torch.inf).all(1)
-    places = torch.arange(rows, device=real.device).masked_fill(~bad, rows)
-    first = torch.cat([places, places.new_tensor([rows])]).amin()
-    first = int(group.all_reduce(first, dist.ReduceOp.MIN))
-    return first if first < rows else None
 
 
 class _LogSumExp(Function):

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
@@ -57,11 +57,13 @@ class _Batch:
 
 
 class Pool:
-    """Up to `size` workers, started when there is work and kept until `close`."""
+    """Up to `size` workers, started when there is work and kept until `close`. `progress` is called after
+    each answer."""
 
-    def __init__(self, config: RewardConfig, size: int):
+    def __init__(self, config: RewardConfig, size: int, progress: Callable[[], object]):
         self._config = config
         self._size = size
+        self._progress = progress
         self._workers: list[Worker] = []
 
     def run(self, tasks: Sequence[Task]) -> Outcomes:
@@ -74,6 +76,7 @@ class Pool:
                 self._hand_out(batch)
                 for worker in self._answering():
                     self._receive(worker, batch)
+                    self._progress()
         except BaseException:
             self.close()  # an answer still on its way would be taken for one of the next batch
             raise

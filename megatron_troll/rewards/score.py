@@ -1,7 +1,7 @@
 """Rewards of a batch of rollouts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -27,12 +27,14 @@ class Scores:
 
 class Scorer:
     """Scores rollouts with one verifier, in `workers` processes unless it is cheap. Close it, or use it in a
-    `with` block. Raises ConfigError for an unknown verifier or field."""
+    `with` block. `progress` is called after each answer. Raises ConfigError for an unknown verifier or
+    field."""
 
-    def __init__(self, config: RewardConfig, workers: int = 2):
+    def __init__(self, config: RewardConfig, workers: int = 2, progress: Callable[[], object] = lambda: None):
         self._config = config
         self._verifier = build(config)
-        self._pool = None if self._verifier.cheap else Pool(config, workers)
+        self._progress = progress
+        self._pool = None if self._verifier.cheap else Pool(config, workers, progress)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Blocks until all are scored. Aborted rollouts, and with `overlong.mode: penalise` those cut at
@@ -92,7 +94,11 @@ class Scorer:
     def _run(self, tasks: Sequence[Task]) -> Outcomes:
         if self._pool is not None:
             return self._pool.run(tasks)
-        return Outcomes({index: task.question.put_to(self._verifier) for index, task in enumerate(tasks)})
+        outcomes = Outcomes()
+        for index, task in enumerate(tasks):
+            outcomes.values[index] = task.question.put_to(self._verifier)
+            self._progress()
+        return outcomes
 
 
 def _tasks(rollouts: Sequence[Rollout], chosen: Sequence[int], wanted: Wanted) -> list[Task]:

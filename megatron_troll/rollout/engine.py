@@ -1,5 +1,6 @@
 """What the loop asks of whoever generates: requests in, rollouts out."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -14,7 +15,8 @@ from megatron_troll.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw. prompt_ids int64 [P]; group: the prompt's index in its batch; sample: which one."""
+    """One sample to draw. prompt_ids int64 [P]; group: the prompt's index in its batch; sample: which of the
+    samples that the batch has of the prompt."""
 
     prompt: Prompt
     group: int
@@ -38,10 +40,12 @@ class Engine(Protocol):
 def requests_for(
     prompts: Sequence[Prompt], samples: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Request]:
-    """`samples` requests for each prompt, a prompt's samples next to each other."""
-    rendered = [render_prompt(prompt.messages, tokenizer) for prompt in prompts]
-    return [
-        Request(prompt, group, sample, ids)
-        for group, (prompt, ids) in enumerate(zip(prompts, rendered))
-        for sample in range(samples)
-    ]
+    """`samples` requests for each prompt, a prompt's samples next to each other. The samples of a prompt that
+    comes again (where an epoch ends) are numbered on, so that it draws others."""
+    requests: list[Request] = []
+    drawn: Counter[str] = Counter()
+    for group, prompt in enumerate(prompts):
+        ids, first = render_prompt(prompt.messages, tokenizer), drawn[prompt.id]
+        requests += [Request(prompt, group, first + sample, ids) for sample in range(samples)]
+        drawn[prompt.id] += samples
+    return requests

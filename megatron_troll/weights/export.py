@@ -46,6 +46,7 @@ def stream(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
     shards = _shards(mine, model.groups.pp)
     for place in _local_places(table, model.groups.ep):
         yield from _assemble(model, place, mine.get(place.names), shards[place.names])
+        model.progress()
 
 
 def save(

@@ -1,7 +1,6 @@
 """Write a Hugging Face model folder in one step: a kill leaves the old one or the new one."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_troll.files import flush
 from megatron_troll.weights.source import INDEX
 
 CONFIG = "config.json"
@@ -89,7 +89,7 @@ class FolderWriter:
             if (self.source_folder / name).is_file():
                 shutil.copyfile(self.source_folder / name, self.part / name)
         for path in (*self.part.iterdir(), self.part):
-            _sync(path)
+            flush(path)
         self._put_in_place()
 
     def _write_index(self) -> None:
@@ -115,14 +115,5 @@ class FolderWriter:
         if self.folder.exists():
             self.folder.rename(old)
         self.part.rename(self.folder)
-        _sync(self.folder.parent)
+        flush(self.folder.parent)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a directory to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

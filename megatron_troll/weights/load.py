@@ -23,6 +23,7 @@ def load(model: MegatronModel, source: Source, table: Table | None = None) -> No
     check(source, table, tied=model.shape.tied)
     for held in held_parameters(model, table):
         _fill(model, held, source)
+        model.progress()
 
 
 def _fill(model: MegatronModel, held: Held, source: Source) -> None:

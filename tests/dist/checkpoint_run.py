@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch, Reads
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import TensorSource
-from tests.dist.tiny import MOE, started
+from tests.dist.tiny import MOE, started, unpacked
 
 SEQUENCES, LENGTH, STEPS = 4, 16, 2
 
@@ -54,7 +54,7 @@ def made(run: Run, groups: Groups) -> Trainable:
     model = build(config, shape_of(run.config), groups)
     load(model, TensorSource(run.weights))
     trained = trainable(model, optimizer, total_steps=100)
-    trained.reload_weights()
+    trained.optimizer.reload_model_params()
     return trained
 
 
@@ -88,25 +88,10 @@ def micro_batches(step: int) -> list[MicroBatch]:
 
 
 def micro_batch(tokens: Tensor) -> MicroBatch:
-    rows = tokens.shape[0]
-    index = (torch.arange(rows)[:, None] * LENGTH + torch.arange(LENGTH - 1)).reshape(-1)
-    ones = torch.ones(len(index))
-    return MicroBatch(
-        tokens=tokens,
-        positions=torch.arange(LENGTH).expand(rows, -1),
-        padding=torch.zeros_like(tokens, dtype=torch.bool),
-        cu_seqlens=None,
-        max_seqlen=LENGTH,
-        index=index,
-        target=tokens[:, 1:].reshape(-1),
-        sequence=index // LENGTH,
-        position=index % LENGTH,
-        weight=ones / (SEQUENCES * (LENGTH - 1)),
-        advantage=ones,
-        rollout_logp=ones,
-        rollout_topk=None,
-        rollouts=tuple(range(rows)),
-    )
+    positions = torch.arange(LENGTH)
+    index = (torch.arange(len(tokens))[:, None] * LENGTH + positions[:-1]).reshape(-1)
+    batch = unpacked(tokens, positions, LENGTH, index, tokens[:, 1:].reshape(-1))
+    return replace(batch, weight=batch.weight / (SEQUENCES * (LENGTH - 1)))
 
 
 @torch.no_grad()
@@ -115,7 +100,7 @@ def fill(trained: Trainable, value: float) -> None:
     for stage in trained.model.stages:
         for parameter in stage.parameters():
             parameter.fill_(value)
-    trained.reload_weights()
+    trained.optimizer.reload_model_params()
 
 
 def values_of(trained: Trainable) -> set[float]:

@@ -23,6 +23,7 @@ from megatron_troll.rollout.engine import Engine, Request
 from megatron_troll.types import MicroBatch, Prompt, Reads, Rollout, Support
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import FolderSource
+from tests.dist.layout_table import Sizes, formed_groups
 from tests.dist.tiny import MOE, started
 
 TOKENIZER = character_tokenizer()
@@ -31,7 +32,6 @@ CONFIG = MOE | {"vocab_size": VOCAB}
 STOPS = tuple(TOKENIZER.convert_tokens_to_ids([END, "7", "k"]))
 TOP_K = 6
 SEED = 3
-Sizes = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Generated:
-    """One rank's rollouts of each case, and by name the full readings of those that it forwards."""
+    """One rank's groups and number of chunks, its rollouts of each case, and by name the full readings of
+    those that it forwards."""
 
-    sizes: Sizes
+    groups: Sizes
+    chunks: int
     rollouts: dict[str, list[Rollout]]
     readings: dict[str, dict[str, Reading]]
 
@@ -99,8 +101,7 @@ def generate_cases(sizes: Sizes, folder: str, cases: dict[str, Case], dtype: str
     with opened(sizes, folder, dtype) as model:
         rollouts = {name: generate(model, case) for name, case in cases.items()}
         readings = {name: read_fully(model, rollouts[name], case.sampling) for name, case in cases.items()}
-        found = {name: getattr(model.groups, name).size for name in ("world", "tp", "pp", "ep", "etp", "dp")}
-        return Generated(found | {"chunks": len(model.chunks)}, rollouts, readings)
+        return Generated(formed_groups(model.groups), len(model.chunks), rollouts, readings)
 
 
 def read_fully(model: MegatronModel, rollouts: Sequence[Rollout], sampling: Sampling) -> dict[str, Reading]:

@@ -156,6 +156,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
             break
         _answer(pipe, _call, (call,))
     _leave_group()
+    os._exit(0)  # taking torch and Megatron down module by module would cost seconds
 
 
 def _answer(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

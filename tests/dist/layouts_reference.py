@@ -8,10 +8,12 @@ objectives of the package.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.types import Rollout
@@ -23,6 +25,7 @@ from tests.dist.layouts_batch import (
     DELTA,
     EPS_HIGH,
     EPS_LOW,
+    OPTIMIZER,
     P_D,
     TEMPERATURE,
     Batch,
@@ -31,6 +34,8 @@ from tests.dist.layouts_batch import (
 )
 from tests.dist.tiny import MOE, reference
 from tests.unit.objectives.oracle import dense_sparsified, kl, projected
+
+Old = Literal["trainer", "engine"]
 
 
 @dataclass(frozen=True)
@@ -54,37 +59,48 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Expected:
-    """loss, and the gradients of all Hugging Face tensors by name."""
+    """loss, the gradients of all Hugging Face tensors by name, and how AdamW changes `now` by them."""
 
     loss: float
     gradients: Weights
+    change: Weights
 
 
 class Reference:
-    """Loss and gradients of the batch at its weights `now`."""
+    """Loss and gradients of the batch at its weights `now`; `before` is what the model gives at the weights
+    `before`, or what the rollout engine gave."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, old: Old) -> None:
         self.batch = batch
         self.tokens = _tokens(batch)
-        self.model = reference(MOE).double()
-        self.model.set_experts_implementation("eager")  # the grouped one has no float64
-        self.model.load_state_dict(batch.before)
-        with torch.no_grad():
-            self.before = read(self.model, batch.rollouts)
-        self.model.load_state_dict(batch.now)
+        self.model = reference(batch.config).double()
+        if "num_experts" in batch.config:
+            self.model.set_experts_implementation("eager")  # the grouped one has no float64
+        self.before = self._at_before() if old == "trainer" else Read(batch.law.double(), [])
+        _fill(self.model, batch.now)
         self.now = read(self.model, batch.rollouts)
         self.kept_before = _support(self.before, self.tokens)
         self.kept_now = _support(self.now, self.tokens)
 
+    @torch.no_grad()
+    def _at_before(self) -> Read:
+        _fill(self.model, self.batch.before)
+        return read(self.model, self.batch.rollouts)
+
     def expected(self, objective: str, aux: float) -> Expected:
         """Of a named objective, plus the balancing loss with coefficient `aux` in the gradients."""
         loss = -self.value(objective)
-        total = loss + aux * balancing_loss(self.now.routing)
+        total = loss + aux * balancing_loss(self.now.routing) if aux else loss
         self.model.zero_grad()
         total.backward(retain_graph=True)
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        source = Unstacked(TensorSource(gradients), table_of(shape_of(MOE)))
-        return Expected(loss.item(), {name: source.read(name).clone() for name in source.shapes})
+        change = adamw_change(self.batch.now, gradients)
+        return Expected(loss.item(), self._listed(gradients), self._listed(change))
+
+    def _listed(self, tensors: Weights) -> Weights:
+        """By the names of a checkpoint, which keeps every expert apart."""
+        source = Unstacked(TensorSource(tensors), table_of(shape_of(self.batch.config)))
+        return {name: source.read(name).clone() for name in source.shapes}
 
     def value(self, objective: str) -> Tensor:
         """The objective, to be maximised."""
@@ -114,10 +130,29 @@ class Reference:
         return kl(*self.sparse(objective)).detach()
 
 
+def adamw_change(weights: Weights, gradients: Weights) -> Weights:
+    """What the first step of AdamW on the clipped gradients adds. Vectors do not decay, as in Megatron."""
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    clip = min(1.0, OPTIMIZER.grad_norm / float(norm))
+    change = {}
+    for name, weight in weights.items():
+        parameter = weight.double().requires_grad_()
+        parameter.grad = clip * gradients[name]
+        decay = OPTIMIZER.weight_decay if weight.dim() > 1 else 0.0
+        AdamW([parameter], OPTIMIZER.lr, OPTIMIZER.betas, OPTIMIZER.eps, decay).step()
+        change[name] = parameter.detach() - weight
+    return change
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, weights: Weights) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
 def troll(p: Tensor, q: Tensor, tokens: Tokens) -> Tensor:
     """J [N] of arXiv 2510.03817, eq. 5, from p' and q' [N, V]."""
-    active = kl(p, q).detach() > BOUND
-    pi = p.index_put((active,), projected(p[active], q[active], BOUND))
+    pi = projected(p, q, BOUND)
     at = tokens.target[:, None]
     return (pi.gather(1, at) / q.gather(1, at))[:, 0] * tokens.advantage - ALPHA * kl(p, pi.detach())
 

@@ -27,26 +27,30 @@ from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
 from megatron_troll.weights.placement import held_parameters
 from megatron_troll.weights.source import TensorSource
-from tests.dist.layouts_batch import OBJECTIVES, TEMPERATURE, Batch, Weights
-from tests.dist.tiny import MOE, started
-
-AXES = ("tp", "pp", "cp", "dp", "ep", "etp", "dp_cp")
+from tests.dist.layout_table import AXES, Sizes, formed_groups
+from tests.dist.layouts_batch import OBJECTIVES, TEMPERATURE, Batch, K, Weights
+from tests.dist.layouts_reference import Old
+from tests.dist.parameters import main_gradient, parameters_by_name
+from tests.dist.tiny import started
 
 
 @dataclass(frozen=True)
 class Case:
-    """One accumulation: an objective by name, how the batch is cut, the balancing loss's coefficient."""
+    """One accumulation: an objective by name, how the batch is cut, the balancing loss's coefficient, whose
+    log-probs are the old policy."""
 
     objective: str
     packed: bool
     token_budget: int
     aux: float
+    old: Old = "trainer"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """loss, metrics and mismatch as the trainer reports them; gradients of all Hugging Face tensors; the
-    number of micro-batches on this rank; which collectives ran, as (axis, operation)."""
+    """loss, metrics and mismatch as the trainer reports them; gradients of all Hugging Face tensors, none
+    where a distributed optimizer has scattered them; the number of micro-batches on this rank; which
+    collectives ran, as (axis, operation)."""
 
     loss: float
     metrics: dict[str, float]
@@ -58,45 +62,50 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RankResult:
-    """world and sizes of the groups that were formed, parameter shapes by Megatron's names, the outcome of
-    every case, and the gradient norm that an optimizer step after the last one reports."""
+    """Sizes of the groups that were formed, parameter shapes by Megatron's names, the outcome of every case;
+    the gradient norm that an optimizer step after the last one reports, and how it changes the weights."""
 
-    world: int
-    sizes: dict[str, int]
+    groups: Sizes
     shapes: dict[str, tuple[int, ...]]
     outcomes: list[Outcome]
     grad_norm: float
+    change: Weights
 
 
 def run_cases(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
     """Old readings at the weights `before`, gradients at the weights `now`."""
     with started(config.layout) as groups:
-        model = mcore.build(config, shape_of(MOE), groups)
+        model = mcore.build(config, shape_of(batch.config), groups)
         policy = trainable(model, config.optimizer, total_steps=1)
         micro_batches = [cut(batch, case, groups, config.layout) for case in cases]
         load(model, TensorSource(batch.before))
         old = [trainer(policy, case).old_readings(m).readings for case, m in zip(cases, micro_batches)]
         load(model, TensorSource(batch.now))
-        outcomes = [accumulate(policy, *each) for each in zip(cases, micro_batches, old)]
-        shapes = {name: tuple(p.shape) for name, p in mcore.parameters_by_name(model).items()}
-        formed = {axis: getattr(groups, axis).size for axis in AXES}
-        return RankResult(groups.world.size, formed, shapes, outcomes, policy.step())
+        policy.optimizer.reload_model_params()
+        scattered = config.optimizer.distributed
+        outcomes = [accumulate(policy, *each, scattered) for each in zip(cases, micro_batches, old)]
+        shapes = {name: tuple(p.shape) for name, p in parameters_by_name(model).items()}
+        weights, grad_norm = streamed(model), policy.step()
+        change = {name: tensor - weights[name] for name, tensor in streamed(model).items()}
+        return RankResult(formed_groups(groups), shapes, outcomes, grad_norm, change)
 
 
 def trainer(policy: Trainable, case: Case) -> PolicyTrainer:
     for router in routers(policy.model.chunks):
         router.coefficient = case.aux
-    return PolicyTrainer(policy, compose(OBJECTIVES[case.objective]), Head(policy.model, TEMPERATURE))
+    objective = compose(OBJECTIVES[case.objective])
+    return PolicyTrainer(policy, objective, Head(policy.model, TEMPERATURE), case.old)
 
 
 def cut(batch: Batch, case: Case, groups: Groups, layout: Layout) -> list[MicroBatch]:
     """This rank's micro-batches of one optimizer step over the whole batch."""
     form = Form(
-        vocab=MOE["vocab_size"],
+        vocab=batch.config["vocab_size"],
         packed=case.packed,
         cp_rank=groups.cp.rank,
         cp_size=groups.cp.size,
         tp_size=groups.tp.size,
+        topk=K if case.old == "engine" else 0,
     )
     step = plan(
         [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in batch.rollouts],
@@ -118,18 +127,26 @@ def cut(batch: Batch, case: Case, groups: Groups, layout: Layout) -> list[MicroB
 
 
 def accumulate(
-    policy: Trainable, case: Case, batches: Sequence[MicroBatch], old: Sequence[Readings]
+    policy: Trainable, case: Case, batches: Sequence[MicroBatch], old: Sequence[Readings], scattered: bool
 ) -> Outcome:
     learner = trainer(policy, case)
     mismatch = learner.mismatch(batches, old)
     with Collectives(policy.model.groups) as collectives:
         result = learner.accumulate(batches, old, [None] * len(batches))
     assert result.broken == ()
-    unequal = unequal_replicas(policy.model)
-    assert not unequal, unequal
-    with gradients_as_parameters(policy.model):
-        gradients = {name: tensor.clone() for name, tensor in stream(policy.model)}
+    gradients = {} if scattered else gradients_of(policy.model)
     return Outcome(result.loss, result.metrics, mismatch, gradients, len(batches), collectives.seen)
+
+
+def gradients_of(model: mcore.MegatronModel) -> Weights:
+    unequal = unequal_replicas(model)
+    assert not unequal, unequal
+    with gradients_as_parameters(model):
+        return streamed(model)
+
+
+def streamed(model: mcore.MegatronModel) -> Weights:
+    return {name: tensor.clone() for name, tensor in stream(model)}
 
 
 def unequal_replicas(model: mcore.MegatronModel) -> list[str]:
@@ -138,18 +155,18 @@ def unequal_replicas(model: mcore.MegatronModel) -> list[str]:
         str(held.place.names)
         for held in held_parameters(model, table_of(model.shape))
         if held.place.entry.axis is None
-        for other in model.groups.tp.all_gather(mcore.main_gradient(held.parameter))
-        if not torch.equal(other, mcore.main_gradient(held.parameter))
+        for other in model.groups.tp.all_gather(main_gradient(held.parameter))
+        if not torch.equal(other, main_gradient(held.parameter))
     ]
 
 
 @contextmanager
 def gradients_as_parameters(model: mcore.MegatronModel) -> Iterator[None]:
     """So that gradients can be gathered as weights are."""
-    parameters = mcore.parameters_by_name(model).values()
+    parameters = parameters_by_name(model).values()
     values = [parameter.data for parameter in parameters]
     for parameter in parameters:
-        parameter.data = mcore.main_gradient(parameter)
+        parameter.data = main_gradient(parameter)
     yield
     for parameter, value in zip(parameters, values):
         parameter.data = value

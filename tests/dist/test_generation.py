@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_troll.config.tree import Sampling
 from megatron_troll.mcore.decode import Decoder, round_to_fp8
 from megatron_troll.mcore.head import Head
-from megatron_troll.mcore.model import MegatronModel, main_gradient, parameters_by_name
+from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.schedule import accumulate
 from megatron_troll.types import Reads, Rollout
 from tests.dist.generation_worker import (
@@ -19,7 +19,6 @@ from tests.dist.generation_worker import (
     TOKENIZER,
     Case,
     Generated,
-    Sizes,
     generate,
     generate_cases,
     opened,
@@ -28,18 +27,11 @@ from tests.dist.generation_worker import (
     state,
 )
 from tests.dist.harness import RankPool
+from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups
+from tests.dist.parameters import main_gradient, parameters_by_name
 from tests.dist.tiny import write_reference
 
-LAYOUTS = {
-    "alone": (1, {}),
-    "tp2-ep2": (2, {"tp": 2, "ep": 2}),
-    "tp2-etp2": (2, {"tp": 2, "etp": 2}),
-    "pp2": (2, {"pp": 2}),
-    "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
-    "ep2": (2, {"ep": 2}),
-    "dp2": (2, {}),
-    "tp2-pp2-ep2": (4, {"tp": 2, "pp": 2, "ep": 2}),
-}
+WITHOUT_CP = [name for name, (_, sizes) in LAYOUTS.items() if "cp" not in sizes]
 PLAIN = Sampling(max_tokens=8)
 FILTERED = Sampling(max_tokens=8, temperature=0.7, top_p=0.9, top_k=20, min_p=0.02)
 BACKWARDS = tuple(range(9, -1, -1))
@@ -68,7 +60,7 @@ def alone(ranks1: RankPool, folder: str) -> Generated:
     return ranks1.run(generate_cases, {}, folder, CASES)[0]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=WITHOUT_CP)
 def generated(request: pytest.FixtureRequest, folder: str) -> list[Generated]:
     """Every rank's, on one layout whose group sizes are as asked."""
     world, sizes = LAYOUTS[request.param]
@@ -76,21 +68,9 @@ def generated(request: pytest.FixtureRequest, folder: str) -> list[Generated]:
     results: list[Generated] = pool.run(generate_cases, sizes, folder, CASES)
     assert len(results) == world
     for result in results:
-        assert result.sizes == formed(world, sizes)
+        assert result.groups == expected_groups(world, sizes)
+        assert result.chunks == sizes.get("vpp", 1)
     return results
-
-
-def formed(world: int, sizes: Sizes) -> Sizes:
-    tp, pp = sizes.get("tp", 1), sizes.get("pp", 1)
-    return {
-        "world": world,
-        "tp": tp,
-        "pp": pp,
-        "ep": sizes.get("ep", 1),
-        "etp": sizes.get("etp", 1),
-        "dp": world // (tp * pp),
-        "chunks": sizes.get("vpp", 1),
-    }
 
 
 @pytest.mark.parametrize("case", EXACT)
@@ -200,7 +180,7 @@ def tokens_of(rollouts: list[Rollout]) -> list[tuple[str, ...]]:
     return [(rollout.prompt.id, *map(str, rollout.response_ids)) for rollout in rollouts]
 
 
-@pytest.mark.parametrize("layout", ["alone", "tp2-ep2", "pp2-vpp2"])
+@pytest.mark.parametrize("layout", ["one-rank", "tp2-ep2", "pp2-interleaved"])
 def test_generation_leaves_training_as_it_was(
     layout: str, folder: str, request: pytest.FixtureRequest
 ) -> None:
@@ -315,7 +295,7 @@ def test_fp8_rounding_saturates_and_is_idempotent(dtype: torch.dtype) -> None:
     assert error.max() > 0
 
 
-@pytest.mark.parametrize("layout", ["alone", "tp2-ep2"])
+@pytest.mark.parametrize("layout", ["one-rank", "tp2-ep2"])
 def test_bf16_log_probs_are_those_of_a_full_forward_to_its_precision(
     layout: str, folder: str, request: pytest.FixtureRequest
 ) -> None:

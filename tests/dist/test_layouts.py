@@ -6,21 +6,25 @@ layouts_batch.py has the batch, layouts_reference.py the plain autograd, layouts
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import Layout, Model, Optimizer
+from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.trainer import PROBED
+from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups
 from tests.dist.layouts_batch import (
     BOUND,
     DELTA,
     EPS_HIGH,
     EPS_LOW,
+    KINDS,
+    OPTIMIZER,
     OVERLONG,
     TOOL,
     Batch,
@@ -28,28 +32,10 @@ from tests.dist.layouts_batch import (
     Weights,
     make_batch,
 )
-from tests.dist.layouts_reference import Expected, Read, Reference
+from tests.dist.layouts_reference import Expected, Old, Read, Reference
 from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases
 from tests.dist.tiny import MOE
 
-LAYOUTS = {
-    "one-rank": (1, {}),
-    "tp2-ep2": (2, {"tp": 2, "ep": 2}),
-    "tp2-etp2": (2, {"tp": 2, "etp": 2}),
-    "pp2": (2, {"pp": 2}),
-    "pp2-interleaved": (2, {"pp": 2, "vpp": 2}),
-    "ep2": (2, {"ep": 2}),
-    "cp2": (2, {"cp": 2}),
-    "dp2": (2, {}),
-    "tp2-ep2-dp2": (4, {"tp": 2, "ep": 2}),
-    "tp2-pp2-ep2": (4, {"tp": 2, "pp": 2, "ep": 2}),
-    "tp2-pp2-etp2-interleaved": (4, {"tp": 2, "pp": 2, "etp": 2, "vpp": 2}),
-    "tp2-cp2-ep2-etp2": (4, {"tp": 2, "cp": 2, "ep": 2, "etp": 2}),
-}
-VARIANTS = {
-    "full-recompute": (2, {"tp": 2, "ep": 2}, {"recompute": "full"}),
-    "selective-recompute": (2, {"pp": 2}, {"recompute": "selective"}),
-}
 CASES = (
     Case("clip", packed=True, token_budget=64, aux=0.0),
     Case("clip", packed=False, token_budget=96, aux=1.0),
@@ -58,6 +44,37 @@ CASES = (
     Case("troll-old", packed=True, token_budget=1, aux=1.0),
     Case("troll-old", packed=False, token_budget=4096, aux=0.0),
 )
+ENGINE = (
+    Case("clip", packed=True, token_budget=64, aux=0.0, old="engine"),
+    Case("troll-old", packed=True, token_budget=4096, aux=0.0, old="engine"),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is not run on every layout."""
+
+    world: int
+    sizes: Sizes
+    cases: tuple[Case, ...] = CASES
+    kind: str = "moe"
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    "full-recompute": Variant(2, {"tp": 2, "ep": 2}, fields={"recompute": "full"}),
+    "selective-recompute": Variant(2, {"pp": 2}, fields={"recompute": "selective"}),
+    "old-engine": Variant(2, {"cp": 2}, ENGINE),
+    "distributed-optimizer": Variant(
+        4,
+        {"tp": 2, "ep": 2},
+        CASES[-1:],
+        fields={"optimizer": OPTIMIZER.model_copy(update={"distributed": True})},
+    ),
+    "tied-dense": Variant(4, {"tp": 2, "pp": 2}, (CASES[0], CASES[-1]), kind="tied-dense"),
+}
+REFERENCES: tuple[tuple[str, Old], ...] = (("moe", "trainer"), ("moe", "engine"), ("tied-dense", "trainer"))
+References = dict[tuple[str, Old], Reference]
 # Which collectives an axis larger than 1 cannot do without.
 COLLECTIVES = {
     "tp": {"_allgather_base_", "_reduce_scatter_base_"},
@@ -68,56 +85,68 @@ COLLECTIVES = {
     "dp_cp": {"allreduce_"},
 }
 TOLERANCE = 1e-5
+STEP_TOLERANCE = 1e-3  # of a tensor's change; the division by eps magnifies rounding
 SMALLEST_GRADIENT = 1e-3  # of the global norm; below it, differences are measured against this
 MARGIN = 1e-4  # rounding moves logits, probabilities, ratios and KLs by a few 1e-6
 
 
 @pytest.fixture(scope="module")
-def batch() -> Batch:
-    return make_batch()
+def batches() -> dict[str, Batch]:
+    return {kind: make_batch(kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
-def reference(batch: Batch) -> Reference:
-    return Reference(batch)
+def batch(batches: dict[str, Batch]) -> Batch:
+    return batches["moe"]
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Reference) -> dict[Case, Expected]:
-    return {case: reference.expected(case.objective, case.aux) for case in CASES}
+def references(batches: dict[str, Batch]) -> References:
+    return {(kind, old): Reference(batches[kind], old) for kind, old in REFERENCES}
+
+
+@pytest.fixture(scope="module")
+def reference(references: References) -> Reference:
+    return references["moe", "trainer"]
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference) -> list[Expected]:
+    """Of CASES."""
+    return [reference.expected(case.objective, case.aux) for case in CASES]
 
 
 @pytest.fixture(scope="module")
 def alone(batch: Batch, request: pytest.FixtureRequest) -> list[Outcome]:
-    (result,) = run_on(1, model({}), batch, request)
+    """Of CASES, on one rank."""
+    (result,) = run_on(1, model({}), batch, CASES, request)
     return result.outcomes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_gives_the_loss_and_gradients_of_plain_autograd(
-    layout: str,
-    batch: Batch,
-    expected: dict[Case, Expected],
-    alone: list[Outcome],
-    request: pytest.FixtureRequest,
+    layout: str, batch: Batch, expected: list[Expected], alone: list[Outcome], request: pytest.FixtureRequest
 ) -> None:
     world, sizes = LAYOUTS[layout]
-    results = run_on(world, model(sizes), batch, request)
+    results = run_on(world, model(sizes), batch, CASES, request)
     for result in results:
         check_formed(result, world, sizes)
-    check_outcomes(results, expected, alone)
+        check_expected(result, expected)
+        check_equal(result, alone)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_variant_gives_the_loss_and_gradients_of_plain_autograd(
-    variant: str,
-    batch: Batch,
-    expected: dict[Case, Expected],
-    alone: list[Outcome],
-    request: pytest.FixtureRequest,
+    name: str, batches: dict[str, Batch], references: References, request: pytest.FixtureRequest
 ) -> None:
-    world, sizes, fields = VARIANTS[variant]
-    check_outcomes(run_on(world, model(sizes, **fields), batch, request), expected, alone)
+    variant = VARIANTS[name]
+    results = run_on(
+        variant.world, model(variant.sizes, **variant.fields), batches[variant.kind], variant.cases, request
+    )
+    expected = [references[variant.kind, c.old].expected(c.objective, c.aux) for c in variant.cases]
+    for result in results:
+        assert result.groups == expected_groups(variant.world, variant.sizes)
+        check_expected(result, expected)
 
 
 def test_reported_fractions_and_mismatch_are_those_of_plain_autograd(
@@ -152,24 +181,22 @@ def test_micro_batches_of_every_size_were_run(alone: list[Outcome]) -> None:
     assert 1 < counts[96] < counts[40] < 10
 
 
-def model(sizes: dict[str, int], **fields: Any) -> Model:
-    return Model(
-        path="none", dtype="fp32", layout=Layout(**sizes), optimizer=Optimizer(distributed=False), **fields
+def model(sizes: Sizes, **fields: Any) -> Model:
+    return Model.model_validate(
+        {"path": "none", "dtype": "fp32", "layout": Layout(**sizes), "optimizer": OPTIMIZER} | fields
     )
 
 
-def run_on(world: int, config: Model, batch: Batch, request: pytest.FixtureRequest) -> list[RankResult]:
-    return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, CASES)
+def run_on(
+    world: int, config: Model, batch: Batch, cases: tuple[Case, ...], request: pytest.FixtureRequest
+) -> list[RankResult]:
+    return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, cases)
 
 
-def check_formed(result: RankResult, world: int, sizes: dict[str, int]) -> None:
+def check_formed(result: RankResult, world: int, sizes: Sizes) -> None:
     """No layout runs as another: group sizes, shard shapes, and the collectives of each axis."""
-    size = dict.fromkeys(result.sizes, 1) | sizes
-    size["dp_cp"] = world // (size["tp"] * size["pp"])
-    size["dp"] = size["dp_cp"] // size["cp"]
-    size.pop("vpp", None)
-    assert result.world == world
-    assert result.sizes == size
+    size = expected_groups(world, sizes)
+    assert result.groups == size
     check_shards(result.shapes, size, sizes.get("vpp", 1))
     for outcome in result.outcomes:
         for axis, operations in COLLECTIVES.items():
@@ -177,7 +204,7 @@ def check_formed(result: RankResult, world: int, sizes: dict[str, int]) -> None:
             assert operations <= seen if size[axis] > 1 else not seen, (axis, seen)
 
 
-def check_shards(shapes: dict[str, tuple[int, ...]], size: dict[str, int], chunks: int) -> None:
+def check_shards(shapes: dict[str, tuple[int, ...]], size: Sizes, chunks: int) -> None:
     hidden, width, ffn = MOE["hidden_size"], MOE["head_dim"], MOE["moe_intermediate_size"]
     heads, groups = MOE["num_attention_heads"], MOE["num_key_value_heads"]
     rows = -(-MOE["vocab_size"] // size["tp"])
@@ -201,26 +228,32 @@ def check_shards(shapes: dict[str, tuple[int, ...]], size: dict[str, int], chunk
         assert {name.split(".")[0] for name in shapes} == {str(i) for i in range(chunks)}
 
 
-def check_outcomes(
-    results: Sequence[RankResult], expected: dict[Case, Expected], alone: Sequence[Outcome]
-) -> None:
-    """Every rank reports the same, and what it reports is right."""
-    for i, case in enumerate(CASES):
-        for result in results:
-            outcome = result.outcomes[i]
-            assert outcome.loss == pytest.approx(expected[case].loss, rel=TOLERANCE), case
-            assert outcome.loss == pytest.approx(alone[i].loss, rel=TOLERANCE), case
-            check_gradients(outcome.gradients, expected[case].gradients, case)
-            check_gradients(outcome.gradients, alone[i].gradients, case)
-            check_metrics(outcome.metrics, alone[i].metrics)
-            check_metrics(outcome.mismatch, alone[i].mismatch)
-    for result in results:
-        assert result.grad_norm == pytest.approx(global_norm(expected[CASES[-1]].gradients), rel=TOLERANCE)
+def check_expected(result: RankResult, expected: Sequence[Expected]) -> None:
+    for outcome, wanted in zip(result.outcomes, expected, strict=True):
+        assert outcome.loss == pytest.approx(wanted.loss, rel=TOLERANCE)
+        if outcome.gradients:
+            check_gradients(outcome.gradients, wanted.gradients)
+    assert result.grad_norm == pytest.approx(global_norm(expected[-1].gradients), rel=TOLERANCE)
+    check_change(result.change, expected[-1].change)
 
 
-def check_gradients(gradients: Weights, wanted: Weights, case: Case) -> None:
+def check_equal(result: RankResult, alone: Sequence[Outcome]) -> None:
+    for outcome, wanted in zip(result.outcomes, alone, strict=True):
+        assert outcome.loss == pytest.approx(wanted.loss, rel=TOLERANCE)
+        check_gradients(outcome.gradients, wanted.gradients)
+        check_metrics(outcome.metrics, wanted.metrics)
+        check_metrics(outcome.mismatch, wanted.mismatch)
+
+
+def check_gradients(gradients: Weights, wanted: Weights) -> None:
     worst, name = worst_gradient(gradients, wanted)
-    assert worst <= TOLERANCE, f"{case}: {name} differs by {worst:.1e}"
+    assert worst <= TOLERANCE, f"{name} differs by {worst:.1e}"
+
+
+def check_change(change: Weights, wanted: Weights) -> None:
+    assert change.keys() == wanted.keys()
+    for name, want in wanted.items():
+        assert (change[name] - want).norm() <= STEP_TOLERANCE * want.norm(), name
 
 
 def worst_gradient(gradients: Weights, wanted: Weights) -> tuple[float, str]:
@@ -247,25 +280,31 @@ def check_metrics(metrics: dict[str, float], alone: dict[str, float]) -> None:
             assert metrics[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-6), name
 
 
-def test_the_batch_reaches_both_sides_of_every_bound(batch: Batch, reference: Reference) -> None:
-    positive = reference.tokens.advantage > 0
-    assert both(clipped(reference)[positive])
-    assert both(clipped(reference)[~positive])
+@pytest.fixture(scope="module", params=REFERENCES, ids="-".join)
+def each(request: pytest.FixtureRequest, references: References) -> Reference:
+    return references[request.param]
+
+
+def test_the_batch_reaches_both_sides_of_every_bound(each: Reference) -> None:
+    rollouts = each.batch.rollouts
+    positive = each.tokens.advantage > 0
+    assert both(clipped(each)[positive])
+    assert both(clipped(each)[~positive])
     for objective in ("troll-own", "troll-old"):
-        assert both(reference.kl_before(objective) > BOUND)
-    for read, (_, kept) in ((reference.before, reference.kept_before), (reference.now, reference.kept_now)):
+        assert both(each.kl_before(objective) > BOUND)
+    for read, (_, kept) in ((each.before, each.kept_before), (each.now, each.kept_now)):
         assert both(ended_by_k(read))
         assert both(kept[:, K:].any(1))  # the sampled token, where the top K lack it
-    assert 0 < batch.rollouts[TOOL[0]].mask.sum() < len(batch.rollouts[TOOL[0]].mask)
-    assert batch.rollouts[OVERLONG].mask.sum() == 0
+    assert 0 < rollouts[TOOL[0]].mask.sum() < len(rollouts[TOOL[0]].mask)
+    assert rollouts[OVERLONG].mask.sum() == 0
 
 
-def test_no_discrete_choice_is_near_its_border(reference: Reference) -> None:
-    ratio = reference.ratio.detach()
+def test_no_discrete_choice_is_near_its_border(each: Reference) -> None:
+    ratio = each.ratio.detach()
     assert min((ratio - 1 - EPS_HIGH).abs().min(), (ratio - 1 + EPS_LOW).abs().min()) > MARGIN
     for objective in ("troll-own", "troll-old"):
-        assert (reference.kl_before(objective) / BOUND - 1).abs().min() > MARGIN
-    for read in (reference.before, reference.now):
+        assert (each.kl_before(objective) / BOUND - 1).abs().min() > MARGIN
+    for read in (each.before, each.now):
         for logits in read.routing:
             top = logits.detach().topk(MOE["num_experts_per_tok"] + 1, 1).values
             assert (top[:, -2] - top[:, -1]).min() > MARGIN

@@ -99,11 +99,6 @@ def shard_topk(logits: Tensor, k: int, size: int) -> tuple[Tensor, Tensor]:
     return vocab.topk(shard(logits, group), k, group, size)
 
 
-def shard_nonfinite(logits: Tensor) -> int | None:
-    group = world()
-    return vocab.first_nonfinite(shard(logits, group), group, VOCAB)
-
-
 def context_parallel_gradient(values: Tensor, sequence: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's tokens are those with `place` = rank. Its loss reads the totals through its own tokens."""
     group = world()
@@ -168,14 +163,6 @@ def test_topk_with_a_shard_of_padding_only(ranks4: RankPool) -> None:
     logits = torch.zeros(2, PADDED)
     for _, ids in ranks4.run(shard_topk, logits, 30, 20):
         assert ids.tolist() == [list(range(20))] * 2
-
-
-def test_first_nonfinite_row_of_any_shard(ranks: RankPool) -> None:
-    logits = make_case(forbid=True).logits
-    assert set(ranks.run(shard_nonfinite, logits)) == {None}
-    logits[7, VOCAB - 1] = torch.nan
-    logits[9, 0] = torch.inf
-    assert set(ranks.run(shard_nonfinite, logits)) == {7}
 
 
 def test_totals_of_responses_cross_context_parallel_ranks(ranks: RankPool) -> None:

@@ -1,7 +1,7 @@
 """Weights on real Megatron models: logits as Hugging Face's, and bit-equal round trips, on every layout."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore.head import Head
-from megatron_troll.mcore.model import MegatronModel, build, parameters_by_name
+from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.packing import zigzag
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.mcore.shape import read_shape, shape_of
@@ -24,23 +24,13 @@ from megatron_troll.weights.load import load
 from megatron_troll.weights.placement import held_parameters, shard_group
 from megatron_troll.weights.source import FolderSource, RandomSource
 from tests.dist.harness import RankPool
-from tests.dist.tiny import DENSE, MOE, started, write_reference
+from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups, formed_groups
+from tests.dist.parameters import parameters_by_name
+from tests.dist.tiny import DENSE, MOE, started, unpacked, write_reference
 
 QWEN3_30B_A3B = Path(__file__).parents[1] / "unit" / "weights" / "qwen3_30b_a3b.json"
 
-LAYOUTS = {
-    "alone": (1, {}),
-    "tp2-ep2": (2, {"tp": 2, "ep": 2}),
-    "tp2-etp2": (2, {"tp": 2, "etp": 2}),
-    "pp2": (2, {"pp": 2}),
-    "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
-    "ep2": (2, {"ep": 2}),
-    "cp2": (2, {"cp": 2}),
-    "dp2": (2, {}),
-    "tp2-pp2-ep2": (4, {"tp": 2, "pp": 2, "ep": 2}),
-    "ep2-etp2": (4, {"tp": 2, "ep": 2, "etp": 2}),
-}
-DENSE_LAYOUTS = {"alone": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2})}
+DENSE_LAYOUTS = {"one-rank": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2})}
 
 
 Logits = list[tuple[int, Tensor, Tensor]]
@@ -56,11 +46,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class RankResult:
-    """One rank's group sizes, the tensors whose round trip is not bit-equal, and its logits: (row,
+    """One rank's groups, the tensors whose round trip is not bit-equal, and its logits: (row,
     positions, [positions, V])."""
 
-    world: int
-    sizes: dict[str, int]
+    groups: Sizes
     differing: list[str]
     logits: Logits
 
@@ -87,7 +76,7 @@ def test_moe_equals_hugging_face(
     layout: str, references: dict[str, Reference], tokens: Tensor, request: pytest.FixtureRequest
 ) -> None:
     world, sizes = LAYOUTS[layout]
-    check_results(run_on(world, request, sizes, references["moe"], tokens), sizes, references["moe"])
+    check_results(run_on(world, request, sizes, references["moe"], tokens), references["moe"])
 
 
 @pytest.mark.parametrize("kind", ["dense", "tied"])
@@ -98,23 +87,23 @@ def test_dense_and_tied_models_equal_hugging_face(
     world, sizes = DENSE_LAYOUTS[layout]
     if kind == "tied" and "tp" in sizes:
         sizes = sizes | {"etp": sizes["tp"]}
-    check_results(run_on(world, request, sizes, references[kind], tokens), sizes, references[kind])
+    check_results(run_on(world, request, sizes, references[kind], tokens), references[kind])
 
 
 def run_on(
-    world: int, request: pytest.FixtureRequest, sizes: dict[str, int], reference: Reference, tokens: Tensor
+    world: int, request: pytest.FixtureRequest, sizes: Sizes, reference: Reference, tokens: Tensor
 ) -> list[RankResult]:
+    """The results of the ranks, on which the layout was formed."""
     pool = request.getfixturevalue(f"ranks{world}")
     results = pool.run(load_and_read, sizes, str(reference.folder), tokens)
-    assert [result.world for result in results] == [world] * world
+    assert [result.groups for result in results] == [expected_groups(world, sizes)] * world
     return results
 
 
-def check_results(results: list[RankResult], sizes: dict[str, int], reference: Reference) -> None:
-    """The layout was formed, every tensor came back bit-equal, and every logit is Hugging Face's."""
+def check_results(results: list[RankResult], reference: Reference) -> None:
+    """Every tensor came back bit-equal, and every logit is Hugging Face's."""
     seen = torch.zeros(reference.logits.shape[:2], dtype=torch.bool)
     for result in results:
-        assert result.sizes == {name: size for name, size in sizes.items() if name != "vpp"}
         assert result.differing == []
         for row, positions, values in result.logits:
             seen[row, positions] = True
@@ -122,7 +111,7 @@ def check_results(results: list[RankResult], sizes: dict[str, int], reference: R
     assert seen.all()
 
 
-def load_and_read(sizes: dict[str, int], folder: str, tokens: Tensor) -> RankResult:
+def load_and_read(sizes: Sizes, folder: str, tokens: Tensor) -> RankResult:
     layout = Layout(**sizes)
     with started(layout) as groups:
         model = build(Model(path=folder, dtype="fp32", layout=layout), read_shape(folder), groups)
@@ -133,8 +122,7 @@ def load_and_read(sizes: dict[str, int], folder: str, tokens: Tensor) -> RankRes
         exported = dict(stream(model))
         differing = [name for name in source.shapes if not torch.equal(exported[name], source.read(name))]
         differing += [name for name in exported if name not in source.shapes]
-        found = {name: getattr(groups, name).size for name in sizes if name != "vpp"}
-        return RankResult(groups.world.size, found, differing, logits)
+        return RankResult(formed_groups(groups), differing, logits)
 
 
 def fill_with_nan(model: MegatronModel) -> None:
@@ -166,24 +154,9 @@ def rows_of(tokens: Tensor, groups: Groups) -> range:
 def one_row(tokens: Tensor, row: int, groups: Groups) -> MicroBatch:
     """Row `row` unpacked, every position read, this context-parallel rank's slice of it."""
     positions = zigzag(tokens.shape[1], groups.cp.size, groups.cp.rank)
-    mine, count = tokens[row, positions], len(positions)
-    zeros = torch.zeros(count)
-    return MicroBatch(
-        tokens=mine[None],
-        positions=positions[None],
-        padding=torch.zeros(1, count, dtype=torch.bool),
-        cu_seqlens=None,
-        max_seqlen=tokens.shape[1],
-        index=torch.arange(count),
-        target=mine,
-        sequence=torch.zeros(count, dtype=torch.long),
-        position=positions,
-        weight=zeros,
-        advantage=zeros,
-        rollout_logp=zeros,
-        rollout_topk=None,
-        rollouts=(row,),
-    )
+    mine = tokens[row, positions]
+    batch = unpacked(mine[None], positions, tokens.shape[1], torch.arange(len(mine)), mine)
+    return replace(batch, rollouts=(row,))
 
 
 def test_the_exported_folder_opens_in_transformers(
@@ -235,7 +208,7 @@ def test_random_weights_are_the_same_on_every_layout_and_in_bf16(ranks1: RankPoo
     assert not torch.equal(gate, alone["model.layers.3.mlp.experts.6.gate_proj.weight"])
 
 
-def random_export(sizes: dict[str, int]) -> dict[str, Tensor]:
+def random_export(sizes: Sizes) -> dict[str, Tensor]:
     layout, shape = Layout(**sizes), shape_of(MOE)
     with started(layout) as groups:
         model = build(Model(path="none", dtype="bf16", layout=layout), shape, groups)

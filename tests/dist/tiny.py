@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from megatron_troll.config.tree import Layout
 from megatron_troll.mcore.parallel import start
 from megatron_troll.parallel.groups import Groups
+from megatron_troll.types import MicroBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +67,32 @@ def write_reference(config: dict[str, Any], folder: Path, seed: int = 0) -> "Pre
     model = reference(config, seed)
     model.save_pretrained(folder)
     return model
+
+
+def unpacked(tokens: Tensor, positions: Tensor, length: int, index: Tensor, target: Tensor) -> MicroBatch:
+    """A micro-batch of rows [b, s] of sequences of `length`, at `positions` [s], that is read at `index` [N]
+    of the flattened rows. Every weight is 1."""
+    rows, ones = tuple(range(len(tokens))), torch.ones(len(index))
+    return MicroBatch(
+        tokens=tokens,
+        positions=positions.expand_as(tokens),
+        padding=torch.zeros_like(tokens, dtype=torch.bool),
+        cu_seqlens=None,
+        max_seqlen=length,
+        index=index,
+        target=target,
+        sequence=index // tokens.shape[1],
+        position=positions.expand_as(tokens).reshape(-1)[index],
+        weight=ones,
+        advantage=ones,
+        response_advantage=None,
+        rollout_logp=ones,
+        rollout_topk=None,
+        uniform=ones,
+        rollouts=rows,
+        groups=rows,
+        batch_size=len(rows),
+    )
 
 
 @contextmanager

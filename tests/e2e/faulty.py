@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from megatron_troll.config.tree import Sampling
-from megatron_troll.objectives.slots import Policy, Term
+from megatron_troll.objectives.slots import Policy, Statistics, Term
 from megatron_troll.objectives.trust_region.clip import Clip
 from megatron_troll.rollout.engine import Request
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
@@ -30,8 +30,10 @@ class Unreliable(InProcessEngine):
 class Brittle(Clip):
     """Gives NaN for a marked token."""
 
-    def surrogate(self, ratio: torch.Tensor, policy: Policy, inputs: ObjectiveInputs) -> Term:
-        term = super().surrogate(ratio, policy, inputs)
+    def surrogate(
+        self, ratio: torch.Tensor, policy: Policy, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> Term:
+        term = super().surrogate(ratio, policy, inputs, statistics)
         return replace(term, value=torch.where(inputs.rollout_logp == MARK, torch.nan, term.value))
 
 

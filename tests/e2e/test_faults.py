@@ -26,11 +26,11 @@ def test_steps_with_nan_are_skipped_kept_and_in_the_end_fatal(warm: Workplace) -
 
 
 def test_a_hang_says_which_rank_waits_where(warm: Workplace) -> None:
-    changes = ["name=hung", "reward.name=tests.e2e.rewards:Sleepy", "observe.hang_timeout_s=15"]
+    changes = ["name=hung", "reward.name=tests.e2e.rewards:Sleepy", "observe.hang_timeout_s=6"]
     done = warm.mtroll("train", "tiny.yaml", *changes)
     told = "\n".join(done.err)
     assert done.code == 75
-    assert "No progress for 15 s (observe.hang_timeout_s)" in told
+    assert "No progress for 6 s (observe.hang_timeout_s)" in told
     assert "rank 0: evaluation" in told
     assert "rank 1: evaluation" in told
     stacks = (warm.run("hung") / "heartbeat" / "hang_rank_1.txt").read_text()

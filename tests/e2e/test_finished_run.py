@@ -61,6 +61,14 @@ def test_the_last_checkpoints_and_the_best_are_kept(finished: Workplace) -> None
     assert {"step_000003", "step_000004"} <= kept <= {"step_000002", "step_000003", "step_000004"}
 
 
+def test_a_checkpoint_is_younger_than_the_row_of_its_step(finished: Workplace) -> None:
+    """So that a kill between the two leaves a row that is made again, not a step without one."""
+    events = EventAccumulator(str(finished.run("finished") / "tensorboard")).Reload()
+    logged = {event.step: event.wall_time for event in events.Scalars("seconds")}
+    for path in (finished.run("finished") / "checkpoints").iterdir():
+        assert (path / "checkpoint.json").stat().st_mtime > logged[int(path.name[5:])], path
+
+
 def test_rollouts_can_be_browsed(finished: Workplace) -> None:
     shown = succeed(finished.mtroll("rollouts", "runs/finished", "--step", "3", "--limit", "2"))
     sample = _first(finished.run("finished") / "rollouts")

@@ -11,18 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Positions matched at once: W x W comparisons each, about 4 MB at W = 65.
-MATCH_ROWS = 1024
 LOWEST = float("-inf")
 
 
 class Pair(NamedTuple):
     """log_q, log_p [N, U] of the old and the new distribution, finite everywhere (0 where the
-    multiplicity is 0); multiplicity [N, U]; old_slot [N, W_old] the slot of each old id."""
+    multiplicity is 0); multiplicity [N, U]; log_mass [N, U] = log(multiplicity) + log_q, -inf on padding;
+    old_slot [N, W_old] the slot of each old id."""
 
     log_q: Tensor
     log_p: Tensor
     multiplicity: Tensor
+    log_mass: Tensor
     old_slot: Tensor
 
     def rows(self, index: Tensor) -> "Pair":
@@ -59,13 +59,11 @@ def pair_union(
 
 def _match(new_ids: Tensor, new_valid: Tensor, old_ids: Tensor, old_valid: Tensor) -> tuple[Tensor, Tensor]:
     """For each old slot, whether the new support holds its id, and in which slot: bool, int64 [N, W_old]."""
-    found, place = torch.zeros_like(old_valid), torch.zeros_like(old_ids)
-    for start in range(0, old_ids.shape[0], MATCH_ROWS):
-        part = slice(start, start + MATCH_ROWS)
-        equal = (old_ids[part, :, None] == new_ids[part, None, :]) & new_valid[part, None, :]
-        found[part] = equal.any(2) & old_valid[part]
-        place[part] = equal.int().argmax(2)
-    return found, place
+    if new_ids.shape[1] == 0:
+        return torch.zeros_like(old_valid), torch.zeros_like(old_ids)
+    ids, order = new_ids.masked_fill(~new_valid, torch.iinfo(new_ids.dtype).max).sort(1)
+    at = torch.searchsorted(ids, old_ids.contiguous()).clamp(max=ids.shape[1] - 1)
+    return (ids.gather(1, at) == old_ids) & old_valid, order.gather(1, at)
 
 
 def _with_default(
@@ -74,10 +72,11 @@ def _with_default(
     """Adds the default slot and makes padding finite."""
     zero = log_q.new_zeros(())
     default = log_q.new_full((log_q.shape[0], 1), log(p_d))
-    outside = vocab - listed.sum(1, keepdim=True)
+    outside = (vocab - listed.sum(1, keepdim=True)).to(log_q.dtype)
     return Pair(
         torch.cat((torch.where(listed, log_q, zero), default), dim=1),
         torch.cat((torch.where(listed, log_p, zero), default), dim=1),
-        torch.cat((listed.to(log_q.dtype), outside.to(log_q.dtype)), dim=1),
+        torch.cat((listed.to(log_q.dtype), outside), dim=1),
+        torch.cat((torch.where(listed, log_q, LOWEST), default + outside.log()), dim=1),
         old_slot,
     )

@@ -58,19 +58,25 @@ def project(
     must have mass 1 with p_d on every token it does not list. Ids are int64; passing one tensor as
     new_ids and old_ids says that the slots are shared, and skips the matching.
     A bound of 0 gives pi = old' with zero gradient. Raises ValueError for a negative or NaN bound.
-    Waits for the device once a solver pass.
+    Waits for the device once a solver pass (the twin, which holds 512 slots a side at most: once).
     """
-    if not bool((bound >= 0).all()):
-        raise ValueError(f"trust-region bounds must be >= 0; the lowest is {float(bound.min())}")
-    shared = new_ids is old_ids
-    if shared and new_logp.shape != old_logp.shape:
-        raise ValueError(f"shared ids, but shapes {tuple(new_logp.shape)} and {tuple(old_logp.shape)}")
+    shared = checked(new_ids, new_logp, old_ids, old_logp, bound)
     old_logp = old_logp.detach().to(new_logp.dtype)
     if shared:
         pair = pair_aligned(new_logp.detach(), old_logp, vocab, p_d)
     else:
         pair = pair_union(new_ids, new_logp.detach(), old_ids, old_logp, vocab, p_d)
     return Projection(*_Project.apply(new_logp, old_logp, bound.to(new_logp.dtype), pair))
+
+
+def checked(new_ids: Tensor, new_logp: Tensor, old_ids: Tensor, old_logp: Tensor, bound: Tensor) -> bool:
+    """Refuses arguments of `project` that make no sense; whether the slots are shared."""
+    if not bool((bound >= 0).all()):
+        raise ValueError(f"trust-region bounds must be >= 0; the lowest is {float(bound.min())}")
+    shared = new_ids is old_ids
+    if shared and new_logp.shape != old_logp.shape:
+        raise ValueError(f"shared ids, but shapes {tuple(new_logp.shape)} and {tuple(old_logp.shape)}")
+    return shared
 
 
 class _Project(torch.autograd.Function):

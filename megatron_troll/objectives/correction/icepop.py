@@ -1,4 +1,5 @@
-"""IcePop: tokens on which engine and trainer disagree are left out (ALGORITHMS 6.5; NeMo-RL guide)."""
+"""IcePop: tokens on which engine and trainer disagree are left out (Ring-1T, arXiv 2510.18855; ALGORITHMS
+6.5; bounds of the NeMo-RL guide)."""
 
 from typing import Self
 

@@ -13,8 +13,7 @@ from megatron_troll.objectives import mismatch
 from megatron_troll.objectives.diagnostics import correlation, moments
 from megatron_troll.objectives.mismatch import described
 from megatron_troll.objectives.obrs import accept_prob, importance, kl_of_sparse, log_accepted
-from megatron_troll.objectives.partial_kl import at_sampled, first_slots, log_probs
-from megatron_troll.objectives.reference import ratio
+from megatron_troll.objectives.records import at_rollout_of, at_sampled, first_slots, log_probs, record_of
 from megatron_troll.objectives.responses import once
 from megatron_troll.objectives.slots import (
     Correction,
@@ -23,10 +22,12 @@ from megatron_troll.objectives.slots import (
     Reduction,
     Statistics,
     Term,
+    importance_ratio,
     logp_of,
 )
 from megatron_troll.types import ObjectiveInputs, Reads, TopK
 
+KEY = "objective.correction"
 KAPPA_LIMITS = (0.5, 4.0)
 MEAN: tuple[Reduction, ...] = ("mean",)
 DIAGNOSTICS: Diagnostics = {
@@ -134,7 +135,7 @@ class Jackpot(Correction):
         z = kappa.to(trial.overlap.dtype) * trial.overlap
         z = z.clamp(max=1.0) if self.clamp else z
         forth = importance(trial.target, inputs.rollout_logp, self.lam) * (z if self.use_z else 1.0)
-        back = ratio(trial.old, trial.target)
+        back = importance_ratio(trial.old, trial.target)
         rho = forth.clamp(max=self.c1) * back.clamp(max=self.c2)
         weight = trial.accepted * rho * self._denominator(inputs, statistics)
         share = statistics["jackpot_accepted"] / statistics["jackpot_tokens"]
@@ -164,24 +165,12 @@ class Jackpot(Correction):
         return Trial(target, old, accept, (inputs.uniform < accept).to(accept.dtype), overlap)
 
     def _record(self, inputs: ObjectiveInputs) -> TopK:
-        record = inputs.rollout_topk
-        if record is None:
-            raise ValueError(
-                "jackpot reads the rollout engine's top-K record; none was kept: set rollout.top_k"
-            )
-        if record.ids.shape[1] - 1 < min(self.k, record.vocab):
-            raise ValueError(
-                f"objective.correction.k: the rollouts keep the top {record.ids.shape[1] - 1} tokens, "
-                f"k={self.k} needs more: raise rollout.top_k"
-            )
-        return record
+        return record_of(inputs.rollout_topk, self.k, "rollout", KEY)
 
     def _target(self, inputs: ObjectiveInputs) -> Tensor:
         """[N, W] log p at the ids of the rollout record."""
         side, readings = ("new", inputs.new) if self.target == "new" else ("old", inputs.old)
-        if readings.at_rollout is None:
-            raise ValueError(f"jackpot reads the {side} policy at the rollout engine's ids; none was given")
-        return readings.at_rollout
+        return at_rollout_of(readings, side, KEY)
 
     def _kappa(self, moments: Tensor) -> tuple[Tensor, Tensor]:
         """The calibration of Z_approx over the step, and whether it was clamped; scalars."""

@@ -1,7 +1,7 @@
-"""Truncated importance sampling between rollout engine and trainer (ALGORITHMS 6.5; verl, miles)."""
+"""Truncated importance sampling between rollout engine and trainer (Yao and others, "Your Efficient RL
+Framework Secretly Brings You Off-Policy RL Training", 2025; ALGORITHMS 6.5)."""
 
 from pydantic import Field
-from torch import Tensor
 
 from megatron_troll.config.tree import PositiveFloat
 from megatron_troll.objectives.mismatch import DIAGNOSTICS, described, old_over_rollout
@@ -23,6 +23,6 @@ class Tis(Correction):
         return {**DIAGNOSTICS, "tis_truncated": ("mean",)}
 
     def weight(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
-        ratio: Tensor = old_over_rollout(inputs)
+        ratio = old_over_rollout(inputs)
         truncated = (ratio > self.cap).to(ratio.dtype)
         return described(ratio.clamp(max=self.cap), {"tis_truncated": truncated})

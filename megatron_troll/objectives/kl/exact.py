@@ -1,4 +1,4 @@
-"""The KL over the full vocabulary: the Rao-Blackwell estimator (ALGORITHMS 3, 7)."""
+"""The KL over the full vocabulary: the Rao-Blackwell estimator (arXiv 2504.10637; ALGORITHMS 3, 7)."""
 
 from megatron_troll.objectives.reference import ReferenceKl
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term

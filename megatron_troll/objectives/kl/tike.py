@@ -8,21 +8,30 @@ from pydantic import Field, model_validator
 from torch import Tensor, where
 
 from megatron_troll.config.tree import Positive
-from megatron_troll.objectives.partial_kl import at_sampled, first_slots, log_probs, partial_kl
-from megatron_troll.objectives.reference import ReferenceKl, ratio, reference_of, topk_of
-from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, logp_of
+from megatron_troll.objectives.partial_kl import partial_kl
+from megatron_troll.objectives.records import at_sampled, first_slots, log_probs, record_of
+from megatron_troll.objectives.reference import ReferenceKl, reference_of
+from megatron_troll.objectives.slots import (
+    Diagnostics,
+    Policy,
+    Statistics,
+    Term,
+    importance_ratio,
+    logp_of,
+)
 from megatron_troll.types import ObjectiveInputs, Reads, Support, TopK
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Log-probabilities [N, W] of both models at the ids of one record; kept [N, W]: the set S; floored [N]:
-    where the reference was raised to the floor."""
+    """Log-probabilities [N, W] of both models at the ids of one record; kept [N, W]: the set S; inside [N]:
+    where the sampled token is in S; floored [N]: where the reference was raised to the floor."""
 
     topk: TopK
     new: Tensor
     reference: Tensor
     kept: Tensor
+    inside: Tensor
     floored: Tensor
 
 
@@ -95,7 +104,7 @@ class Tike(ReferenceKl):
         value = partial_kl(sides.new, sides.reference, sides.kept, self.non_negative)
         per_token = _report(sides)
         if self._weighs:
-            weight = ratio(at_sampled(sides.new, sides.topk), logp_of(inputs.old, "old"))
+            weight = importance_ratio(at_sampled(sides.new, sides.topk), logp_of(inputs.old, "old"))
             per_token["reference_kl_ratio"] = weight.detach()
             if self.is_weight == "token":
                 value = (weight if self.diff_is else weight.detach()) * value
@@ -106,27 +115,26 @@ class Tike(ReferenceKl):
         return Term(self.beta * value, per_token)
 
     def _sides(self, inputs: ObjectiveInputs) -> Sides:
-        topk = topk_of(inputs.new, "new", self.k)
-        reference = log_probs(topk_of(reference_of(inputs), "reference", self.k), "reference")
+        topk = record_of(inputs.new.topk, self.k, "new", "objective.kl")
+        frozen = record_of(reference_of(inputs).topk, self.k, "reference", "objective.kl")
+        reference = log_probs(frozen, "reference")
         kept = first_slots(topk, self.k, self.union_sampled)
+        inside = (topk.place >= 0) & kept.gather(1, topk.place.clamp(min=0)[:, None])[:, 0]
         floored = (kept & (reference < self.floor)).any(1)
-        return Sides(topk, log_probs(topk, "new"), reference.clamp(min=self.floor), kept, floored)
+        return Sides(topk, log_probs(topk, "new"), reference.clamp(min=self.floor), kept, inside, floored)
 
     def _outside(self, sides: Sides) -> Tensor:
         """What the sampled token adds [N] where it lies outside S, 0 elsewhere."""
-        place = sides.topk.place
-        outside = (place >= 0) & ~sides.kept.gather(1, place.clamp(min=0)[:, None])[:, 0]
         x = at_sampled(sides.new, sides.topk) - at_sampled(sides.reference, sides.topk)
-        x = where(outside, x, 0.0)
+        x = where(sides.inside | (sides.topk.place < 0), 0.0, x)
         return x + (-x).expm1() if self.non_negative else x
 
 
 def _report(sides: Sides) -> dict[str, Tensor]:
     """Measured without gradient: the mass of S, and whether the sampled token lies outside it."""
-    new, place = sides.new.detach(), sides.topk.place
-    inside = (place >= 0) & sides.kept.gather(1, place.clamp(min=0)[:, None])[:, 0]
+    new = sides.new.detach()
     return {
         "reference_kl_mass": where(sides.kept, new, float("-inf")).exp().sum(1),
-        "reference_kl_sampled_outside": (~inside).to(new.dtype),
+        "reference_kl_sampled_outside": (~sides.inside).to(new.dtype),
         "reference_kl_floored": sides.floored.to(new.dtype),
     }

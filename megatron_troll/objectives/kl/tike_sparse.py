@@ -1,20 +1,20 @@
 """TIKE on sparse distributions, which keeps the gradient on the support (ALGORITHMS 1.7, 3.1)."""
 
-import warnings
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor, full_like, int64, where
 from troll_kernels.sparsify import sparse_logp
 
-from megatron_troll.config.tree import Positive
-from megatron_troll.objectives.partial_kl import first_slots, partial_kl
-from megatron_troll.objectives.reference import ReferenceKl, reference_of, topk_of
+from megatron_troll.objectives.partial_kl import partial_kl
+from megatron_troll.objectives.records import first_slots, record_of
+from megatron_troll.objectives.reference import ReferenceKl, reference_of
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term
+from megatron_troll.objectives.sparse import Sparse
 from megatron_troll.types import ObjectiveInputs, Reads, Support
 
 
-class TikeSparse(ReferenceKl):
+class TikeSparse(Sparse, ReferenceKl):
     """K_t = KL(new' || ref') >= 0, both made by eq. 21 of TROLL with the support S of the new record, the
     sampled token included; tokens outside S have p_d in both and add 0.
 
@@ -24,23 +24,9 @@ class TikeSparse(ReferenceKl):
     counts as that.
     """
 
-    k: Positive = Field(default=64, description="tokens kept at most, beside the sampled one")
-    delta: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=1e-5, description="mass that the kept tokens may leave out"
-    )
-    p_d: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=1e-12, description="probability of a token left out"
-    )
-    support: Literal["own", "old"] = Field(
-        default="old", description="whose kept tokens both models are read at: the new or the old policy's"
-    )
     floor: Annotated[float, Field(lt=0)] = Field(
         default=-30.0, description="lowest reference logit under the largest of S, nats"
     )
-
-    @property
-    def reads(self) -> Reads:
-        return Reads(topk=Support(self.support, self.k, self.delta))
 
     @property
     def reads_old(self) -> Reads:
@@ -54,22 +40,12 @@ class TikeSparse(ReferenceKl):
     def diagnostics(self) -> Diagnostics:
         return {"reference_kl": ("mean", "max", "min"), "reference_kl_floored": ("mean",)}
 
-    def check(self, vocab: int) -> None:
-        left_out = (vocab - 1) * self.p_d
-        if left_out >= 1:
-            raise ValueError(
-                f"(V - |S|) * p_d = {left_out:.3g} >= 1 for one kept token of V={vocab}: lower p_d"
-            )
-        if left_out > self.delta > 0:
-            warnings.warn(
-                f"default tokens may hold {left_out:.3g}, more than delta={self.delta:g}", stacklevel=2
-            )
-
     def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
-        topk = topk_of(inputs.new, "new", self.k)
+        topk = record_of(inputs.new.topk, self.k, "new", "objective.kl")
         kept = first_slots(topk, self.k, union_sampled=True) & (topk.logits.detach() != float("-inf"))
         new = self._sparse(topk.logits, kept, topk.vocab)
-        logits = where(kept, topk_of(reference_of(inputs), "reference", self.k).logits, float("-inf"))
+        frozen = record_of(reference_of(inputs).topk, self.k, "reference", "objective.kl")
+        logits = where(kept, frozen.logits, float("-inf"))
         lowest = logits.amax(1, keepdim=True) + self.floor
         reference = self._sparse(logits.clamp(min=lowest), kept, topk.vocab)
         value = partial_kl(new, reference, kept, non_negative=False)

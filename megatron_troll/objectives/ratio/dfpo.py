@@ -48,7 +48,7 @@ class Dfpo(Ratio):
     micro-batches and ranks. (Differentiating sum s~ A itself would give exactly 0 for centred A.)
 
     With trust_region troll (experimental) s and log pi are those of the projected policy.
-    Waits for the device once a micro-batch, to refuse groups that are not whole or not centred.
+    Waits for the device in every micro-batch: groups that are not whole or not centred are refused.
     """
 
     transform: Literal["min", "qp", "truncate", "orth"] = Field(

@@ -1,10 +1,10 @@
-"""CPPO: early tokens count for more, and a response has a budget (arXiv 2606.10968, read as a summary;
-ALGORITHMS 2)."""
+"""CPPO: early tokens count for more, and a response has a budget (arXiv 2606.10968; ALGORITHMS 2)."""
 
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_troll.config.tree import NonNegative, Positive, PositiveFloat
@@ -19,7 +19,7 @@ from megatron_troll.types import ObjectiveInputs
 QUANTILE = 0.9
 
 
-def _constant(place: int):
+def _constant(place: int) -> Callable[[dict[str, Any]], float]:
     """A default of the paper for the chosen divergence."""
     return lambda data: (budget.TV if data["divergence"].endswith("tv") else budget.KL)[place]
 
@@ -33,13 +33,24 @@ class Accounts(NamedTuple):
     total: Tensor
     threshold: Tensor
 
+    @property
+    def charge(self) -> Tensor:
+        """w D [L]."""
+        return self.weight * self.divergence
+
 
 class Cppo(Masking):
     """M_t = 1 where A_t (rho_t - 1) <= 0 or w_t D_t <= c_t, with w_t and c_t of objectives/budget.py.
 
     S and W run over all tokens of a response, kept or masked, inward or outward: what later tokens are
-    conditioned on has drifted regardless. Equality passes. T is the length of the response, which the summary
-    does not say. Constants are the paper's: delta 0.2 for mixtures of experts, delta_b from an ablation.
+    conditioned on has drifted regardless. Equality passes. T is the length of the response (Algorithm 1).
+    delta is the paper's (0.2 for mixtures of experts), delta_b 0.02 the default of its sensitivity study.
+
+    `gate_shape: soft` scales an outward token over its threshold by 1 / x_t, where x_t is the larger of
+    w_t D_t / delta and S_t / (delta + delta_b W_{t-1})   (eq. 19, 20).
+
+    `adaptive_b` is not the paper's rule, which gives every response its own delta_b: the 90th percentile of
+    its D_t, within [1, 2] times a minimum (eq. 22). Here one number serves the step.
     """
 
     divergence: Divergence = Field(
@@ -70,8 +81,14 @@ class Cppo(Masking):
     )
     use_budget: bool = Field(default=True, description="false: every token has the threshold delta")
     gate_shape: Literal["hard", "soft"] = Field(
-        default="hard", description="soft: an outward token over its threshold is scaled by c / (w D)"
+        default="hard", description="soft: an outward token over its threshold is scaled, not rejected"
     )
+
+    @model_validator(mode="after")
+    def _budget_is_used(self) -> Self:
+        if self.adaptive_b is not None and not self.use_budget:
+            raise ValueError("adaptive_b sets what the budget grows by; it needs use_budget: true")
+        return self
 
     @property
     def diagnostics(self) -> Diagnostics:
@@ -109,14 +126,10 @@ class Cppo(Masking):
         delta_b = self._delta_b(statistics)
         accounts = self.accounts(divergence, inputs, delta_b)
         mine, dtype = inputs.segments.mine, divergence.dtype
-        charge, threshold = (
-            mine(accounts.weight * accounts.divergence).to(dtype),
-            mine(accounts.threshold).to(dtype),
-        )
+        charge, threshold = mine(accounts.charge).to(dtype), mine(accounts.threshold).to(dtype)
         over = (charge > threshold) & outward(log_rho, inputs.advantage) & (inputs.advantage != 0)
-        softened = (
-            threshold.clamp(min=0.0) / charge if self.gate_shape == "soft" else torch.zeros_like(charge)
-        )
+        soft = self.gate_shape == "soft"
+        left = mine(self._softened(accounts, delta_b)).to(dtype) if soft else torch.zeros_like(charge)
         heavy = over & (charge > self.delta)
         per_token = {
             "masked_by_weight": heavy.to(dtype),
@@ -124,7 +137,7 @@ class Cppo(Masking):
             "threshold": threshold,
             "delta_b": torch.zeros_like(charge) + delta_b,
         }
-        return Term(torch.where(over, softened, 1.0), per_token | self._of_responses(accounts, inputs))
+        return Term(torch.where(over, left, 1.0), per_token | self._of_responses(accounts, inputs))
 
     def accounts(self, divergence: Tensor, inputs: ObjectiveInputs, delta_b: float | Tensor) -> Accounts:
         """The books of every token of the micro-batch's responses, from D [N]."""
@@ -137,6 +150,14 @@ class Cppo(Masking):
             threshold = torch.full_like(whole, self.delta)
         spent = scan(weight * whole, owner, torch.add)
         return Accounts(weight, whole, spent, scan(weight, owner, torch.add), threshold)
+
+    def _softened(self, accounts: Accounts, delta_b: float | Tensor) -> Tensor:
+        """1 / max(x_t, 1) [L]."""
+        of_token = _share(accounts.charge, self.delta)
+        if not self.use_budget:
+            return of_token
+        allowed = self.delta + delta_b * (accounts.total - accounts.weight)
+        return torch.minimum(of_token, _share(accounts.spent, allowed))
 
     def _weights(self, inputs: ObjectiveInputs) -> Tensor:
         """w [L]."""
@@ -166,6 +187,11 @@ class Cppo(Masking):
         mean = mine(accounts.spent / accounts.total)
         found = {"budget_exhausted": (lowest <= 0).double(), "response_divergence": mean}
         return {name: torch.where(last, values, float("nan")) for name, values in found.items()}
+
+
+def _share(spent: Tensor, allowed: float | Tensor) -> Tensor:
+    """How much of `spent` is allowed, 1 where all of it is."""
+    return torch.where(spent > allowed, allowed / spent, 1.0)
 
 
 def _shuffled(step: Tensor, uniform: Tensor, owner: Tensor) -> Tensor:

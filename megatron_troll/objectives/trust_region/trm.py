@@ -18,7 +18,8 @@ DELTA = {"max": 0.1, "avg": 0.002}
 class Trm(Masking):
     """M = 1 for every token of a response where max_t D_t <= delta (`max`) or mean_t D_t <= delta (`avg`).
 
-    Thresholds are those of CPPO's ablation, for KL. Read in the abstract only.
+    Read in the abstract, and as CPPO's paper runs it (appendix D): KL(mu || pi), with the thresholds of its
+    ablation. They are the defaults for TV too, where they mean something else: set delta.
     """
 
     divergence: Divergence = Field(

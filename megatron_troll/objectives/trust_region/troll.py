@@ -1,6 +1,5 @@
 """TROLL: projection of the policy onto a KL ball around the old one (arXiv 2510.03817; ALGORITHMS 1)."""
 
-import warnings
 from dataclasses import replace
 from typing import Annotated, Literal, Self
 
@@ -14,6 +13,7 @@ from megatron_troll.objectives import budget, support
 from megatron_troll.objectives.responses import lengths
 from megatron_troll.objectives.scans import places
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, TrustRegion, refuse_rows
+from megatron_troll.objectives.sparse import Sparse
 from megatron_troll.types import ObjectiveInputs, Readings, Reads, Support, TopK
 
 
@@ -43,7 +43,8 @@ class Budget(Node):
 
     @model_validator(mode="after")
     def _is_for_kl(self) -> Self:
-        if (self.delta, self.delta_b) == budget.TV:
+        deltas, deltas_b = budget.OF_TV
+        if self.delta in deltas and self.delta_b in deltas_b:
             raise ValueError(
                 f"delta={self.delta}, delta_b={self.delta_b} are CPPO's constants for TV; the bound is "
                 f"a KL: delta={budget.KL[0]}, delta_b={budget.KL[1]}"
@@ -61,7 +62,7 @@ class Budget(Node):
         return segments.mine(threshold.clamp(min=0.0) / weight).to(kl.dtype)
 
 
-class Troll(TrustRegion):
+class Troll(Sparse, TrustRegion):
     """J_t = pi_t(o_t) / old'_t(o_t) A_t - alpha KL(new'_t || sg(pi_t))   (eq. 5)
 
     new', old' are the sparse distributions of eq. 21, pi the projection of new' with
@@ -77,20 +78,6 @@ class Troll(TrustRegion):
     alpha: NonNegative = Field(
         default=1.0, description="weight of the regression of new' onto its projection"
     )
-    k: Positive = Field(default=64, description="tokens kept at most, beside the sampled one")
-    delta: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=1e-5, description="mass that the kept tokens may leave out"
-    )
-    p_d: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=1e-12, description="probability of a token left out"
-    )
-    support: Literal["own", "old"] = Field(
-        default="old", description="whose kept tokens the new policy is read at"
-    )
-
-    @property
-    def reads(self) -> Reads:
-        return Reads(topk=Support(self.support, self.k, self.delta))
 
     @property
     def reads_old(self) -> Reads:
@@ -99,17 +86,6 @@ class Troll(TrustRegion):
     @property
     def diagnostics(self) -> Diagnostics:
         return {**PROJECTION_DIAGNOSTICS, **support.DIAGNOSTICS, "bound": ("mean", "min")}
-
-    def check(self, vocab: int) -> None:
-        left_out = (vocab - 1) * self.p_d
-        if left_out >= 1:
-            raise ValueError(
-                f"(V - |S|) * p_d = {left_out:.3g} >= 1 for one kept token of V={vocab}: lower p_d"
-            )
-        if left_out > self.delta > 0:
-            warnings.warn(
-                f"default tokens may hold {left_out:.3g}, more than delta={self.delta:g}", stacklevel=2
-            )
 
     def prepare_old(self, old: Readings) -> Readings:
         """Refuses a sampled token that the old policy could not have drawn."""

@@ -39,7 +39,9 @@ class Code(Reward):
         default="namespaces", description="limits: weaker, for machines that forbid namespaces"
     )
     limits: Limits = Limits()
-    python: str = Field(default=sys.executable, description="interpreter of the answers")
+    python: str | None = Field(
+        default=None, description="interpreter of the answers; default: that of the run"
+    )
     wall_s: PositiveFloat = Field(
         default=8.0, description="seconds for all tests of one answer; keep it below timeout_s"
     )
@@ -56,7 +58,7 @@ class Code(Reward):
         return self
 
     def _sandbox(self) -> Sandbox:
-        return Sandbox(self.sandbox, self.limits, self.python)
+        return Sandbox(self.sandbox, self.limits, self.python or sys.executable)
 
     def __call__(self, text: str, prompt: Prompt) -> float:
         tests = [_Test(test, prompt.id) for test in self._tests(prompt)]

@@ -98,8 +98,23 @@ def test_a_slot_without_a_name_holds_the_default_method(base):
     path = write(
         base.parent, "unnamed.yaml", BASE.replace("name: troll, bound: 0.05", "bound: 0.05, alpha: 1")
     )
+    assert load(path).objective.trust_region.name == "troll"
     assert load(path, ["objective.trust_region.name=troll"]).objective.trust_region.fields["bound"] == 0.05
     assert load(path, ["objective.trust_region.name=clip"]).objective.trust_region.fields == {}
+
+
+def test_a_field_alone_keeps_the_method_of_its_slot(base):
+    bare = write(base.parent, "bare.yaml", BASE.split("objective")[0])
+    config = load(bare, ["objective.trust_region.bound=0.1", "reward.timeout_s=3"])
+    assert (config.objective.trust_region.name, config.objective.trust_region.fields) == (
+        "troll",
+        {"bound": 0.1},
+    )
+    assert (config.reward.name, config.reward.timeout_s) == ("exact", 3.0)
+    clip = write(base.parent, "clip.yaml", "extends: bare.yaml\nobjective: {trust_region: {name: clip}}\n")
+    assert load(clip, ["objective.trust_region.eps_low=0.1"]).objective.trust_region.name == "clip"
+    delta = write(base.parent, "delta.yaml", "extends: bare.yaml\nobjective: {trust_region: {bound: 0.2}}\n")
+    assert load(delta).objective.trust_region.name == "troll"
 
 
 def test_another_verifier_keeps_the_limits_that_are_not_its_own(base):

@@ -29,9 +29,21 @@ def stop(number, frame):
     raise SystemExit(0)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 Path(f"ready_{os.environ['RANK']}").write_text(str(os.getpid()))
 while True:
     time.sleep(0.05)
+"""
+
+SLOW_TO_START = """
+import os, time
+from pathlib import Path
+Path(f"ready_{os.environ['RANK']}").write_text("imports")
+time.sleep(0.5)
+from megatron_troll.launch.interrupts import watched
+with watched() as interrupts:
+    assert interrupts.asked
+Path(f"saved_{os.environ['RANK']}").write_text("checkpoint")
 """
 
 STUBBORN = PATIENT.replace("raise SystemExit(0)", "")
@@ -166,6 +178,15 @@ def test_a_stop_is_handed_on_once_and_waited_for(tmp_path: Path, number: signal.
     assert [read(tmp_path / f"signals_{rank}") for rank in (0, 1)] == [f"{number.name} "] * 2
     assert all(read(tmp_path / f"saved_{rank}") for rank in (0, 1))
     assert stderr.startswith("Already stopping")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_ranks_that_still_start(tmp_path: Path, number: signal.Signals) -> None:
+    launcher = start(SLOW_TO_START, tmp_path)
+    launcher.send_signal(number)
+    _, stderr = launcher.communicate(timeout=10)
+    assert (launcher.returncode, stderr) == (0, "")
+    assert all(read(tmp_path / f"saved_{rank}") for rank in (0, 1))
 
 
 def test_the_third_stop_kills(tmp_path: Path) -> None:

@@ -22,7 +22,13 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def projected(p: Tensor, q: Tensor, bound: float) -> Tensor:
-    """pi [N, V] with KL(pi || q) <= bound, differentiable in p."""
+    """pi [N, V] with KL(pi || q) <= bound, differentiable in p; rows inside the bound stay p."""
+    active = kl(p, q).detach() > bound
+    return p.index_put((active,), _onto_bound(p[active], q[active], bound))
+
+
+def _onto_bound(p: Tensor, q: Tensor, bound: float) -> Tensor:
+    """pi [N, V] with KL(pi || q) = bound < KL(p || q)."""
 
     def at(eta: Tensor) -> Tensor:
         return ((eta[:, None] * q.log() + p.log()) / (eta[:, None] + 1)).softmax(1)
@@ -36,9 +42,7 @@ def projected(p: Tensor, q: Tensor, bound: float) -> Tensor:
             lo, hi = torch.where(over, eta, lo), torch.where(over, hi, eta)
     eta = hi.clone().requires_grad_()
     (slope,) = torch.autograd.grad(kl(at(eta), q.detach()).sum(), eta)
-    root = hi - (kl(at(hi), q) - bound) / slope.detach()
-    active = kl(p, q).detach() > bound
-    return torch.where(active[:, None], at(torch.where(active, root, 0.0)), p)
+    return at(hi - (kl(at(hi), q) - bound) / slope.detach())
 
 
 def troll(p: Tensor, q: Tensor, target: Tensor, advantage: Tensor, bound: float, alpha: float) -> Tensor:

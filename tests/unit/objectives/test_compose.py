@@ -162,6 +162,8 @@ def check_zero_weight(objective: Objective, inputs: ObjectiveInputs, rows: Rows)
         (config("token", "clip", "tis", old="engine"), "is 1 with objective.old=engine"),
         (config("token", slot("troll", bound={"from": "cppo", "delta": 0.15, "delta_b": 0.02}), "none"),
          "trust_region.bound.*constants for TV"),
+        (config("token", slot("troll", bound={"from": "cppo", "delta": 0.2, "delta_b": 0.015}), "none"),
+         "trust_region.bound.*constants for TV"),
         (config("token", slot("troll", bound={"from": "dppo"}), "none"), "bound.from: got 'dppo'"),
         (config("token", slot("troll", bound={"delta": 0.1}), "none"), "bound.from: missing"),
         (config("token", slot("troll", bound={"from": "cppo", "divergence": "tv"}), "none"),

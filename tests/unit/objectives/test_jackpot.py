@@ -249,9 +249,9 @@ def test_bad_inputs_are_refused():
     statistics = method.statistics(inputs)
     with pytest.raises(ValueError, match="statistics of the whole optimizer step"):
         method.loss(inputs)
-    with pytest.raises(ValueError, match=r"none was kept: set rollout\.top_k"):
+    with pytest.raises(ValueError, match=r"objective\.correction reads the rollout .*: raise rollout\.top_k"):
         method.loss(replace(inputs, rollout_topk=None), statistics)
-    with pytest.raises(ValueError, match=r"keep the top 2 tokens, k=4 needs more: raise rollout\.top_k"):
+    with pytest.raises(ValueError, match=r"keeps the top 2 tokens; k=4 needs more: raise rollout\.top_k"):
         method.statistics(rows.inputs(method, rollout_k=2))
     with pytest.raises(ValueError, match="new policy at the rollout engine's ids"):
         method.loss(replace(inputs, new=replace(inputs.new, at_rollout=None)), statistics)

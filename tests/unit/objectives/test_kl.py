@@ -274,7 +274,7 @@ def test_a_missing_reference_is_refused(name):
 def test_a_record_that_keeps_too_little_is_refused(name):
     rows, method = sample([2, 2], V), objective(name, k=3)
     inputs = rows.inputs(method)
-    with pytest.raises(ValueError, match=r"the new record keeps the top 3 tokens, k=6 needs more"):
+    with pytest.raises(ValueError, match=r"the new record keeps the top 3 tokens; k=6 needs more"):
         objective(name, k=6).loss(inputs)
 
 

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, budget, compose
-from megatron_troll.types import LossTerms
+from megatron_troll.objectives.trust_region.cppo import Cppo
+from megatron_troll.types import LossTerms, Readings
+from tests.unit.golden.records import one_response
 from tests.unit.objectives.rows import Rows, gradient, sample, slope, statistics_of
 
 KINDS = ("binary_tv", "binary_kl", "topk_tv", "topk_kl")
@@ -162,8 +165,31 @@ def test_the_soft_gate_scales_where_the_hard_one_rejects():
     a, b = (terms(m, rows).per_token["objective"] for m in (hard, soft))
     assert torch.equal(a[~rejected], b[~rejected])
     assert (a[rejected] == 0).all()
-    threshold = terms(soft, rows).per_token["threshold"]
-    assert torch.equal(b[rejected] == 0, threshold[rejected] <= 0)
+    assert (b[rejected] != 0).all()
+
+
+@pytest.mark.parametrize("use_budget", [True, False])
+def test_the_soft_gate_is_one_over_the_larger_violation(use_budget):
+    """Eq. 19, 20 token by token; the last one has not moved at all, and only the budget holds it back."""
+    spent, total, expected = 0.0, 0.0, []
+    divergence = [0.1, 0.3, 0.05, 0.6, 0.0]
+    for t, d in enumerate(divergence):
+        weight = 1 - 0.2 * t / 4
+        allowed = 0.15 + 0.02 * total
+        spent, total = spent + weight * d, total + weight
+        violation = max(weight * d / 0.15, spent / allowed if use_budget else 0.0)
+        expected.append(min(1.0, 1 / max(violation, 1e-9)))
+    method = Cppo(gate_shape="soft", use_budget=use_budget)
+    nothing, outward = Readings(None, None, None), torch.ones(5, dtype=torch.float64)
+    inputs = one_response(nothing, nothing, outward, outward)
+    gate = method.gate(torch.tensor(divergence, dtype=torch.float64), outward, inputs, None).value
+    assert gate.tolist() == pytest.approx(expected)
+    assert (expected[-1] < 1) == use_budget
+
+
+def test_an_adaptive_budget_needs_a_budget():
+    with pytest.raises(ConfigError, match=r"adaptive_b .* needs use_budget: true"):
+        objective("cppo", adaptive_b=0.01, use_budget=False)
 
 
 def test_position_deciles_and_clauses_add_up():

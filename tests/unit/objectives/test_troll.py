@@ -9,7 +9,7 @@ from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from megatron_troll.types import ObjectiveInputs, Readings
 from tests.unit.golden.records import at_ids, inputs_of, topk_record
-from tests.unit.objectives.oracle import dense_sparsified, troll
+from tests.unit.objectives.oracle import dense_sparsified, projected, troll
 
 V, K, DELTA, P_D = 24, 6, 1e-2, 1e-5
 
@@ -68,6 +68,15 @@ def test_loss_and_gradient_against_dense_autograd(support, change):
     assert (new.grad[~inside] == 0).all()
     assert dense.grad[~inside].abs().max() < 1e-12
     assert new.grad.sum(1).abs().max() < 1e-12
+
+
+def test_the_oracle_has_a_gradient_where_the_policies_are_equal():
+    """The first row, inside the bound; the second is projected."""
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], dtype=torch.float64, requires_grad=True)
+    q = p.detach()[[0, 0]]
+    (gradient,) = torch.autograd.grad(projected(p, q, 0.05)[:, 0].sum(), p)
+    assert gradient[0].tolist() == [1.0, 0.0, 0.0]
+    assert torch.isfinite(gradient).all()
 
 
 def test_whole_vocabulary_is_the_importance_weighted_policy_gradient():

@@ -44,20 +44,29 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_every_rank_says_where_it_waits(tmp_path: Path) -> None:
-    """Rank 0 hangs; rank 1 makes progress and would never time out by itself."""
-    busy = start(tmp_path, 1, 3, "reward", "while True: time.sleep(0.02); watchdog.beat()")
-    wait_for(tmp_path / "rank_1.json")
+    """Rank 0 hangs from the start; rank 1 makes progress for a second and then hangs as well."""
     stuck = start(tmp_path, 0, 3, "generation", "wait_for_rank_1()")
-    code, table = end(stuck)
-    assert end(busy) == (EXIT_HANG, "")
+    wait_for(tmp_path / "rank_0.json")
+    work = "for _ in range(50): time.sleep(0.02); watchdog.beat()\ntime.sleep(60)"
+    later = start(tmp_path, 1, 3, "reward", work)
+    code, table = end(later)
+    assert end(stuck) == (EXIT_HANG, "")
     assert code == EXIT_HANG
     assert "No progress for 1 s" in table
-    assert re.search(rf"rank 0: generation for [1-9]\d* s, pid {stuck.pid} on ", table)
-    assert re.search(rf"rank 1: reward for 0 s, pid {busy.pid} on ", table)
+    assert re.search(rf"rank 0: generation for [2-9] s, pid {stuck.pid} on ", table)
+    assert re.search(rf"rank 1: reward for [1-9] s, pid {later.pid} on ", table)
     assert f"stacks in {tmp_path / 'hang_rank_1.txt'}" in table
     assert "rank 2: never started" in table
     assert "wait_for_rank_1" in (tmp_path / "hang_rank_0.txt").read_text()
     assert "<module>" in (tmp_path / "hang_rank_1.txt").read_text()
+
+
+def test_a_rank_may_wait_for_one_that_makes_progress(tmp_path: Path) -> None:
+    busy = start(tmp_path, 1, 2, "reward", "for _ in range(200): time.sleep(0.02); watchdog.beat()")
+    wait_for(tmp_path / "rank_1.json")
+    waiting = start(tmp_path, 0, 2, "evaluation", f"time.sleep({2.5 * TIMEOUT_S})")
+    assert end(waiting) == (0, "")
+    assert end(busy) == (0, "")
 
 
 def test_an_interpreter_that_cannot_run_is_still_written_out(tmp_path: Path) -> None:

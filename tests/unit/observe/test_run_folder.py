@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_troll.files import write_atomic
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 
@@ -61,6 +62,7 @@ def test_another_process_is_told_who_holds_the_folder(folder: RunFolder) -> None
 def test_a_check_refuses_like_opening_and_writes_nothing(folder: RunFolder) -> None:
     folder.check(CONFIG, resume=False)
     assert not folder.root.exists()
+    finished(folder)
     command = [sys.executable, "-c", OPEN, str(folder.root), CONFIG]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
@@ -121,10 +123,23 @@ def test_data_sets_of_an_evaluation_may_come_later(folder: RunFolder) -> None:
     finished(folder).check(CONFIG + "eval: {easy: {files: [f]}}\n", resume=True)
 
 
-def test_a_run_that_ended_before_its_first_step_can_start_again(folder: RunFolder) -> None:
-    for _ in range(2):
-        with folder.open(CONFIG, resume=False):
-            pass
+def test_a_run_that_ended_before_its_first_figures_can_start_again_with_another_config(
+    folder: RunFolder,
+) -> None:
+    for config in (CONFIG, CONFIG, CONFIG.replace("updates: 4", "updates: 2")):
+        with folder.open(config, resume=False):
+            folder.metrics.touch()
+            assert folder.config.read_text() == config
+
+
+@pytest.mark.parametrize(
+    "kept", ["metrics.discarded.jsonl", "checkpoints/step_000001/x", "rollouts/step_000001.0-of-1.jsonl.gz"]
+)
+def test_what_was_paid_for_protects_its_config(folder: RunFolder, kept: str) -> None:
+    with folder.open(CONFIG, resume=False):
+        write_atomic(folder.root / kept, "x")
+    with pytest.raises(RunFolderError, match=r"train\.updates: 4 there, 2 now"):
+        folder.check(CONFIG.replace("updates: 4", "updates: 2"), resume=True)
 
 
 def test_rewind_sets_later_steps_aside(folder: RunFolder) -> None:

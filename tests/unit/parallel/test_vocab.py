@@ -94,12 +94,10 @@ def test_bf16_logits_are_reduced_in_fp32() -> None:
     assert logits.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("row", "column", "value", "expected"),
-    [(2, 1, torch.nan, 2), (1, 0, torch.inf, 1), (1, 0, -torch.inf, None), (0, 3, torch.nan, None)],
-)
-def test_first_nonfinite(row: int, column: int, value: float, expected: int | None) -> None:
-    logits = torch.zeros(4, 4)
-    logits[3, 0] = torch.nan if expected is not None else 0.0
-    logits[row, column] = value
-    assert vocab.first_nonfinite(logits, ALONE, vocab=3) == expected
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_logit_breaks_the_log_prob_of_its_row_alone(value: float) -> None:
+    """Wherever it stands, but in the padding."""
+    logits = torch.zeros(3, 5)
+    logits[1, 0], logits[2, 4] = value, value
+    finite = vocab.log_prob(logits, torch.full((3,), 2), ALONE, vocab=4).isfinite()
+    assert finite.tolist() == [True, False, True]

@@ -64,6 +64,15 @@ def test_a_batch_is_shared_by_the_workers():
     assert len(processes) == 2
 
 
+@pytest.mark.parametrize("name", ["exact", PLUGINS + ":Obeys"])
+def test_every_answer_is_progress(name: str) -> None:
+    """In this process and from workers, whose starts are progress too."""
+    beats: list[float] = []
+    with Scorer(RewardConfig(name=name), workers=1, progress=lambda: beats.append(0.0)) as scorer:
+        scorer.score([rollout("a", sample=index) for index in range(5)])
+    assert len(beats) == (5 if name == "exact" else 6)
+
+
 def test_a_plug_in_sees_the_record_of_the_prompt():
     with Scorer(RewardConfig(name=PLUGINS + ":Length")) as scorer:
         assert scorer.score([rollout("abcdef"), rollout("abcdef", longest=6)]).reward.tolist() == [0, 1]

@@ -1,0 +1,65 @@
+"""Which of the two implementations of an operation runs: the one place that decides.
+
+The torch reference runs on CPU, in float64, and on a GPU that the Triton kernels were not made for; the
+Triton twin everywhere else. Choosing never waits for the device.
+"""
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# bf16 arithmetic and asynchronous copies; compiled for and looked at on 9.0 (tools/check_kernels.py).
+LOWEST_CAPABILITY = (8, 0)
+
+
+def by_device(reference: Callable[P, R]) -> Callable[P, R]:
+    """The operation that `reference`, a function of `<operation>/ref.py`, specifies: on a GPU that has it,
+    the function of the same name in `<operation>/twin.py`."""
+
+    @wraps(reference)
+    def operation(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        chosen = _twin(reference) if _takes_twin(tensors) else reference
+        return chosen(*args, **kwargs)
+
+    return operation
+
+
+def _takes_twin(tensors: list[Tensor]) -> bool:
+    if tensors[0].device.type != "cuda" or any(tensor.dtype == torch.float64 for tensor in tensors):
+        return False
+    return supported(tensors[0].device.index)
+
+
+def _twin(reference: Callable[P, R]) -> Callable[P, R]:
+    module = reference.__module__.removesuffix(".ref") + ".twin"
+    return getattr(importlib.import_module(module), reference.__name__)
+
+
+@cache
+def supported(device: int) -> bool:
+    """Whether the Triton kernels run on this GPU; where they do not, warns, once a device."""
+    reason = _obstacle(device)
+    if reason is not None:
+        warnings.warn(f"GPU {device}: {reason}; the torch reference runs instead, slower", stacklevel=2)
+    return reason is None
+
+
+def _obstacle(device: int) -> str | None:
+    if torch.version.hip is not None:
+        return "the Triton kernels were not made for ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LOWEST_CAPABILITY:
+        return f"compute capability {capability} is below {LOWEST_CAPABILITY}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None

@@ -1,0 +1,20 @@
+"""Gradient of the hidden states from that of a few logits per row (ALGORITHMS 1.7, 8)."""
+
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from troll_kernels.entries import entries, table
+
+
+def hidden_grad(grad: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
+    """dh[n] = sum_w grad[n, w] weight[columns[n, w]], [N, H] in float32 or better.
+
+    grad [N, W] float32 or float64, of raw logits; columns [N, W] int64, below 0 on slots that do not count;
+    weight [V, H]. Sums in float32 or better. Deterministic. Under tensor parallelism each rank sums over its
+    own columns, and the caller adds the ranks up. For 16-bit weights holds a float32 copy of the rows that
+    are used (the twin: not).
+    """
+    at = entries(columns)
+    rows, place = table(weight, at.columns)
+    factors = grad[at.used].to(rows.dtype)
+    return embedding_bag(place, rows, at.starts, per_sample_weights=factors, mode="sum")

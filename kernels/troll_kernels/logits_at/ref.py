@@ -1,0 +1,25 @@
+"""Logits at a few columns per row, without the row (ALGORITHMS 8, `support: old`)."""
+
+import torch
+from torch import Tensor
+
+from troll_kernels.entries import entries, table
+from troll_kernels.numbers import LOWEST
+
+
+def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+    """hidden[n] . weight[columns[n, w]], raw, [N, W] in float32 or better; -inf where the column is below 0.
+
+    hidden [N, H], weight [V, H] of one dtype, columns [N, W] int64; a column may repeat. Sums over H in
+    float32 or better whatever the dtype. Holds N x W; for 16-bit weights also a float32 copy of the rows that
+    are used (the twin: not). Not differentiable: `head.sparse_logits` is.
+    """
+    at = entries(columns)
+    rows, place = table(weight.detach(), at.columns)
+    out = torch.full(columns.shape, LOWEST, dtype=rows.dtype, device=rows.device)
+    # A weighted sum of rows has these products as the gradient of its weights.
+    with torch.enable_grad():
+        ones = torch.ones_like(place, dtype=rows.dtype).requires_grad_()
+        sums = torch.nn.functional.embedding_bag(place, rows, at.starts, per_sample_weights=ones, mode="sum")
+    (out[at.used],) = torch.autograd.grad(sums, ones, hidden.detach().to(rows.dtype))
+    return out

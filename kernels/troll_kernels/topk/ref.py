@@ -1,0 +1,50 @@
+"""Exact top-K of rows whose tile maxima are known.
+
+An entry of the top K lies in one of the K tiles with the largest maxima: any tile after those has K entries
+before its own.
+"""
+
+import torch
+from torch import Tensor
+
+from troll_kernels.numbers import LOWEST, widened
+from troll_kernels.sparsify import NO_ID
+
+
+def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the first `width` columns: raw values [C, k], float32 or better, and columns [C, k]
+    int64, value descending, then column ascending. Past `width` entries: -inf and NO_ID.
+
+    logits [C, V_local] and tile_max [C, ceil(width / tile)] as `row_statistics` takes and gives them, without
+    NaN. -0.0 equals +0.0 and comes out as +0.0; -inf is a value like any other. Not differentiable.
+    Holds C x K x tile values and columns. Every k here; the twin refuses k > 256.
+    """
+    tiles = tile_max.shape[1]
+    if tiles == 0 or k == 0:
+        empty = widened(logits.new_full((len(logits), k), LOWEST))
+        return empty, torch.full_like(empty, NO_ID, dtype=torch.int64)
+    picked = _largest(tile_max, min(k, tiles)).sort(1)[0]
+    columns = (picked[:, :, None] * tile + torch.arange(tile, device=logits.device)).flatten(1)
+    # Columns past the last come after every token, since they are -inf with the highest columns.
+    values = widened(logits.gather(1, columns.clamp(max=width - 1)))
+    values = values.masked_fill(columns >= width, LOWEST) + 0.0
+    at = _largest(values, min(k, columns.shape[1]))
+    values, columns = values.gather(1, at), columns.gather(1, at)
+    missing = k - at.shape[1]
+    values = torch.nn.functional.pad(values, (0, missing), value=LOWEST)
+    columns = torch.nn.functional.pad(columns, (0, missing), value=width)
+    return values, columns.masked_fill(columns >= width, NO_ID)
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """Positions [C, k] of the k largest of values [C, M], value descending, then position ascending.
+
+    torch.topk chooses freely among the ties of the k-th value; rows where it had a choice are sorted whole.
+    Waits for the device once."""
+    found, at = torch.topk(values, k)
+    least = found[:, -1:]
+    chosen = ((values == least).sum(1) > (found == least).sum(1)).nonzero()[:, 0]
+    if chosen.numel():
+        at[chosen] = values[chosen].sort(dim=1, descending=True, stable=True)[1][:, :k]
+    at = at.sort(1)[0]
+    return at.gather(1, values.gather(1, at).sort(dim=1, descending=True, stable=True)[1])
