@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_troll import commands
+from megatron_troll.study import cli as study
 
 INTERRUPTED = 130
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="mtroll", description="RL post-training on Megatron-Core.")
+    top = study.Parser(prog="mtroll", description="RL post-training on Megatron-Core.")
     kinds = top.add_subparsers(required=True, metavar="COMMAND")
     _configured(kinds, "train", "train a policy by RL", commands.train)
     _configured(kinds, "sft", "warm-start a model on demonstrations", commands.sft)
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     rollouts.add_argument("--limit", type=int, default=20)
     rollouts.add_argument("--html", default=None, metavar="FILE", help="write a page instead")
     rollouts.set_defaults(run=commands.rollouts)
+    study.add_to(kinds)
     return top
 
 

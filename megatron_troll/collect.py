@@ -1,46 +1,14 @@
 """One rollout batch, sampled and judged; with `rollout.refill`, of prompts that teach something."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from megatron_troll.collected import Collected
 from megatron_troll.judging import Judged, judge, together
 from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run import Run
-from megatron_troll.types import Rollout
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What was sampled for one step.
-
-    sampled   everything, in the order drawn, the samples of a prompt next to each other
-    kept      [S] bool, what of it is trained on: the samples of rollout.prompts prompts
-    rollouts  those, their groups counted from 0
-    rounds    times that prompts were drawn
-    """
-
-    sampled: Judged
-    kept: np.ndarray
-    rollouts: list[Rollout]
-    rounds: int
-
-    @property
-    def reward(self) -> np.ndarray:
-        """[B] float32, of `rollouts`."""
-        return self.sampled.reward[self.kept]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Of everything sampled: a batch without the prompts that are always answered right would look as if
-        the policy did not improve."""
-        return {
-            **self.sampled.metrics,
-            "refill_rounds": self.rounds - 1,
-            "dropped_groups": 1 - float(self.kept.mean()),
-            "sampled_responses": len(self.kept),
-        }
 
 
 def collect(run: Run, step: int) -> Collected:

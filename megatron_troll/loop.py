@@ -9,7 +9,8 @@ import torch
 
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
-from megatron_troll.collect import Collected, collect
+from megatron_troll.collect import collect
+from megatron_troll.collected import Collected
 from megatron_troll.estimate import Estimate, estimate
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
@@ -54,8 +55,8 @@ def train_step(run: Run, standing: Standing) -> Standing:
     """One rollout batch: sample, judge, learn, evaluate where that is due, write its row. A checkpoint comes
     after the row: a run that continues from it finds all its rows."""
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
-    batch = collect(run, step)
-    rollouts, rewards = batch.rollouts, batch.reward
+    waited = run.pending.next(step, lambda number: collect(run, number))
+    batch, rollouts, rewards = waited.batch, waited.batch.rollouts, waited.batch.reward
     if config.train.shuffle_rewards:
         rewards = shuffled(rewards, step)
     estimated = estimate(run.task.objective.advantage, run.critic, rollouts, rewards, step)
@@ -71,6 +72,7 @@ def train_step(run: Run, standing: Standing) -> Standing:
         **learned.metrics,
         "lr": run.policy.lr,
         "skipped_updates": learned.skipped,
+        "staleness": step - 1 - waited.trained,
     }
     group = torch.tensor([rollout.group for rollout in rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))

@@ -18,6 +18,7 @@ from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.objectives.compose import remarks
 from megatron_troll.observe.rollouts import RolloutStore
 from megatron_troll.observe.trackers import Summary
+from megatron_troll.pending import Pending
 from megatron_troll.policy import open_policy
 from megatron_troll.reference import open_reference
 from megatron_troll.rewards.score import Scorer
@@ -54,6 +55,7 @@ class Run:
     order: PromptOrder
     store: RolloutStore
     checkpoints: Checkpoints
+    pending: Pending
 
     def resume(self) -> Standing:
         """Take up the newest checkpoint where `resume` is set and one exists; otherwise start. Blocks."""
@@ -64,6 +66,8 @@ class Run:
             return Standing()
         standing = Standing(**self.checkpoints.load())
         self.order.seek(standing.position)
+        prompts = {prompt.id: prompt for prompt in self.task.prompts.train}
+        self.pending.read(self.checkpoints.path(standing.step), prompts)
         self.session.begin_at(standing.step + 1)
         return standing
 
@@ -71,7 +75,7 @@ class Run:
         """A checkpoint of `standing`, with the held-out success of just this policy where it is known.
         Blocks; with checkpoint.asynchronous the writing goes on behind."""
         with self.session.phases("checkpoint"):
-            self.checkpoints.save(standing.step, asdict(standing), score)
+            self.checkpoints.save(standing.step, asdict(standing), score, self.pending.write)
 
     def since(self, standing: Standing, began: float) -> Standing:
         """`standing` with the clock and the prompt position of now."""
@@ -117,6 +121,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             order=PromptOrder(len(task.prompts.train), config.seed, data_of(config).shuffle),
             store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy, critic),
+            pending=Pending(config.rollout.staleness, config.train.steps),
         )
 
 

@@ -20,12 +20,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     ones winning. Mappings merge; a slot whose `name` changes loses the fields of the method it held, and one
     that is given fields only keeps its default method. Raises ConfigError.
     """
-    shape = Shape.of(Config)
-    tree = _read(Path(path), (), shape)
-    for text in overrides:
-        tree = merge(tree, _override(text), shape)
+    return assemble([read(Path(path))], overrides)
+
+
+def assemble(parts: Sequence[Entry], overrides: Sequence[str] = ()) -> Config:
+    """One configuration of several mappings, later ones winning, and then overrides. Raises ConfigError."""
+    shape, tree = Shape.of(Config), Entry({}, "")
+    for part in (*parts, *map(_override, overrides)):
+        tree = merge(tree, part, shape)
     tree = _with_names(tree, shape)
-    return validate(Config, tree.plain(), "", lambda keys: _place(tree, keys))
+    return validate(Config, tree.plain(), "", lambda keys: place(tree, keys))
 
 
 def dump(config: Config) -> str:
@@ -64,23 +68,35 @@ def _with_names(tree: Entry, shape: Shape | None) -> Entry:
     return Entry(named, tree.place)
 
 
-def _read(path: Path, chain: tuple[Path, ...], shape: Shape) -> Entry:
-    """The file over everything it extends. `chain` holds the files that led here."""
+def read(path: Path, chain: tuple[Path, ...] = ()) -> Entry:
+    """The file over everything it extends. `chain` holds the files that led here. Raises ConfigError."""
     resolved = path.resolve()
     if resolved in chain:
         raise ConfigError(f"{path}: extends itself: " + " -> ".join(str(p) for p in (*chain, resolved)))
+    return extended(parse_file(path), path, (*chain, resolved))
+
+
+def parse_file(path: Path) -> Entry:
+    """A mapping. Raises ConfigError."""
     try:
         own = parse(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(own.value, dict):
         raise ConfigError(f"{own.place}: expected a mapping of keys to values")
-    deltas = dict(own.value)
+    return own
+
+
+def extended(own: Entry, path: Path, chain: tuple[Path, ...] = ()) -> Entry:
+    """A mapping that stands in the file `path`, over everything it `extends`. Raises ConfigError."""
+    if not isinstance(own.value, dict):
+        raise ConfigError(f"{own.place}: expected a mapping of keys to values")
+    shape, deltas = Shape.of(Config), dict(own.value)
     extends = deltas.pop("extends", None)
-    tree = Entry({}, str(path))
+    tree = Entry({}, own.place)
     for source in _sources(extends, path):
-        tree = merge(tree, _read(source, (*chain, resolved), shape), shape)
-    return merge(tree, Entry(deltas, str(path)), shape)
+        tree = merge(tree, read(source, chain), shape)
+    return merge(tree, Entry(deltas, own.place), shape)
 
 
 def _sources(extends: Entry | None, path: Path) -> list[Path]:
@@ -114,7 +130,7 @@ def _override(text: str) -> Entry:
     return entry
 
 
-def _place(tree: Entry, keys: tuple[str | int, ...]) -> str:
+def place(tree: Entry, keys: tuple[str | int, ...]) -> str:
     """Where the deepest existing part of a path was written."""
     for key in keys:
         below = tree.child(key)

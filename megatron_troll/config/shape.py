@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,6 +16,11 @@ TYPES = {
 }
 
 
+@cache
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema(by_alias=True)
+
+
 @dataclass(frozen=True)
 class Shape:
     """One place of the tree. `node` is its JSON Schema, `definitions` what its references name."""
@@ -24,7 +30,7 @@ class Shape:
 
     @classmethod
     def of(cls, model: type[BaseModel]) -> "Shape":
-        schema = model.model_json_schema(by_alias=True)
+        schema = _schema(model)
         return cls(schema, schema.get("$defs", {}))
 
     @property

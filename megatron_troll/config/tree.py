@@ -172,6 +172,9 @@ class RolloutConfig(Node):
     engine: str = Field(default="inprocess", description="engine by name or import path")
     prompts: Positive = Field(default=64, description="prompts per rollout batch")
     samples: Positive = Field(default=8, description="samples per prompt (the group)")
+    staleness: Natural = Field(
+        default=0, description="train on the batch sampled this many rollout batches earlier"
+    )
     refill: Natural = Field(
         default=0,
         description="extra rounds a batch, in which new prompts take the place of those whose samples all "

@@ -68,8 +68,18 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
-        """Write models, optimizers, schedules, generators and `state` (JSON-able, of rank 0) as `step`.
+    def path(self, step: int) -> Path:
+        return folders.path_of(self.folder, step)
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        score: float | None = None,
+        attach: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """Write models, optimizers, schedules, generators and `state` (JSON-able, of rank 0) as `step`. On
+        rank 0, `attach` is given the folder and may write further files into it.
 
         The folder appears under its name only once every rank's files are on disk. Asynchronously, that
         happens in a later `maybe_finalize`, the next `save` or `finish`; tensors are copied to the host (on a
@@ -87,6 +97,7 @@ class Checkpoints:
             return
         manifest = self._manifest(step, json.loads(json.dumps(state)), score)
         self._draft = self._once(lambda: self._new_draft(step))
+        self._once(lambda: attach(self._draft))
         with self._saving():
             self._everywhere(lambda: _rng_file(self._draft, self._world.rank).write_text(rng.captured()))
             request = dist_checkpointing.save(

@@ -62,8 +62,12 @@ class Head:
     @torch.no_grad()
     def probe(self, hidden: Tensor, rows: Tensor) -> Probe:
         """Full log-probabilities of hidden[rows]. Holds M x V / tp."""
-        logits = self.logits(hidden[rows])
-        return Probe(rows, vocab.log_softmax(logits, self.model.groups.tp, self.model.shape.vocab))
+        return Probe(rows, self.log_probs(hidden[rows]))
+
+    @torch.no_grad()
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """This rank's shard [N, V_padded / tp] of whole rows, -inf on padding, for few positions."""
+        return vocab.log_softmax(self.logits(hidden), self.model.groups.tp, self.model.shape.vocab)
 
     @torch.no_grad()
     def freeze(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, "Frozen"]:

@@ -62,12 +62,18 @@ class SampledKl(ReferenceKl):
     def estimate(self, x: Tensor) -> Tensor:
         """k(x) [N], whose derivative is the coefficient of grad log new(o_t)."""
 
+    def of_log_ratio(self, x: Tensor) -> Tensor:
+        """The estimate from log-ratios x of any shape, with the limits of `clamp`."""
+        return self.estimate(self._counted(x))
+
+    def _counted(self, x: Tensor) -> Tensor:
+        return limited(x) if self.clamp else x
+
     def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
         new = logp_of(inputs.new, "new")
         x = new - logp_of(reference_of(inputs), "reference")
-        counted = limited(x) if self.clamp else x
-        value = self.estimate(counted)
-        per_token = {"reference_kl_clamped": (counted != x).to(x.dtype)}
+        value = self.of_log_ratio(x)
+        per_token = {"reference_kl_clamped": (self._counted(x) != x).to(x.dtype)}
         if self.is_weight == "token":
             weight = importance_ratio(new, logp_of(inputs.old, "old"))
             value = (weight if self.diff_is else weight.detach()) * value

@@ -43,6 +43,7 @@ RUN = (
     Field("grad_norm", "", "global gradient norm before clipping, mean over the updates"),
     Field("lr", "", "learning rate of the last update"),
     Field("skipped_updates", "updates", "updates left out because of NaN or Inf"),
+    Field("staleness", "rollout batches", "trained on between the sampling of this batch and its own turn"),
     Field(
         "critic_explained_variance",
         "",

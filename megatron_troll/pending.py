@@ -1,0 +1,71 @@
+"""Rollout batches that are sampled and not yet trained on, and how a checkpoint keeps them."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_troll.collected import Collected
+from megatron_troll.judging import Judged
+from megatron_troll.rollout import archive
+from megatron_troll.types import Prompt
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """trained: rollout batches that the policy had been trained on when this one was sampled."""
+
+    batch: Collected
+    trained: int
+
+
+@dataclass
+class Pending:
+    """Batches for training `staleness` steps after they were sampled, oldest first; `last` is the last step.
+    In a checkpoint, batch i is pending_<i>.npz, .json and .batch.json."""
+
+    staleness: int
+    last: int
+    batches: deque[Waiting] = field(default_factory=deque)
+
+    def next(self, step: int, collect: Callable[[int], Collected]) -> Waiting:
+        """The batch to train on in `step`, after `collect(number)` of every batch that is due by now: first
+        `staleness` + 1 of them, then one a step, and none that no step is left for."""
+        due = min(step + self.staleness, self.last)
+        for number in range(step + len(self.batches), due + 1):
+            self.batches.append(Waiting(collect(number), trained=step - 1))
+        return self.batches.popleft()
+
+    def write(self, folder: Path) -> None:
+        for i, waiting in enumerate(self.batches):
+            path, batch = folder / f"pending_{i:03d}", waiting.batch
+            archive.write(path, batch.sampled.rollouts)
+            rest = {
+                "trained": waiting.trained,
+                "rounds": batch.rounds,
+                "reward": batch.sampled.reward.tolist(),
+                "timeouts": batch.sampled.timeouts,
+                "crashes": batch.sampled.crashes,
+                "kept": batch.kept.tolist(),
+                "groups": [rollout.group for rollout in batch.rollouts],
+            }
+            (folder / f"{path.name}.batch.json").write_text(json.dumps(rest))
+
+    def read(self, folder: Path, prompts: Mapping[str, Prompt]) -> None:
+        """Replace everything by what `write` left. Raises DataError for a prompt that is not in `prompts`."""
+        self.batches.clear()
+        for file in sorted(folder.glob("pending_*.batch.json")):
+            rest = json.loads(file.read_text())
+            sampled = Judged(
+                rollouts=archive.read(folder / file.name.removesuffix(".batch.json"), prompts),
+                reward=np.array(rest["reward"], dtype=np.float32),
+                timeouts=rest["timeouts"],
+                crashes=rest["crashes"],
+            )
+            kept = np.array(rest["kept"], dtype=bool)
+            trained_on = [rollout for rollout, keep in zip(sampled.rollouts, kept) if keep]
+            rollouts = [replace(rollout, group=group) for rollout, group in zip(trained_on, rest["groups"])]
+            self.batches.append(Waiting(Collected(sampled, kept, rollouts, rest["rounds"]), rest["trained"]))

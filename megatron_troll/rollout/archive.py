@@ -1,0 +1,74 @@
+"""Rollouts on disk, to be read back exactly as they were: arrays in NAME.npz, the rest in NAME.json, nothing
+pickled. Prompts are kept by id: they are in the run's own files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_troll.data.errors import DataError
+from megatron_troll.types import Prompt, Rollout, TokenTopK
+
+PER_TOKEN = ("response_ids", "mask", "logp", "uniform")
+PLAIN = ("group", "sample", "text", "finish", "version")
+
+
+def write(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """`path` has no suffix. Raises ValueError where only some rollouts have a top-K, or of different K."""
+    arrays = {
+        "prompt_ids": _joined([rollout.prompt_ids for rollout in rollouts]),
+        "prompt_ends": np.cumsum([len(rollout.prompt_ids) for rollout in rollouts], dtype=np.int64),
+        "ends": np.cumsum([len(rollout.response_ids) for rollout in rollouts], dtype=np.int64),
+    }
+    arrays |= {name: _joined([getattr(rollout, name) for rollout in rollouts]) for name in PER_TOKEN}
+    records = [rollout.topk for rollout in rollouts if rollout.topk is not None]
+    if records:
+        if len(records) < len(rollouts) or len({record.ids.shape[1] for record in records}) > 1:
+            raise ValueError("some rollouts of a batch have a top-K of another size than the rest, or none")
+        arrays["topk_ids"] = np.concatenate([record.ids for record in records])
+        arrays["topk_logp"] = np.concatenate([record.logp for record in records])
+    np.savez(path.with_suffix(".npz"), allow_pickle=False, **arrays)
+    plain = [
+        {"prompt": rollout.prompt.id} | {name: getattr(rollout, name) for name in PLAIN}
+        for rollout in rollouts
+    ]
+    path.with_suffix(".json").write_text(json.dumps(plain))
+
+
+def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
+    """What `write` was given; `prompts` by their ids. Raises DataError for a prompt that is not there."""
+    plain = json.loads(path.with_suffix(".json").read_text())
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    questions = np.split(arrays["prompt_ids"], arrays["prompt_ends"][:-1])
+    per_token = {name: np.split(arrays[name], arrays["ends"][:-1]) for name in PER_TOKEN}
+    records = _records(arrays, len(plain))
+    return [
+        Rollout(
+            prompt=_prompt(fields.pop("prompt"), prompts, path),
+            prompt_ids=questions[i],
+            topk=records[i],
+            **{name: parts[i] for name, parts in per_token.items()},
+            **fields,
+        )
+        for i, fields in enumerate(plain)
+    ]
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _records(arrays: Mapping[str, np.ndarray], count: int) -> Sequence[TokenTopK | None]:
+    if "topk_ids" not in arrays:
+        return [None] * count
+    ids, logp = (np.split(arrays[name], arrays["ends"][:-1]) for name in ("topk_ids", "topk_logp"))
+    return [TokenTopK(*pair) for pair in zip(ids, logp)]
+
+
+def _prompt(name: Any, prompts: Mapping[str, Prompt], path: Path) -> Prompt:
+    if name not in prompts:
+        raise DataError(f"{path}.json: prompt {name!r} is not among the run's training prompts")
+    return prompts[name]

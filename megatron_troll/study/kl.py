@@ -1,0 +1,196 @@
+"""How good the estimators of KL(policy || reference) are on a pool of sampled responses.
+
+The values are those of the methods of slot `kl` themselves. Bias is against the exact KL of the pool's
+positions; resampling is by whole responses, since the tokens of one depend on each other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_troll.objectives.kl.exact import Exact
+from megatron_troll.objectives.kl.k1 import K1
+from megatron_troll.objectives.kl.k2 import K2
+from megatron_troll.objectives.kl.k3 import K3
+from megatron_troll.objectives.kl.tike import Tike
+from megatron_troll.objectives.reference import ReferenceKl
+from megatron_troll.objectives.sampled_kl import SampledKl
+from megatron_troll.objectives.slots import Policy, Term
+from megatron_troll.parallel import vocab
+from megatron_troll.parallel.groups import ALONE
+from megatron_troll.parallel.records import own_record
+from megatron_troll.types import ObjectiveInputs, Readings, Segments
+
+RESAMPLES = 2_000
+# Edges of the mass that the top-k holds.
+REGIMES = (0.0, 0.9, 0.99, 0.999, 0.9999, 1.0)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """N sampled tokens with both models' full rows.
+
+    policy, reference  [N, V] log-probabilities (or logits: only differences in a row count)
+    target             [N] sampled token
+    response           [N] int64, which response it belongs to, counted from 0
+    """
+
+    policy: Tensor
+    reference: Tensor
+    target: Tensor
+    response: Tensor
+
+    @property
+    def vocab(self) -> int:
+        return self.policy.shape[1]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of one estimator, nats per token, against the exact KL of the same positions. expected: bias in
+    expectation over the token of each; bias +- standard_error: with the sampled ones; spread[i]: standard
+    deviation of the mean over sizes[i] responses; negative[i]: the share of such means below 0."""
+
+    expected: float
+    bias: float
+    standard_error: float
+    spread: tuple[float, ...]
+    negative: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Exact less truncated KL where the top-k holds a mass in [low, high): the share of positions, its mean
+    and mean size there, nats, and what the exact KL is there."""
+
+    k: int
+    low: float
+    high: float
+    share: float
+    mean: float
+    size: float
+    exact: float
+
+
+def estimators(ks: Sequence[int]) -> dict[str, ReferenceKl]:
+    """By name, with weight 1. On the pool old and new policy are one, so that no importance weight is."""
+    sampled = {"k1": K1(beta=1.0), "k2": K2(beta=1.0), "k3": K3(beta=1.0)}
+    sampled["k3 without limits"] = K3(beta=1.0, clamp=False)
+    return sampled | {"exact": Exact(beta=1.0)} | {f"tike {k}": Tike(beta=1.0, k=k) for k in ks}
+
+
+def estimate(method: ReferenceKl, pool: Pool) -> Term:
+    """The method's value [N] and what it reports."""
+    inputs = _inputs(method, pool)
+    logp = inputs.new.logp
+    assert logp is not None
+    return method.penalty(inputs, Policy(logp, logp.detach(), torch.zeros_like(logp)), None)
+
+
+def expectation(method: ReferenceKl, pool: Pool) -> Tensor:
+    """[N] the method's mean over the tokens that each position may draw. Holds N x V for those that read the
+    sampled token alone; the others do not depend on it."""
+    if not isinstance(method, SampledKl):
+        return estimate(method, pool).value
+    logp, reference = (rows.log_softmax(1) for rows in (pool.policy.double(), pool.reference.double()))
+    return (logp.exp() * method.of_log_ratio(logp - reference)).sum(1)
+
+
+def qualities(
+    values: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    response: Tensor,
+    sizes: Sequence[int],
+    seed: int = 0,
+) -> dict[str, Quality]:
+    """Of each estimator's values [N] and expectations [N]; `values["exact"]` is the truth."""
+    owner = response.numpy()
+    count = np.bincount(owner).astype(np.float64)
+    sums = {name: np.bincount(owner, value.double().numpy()) for name, value in values.items()}
+    rng = np.random.default_rng(seed)
+    drawn = [rng.integers(0, len(count), (RESAMPLES, size)) for size in sizes]
+
+    def quality(name: str) -> Quality:
+        means = [sums[name][rows].sum(1) / count[rows].sum(1) for rows in drawn]
+        bias = (sums[name] - sums["exact"]).sum() / count.sum()
+        off = sums[name] - sums["exact"] - bias * count
+        return Quality(
+            expected=float(expected[name].double().mean() - values["exact"].double().mean()),
+            bias=float(bias),
+            standard_error=float(np.sqrt((off**2).sum()) / count.sum()),
+            spread=tuple(float(mean.std()) for mean in means),
+            negative=tuple(float((mean < 0).mean()) for mean in means),
+        )
+
+    return {name: quality(name) for name in values}
+
+
+def residuals(k: int, term: Term, exact: Tensor) -> list[Residual]:
+    """By regime, of TIKE with this k; regimes without a position are left out."""
+    mass, left_out = term.per_token["reference_kl_mass"], exact - term.value
+    found = []
+    for low, high in pairwise(REGIMES):
+        inside = (mass >= low) & ((mass < high) if high < 1 else True)
+        if bool(inside.any()):
+            here = left_out[inside]
+            figures = (inside.double().mean(), here.mean(), here.abs().mean(), exact[inside].mean())
+            found.append(Residual(k, low, high, *(float(figure) for figure in figures)))
+    return found
+
+
+def seconds(method: ReferenceKl, pool: Pool, repeats: int) -> float:
+    """Of reading both rows, forward and backward, per 1,000 tokens: the fastest of `repeats`."""
+    taken = []
+    for _ in range(repeats):
+        rows = pool.policy.clone().requires_grad_()
+        began = perf_counter()
+        estimate(method, Pool(rows, pool.reference, pool.target, pool.response)).value.sum().backward()
+        taken.append(perf_counter() - began)
+    return 1_000 * min(taken) / len(pool.target)
+
+
+def _inputs(method: ReferenceKl, pool: Pool) -> ObjectiveInputs:
+    """What the LM head would read of the rows for this method."""
+    rows, size = pool.policy, pool.vocab
+    lse, reference_lse = (vocab.logsumexp(logits, ALONE, size) for logits in (rows, pool.reference))
+    kl = record = None
+    beside = Readings(vocab.log_prob(pool.reference, pool.target, ALONE, size), None, None)
+    if method.reads.reference_kl:
+        kl = vocab.kl(rows, lse, pool.reference - reference_lse[:, None], ALONE, size)
+    if method.reads.topk is not None:
+        record = own_record(rows, pool.target, lse, method.reads.topk, ALONE, size)
+        logits = vocab.gather_logits(pool.reference, record.ids, ALONE)
+        at_record = type(record)(record.ids, logits, record.count, record.place, reference_lse, size)
+        beside = Readings(beside.logp, at_record, None)
+    logp = vocab.log_prob(rows, pool.target, ALONE, size)
+    new = Readings(logp, record, None, reference_kl=kl)
+    ones = torch.ones_like(logp.detach())
+    return ObjectiveInputs(
+        new=new,
+        old=Readings(logp.detach(), None, None),
+        rollout_logp=logp.detach(),
+        rollout_topk=None,
+        advantage=ones,
+        weight=ones,
+        position=torch.zeros_like(pool.response),
+        segments=_whole(pool.response),
+        group=pool.response.unique(),
+        rollout=pool.response.unique(),
+        rollouts=int(pool.response.max()) + 1,
+        uniform=ones,
+        reference=beside,
+    )
+
+
+def _whole(response: Tensor) -> Segments:
+    """Estimators look at single tokens; their responses are not asked for."""
+
+    def refuse(values: Tensor) -> Tensor:
+        raise NotImplementedError("an estimator of the KL looks at single tokens")
+
+    return Segments(refuse, refuse, refuse, refuse, response)

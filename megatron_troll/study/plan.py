@@ -1,0 +1,200 @@
+"""A study: which runs, and which comparisons between them, written down before any is run."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_troll.config.document import Entry
+from megatron_troll.config.errors import ConfigError, nearest
+from megatron_troll.config.load import assemble, extended, merge, parse_file, place, read
+from megatron_troll.config.shape import Shape
+from megatron_troll.config.tree import Config, Fraction, Natural, Node
+from megatron_troll.config.validate import validate
+
+Outcome = Literal["final_success", "steps_to_threshold", "jitter2", "entropy", "collapses"]
+PATHS = ("base", "warm_start")
+# Keys whose values are parts of configurations.
+DELTAS = ("config", "settings", "methods")
+NOTHING = Entry({}, "")
+
+
+class Comparison(Node):
+    """One claim that the study tests."""
+
+    claim: str = Field(description="who claims what, in a sentence")
+    setting: str = Field(description="where")
+    outcome: Outcome = Field(description="what is compared")
+    a: str = Field(description="a method")
+    b: str = Field(description="the method it is compared with")
+    expect: Literal["higher", "lower"] = Field(description="what the claim says of a's outcome beside b's")
+
+
+class Study(Node):
+    """What a study file says beside its parts of configurations: `config` (of every run), `settings` and
+    `methods` (name -> part), each laid over `base` in that order. A part may extend presets. A file may
+    extend another: `config` is laid over the other's, any other key replaces it."""
+
+    name: str = Field(description="runs lie in <runs>/<name>")
+    runs: str = Field(default="runs", description="where")
+    base: str = Field(description="configuration file that every run starts from")
+    warm_start: str | None = Field(
+        default=None,
+        description="configuration of `mtroll sft`: each seed then has its own demo task and warm start, "
+        "which all of its runs share; null: the data and models of the base",
+    )
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = Field(description="each with every method")
+    threshold: Fraction = Field(default=0.7, description="held-out success of `steps_to_threshold`")
+    collapse: Fraction = Field(
+        default=0.5,
+        description="a run collapsed where its last held-out success is below this share of its best one",
+    )
+    baseline: str | None = Field(
+        default=None, description="the method that tables show differences from; default: the first"
+    )
+    comparisons: tuple[Comparison, ...] = Field(default=(), description="the confirmatory ones, all of them")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    setting: str
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.setting}/{self.method}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study and the parts of its configurations."""
+
+    study: Study
+    common: Entry
+    settings: dict[str, Entry]
+    methods: dict[str, Entry]
+
+    @property
+    def root(self) -> Path:
+        return Path(self.study.runs) / self.study.name
+
+    def cells(self) -> Iterator[Cell]:
+        """Seed by seed, so that an interrupted study has whole pairs."""
+        for seed in self.study.seeds:
+            for setting in self.settings:
+                for method in self.methods:
+                    yield Cell(setting, method, seed)
+
+    def folder(self, cell: Cell) -> Path:
+        return self.of_seed(cell.seed) / cell.setting / cell.method
+
+    def of_seed(self, seed: int) -> Path:
+        return self.root / f"seed-{seed}"
+
+    def config(self, cell: Cell) -> Config:
+        """The configuration of one run. Raises ConfigError."""
+        parts = [read(Path(self.study.base)), self.common, self.settings[cell.setting]]
+        config = assemble([*parts, self.methods[cell.method]])
+        folder = self.folder(cell)
+        changes = {"name": cell.method, "runs": str(folder.parent), "seed": cell.seed}
+        if self.study.warm_start is not None:
+            changes |= self._data(cell.seed) | {
+                f"models.{model}.path": str(self.of_seed(cell.seed) / "warm-start" / "hf")
+                for model in ("policy", "reference", "critic")
+                if getattr(config.models, model) is not None
+            }
+        return assemble([*parts, self.methods[cell.method]], _overrides(changes))
+
+    def warm_start(self, seed: int) -> Config:
+        """The configuration of a seed's warm start. Raises ConfigError."""
+        assert self.study.warm_start is not None
+        folder = self.of_seed(seed)
+        changes = self._data(seed) | {
+            "name": "warm-start",
+            "runs": str(folder),
+            "seed": seed,
+            "checkpoint.export": True,
+            "models.policy.path": str(folder / "demo" / "base"),
+            "sft.files": [str(folder / "demo" / "data" / "warm.jsonl")],
+        }
+        return assemble([read(Path(self.study.warm_start)), self.common], _overrides(changes))
+
+    def _data(self, seed: int) -> dict[str, object]:
+        data = self.of_seed(seed) / "demo" / "data"
+        return {"data.files": [str(data / "train.jsonl")], "data.held_out": [str(data / "held_out.jsonl")]}
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a study, and refuse it where a run of it has no valid configuration, where the methods of a
+    setting do not get the same compute, or where a comparison names what is not there. Raises ConfigError."""
+    tree = _read(Path(path))
+    assert isinstance(tree.value, dict)
+    own = Entry({key: entry for key, entry in tree.value.items() if key not in DELTAS}, tree.place)
+    study = validate(Study, own.plain(), "", lambda keys: place(own, keys))
+    settings, methods = (tree.value.get(key, NOTHING).value or {} for key in ("settings", "methods"))
+    if not (isinstance(settings, dict) and settings and isinstance(methods, dict) and methods):
+        raise ConfigError(f"{path}: settings and methods must each map one name or more to a part")
+    plan = Plan(study, tree.value.get("config", NOTHING), settings, methods)
+    _refuse_unmatched(plan)
+    if study.baseline is not None:
+        _known(study.baseline, methods, "baseline")
+    for c in study.comparisons:
+        for name, known in zip((c.setting, c.a, c.b), (settings, methods, methods)):
+            _known(name, known, f"comparison {c.claim!r}")
+    return plan
+
+
+def _read(path: Path) -> Entry:
+    """The file with its paths and parts resolved, over the study that it extends."""
+    own = parse_file(path)
+    assert isinstance(own.value, dict)
+    keys = dict(own.value)
+    other = keys.pop("extends", None)
+    before = NOTHING if other is None else _read(path.parent / str(other.value))
+    assert isinstance(before.value, dict)
+    for key in PATHS:
+        if key in keys and keys[key].value is not None:
+            keys[key] = Entry(str(path.parent / str(keys[key].value)), keys[key].place)
+    for key in ("settings", "methods"):
+        if key in keys and isinstance(named := keys[key].value, dict):
+            parts = {name: extended(part, path) for name, part in named.items()}
+            keys[key] = Entry(parts, keys[key].place)
+    if "config" in keys:
+        common = extended(keys["config"], path)
+        keys["config"] = merge(before.value.get("config", NOTHING), common, Shape.of(Config))
+    return Entry({**before.value, **keys}, own.place)
+
+
+def _overrides(changes: dict[str, object]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def _refuse_unmatched(plan: Plan) -> None:
+    """The methods of a setting must sample, update and spend alike."""
+    for setting in plan.settings:
+        spent: dict[tuple[int, ...], str] = {}
+        for method in plan.methods:
+            config = plan.config(Cell(setting, method, plan.study.seeds[0]))
+            spent.setdefault(_compute(config), method)
+        if len(spent) > 1:
+            (one, a), (two, b), *_ = spent.items()
+            raise ConfigError(
+                f"study {plan.study.name}, setting {setting}: {a} and {b} do not get the same compute: "
+                f"rollout batches, responses a batch, updates, epochs, longest response: {one} and {two}"
+            )
+
+
+def _compute(config: Config) -> tuple[int, ...]:
+    train, rollout = config.train, config.rollout
+    responses = rollout.prompts * rollout.samples
+    return (train.steps, responses, train.updates, train.epochs, rollout.sampling.max_tokens)
+
+
+def _known(name: str, known: dict[str, Entry], where: str) -> None:
+    if name not in known:
+        raise ConfigError(f"{where}: no {name!r}; {nearest(name, list(known))}")

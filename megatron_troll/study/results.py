@@ -1,0 +1,106 @@
+"""What is kept of each run of a study: small enough to be committed, enough to make every figure from."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megatron_troll.files import write_atomic
+from megatron_troll.observe.run_folder import RunFolder
+from megatron_troll.observe.runs import read_run
+from megatron_troll.study.plan import Cell, Plan
+
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run. held_out[i] and entropy[i] are of step i + 1, None where the figure is absent or not
+    finite; before: held-out success of the warm start. tokens: sampled for training, stop tokens included;
+    date: the day it ended (UTC)."""
+
+    setting: str
+    method: str
+    seed: int
+    before: float
+    held_out: tuple[float | None, ...]
+    entropy: tuple[float | None, ...]
+    responses: int
+    tokens: int
+    updates: int
+    skipped: int
+    seconds: float
+    date: str
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.setting, self.method, self.seed)
+
+
+def results_path(study: Path) -> Path:
+    """Where the results of a study file lie."""
+    return study.parent / "results" / f"{study.stem}.json"
+
+
+def finished(plan: Plan, cell: Cell) -> bool:
+    """Whether the run has come to its last step and said so."""
+    folder = RunFolder(plan.folder(cell))
+    if not folder.summary.exists():
+        return False
+    return read_run(folder.root, str(cell)).rows[-1]["step"] == plan.config(cell).train.steps
+
+
+def result_of(plan: Plan, cell: Cell) -> Result:
+    """The result of a finished run, from its folder."""
+    folder, config = RunFolder(plan.folder(cell)), plan.config(cell)
+    run = read_run(folder.root, str(cell))
+    first, rows = run.rows[0], run.rows[1:]
+    responses = config.rollout.prompts * config.rollout.samples
+    skipped = int(sum(row["skipped_updates"] for row in rows))
+    ended = datetime.fromtimestamp(folder.summary.stat().st_mtime, UTC)
+    return Result(
+        setting=cell.setting,
+        method=cell.method,
+        seed=cell.seed,
+        before=_rounded(first["held_out_success"]) or 0.0,
+        held_out=tuple(_rounded(row.get("held_out_success")) for row in rows),
+        entropy=tuple(_rounded(row.get("entropy")) for row in rows),
+        responses=responses * len(rows),
+        tokens=round(sum(row["response_length"] for row in rows) * responses),
+        updates=config.train.updates * len(rows) - skipped,
+        skipped=skipped,
+        seconds=round(run.summary["seconds"], 1),
+        date=f"{ended:%Y-%m-%d}",
+    )
+
+
+def read_results(path: Path) -> dict[Cell, Result]:
+    """Empty where there is no such file."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())
+    results = [Result(**row | {name: tuple(row[name]) for name in ("held_out", "entropy")}) for row in rows]
+    return {result.cell: result for result in results}
+
+
+def write_results(path: Path, results: Iterable[Result]) -> None:
+    """A JSON array, a line a run, in a fixed order."""
+    ordered = sorted(results, key=lambda result: (result.setting, result.method, result.seed))
+    lines = ",\n".join(json.dumps(asdict(result), allow_nan=False) for result in ordered)
+    write_atomic(path, f"[\n{lines}\n]\n")
+
+
+def gather(plan: Plan, path: Path) -> dict[Cell, Result]:
+    """The results file brought up to date with the finished runs of the plan; runs of which only the file
+    knows stay. Written where anything is new."""
+    kept = read_results(path)
+    results = {cell: kept[cell] for cell in plan.cells() if cell in kept}
+    results |= {cell: result_of(plan, cell) for cell in plan.cells() if finished(plan, cell)}
+    if results != kept:
+        write_results(path, results.values())
+    return results
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, DIGITS)

@@ -1,0 +1,85 @@
+"""Running what a study plans: warm starts, then every run that is not finished, a few at a time."""
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_troll.config.load import dump
+from megatron_troll.config.tree import Config
+from megatron_troll.data.demo import write_demo
+from megatron_troll.files import write_atomic
+from megatron_troll.launch.interrupts import Interrupts
+from megatron_troll.observe.run_folder import RunFolder
+from megatron_troll.study.jobs import Ended, Job, run_jobs
+from megatron_troll.study.plan import Cell, Plan
+from megatron_troll.study.results import finished, gather, result_of, write_results
+
+
+def run_study(
+    plan: Plan, results: Path, at_once: int, interrupts: Interrupts, say: Callable[[str], None]
+) -> bool:
+    """Run to the end; started again, it goes on where it was stopped. Every finished run is added to the file
+    `results`. Returns whether all of them are finished: not when asked to stop or a run failed. Blocks.
+    """
+    unprepared = [seed for seed in plan.study.seeds if not prepared(plan, seed)]
+    _run([warm_start(plan, seed) for seed in unprepared], at_once, interrupts, say)
+    found = gather(plan, results)
+    jobs = {
+        training(plan, cell): cell
+        for cell in plan.cells()
+        if prepared(plan, cell.seed) and not finished(plan, cell)
+    }
+
+    def record(job: Job) -> None:
+        if finished(plan, cell := jobs[job]):
+            found[cell] = result_of(plan, cell)
+            write_results(results, found.values())
+
+    _run(list(jobs), at_once, interrupts, say, record)
+    return all(finished(plan, cell) for cell in plan.cells())
+
+
+def prepared(plan: Plan, seed: int) -> bool:
+    """Whether the seed has what its runs start from."""
+    return plan.study.warm_start is None or RunFolder(plan.of_seed(seed) / "warm-start").summary.exists()
+
+
+def warm_start(plan: Plan, seed: int) -> Job:
+    """Writes the seed's demo task. Deletes a warm start that was not finished, since none is resumed."""
+    folder = plan.of_seed(seed)
+    write_demo(folder / "demo", seed)
+    if (folder / "warm-start").exists():
+        shutil.rmtree(folder / "warm-start")
+    return _job("sft", f"warm start of seed {seed}", plan.warm_start(seed), folder / "warm-start")
+
+
+def training(plan: Plan, cell: Cell) -> Job:
+    return _job("train", str(cell), plan.config(cell), plan.folder(cell), "resume=true")
+
+
+def _job(command: str, name: str, config: Config, folder: Path, *overrides: str) -> Job:
+    """`mtroll command` on a configuration that is written beside the run folder."""
+    path = folder.with_name(f"{folder.name}.yaml")
+    write_atomic(path, dump(config))
+    argv = (sys.executable, "-m", "megatron_troll.cli", command, str(path), *overrides)
+    return Job(name, argv, folder.with_name(f"{folder.name}.log"))
+
+
+def _run(
+    jobs: Sequence[Job],
+    at_once: int,
+    interrupts: Interrupts,
+    say: Callable[[str], None],
+    after: Callable[[Job], None] = lambda job: None,
+) -> None:
+    count = 0
+
+    def ended(end: Ended) -> None:
+        nonlocal count
+        count += 1
+        how = "ended" if end.code == 0 else f"failed with exit code {end.code}, see {end.job.log}"
+        say(f"{count}/{len(jobs)} {end.job.name}: {how}, {end.seconds:.0f} s")
+        after(end.job)
+
+    run_jobs(jobs, at_once, interrupts, ended)

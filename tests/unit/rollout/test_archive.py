@@ -1,0 +1,77 @@
+"""Rollouts come back from disk exactly as they were."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_troll.data.errors import DataError
+from megatron_troll.rollout import archive
+from megatron_troll.types import Message, Prompt, Rollout, TokenTopK
+
+PROMPTS = {name: Prompt(name, (Message("user", name),), "7") for name in ("a", "b")}
+
+
+def rollout(prompt: str, sample: int, length: int, k: int = 3) -> Rollout:
+    rng = np.random.default_rng([length, sample])
+    ids = rng.integers(0, 50, (length, k)).astype(np.int32)
+    return Rollout(
+        prompt=PROMPTS[prompt],
+        group=list(PROMPTS).index(prompt),
+        sample=sample,
+        prompt_ids=rng.integers(0, 50, 4 + sample),
+        response_ids=rng.integers(0, 50, length),
+        mask=rng.integers(0, 2, length).astype(np.float32),
+        logp=np.where(rng.random(length) < 0.2, -np.inf, rng.standard_normal(length)).astype(np.float32),
+        uniform=rng.random(length),
+        topk=TokenTopK(ids, rng.standard_normal((length, k)).astype(np.float32)),
+        text="13579 \N{SNOWMAN} \ud800",
+        finish="length",
+        version=12,
+    )
+
+
+BATCH = [rollout("a", 0, 5), rollout("a", 1, 0), rollout("b", 0, 7)]
+
+
+def assert_same(one: Rollout, other: Rollout) -> None:
+    for name, value in vars(one).items():
+        there = getattr(other, name)
+        if isinstance(value, TokenTopK):
+            assert_arrays(value.ids, there.ids)
+            assert_arrays(value.logp, there.logp)
+        elif isinstance(value, np.ndarray):
+            assert_arrays(value, there)
+        else:
+            assert value == there, name
+
+
+def assert_arrays(one: np.ndarray, other: np.ndarray) -> None:
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(one, other)
+
+
+def test_every_field_comes_back_to_the_bit(tmp_path: Path) -> None:
+    archive.write(tmp_path / "batch", BATCH)
+    read = archive.read(tmp_path / "batch", PROMPTS)
+    assert len(read) == len(BATCH)
+    for one, other in zip(BATCH, read):
+        assert_same(one, other)
+
+
+def test_rollouts_without_top_k_come_back_without(tmp_path: Path) -> None:
+    archive.write(tmp_path / "batch", [replace(one, topk=None) for one in BATCH])
+    assert [one.topk for one in archive.read(tmp_path / "batch", PROMPTS)] == [None] * 3
+
+
+@pytest.mark.parametrize("odd", [rollout("b", 1, 4, k=2), replace(BATCH[0], topk=None)])
+def test_top_k_of_different_sizes_are_refused(tmp_path: Path, odd: Rollout) -> None:
+    with pytest.raises(ValueError, match="another size"):
+        archive.write(tmp_path / "batch", [*BATCH, odd])
+
+
+def test_a_prompt_that_has_gone_is_named(tmp_path: Path) -> None:
+    archive.write(tmp_path / "batch", BATCH)
+    with pytest.raises(DataError, match=r"batch\.json: prompt 'b' is not among"):
+        archive.read(tmp_path / "batch", {"a": PROMPTS["a"]})

@@ -1,0 +1,112 @@
+"""From run folders to a results file and a page."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from megatron_troll.study.plan import Cell, Plan, load_plan
+from megatron_troll.study.plots import plot
+from megatron_troll.study.report import markdown
+from megatron_troll.study.results import Result, finished, gather, read_results, result_of, write_results
+from tests.unit.study.test_outcomes import RESULT
+from tests.unit.study.test_plan import SMALL, write
+
+COMPARISONS = """
+comparisons:
+  - {claim: TROLL is better, setting: calm, outcome: final_success, a: tight, b: clip, expect: higher}
+  - {claim: TROLL is steadier, setting: calm, outcome: jitter2, a: tight, b: clip, expect: lower}
+  - {claim: TROLL is bolder, setting: wild, outcome: entropy, a: tight, b: clip, expect: higher}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.chdir(tmp_path)
+    return load_plan(write(tmp_path, SMALL + COMPARISONS))
+
+
+def make_run(plan: Plan, cell: Cell, steps: int = 7, ended: bool = True) -> None:
+    folder = plan.folder(cell)
+    folder.mkdir(parents=True)
+    rows: list[dict[str, float | None]] = [{"step": 0, "held_out_success": 0.25}]
+    for step in range(1, steps + 1):
+        row = {
+            "held_out_success": step / 10,
+            "entropy": 1 / step,
+            "skipped_updates": 0,
+            "response_length": 5.5,
+        }
+        rows.append({"step": step} | row)
+    rows[-1] |= {"entropy": None, "skipped_updates": 3}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if ended:
+        (folder / "summary.json").write_text('{"seconds": 12.34}')
+
+
+def results(plan: Plan, gain: float) -> dict[Cell, Result]:
+    """Of the calm setting: the tight method ends higher by `gain` in every seed."""
+    found = {}
+    for cell in plan.cells():
+        if cell.setting == "calm":
+            last = 0.6 + 0.05 * cell.seed - (0.0 if cell.method == "tight" else gain)
+            named = replace(RESULT, setting=cell.setting, method=cell.method, seed=cell.seed)
+            found[cell] = replace(named, held_out=(0.5, 0.6, last))
+    return found
+
+
+def test_a_finished_run_is_summed_up(plan: Plan) -> None:
+    cell = Cell("wild", "clip", 3)
+    make_run(plan, cell)
+    assert finished(plan, cell)
+    result = result_of(plan, cell)
+    assert (result.before, result.held_out[-1], result.entropy[-1]) == (0.25, 0.7, None)
+    assert (result.responses, result.tokens) == (64 * 8 * 7, round(64 * 8 * 7 * 5.5))
+    assert (result.updates, result.skipped, result.seconds) == (8 * 7 - 3, 3, 12.3)
+
+
+@pytest.mark.parametrize(("steps", "ended"), [(7, False), (6, True)])
+def test_a_run_that_stopped_early_is_not_finished(plan: Plan, steps: int, ended: bool) -> None:
+    cell = Cell("calm", "clip", 3)
+    assert not finished(plan, cell)
+    make_run(plan, cell, steps, ended)
+    assert not finished(plan, cell)
+
+
+def test_results_outlive_the_run_folders_but_not_the_plan(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "study.json"
+    kept = results(plan, 0.1)
+    gone = replace(RESULT, method="no longer planned")
+    write_results(path, [*kept.values(), gone])
+    make_run(plan, Cell("wild", "clip", 3))
+    found = gather(plan, path)
+    assert found == kept | {Cell("wild", "clip", 3): result_of(plan, Cell("wild", "clip", 3))}
+    assert read_results(path) == found
+    assert len(path.read_text().splitlines()) == len(found) + 2
+
+
+def test_a_page_says_what_showed_and_what_did_not(plan: Plan) -> None:
+    page = markdown(plan, results(plan, 0.1), "study.yaml", "images/{setting}.png")
+    assert "2 methods x 2 seeds x 2 settings: 4 of 8 runs finished" in page
+    row = "| TROLL is better | calm | final success | tight | clip | higher | +0.100 [+0.100, +0.100] "
+    assert f"{row}| as claimed |" in page
+    assert "- TROLL is steadier (calm, Jitter2): came out the other way round." in page
+    assert "| TROLL is bolder | wild | entropy | tight | clip | higher | - | not run |" in page
+    assert "TROLL is better (calm" not in page
+    assert "![calm](images/calm.png)" in page
+    assert "## wild" not in page
+
+
+def test_tables_hold_levels_and_paired_differences_from_the_baseline(plan: Plan) -> None:
+    page = markdown(plan, results(plan, 0.1), "study.yaml", None)
+    assert "| clip | 0.675 [0.650, 0.700] |" in page
+    assert "| tight | +0.100 [+0.100, +0.100] |" in page
+    assert "0 of 2" in page
+
+
+def test_curves_are_drawn(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "images" / "calm.png"
+    plot(plan, "calm", results(plan, 0.1), path)
+    assert imread(path).std() > 0.05

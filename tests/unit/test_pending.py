@@ -1,0 +1,79 @@
+"""Which batch a step trains on, and that nothing sampled is lost or used twice."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_troll.collected import Collected
+from megatron_troll.judging import Judged
+from megatron_troll.pending import Pending
+from tests.unit.rollout.test_archive import PROMPTS, assert_arrays, assert_same, rollout
+
+
+def collected(number: int) -> Collected:
+    """Batch `number`, known by its timeouts; of three responses the first is not trained on."""
+    drawn = [rollout("a", 0, 5), rollout("a", 1, 2), rollout("b", 1, number)]
+    reward = np.array([0.0, 0.1, 1.0], dtype=np.float32)
+    kept = np.array([False, True, True])
+    trained_on = [replace(one, group=i) for i, one in enumerate(drawn[1:])]
+    return Collected(Judged(drawn, reward, timeouts=number, crashes=1), kept, trained_on, rounds=2)
+
+
+def train(pending: Pending, steps: range, sampled: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(batch, its staleness) of each step; `sampled` gains (step, batch)."""
+    trained = []
+    for step in steps:
+
+        def collect(number: int, step: int = step) -> Collected:
+            sampled.append((step, number))
+            return collected(number)
+
+        waiting = pending.next(step, collect)
+        trained.append((waiting.batch.sampled.timeouts, step - 1 - waiting.trained))
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("staleness", "stale"), [(0, [0, 0, 0, 0, 0]), (2, [0, 1, 2, 2, 2]), (9, [0, 1, 2, 3, 4])]
+)
+def test_each_batch_is_trained_on_once_in_order_and_so_many_steps_late(
+    staleness: int, stale: list[int]
+) -> None:
+    sampled: list[tuple[int, int]] = []
+    trained = train(Pending(staleness, last=5), range(1, 6), sampled)
+    assert trained == list(zip(range(1, 6), stale))
+    assert [number for _, number in sampled] == [1, 2, 3, 4, 5]
+
+
+def test_the_first_batches_are_sampled_at_once_and_then_one_a_step() -> None:
+    sampled: list[tuple[int, int]] = []
+    train(Pending(2, last=6), range(1, 7), sampled)
+    assert sampled == [(1, 1), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6)]
+
+
+def test_a_resumed_queue_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    whole: list[tuple[int, int]] = []
+    expected = train(Pending(2, last=8), range(1, 9), whole)
+    before, after, sampled = Pending(2, last=8), Pending(2, last=8), []
+    trained = train(before, range(1, 5), sampled)
+    before.write(tmp_path)
+    after.read(tmp_path, PROMPTS)
+    for kept, read in zip(before.batches, after.batches, strict=True):
+        one, other = kept.batch, read.batch
+        assert_arrays(one.sampled.reward, other.sampled.reward)
+        assert_arrays(one.kept, other.kept)
+        assert one.metrics == other.metrics
+        for here, there in ((one.sampled.rollouts, other.sampled.rollouts), (one.rollouts, other.rollouts)):
+            for pair in zip(here, there, strict=True):
+                assert_same(*pair)
+    assert trained + train(after, range(5, 9), sampled) == expected
+    assert sampled == whole
+
+
+def test_a_checkpoint_without_waiting_batches_empties_the_queue(tmp_path: Path) -> None:
+    pending = Pending(1, last=4)
+    train(pending, range(1, 2), [])
+    pending.read(tmp_path, PROMPTS)
+    assert not pending.batches
