@@ -64,7 +64,7 @@ def run_command(arguments: Namespace) -> int:
 
 
 def report_command(arguments: Namespace) -> int:
-    from megatron_troll.observe.files import write_atomic
+    from megatron_troll.files import write_atomic
     from megatron_troll.study.plan import load_plan
     from megatron_troll.study.plots import plot
     from megatron_troll.study.report import markdown

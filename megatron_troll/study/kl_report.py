@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from megatron_troll.files import write_atomic
 from megatron_troll.observe.charts import COLOURS
-from megatron_troll.observe.files import write_atomic
 from megatron_troll.study.kl import (
     Pool,
     Quality,

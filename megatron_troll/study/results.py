@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_troll.observe.files import write_atomic
+from megatron_troll.files import write_atomic
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.observe.runs import read_run
 from megatron_troll.study.plan import Cell, Plan

@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_troll.config.load import dump
 from megatron_troll.config.tree import Config
 from megatron_troll.data.demo import write_demo
+from megatron_troll.files import write_atomic
 from megatron_troll.launch.interrupts import Interrupts
-from megatron_troll.observe.files import write_atomic
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.study.jobs import Ended, Job, run_jobs
 from megatron_troll.study.plan import Cell, Plan
