@@ -78,10 +78,15 @@ class Residual:
 
 
 def estimators(ks: Sequence[int]) -> dict[str, ReferenceKl]:
-    """By name, with weight 1. On the pool old and new policy are one, so that no importance weight is."""
-    sampled = {"k1": K1(beta=1.0), "k2": K2(beta=1.0), "k3": K3(beta=1.0)}
-    sampled["k3 without limits"] = K3(beta=1.0, clamp=False)
-    return sampled | {"exact": Exact(beta=1.0)} | {f"tike {k}": Tike(beta=1.0, k=k) for k in ks}
+    """By name, with weight 1. On the pool old and new policy are one: every importance weight is 1."""
+    known: dict[str, ReferenceKl] = {
+        "k1": K1(beta=1.0),
+        "k2": K2(beta=1.0),
+        "k3": K3(beta=1.0),
+        "k3 without limits": K3(beta=1.0, clamp=False),
+        "exact": Exact(beta=1.0),
+    }
+    return known | {f"tike {k}": Tike(beta=1.0, k=k) for k in ks}
 
 
 def estimate(method: ReferenceKl, pool: Pool) -> Term:

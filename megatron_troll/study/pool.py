@@ -33,7 +33,7 @@ def draw_pool(task: Task) -> Pool:
     os.environ.update(rank_environment(0, 1, free_port(), torch.get_num_threads()))
     groups = parallel.start(config.policy.layout, config.seed)
     try:
-        policy = open_model(config.policy, task.shape, groups, config.seed)
+        policy = open_model(config.policy, task.shape, groups, config.seed, unwatched)
         prompts = task.prompts.held_out[: config.rollout.prompts]
         requests = requests_for(prompts, config.rollout.samples, task.tokenizer)
         engine = open_engine(task, policy)
@@ -44,7 +44,7 @@ def draw_pool(task: Task) -> Pool:
         ]
         path = config.models.reference.path
         frozen = config.policy.model_copy(update={"path": path, "init": "pretrained"})
-        reference = open_model(frozen, task.shape, groups, config.seed)
+        reference = open_model(frozen, task.shape, groups, config.seed, unwatched)
         temperature = config.rollout.sampling.temperature
         rows = (full_rows(model, batches, temperature) for model in (policy, reference))
         return Pool(
@@ -54,6 +54,10 @@ def draw_pool(task: Task) -> Pool:
         )
     finally:
         parallel.stop()
+
+
+def unwatched() -> None:
+    """No watchdog is told of progress: this process has none."""
 
 
 def full_rows(model: MegatronModel, batches: list[MicroBatch], temperature: float) -> Tensor:
