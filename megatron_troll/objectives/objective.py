@@ -82,14 +82,19 @@ class Objective:
         for method in self.methods:
             method.check(vocab)
 
-    def prepare_old(self, old: Readings) -> Readings:
-        """The old readings checked, and every record cut to what this objective reads, whoever made it; once,
-        before any update. Waits for the device. Raises ValueError that names positions."""
-        old, reads = self.trust_region.prepare_old(old), self.reads_old
-        if reads.topk is None:
-            return old
-        if old.topk is None:
+    def check_old(self, old: Readings) -> Readings:
+        """The old readings, which were made for `reads_old`, as the trust region uses them; once, before any
+        update. Waits for the device. Raises ValueError that names positions."""
+        if self.reads_old.topk is not None and old.topk is None:
             raise ValueError("this objective reads the old policy's top-K record; none was given")
+        return self.trust_region.prepare_old(old)
+
+    def prepare_old(self, old: Readings) -> Readings:
+        """`check_old` for a record that keeps more than `reads_old` names, as a rollout engine's may: every
+        record is cut to what this objective reads. Raises ValueError where it keeps less."""
+        old, reads = self.check_old(old), self.reads_old
+        if reads.topk is None or old.topk is None:
+            return old
         others = {kept: cut(old.others.get(kept, old.topk), kept.k, kept.delta) for kept in reads.others}
         return replace(old, topk=cut(old.topk, reads.topk.k, reads.topk.delta), others=others)
 
