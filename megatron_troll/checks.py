@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +16,7 @@ from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
 from megatron_troll.mcore.layout import check_layout, check_world, uses_te
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.objectives.compose import compose, resolve
+from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.rewards import reward as verifiers
 from megatron_troll.types import Rollout
@@ -55,6 +56,8 @@ def prepare(config: Config) -> Task:
         }
     )
     objective = compose(config.objective)
+    if config.observe.energy:
+        objective = replace(objective, energy=Energy())
     shape = shape_of(config)
     objective.check(shape.vocab)
     _check_models(config, objective, shape)

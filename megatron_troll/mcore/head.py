@@ -40,6 +40,7 @@ class Head:
             entropy=entropy,
             at_rollout=self._at(logits.detach(), lse.detach(), beside.rollout) if reads.at_rollout else None,
             reference_kl=self._kl(logits, lse, beside.frozen) if reads.reference_kl else None,
+            collision=vocab.collision(logits, lse, tp, size) if reads.collision else None,
             others={kept: records[kept] for kept in reads.others},
         )
 
