@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -59,7 +61,8 @@ def prepare(config: Config) -> Task:
     if config.observe.energy:
         objective = replace(objective, energy=Energy())
     shape = shape_of(config)
-    objective.check(shape.vocab)
+    with _about("objective"):
+        objective.check(shape.vocab)
     _check_models(config, objective, shape)
     _check_rollout(config, objective, shape)
     answer = config.rollout.sampling.max_tokens
@@ -81,12 +84,8 @@ def shape_of(config: Config) -> ModelShape:
     """The policy's sizes. Raises one of PROBLEMS where the folder, the layout or the engine does not fit."""
     policy = config.policy
     shape = read_shape(policy.path)
-    check_layout(shape, policy.layout)
-    uses_te(policy.spec)
-    check_world(policy.layout, world_size(config))
+    _check_model("policy", policy, shape, world_size(config))
     rollout.check(config.rollout, policy.layout.cp)
-    if policy.init == "pretrained":
-        check_folder(policy.path, shape)
     return shape
 
 
@@ -211,11 +210,25 @@ def _check_models(config: Config, objective: Objective, shape: ModelShape) -> No
     body = read_shape(critic.path)
     if body.vocab != shape.vocab:
         raise ConfigError(f"models.critic: a vocabulary of {body.vocab}, the policy's has {shape.vocab}")
-    check_layout(body, critic.layout)
-    check_world(critic.layout, world_size(config))
-    uses_te(critic.spec)
-    if critic.init == "pretrained":
-        check_folder(critic.path, body)
+    _check_model("critic", critic, body, world_size(config))
+
+
+def _check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:
+    with _about(f"models.{name}.layout"):
+        check_layout(shape, model.layout)
+        check_world(model.layout, world)
+    uses_te(model.spec)
+    if model.init == "pretrained":
+        check_folder(model.path, shape)
+
+
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Says which key a ValueError of the block is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _check_observe(observe: Observe) -> None:

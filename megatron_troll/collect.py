@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_troll.collected import Collected
 from megatron_troll.judging import Judged, judge, together
-from megatron_troll.rollout.engine import Request, requests_for
+from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run import Run
 
 
@@ -17,14 +17,14 @@ def collect(run: Run, step: int) -> Collected:
     3.2). What is still missing then is filled up with the first of those, in the order drawn. Blocks.
     """
     wanted, samples = run.task.config.rollout.prompts, run.task.config.rollout.samples
-    seen: Counter[str] = Counter()
-    rounds = [_draw(run, wanted, seen, step)]
+    drawn: Counter[str] = Counter()
+    rounds = [_draw(run, wanted, drawn, step)]
     everything = rounds[0]
     while len(rounds) <= run.task.config.rollout.refill:
         missing = wanted - int(informative(everything.reward, samples).sum())
         if missing == 0:
             break
-        rounds.append(_draw(run, missing, seen, step))
+        rounds.append(_draw(run, missing, drawn, step))
         everything = together(rounds)
     kept = np.repeat(chosen(informative(everything.reward, samples), wanted), samples)
     rollouts = [rollout for rollout, keep in zip(everything.rollouts, kept) if keep]
@@ -44,23 +44,11 @@ def chosen(informs: np.ndarray, wanted: int) -> np.ndarray:
     return informs | (np.cumsum(~informs) <= spare)
 
 
-def _draw(run: Run, count: int, seen: Counter[str], step: int) -> Judged:
+def _draw(run: Run, count: int, drawn: Counter[str], step: int) -> Judged:
     """The answers to the next `count` prompts, judged."""
-    requests = _requests(run, count, seen)
+    prompts = [run.task.prompts.train[i] for i in run.order.next(count)]
+    requests = requests_for(prompts, run.task.config.rollout.samples, run.task.tokenizer, drawn)
     with run.session.phases("generation"):
         rollouts = run.engine.generate(requests, run.task.config.rollout.sampling, step)
     with run.session.phases("reward"):
         return judge(run.scorer, rollouts, run.session.groups.world)
-
-
-def _requests(run: Run, count: int, seen: Counter[str]) -> list[Request]:
-    """A prompt that a step meets again (the next epoch began) counts its samples on: tokens are keyed by the
-    sample's number, and the same number would draw the same answer."""
-    task, samples = run.task, run.task.config.rollout.samples
-    prompts = [task.prompts.train[i] for i in run.order.next(count)]
-    first = []
-    for prompt in prompts:
-        first.append(samples * seen[prompt.id])
-        seen[prompt.id] += 1
-    requests = requests_for(prompts, samples, task.tokenizer)
-    return [replace(request, sample=first[request.group] + request.sample) for request in requests]

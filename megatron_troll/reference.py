@@ -9,7 +9,6 @@ from megatron_troll.config.tree import Model
 from megatron_troll.mcore.head import Frozen, Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.schedule import infer
-from megatron_troll.parallel import vocab
 from megatron_troll.types import MicroBatch, Readings, Reads, Support, TopK
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import FolderSource
@@ -35,26 +34,17 @@ class Reference:
 
     def keep(self, batches: Sequence[MicroBatch]) -> list[Kept]:
         """One forward of the micro-batches, on the last stage ([] elsewhere). Blocks on every rank."""
-        tp, size = self.model.groups.tp, self.model.shape.vocab
         again = bool(self.reads.supports) or self.reads.reference_kl
 
         def read(i: int, hidden: Tensor) -> Kept:
-            logits = self.head.logits(hidden)
-            logp = vocab.log_prob(logits, batches[i].target, tp, size)
-            frozen = (
-                Frozen(
-                    self.head, hidden.to(self.model.config.params_dtype), vocab.logsumexp(logits, tp, size)
-                )
-                if again
-                else None
-            )
-            return Kept(logp, frozen)
+            logp, frozen = self.head.freeze(hidden, batches[i].target)
+            return Kept(logp, frozen if again else None)
 
         return infer(self.model, batches, read)
 
     def beside(self, kept: Kept, new: Readings, reads: Reads) -> Readings:
         """The reference's side of what was `reads` of the new policy: log-probs, and records at the same
-        ids. Holds N x V / tp for each record."""
+        ids."""
         if not self.reads.supports:
             return Readings(kept.logp, None, None)
         frozen = kept.frozen
@@ -63,7 +53,7 @@ class Reference:
         for support in self.reads.supports:
             record = new.topk if support == reads.topk else new.others[support]
             assert record is not None
-            records[support] = frozen.head.at(frozen.hidden, frozen.lse, record)
+            records[support] = frozen.at(record)
         first = None if reads.topk is None else records.get(reads.topk)
         return Readings(kept.logp, first, None, others=records)
 

@@ -130,7 +130,9 @@ class PolicyTrainer:
         def loss(i: int, hidden: Tensor) -> tuple[Tensor, None]:
             inputs = self._inputs(batches[i], hidden, old[i], kept[i])
             terms = self.objective.loss(inputs, statistics)
-            extra = {} if inputs.new.entropy is None else {"entropy": inputs.new.entropy}
+            # Where no row is formed of the new policy, that of the old one is what is known.
+            entropy = inputs.old.entropy if inputs.new.entropy is None else inputs.new.entropy
+            extra = {} if entropy is None else {"entropy": entropy}
             reducer.add({**terms.per_token, **extra, **self._probed(hidden, inputs, terms)})
             losses.append(terms.loss.detach())
             objectives.append(terms.per_token["objective"])
@@ -203,8 +205,8 @@ class PolicyTrainer:
             segments=segments(
                 batch.sequence, batch.position, len(batch.rollouts), self.trainable.model.groups.cp
             ),
-            group=torch.tensor(batch.groups, device=hidden.device),
-            rollout=torch.tensor(batch.rollouts, device=hidden.device),
+            group=torch.tensor(batch.groups, dtype=torch.int64, device=hidden.device),
+            rollout=torch.tensor(batch.rollouts, dtype=torch.int64, device=hidden.device),
             rollouts=batch.batch_size,
             uniform=batch.uniform,
             reference=reference,

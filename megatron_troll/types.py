@@ -145,6 +145,16 @@ class Reads:
         """Every record that is read."""
         return (() if self.topk is None else (self.topk,)) + self.others
 
+    @property
+    def own(self) -> tuple[Support, ...]:
+        """The records whose ids are chosen from the whole row."""
+        return tuple(kept for kept in self.supports if kept.kind == "own")
+
+    @property
+    def full_softmax(self) -> bool:
+        """Whether something is differentiated through the whole row."""
+        return self.logp or self.full or self.entropy or self.reference_kl
+
 
 @dataclass(frozen=True)
 class Probe:

@@ -76,6 +76,8 @@ class Shape:
         if node.get("type") == "array":
             start = "a list of one or more, each " if node.get("minItems") else "a list, each "
             return start + Shape(node["items"], self.definitions).describe()
+        if self.is_slot:
+            return "a method with its fields, {name: METHOD, ...}"
         if node.get("type") == "object":
             return "a mapping" + (f" with keys among {', '.join(self.keys)}" if self.keys else "")
         return TYPES.get(node.get("type", ""), "a value") + _range(node)

@@ -31,7 +31,8 @@ Whole = dict[nn.Parameter, dict[str, Tensor]]
 
 
 def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
-    """{"model0": .., "model1": .. (pipeline chunks), "optimizer": one entry per Megatron optimizer}.
+    """{"model0": .., "model1": .. (pipeline chunks), "optimizer": one entry per Megatron optimizer of
+    which this rank writes or reads a part; left out where there is none}.
 
     For saving, gathers the distributed optimizer's shards on the first data-parallel rank, which then holds
     3 fp32 copies of its model shard on the host, and blocks; for loading, every rank allocates the same.
@@ -41,11 +42,10 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     with inside(trained.model.groups):
         chunks = _chunks(trained)
         # The optimizer's names derive from the weights': the prefix is added once, at the end.
-        optimizer = {
-            str(i): _sharded_part(part, trained, chunks, loading)
-            for i, part in enumerate(_parts(trained.optimizer))
-        }
-    state = {**chunks, "optimizer": optimizer}
+        parts = [_sharded_part(part, trained, chunks, loading) for part in _parts(trained.optimizer)]
+    # Megatron warns of ranks whose states differ, were it by an empty dict.
+    optimizer = {str(i): part for i, part in enumerate(parts) if part}
+    state = {**chunks, **({"optimizer": optimizer} if optimizer else {})}
     add_prefix_for_sharding(state, f"{name}.")
     return state
 

@@ -1,14 +1,21 @@
-"""The LM head: from final hidden states to what an objective reads, under vocabulary parallelism."""
+"""The LM head: from final hidden states to what an objective reads, under vocabulary parallelism.
+
+Two ways back. Logits at the ids of a record are K columns wide, forward and backward, and exact for methods
+on renormalised supports (ALGORITHMS 1.7). What reads the full softmax goes through chunks of whole rows,
+which backward forms again. Neither holds N x V.
+"""
 
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from troll_kernels import sparsify
 
+from megatron_troll.mcore.head_kl import full_kl
+from megatron_troll.mcore.head_shard import HeadShard, Rows, shard_of
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.parallel import vocab
-from megatron_troll.parallel.records import own_record
 from megatron_troll.types import Probe, Readings, Reads, Support, TopK
 
 
@@ -19,28 +26,37 @@ class Head:
     model: MegatronModel
     temperature: float = 1.0
 
+    @property
+    def shard(self) -> HeadShard:
+        return shard_of(self.model, self.temperature)
+
+    def entered(self, hidden: Tensor) -> Tensor:
+        """Megatron's bf16 wrapper gives the last stage's output in fp32: back to the dtype of the head."""
+        return hidden.to(self.model.stages[-1].output_weight.dtype)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, h] -> this rank's shard [N, V_padded / tp] in fp32."""
-        weight = self.model.stages[-1].output_weight
-        # Megatron's bf16 wrapper gives the last stage's output in fp32.
-        return F.linear(hidden.to(weight.dtype), weight).float() / self.temperature
+        """[N, h] -> this rank's shard [N, V_padded / tp] in fp32, for few positions."""
+        return F.linear(self.entered(hidden), self.shard.weight).float() / self.temperature
 
     def read(self, hidden: Tensor, target: Tensor, reads: Reads, beside: "Beside | None" = None) -> Readings:
-        """Everything `reads` names, for N hidden states [N, h] and sampled tokens [N]; every
-        tensor-parallel rank returns the same. Holds N x V / tp logits in fp32; with gradient, until the
-        backward. Each rank sends N x K candidates."""
-        tp, size, beside = self.model.groups.tp, self.model.shape.vocab, beside or Beside()
-        logits = self.logits(hidden)
-        lse = vocab.logsumexp(logits if reads.full else logits.detach(), tp, size)
-        records = {kept: self._record(logits, target, lse, kept, beside.old) for kept in reads.supports}
-        entropy = vocab.entropy(logits if reads.entropy else logits.detach(), lse.detach(), tp, size)
+        """Everything `reads` names, for N hidden states [N, h] and sampled tokens [N]; every tensor-parallel
+        rank returns the same. Holds a chunk of logits and N x K numbers for each record.
+
+        Rows are formed only for what needs them: `support: old` alone has no entropy and no logsumexp.
+        """
+        hidden, beside = self.entered(hidden), beside or Beside()
+        rows, chosen = self._rows(hidden, target, reads)
+        lse = None if rows is None else rows.lse if reads.full else rows.lse.detach()
+        records = {
+            kept: self._record(hidden, target, kept, lse, chosen, beside.old) for kept in reads.supports
+        }
         return Readings(
-            logp=vocab.log_prob(logits, target, tp, size) if reads.logp else None,
+            logp=rows.target - rows.lse if rows is not None and reads.logp else None,
             topk=None if reads.topk is None else records[reads.topk],
-            entropy=entropy,
-            at_rollout=self._at(logits.detach(), lse.detach(), beside.rollout) if reads.at_rollout else None,
-            reference_kl=self._kl(logits, lse, beside.frozen) if reads.reference_kl else None,
-            collision=vocab.collision(logits, lse, tp, size) if reads.collision else None,
+            entropy=None if rows is None else rows.entropy if reads.entropy else rows.entropy.detach(),
+            at_rollout=self._at_rollout(hidden, lse, beside.rollout) if reads.at_rollout else None,
+            reference_kl=self._kl(hidden, lse, beside.frozen) if reads.reference_kl else None,
+            collision=self._collision(hidden, target, lse) if reads.collision else None,
             others={kept: records[kept] for kept in reads.others},
         )
 
@@ -51,39 +67,82 @@ class Head:
 
     @torch.no_grad()
     def log_probs(self, hidden: Tensor) -> Tensor:
-        """This rank's shard [N, V_padded / tp] of the full rows, -inf on padding."""
+        """This rank's shard [N, V_padded / tp] of whole rows, -inf on padding, for few positions."""
         return vocab.log_softmax(self.logits(hidden), self.model.groups.tp, self.model.shape.vocab)
 
     @torch.no_grad()
-    def at(self, hidden: Tensor, lse: Tensor, record: TopK) -> TopK:
-        """This head's logits at the ids of another policy's `record`, for the same N positions; `lse` [N] is
-        this head's own. Holds N x V / tp."""
-        logits = vocab.gather_logits(self.logits(hidden), record.ids, self.model.groups.tp)
-        return replace(record, logits=logits, lse=lse)
+    def freeze(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, "Frozen"]:
+        """The log-prob of the sampled tokens [N], and what is kept to read the same positions again."""
+        hidden = self.entered(hidden)
+        rows, _, _ = self.shard.selection(hidden, target, 0)
+        return rows.target - rows.lse, Frozen(self, hidden, rows.lse)
 
-    def _at(self, logits: Tensor, lse: Tensor, record: TopK | None) -> Tensor:
+    def _rows(self, hidden: Tensor, target: Tensor, reads: Reads) -> tuple[Rows | None, "Selection | None"]:
+        """What is needed of whole rows: with gradient where something is differentiated through them, and the
+        candidates of records that choose their own ids."""
+        backward = reads.full_softmax and torch.is_grad_enabled()
+        rows = self.shard.rows(hidden, target) if backward else None
+        if not reads.own and (backward or not (reads.full_softmax or reads.at_rollout)):
+            return rows, None
+        k = max((kept.k for kept in reads.own), default=0)
+        chosen = Selection(*self.shard.selection(hidden, target, k))
+        return rows or chosen.rows, chosen
+
+    def _at_rollout(self, hidden: Tensor, lse: Tensor | None, record: TopK | None) -> Tensor:
         """Log-probabilities [N, W] at the ids of `record`, -inf on its unused slots."""
         if record is None:
             raise ValueError("the objective reads the rollout engine's top-K, and the rollouts have none")
-        return vocab.gather_logits(logits, record.ids, self.model.groups.tp) - lse[:, None]
+        assert lse is not None
+        with torch.no_grad():
+            return self.shard.logits_at(hidden, record.ids) - lse[:, None]
 
-    def _kl(self, logits: Tensor, lse: Tensor, frozen: "Frozen | None") -> Tensor:
+    def _kl(self, hidden: Tensor, lse: Tensor | None, frozen: "Frozen | None") -> Tensor:
         if frozen is None:
             raise ValueError(
                 "the objective reads a reference model, and none was given: set models.reference"
             )
-        reference = frozen.head.log_probs(frozen.hidden)
-        return vocab.kl(logits, lse, reference, self.model.groups.tp, self.model.shape.vocab)
+        assert lse is not None
+        return full_kl(self.shard, hidden, lse, frozen.head.shard, frozen.hidden, frozen.lse)
+
+    @torch.no_grad()
+    def _collision(self, hidden: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+        """sum_v p_v^2 [N]: the logsumexp of twice the logits, which is that of half the temperature."""
+        assert lse is not None
+        twice, _, _ = shard_of(self.model, self.temperature / 2).selection(hidden, target, 0)
+        return (twice.lse - 2 * lse).exp()
 
     def _record(
-        self, logits: Tensor, target: Tensor, lse: Tensor, support: Support, old: Readings | None
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        support: Support,
+        lse: Tensor | None,
+        chosen: "Selection | None",
+        old: Readings | None,
     ) -> TopK:
-        tp, size = self.model.groups.tp, self.model.shape.vocab
-        if support.kind == "own":
-            return own_record(logits, target, lse, support, tp, size)
-        kept = record_of(old, support)
-        at_kept = vocab.gather_logits(logits, kept.ids, tp)
-        return TopK(kept.ids, at_kept, kept.count, kept.place, lse, size)
+        if support.kind == "old":
+            kept = record_of(old, support)
+            ids, count, place = kept.ids, kept.count, kept.place
+        else:
+            assert chosen is not None
+            ids, count, place = chosen.support(target, support)
+        return TopK(ids, self.shard.logits_at(hidden, ids), count, place, lse, self.model.shape.vocab)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Candidates of N positions, without gradient: values and ids [N, K], value descending, then id
+    ascending."""
+
+    rows: Rows
+    values: Tensor
+    ids: Tensor
+
+    def support(self, target: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [N, W], count [N] and place [N] of the tokens that `support` keeps."""
+        values, ids = self.values[:, : support.k], self.ids[:, : support.k]
+        found = sparsify.select(values, ids, self.rows.lse, target, self.rows.target, support.delta)
+        return found[0], found[2], found[3]
 
 
 @dataclass(frozen=True)
@@ -94,6 +153,11 @@ class Frozen:
     head: Head
     hidden: Tensor
     lse: Tensor
+
+    @torch.no_grad()
+    def at(self, record: TopK) -> TopK:
+        """This head's logits at the ids of another policy's `record`, for the same N positions."""
+        return replace(record, logits=self.head.shard.logits_at(self.hidden, record.ids), lse=self.lse)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from megatron_troll.objectives.masking import Masking
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Correction, Kl, Ratio, TrustRegion
 from megatron_troll.objectives.trust_region.troll import Budget, Troll
-from megatron_troll.types import Reads
 
 OBJECTIVES = "megatron_troll.objectives"
 SLOTS: dict[str, tuple[str, type[Node]]] = {
@@ -85,17 +84,13 @@ def refuse_sparse_head(objective: Objective) -> None:
     dense = [
         name
         for name in ("ratio", "trust_region", "kl", "correction", "entropy")
-        if (method := getattr(objective, name)) is not None and _reads_full(method.reads)
+        if (method := getattr(objective, name)) is not None and method.reads.full_softmax
     ]
     if dense:
         raise ConfigError(
             f"objective: {', '.join(dense)} differentiate the full softmax, which a sparse "
             "LM head does not form; it goes with trust_region troll and kl none or tike_sparse"
         )
-
-
-def _reads_full(reads: Reads) -> bool:
-    return reads.logp or reads.full or reads.entropy or reads.reference_kl
 
 
 def _problems(config: ObjectiveConfig, objective: Objective) -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,6 +31,15 @@ class Group:
         parts = [tensor.new_empty(tensor.shape) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous(), group=self.handle)
         return parts
+
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """The i-th of `size` equal parts along axis 0 goes to rank i; what came from rank i is the i-th part
+        of the result. Blocks."""
+        if self.size == 1:
+            return tensor
+        received = torch.empty_like(tensor)
+        dist.all_to_all_single(received, tensor.contiguous(), group=self.handle)
+        return received
 
     def all_gather_objects(self, value: Any) -> list[Any]:
         """One small picklable object per rank, in rank order. Blocks."""

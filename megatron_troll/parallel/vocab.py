@@ -116,13 +116,6 @@ def entropy(logits_local: Tensor, lse: Tensor, group: Group, vocab: int) -> Tens
     return _apply(_Entropy, logits_local, lse.detach(), group, vocab)
 
 
-def collision(logits_local: Tensor, lse: Tensor, group: Group, vocab: int) -> Tensor:
-    """sum_v p_v^2 [N], float32 or better, with p = exp(logits - lse). Not differentiable. Holds one
-    [N, V/tp] temporary and all-reduces N floats."""
-    real = _real_columns(logits_local.detach(), group, vocab).shape[1]
-    return group.all_reduce(_probabilities(logits_local.detach(), lse.detach(), real).square_().sum(1))
-
-
 def kl(logits_local: Tensor, lse: Tensor, reference_local: Tensor, group: Group, vocab: int) -> Tensor:
     """KL(p || reference) [N] in nats, float32 or better, with p = exp(logits - lse). Differentiable in the
     logits.

@@ -148,7 +148,9 @@ def build_root(spec: dict[str, Any]) -> None:
     (box / "main.py").write_bytes(Path(spec["box"], "main.py").read_bytes())
     if spec["root_user"]:
         os.chown(box, NOBODY, NOBODY)
-    (Path(root) / "tmp").symlink_to("box")
+    # Not where the interpreter itself lies in /tmp.
+    if not Path(root, "tmp").exists():
+        Path(root, "tmp").symlink_to("box")
     os.chdir(root)
 
 

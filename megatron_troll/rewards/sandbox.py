@@ -135,5 +135,7 @@ def visible(python: str) -> list[str]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise SandboxError(f"the interpreter {python!r} does not start: {error}") from error
     real = str(Path(os.path.realpath(python)).parents[1])
-    paths = sorted({p for p in (*LIBRARIES, *DEVICES, *said.stdout.split("\n"), real) if os.path.lexists(p)})
+    prefixes = said.stdout.split("\n")
+    needed = {*LIBRARIES, *DEVICES, *prefixes, *map(os.path.realpath, filter(None, prefixes)), real}
+    paths = sorted(path for path in needed if os.path.lexists(path))
     return [path for path in paths if not any(path.startswith(f"{other}/") for other in paths)]

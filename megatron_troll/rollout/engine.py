@@ -38,12 +38,16 @@ class Engine(Protocol):
 
 
 def requests_for(
-    prompts: Sequence[Prompt], samples: int, tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Prompt],
+    samples: int,
+    tokenizer: PreTrainedTokenizerBase,
+    drawn: Counter[str] | None = None,
 ) -> list[Request]:
     """`samples` requests for each prompt, a prompt's samples next to each other. The samples of a prompt that
-    comes again (where an epoch ends) are numbered on, so that it draws others."""
+    comes again (where an epoch ends) are numbered on, so that it draws others; `drawn` has the samples that
+    earlier calls of the same round asked for, by prompt id, and is counted on."""
     requests: list[Request] = []
-    drawn: Counter[str] = Counter()
+    drawn = Counter() if drawn is None else drawn
     for group, prompt in enumerate(prompts):
         ids, first = render_prompt(prompt.messages, tokenizer), drawn[prompt.id]
         requests += [Request(prompt, group, first + sample, ids) for sample in range(samples)]

@@ -135,7 +135,7 @@ def read(
     return Readings(
         logp=logp.gather(1, target[:, None])[:, 0] if reads.logp else None,
         topk=None if reads.topk is None else record(reads.topk),
-        entropy=None,
+        entropy=-(logp.exp() * logp).sum(1) if reads.entropy else None,
         at_rollout=torch.where(engine.valid, at_rollout, float("-inf")) if reads.at_rollout else None,
         reference_kl=full_kl,
         others={support: record(support) for support in reads.others},

@@ -101,9 +101,3 @@ def test_a_broken_logit_breaks_the_log_prob_of_its_row_alone(value: float) -> No
     logits[1, 0], logits[2, 4] = value, value
     finite = vocab.log_prob(logits, torch.full((3,), 2), ALONE, vocab=4).isfinite()
     assert finite.tolist() == [True, False, True]
-
-
-def test_collision_is_the_sum_of_squared_probabilities_of_real_tokens() -> None:
-    logits = torch.randn(4, 7)
-    lse = vocab.logsumexp(logits, ALONE, 5)
-    assert_close(vocab.collision(logits, lse, ALONE, 5), logits[:, :5].softmax(1).square().sum(1))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,16 @@ def folders():
 
 
 both = pytest.mark.parametrize("kind", ["namespaces", "limits"])
+
+
+def test_an_interpreter_in_tmp_behind_a_link(folders):
+    """A virtual environment in a checkout that lies there."""
+    venv.create(folders / "real", with_pip=False)
+    (folders / "link").symlink_to("real")
+    python = str(folders / "link" / "bin" / "python")
+    program = "import sys, tempfile; tempfile.TemporaryFile(); print(sys.prefix)"
+    finished = Sandbox("namespaces", SMALL, python).run(program, "", 5.0)
+    assert finished == Finished(0, f"{folders / 'link'}\n", False)
 
 
 @both

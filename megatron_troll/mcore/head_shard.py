@@ -1,0 +1,81 @@
+"""The rows of the LM head on this rank: what its part of the vocabulary says, put together over all ranks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from troll_kernels import head as kernels
+from troll_kernels.transform import Transform
+
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.parallel import shards
+from megatron_troll.parallel.groups import Group
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of N positions, over the whole vocabulary: logsumexp and entropy of the logits, logit of the sampled
+    token; [N] float32."""
+
+    lse: Tensor
+    entropy: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """weight [V_padded / tp, h] holds the tokens from `first` on; with data parallelism its gradient is added
+    to `main_grad` as backward runs, and autograd gets none for it. Nothing here holds N x V / tp."""
+
+    weight: Tensor
+    first: int
+    vocab: int
+    shard: kernels.Shard
+    tp: Group
+
+    @property
+    def main_grad(self) -> Tensor | None:
+        return getattr(self.weight, "main_grad", None)
+
+    @property
+    def transform(self) -> Transform:
+        return self.shard.transform
+
+    def rows(self, hidden: Tensor, target: Tensor) -> Rows:
+        """With gradient, which backward makes by forming the logits of a chunk again."""
+        target = target - self.first
+        found = kernels.dense_statistics(hidden, self.weight, target, self.shard, self.main_grad)
+        return self._together(*found)
+
+    def selection(self, hidden: Tensor, target: Tensor, k: int) -> tuple[Rows, Tensor, Tensor]:
+        """Rows, and the min(k, V) largest logits [N, K] with their ids: value descending, then id ascending.
+        Without gradient."""
+        found = kernels.candidates(hidden.detach(), self.weight.detach(), target - self.first, k, self.shard)
+        ids = torch.where(found.columns < 0, found.columns, found.columns + self.first)
+        values, ids = shards.merged(found.values, ids, self.tp, self.vocab)
+        return self._together(found.lse, found.mean, found.target), self.transform.apply(values), ids
+
+    def logits_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits [N, W] at `ids` [N, W] int64, -inf where the id is NO_ID. Differentiable, K columns wide: no
+        row of the vocabulary is formed, forward or backward."""
+        columns = ids - self.first
+        own = (ids >= 0) & (columns >= 0) & (columns < self.shard.width)
+        mine = torch.where(own, columns, -1)
+        local = kernels.sparse_logits(hidden, self.weight, mine, main_grad=self.main_grad)
+        return self.transform.apply(shards.from_owners(local, ids, own, self.tp))
+
+    def _together(self, lse: Tensor, mean: Tensor, target: Tensor) -> Rows:
+        lses = shards.stacked(lse, self.tp)
+        whole = lses.logsumexp(0)
+        mean = ((lses - whole).exp() * shards.stacked(mean, self.tp)).sum(0)
+        target = self.transform.apply(shards.stacked(target, self.tp).amax(0))
+        return Rows(whole, whole - mean, target)
+
+
+def shard_of(model: MegatronModel, temperature: float) -> HeadShard:
+    """The head of the model's last stage. `temperature` divides the logits."""
+    weight, tp, vocab = model.stages[-1].output_weight, model.groups.tp, model.shape.vocab
+    first = tp.rank * len(weight)
+    width = min(max(vocab - first, 0), len(weight))
+    shard = kernels.Shard(width, kernels.chunk_size(weight.device), Transform(temperature))
+    return HeadShard(weight, first, vocab, shard, tp)
