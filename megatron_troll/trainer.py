@@ -213,6 +213,7 @@ class PolicyTrainer:
             reference=reference,
             aggregation=self.aggregation,
             response_advantage=batch.response_advantage,
+            frequency=batch.frequency,
         )
 
     @property

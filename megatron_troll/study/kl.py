@@ -5,13 +5,14 @@ positions; resampling is by whole responses, since the tokens of one depend on e
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
+from troll_kernels.sparsify import select
 
 from megatron_troll.objectives.kl.exact import Exact
 from megatron_troll.objectives.kl.k1 import K1
@@ -23,8 +24,7 @@ from megatron_troll.objectives.sampled_kl import SampledKl
 from megatron_troll.objectives.slots import Policy, Term
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.parallel.records import own_record
-from megatron_troll.types import ObjectiveInputs, Readings, Segments
+from megatron_troll.types import ObjectiveInputs, Readings, Segments, Support, TopK
 
 RESAMPLES = 2_000
 # Edges of the mass that the top-k holds.
@@ -168,10 +168,9 @@ def _inputs(method: ReferenceKl, pool: Pool) -> ObjectiveInputs:
     if method.reads.reference_kl:
         kl = vocab.kl(rows, lse, pool.reference - reference_lse[:, None], ALONE, size)
     if method.reads.topk is not None:
-        record = own_record(rows, pool.target, lse, method.reads.topk, ALONE, size)
+        record = _record(rows, pool.target, lse, method.reads.topk)
         logits = vocab.gather_logits(pool.reference, record.ids, ALONE)
-        at_record = type(record)(record.ids, logits, record.count, record.place, reference_lse, size)
-        beside = Readings(beside.logp, at_record, None)
+        beside = Readings(beside.logp, replace(record, logits=logits, lse=reference_lse), None)
     logp = vocab.log_prob(rows, pool.target, ALONE, size)
     new = Readings(logp, record, None, reference_kl=kl)
     ones = torch.ones_like(logp.detach())
@@ -190,6 +189,15 @@ def _inputs(method: ReferenceKl, pool: Pool) -> ObjectiveInputs:
         uniform=ones,
         reference=beside,
     )
+
+
+def _record(rows: Tensor, target: Tensor, lse: Tensor, support: Support) -> TopK:
+    size = rows.shape[1]
+    with torch.no_grad():
+        sampled = vocab.gather_logits(rows, target[:, None], ALONE)[:, 0]
+        values, ids = vocab.topk(rows, support.k, ALONE, size)
+        ids, _, count, place = select(values, ids, lse.detach(), target, sampled, support.delta)
+    return TopK(ids, vocab.gather_logits(rows, ids, ALONE), count, place, lse, size)
 
 
 def _whole(response: Tensor) -> Segments:
