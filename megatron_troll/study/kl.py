@@ -5,13 +5,14 @@ positions; resampling is by whole responses, since the tokens of one depend on e
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
+from troll_kernels import sparsify
 
 from megatron_troll.objectives.kl.exact import Exact
 from megatron_troll.objectives.kl.k1 import K1
@@ -23,8 +24,7 @@ from megatron_troll.objectives.sampled_kl import SampledKl
 from megatron_troll.objectives.slots import Policy, Term
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.parallel.records import own_record
-from megatron_troll.types import ObjectiveInputs, Readings, Segments
+from megatron_troll.types import NO_ID, ObjectiveInputs, Readings, Segments, Support, TopK
 
 RESAMPLES = 2_000
 # Edges of the mass that the top-k holds.
@@ -161,19 +161,16 @@ def seconds(method: ReferenceKl, pool: Pool, repeats: int) -> float:
 
 def _inputs(method: ReferenceKl, pool: Pool) -> ObjectiveInputs:
     """What the LM head would read of the rows for this method."""
-    rows, size = pool.policy, pool.vocab
-    lse, reference_lse = (vocab.logsumexp(logits, ALONE, size) for logits in (rows, pool.reference))
-    kl = record = None
-    beside = Readings(vocab.log_prob(pool.reference, pool.target, ALONE, size), None, None)
+    rows, reference = pool.policy.log_softmax(1), pool.reference.log_softmax(1)
+    kl = record = at_record = None
     if method.reads.reference_kl:
-        kl = vocab.kl(rows, lse, pool.reference - reference_lse[:, None], ALONE, size)
+        kl = (rows.exp() * (rows - reference)).sum(1)
     if method.reads.topk is not None:
-        record = own_record(rows, pool.target, lse, method.reads.topk, ALONE, size)
-        logits = vocab.gather_logits(pool.reference, record.ids, ALONE)
-        at_record = type(record)(record.ids, logits, record.count, record.place, reference_lse, size)
-        beside = Readings(beside.logp, at_record, None)
-    logp = vocab.log_prob(rows, pool.target, ALONE, size)
+        record = _record(rows, pool.target, method.reads.topk)
+        at_record = replace(record, logits=_at(reference, record.ids))
+    logp, reference_logp = (at.gather(1, pool.target[:, None])[:, 0] for at in (rows, reference))
     new = Readings(logp, record, None, reference_kl=kl)
+    beside = Readings(reference_logp, at_record, None)
     ones = torch.ones_like(logp.detach())
     return ObjectiveInputs(
         new=new,
@@ -190,6 +187,20 @@ def _inputs(method: ReferenceKl, pool: Pool) -> ObjectiveInputs:
         uniform=ones,
         reference=beside,
     )
+
+
+def _record(logp: Tensor, target: Tensor, support: Support) -> TopK:
+    """The policy's record at its own top-K, from its log-probabilities [N, V]; ties by token id."""
+    with torch.no_grad():
+        values, candidates = vocab.topk(logp, support.k, ALONE, logp.shape[1])
+        lse, at_target = torch.zeros_like(logp[:, 0]), logp.gather(1, target[:, None])[:, 0]
+        ids, _, count, place = sparsify.select(values, candidates, lse, target, at_target, support.delta)
+    return TopK(ids, _at(logp, ids), count, place, lse, logp.shape[1])
+
+
+def _at(logp: Tensor, ids: Tensor) -> Tensor:
+    """[N, W], -inf on unused slots."""
+    return logp.gather(1, ids.clamp(min=0)).masked_fill(ids == NO_ID, -torch.inf)
 
 
 def _whole(response: Tensor) -> Segments:
