@@ -1,12 +1,14 @@
 """From a scored rollout batch to the micro-batches of its optimizer steps, on the layout of one model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_troll.batching.build import Advantages, Form, build
-from megatron_troll.batching.plan import Capacity, Schedule, plan
+from megatron_troll.batching.plan import Capacity, Schedule, Step, plan
 from megatron_troll.batching.weights import step_weights
 from megatron_troll.config.tree import Config, Layout
 from megatron_troll.mcore.model import MegatronModel
@@ -40,18 +42,16 @@ class Arranger:
         )
         objective = config.objective
         length = objective.sum_norm_length or config.rollout.sampling.max_tokens
+        table = frequencies(rollouts, form.vocab) if config.observe.energy else None
+
+        def batch(update: Step, chosen: Sequence[int]) -> MicroBatch:
+            weights = step_weights(rollouts, update.responses, objective.aggregation, length)
+            built = build(rollouts, advantages, weights, chosen, form)
+            counted = built if table is None else replace(built, frequency=table[built.target])
+            return counted.to(device())
+
         return [
-            [
-                build(
-                    rollouts,
-                    advantages,
-                    step_weights(rollouts, update.responses, objective.aggregation, length),
-                    chosen,
-                    form,
-                ).to(device())
-                for chosen in update.ranks[groups.dp.rank]
-            ]
-            for update in arranged.steps
+            [batch(update, chosen) for chosen in update.ranks[groups.dp.rank]] for update in arranged.steps
         ]
 
     def _form(self) -> Form:
@@ -64,6 +64,13 @@ class Arranger:
             tp_size=groups.tp.size,
             topk=self.topk,
         )
+
+
+def frequencies(rollouts: Sequence[Rollout], vocab: int) -> Tensor:
+    """[V] float32, the share of each token among those of the batch that carry loss."""
+    ids = np.concatenate([np.zeros(0, dtype=np.int64), *(r.response_ids[r.mask > 0] for r in rollouts)])
+    counts = torch.from_numpy(np.bincount(ids, minlength=vocab))
+    return counts.float() / max(1, len(ids))
 
 
 def capacity(config: Config, layout: Layout, groups: Groups, align: int) -> Capacity:

@@ -69,12 +69,13 @@ class PolicyTrainer:
     def old_readings(self, batches: Sequence[MicroBatch]) -> OldReadings:
         """Readings of the policy before its update, one per micro-batch. Blocks on every rank."""
         broken: list[int] = []
+        checked = self.objective.prepare_old if self.old == "engine" else self.objective.check_old
 
         def prepared(i: int, readings: Readings) -> Readings:
             assert readings.logp is not None
             finite = torch.isfinite(readings.logp)
             if bool(finite.all()):
-                return self.objective.prepare_old(readings)
+                return checked(readings)
             broken.extend(rollouts_of(batches[i], ~finite))
             return readings
 
@@ -212,6 +213,7 @@ class PolicyTrainer:
             reference=reference,
             aggregation=self.aggregation,
             response_advantage=batch.response_advantage,
+            frequency=batch.frequency,
         )
 
     @property

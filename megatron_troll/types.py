@@ -127,6 +127,7 @@ class Reads:
     at_rollout    log-probs at the ids of the rollout engine's record, without gradient
     entropy       entropy over the full vocabulary, with gradient
     reference_kl  KL(policy || reference) over the full vocabulary, with gradient
+    collision     sum of squared probabilities over the full vocabulary, without gradient
     others        more records like `topk`, where the methods of one objective keep different ids
     """
 
@@ -136,6 +137,7 @@ class Reads:
     at_rollout: bool = False
     entropy: bool = False
     reference_kl: bool = False
+    collision: bool = False
     others: tuple[Support, ...] = ()
 
     @property
@@ -172,7 +174,8 @@ class Readings:
 
     logp [N]; topk; entropy [N] nats, with gradient only where `Reads.entropy` asked for it; probe;
     at_rollout [N, W] detached full-softmax log-probs at the ids of `ObjectiveInputs.rollout_topk`, -inf on
-    its unused slots; reference_kl [N] nats; others: the records that `Reads.others` asked for, by support.
+    its unused slots; reference_kl [N] nats; collision [N] detached; others: the records that `Reads.others`
+    asked for, by support.
     """
 
     logp: Tensor | None
@@ -181,6 +184,7 @@ class Readings:
     probe: Probe | None = None
     at_rollout: Tensor | None = None
     reference_kl: Tensor | None = None
+    collision: Tensor | None = None
     others: Mapping[Support, TopK] = field(default_factory=dict)
 
 
@@ -226,6 +230,7 @@ class ObjectiveInputs:
                  methods that must know refuse
     response_advantage  [S] the advantage of each response, empty ones included; None where advantages differ
                  within a response (a critic)
+    frequency    [N] share of the rollout batch's loss tokens that are the same token; None: not counted
     """
 
     new: Readings
@@ -243,6 +248,7 @@ class ObjectiveInputs:
     reference: Readings | None = None
     aggregation: str | None = None
     response_advantage: Tensor | None = None
+    frequency: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -277,6 +283,8 @@ class MicroBatch:
     rollouts           [S] index of each response in the rollout batch
     groups             [S] its prompt group
     batch_size         responses in the whole rollout batch
+    frequency          [N] float32, share of the rollout batch's loss tokens that are the same token;
+                       None: not counted
     """
 
     tokens: Tensor
@@ -297,6 +305,7 @@ class MicroBatch:
     rollouts: tuple[int, ...]
     groups: tuple[int, ...]
     batch_size: int
+    frequency: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})

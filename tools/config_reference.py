@@ -36,10 +36,11 @@ mtroll train examples/configs/cpu_troll.yaml name=short train.steps=10 rollout.s
 - **Overrides**: `a.b.c=value` after the file, the value in YAML: `data.files=[a.jsonl,b.jsonl]`.
 - **Merging**: mappings merge key by key; lists and plain values are replaced.
 - **Slots**: `{name: METHOD, ...}` with the method's own fields beside its name. Where `name` changes, the
-  fields of the method before are dropped. `name: package.module:Class` takes a class from outside the
-  package ([extending.md](extending.md)).
+  fields of the method before are dropped; where there is none, the slot keeps its default method.
+  `name: package.module:Class` takes a class from outside the package ([extending.md](extending.md)).
 - **Resolved**: `runs/<name>/config.yaml` holds every field of the run, defaults included.
-- **Resuming**: a run folder belongs to one configuration. With `resume=true` a run may change how long, where
+- **Resuming**: a run folder belongs to one configuration as soon as it holds figures, rollouts or a
+  checkpoint. With `resume=true` a run may change how long, where
   and how it is computed, which is {changeable}.
   Any other difference is refused and listed.
 """

@@ -322,6 +322,10 @@ class Observe(Node):
 
     tensorboard: bool = Field(default=True, description="event files under runs/<name>/tensorboard")
     wandb_project: str | None = Field(default=None, description="W&B project; default: no W&B")
+    energy: bool = Field(
+        default=False,
+        description="the size of the gradient by how frequent the sampled token is; a pass over the logits",
+    )
     rollouts: bool = Field(default=True, description="keep every rollout's text, reward and log-probs")
     hang_timeout_s: PositiveFloat = Field(
         default=600.0,

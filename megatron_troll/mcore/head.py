@@ -56,6 +56,7 @@ class Head:
             entropy=None if rows is None else rows.entropy if reads.entropy else rows.entropy.detach(),
             at_rollout=self._at_rollout(hidden, lse, beside.rollout) if reads.at_rollout else None,
             reference_kl=self._kl(hidden, lse, beside.frozen) if reads.reference_kl else None,
+            collision=self._collision(hidden, target, lse) if reads.collision else None,
             others={kept: records[kept] for kept in reads.others},
         )
 
@@ -102,6 +103,13 @@ class Head:
             )
         assert lse is not None
         return full_kl(self.shard, hidden, lse, frozen.head.shard, frozen.hidden, frozen.lse)
+
+    @torch.no_grad()
+    def _collision(self, hidden: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+        """sum_v p_v^2 [N]: the logsumexp of twice the logits, which is that of half the temperature."""
+        assert lse is not None
+        twice, _, _ = shard_of(self.model, self.temperature / 2).selection(hidden, target, 0)
+        return (twice.lse - 2 * lse).exp()
 
     def _record(
         self,

@@ -22,6 +22,11 @@ from megatron_troll.parallel.groups import ALONE, Group, Groups
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
 
 
+# The states of every layout of this world. Each process group has threads, which end only when nothing names
+# it: `stop` empties these.
+_formed: list[dict[str, Any]] = []
+
+
 def device() -> torch.device:
     """The device of this rank."""
     if torch.cuda.is_available():
@@ -72,7 +77,10 @@ def inside(groups: Groups) -> Iterator[None]:
 
 
 def stop() -> None:
-    """Leave the world. Without it gloo complains at exit."""
+    """Leave the world. Without it gloo complains at exit. Groups that are still held are of no use."""
+    for state in _formed:
+        state.clear()
+    _formed.clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -99,6 +107,11 @@ def _state() -> dict[str, Any]:
     return {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name.isupper()}
 
 
+def _kept(state: dict[str, Any]) -> dict[str, Any]:
+    _formed.append(state)
+    return state
+
+
 def _become(state: Mapping[str, Any]) -> None:
     for name, value in state.items():
         setattr(parallel_state, name, value)
@@ -116,7 +129,7 @@ def _groups() -> Groups:
         ep=_group(state.get_expert_model_parallel_group()),
         etp=_group(state.get_expert_tensor_parallel_group()),
         model=_group(state.get_model_parallel_group()),
-        state=_state(),
+        state=_kept(_state()),
     )
 
 

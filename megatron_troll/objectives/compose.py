@@ -94,14 +94,16 @@ def refuse_dense_head(objective: Objective) -> None:
     if dense := _dense(objective):
         raise ConfigError(
             f"objective.head=sparse: the full softmax is differentiated by {dense}; set "
-            "objective.head=auto, or trust_region troll, kl none or tike_sparse, and entropy_over sparse"
+            "objective.head=auto, or trust_region troll, kl none or tike_sparse, entropy_over sparse and "
+            "observe.energy=false"
         )
 
 
 def _dense(objective: Objective) -> str:
     """The configuration's names of what differentiates the full softmax."""
     slots = ("ratio", "trust_region", "kl", "correction")
-    named = {slot: getattr(objective, slot) for slot in slots} | {"entropy_bonus": objective.entropy}
+    named = {slot: getattr(objective, slot) for slot in slots}
+    named |= {"entropy_bonus": objective.entropy, "observe.energy": objective.energy}
     return ", ".join(
         name for name, method in named.items() if method is not None and method.reads.full_softmax
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_troll.advantages import Advantage
+from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.slots import (
     Bonus,
     Correction,
@@ -37,11 +38,12 @@ class Objective:
     kl: Kl
     correction: Correction
     entropy: Bonus | None = None
+    energy: Energy | None = None
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        slots = (self.ratio, self.trust_region, self.kl, self.correction)
-        return slots if self.entropy is None else (*slots, self.entropy)
+        beside = (method for method in (self.entropy, self.energy) if method is not None)
+        return (self.ratio, self.trust_region, self.kl, self.correction, *beside)
 
     @property
     def reads(self) -> Reads:
@@ -82,14 +84,19 @@ class Objective:
         for method in self.methods:
             method.check(vocab)
 
-    def prepare_old(self, old: Readings) -> Readings:
-        """The old readings checked, and every record cut to what this objective reads, whoever made it; once,
-        before any update. Waits for the device. Raises ValueError that names positions."""
-        old, reads = self.trust_region.prepare_old(old), self.reads_old
-        if reads.topk is None:
-            return old
-        if old.topk is None:
+    def check_old(self, old: Readings) -> Readings:
+        """The old readings, which were made for `reads_old`, as the trust region uses them; once, before any
+        update. Waits for the device. Raises ValueError that names positions."""
+        if self.reads_old.topk is not None and old.topk is None:
             raise ValueError("this objective reads the old policy's top-K record; none was given")
+        return self.trust_region.prepare_old(old)
+
+    def prepare_old(self, old: Readings) -> Readings:
+        """`check_old` for a record that keeps more than `reads_old` names, as a rollout engine's may: every
+        record is cut to what this objective reads. Raises ValueError where it keeps less."""
+        old, reads = self.check_old(old), self.reads_old
+        if reads.topk is None or old.topk is None:
+            return old
         others = {kept: cut(old.others.get(kept, old.topk), kept.k, kept.delta) for kept in reads.others}
         return replace(old, topk=cut(old.topk, reads.topk.k, reads.topk.delta), others=others)
 
@@ -119,7 +126,10 @@ class Objective:
         per_token = {"objective": objective.detach(), "approx_kl": approximate_kl(policy)}
         for term in (policy, score, correction, kl):
             per_token |= term.per_token
-        return LossTerms(-(inputs.weight * objective).sum(), per_token)
+        total = (inputs.weight * objective).sum()
+        if self.energy is not None:
+            per_token |= self.energy.measure(total, policy.logp, inputs)
+        return LossTerms(-total, per_token)
 
     def _seen_by(self, method: Method, inputs: ObjectiveInputs) -> ObjectiveInputs:
         """The inputs with the records that `method` asked for as `topk`."""
@@ -160,5 +170,6 @@ def merge_reads(parts: tuple[Reads, ...]) -> Reads:
         at_rollout=any(part.at_rollout for part in parts),
         entropy=any(part.entropy for part in parts),
         reference_kl=any(part.reference_kl for part in parts),
+        collision=any(part.collision for part in parts),
         others=supports[1:],
     )

@@ -24,6 +24,9 @@ class Supervised:
     def diagnostics(self) -> Diagnostics:
         return {"objective": ("mean",)}
 
+    def check_old(self, old: Readings) -> Readings:
+        return old
+
     def prepare_old(self, old: Readings) -> Readings:
         return old
 

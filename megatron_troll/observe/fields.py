@@ -6,7 +6,9 @@ python -m megatron_troll.observe.fields > docs/metrics.md
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
+from megatron_troll.objectives.energy import EDGES
 from megatron_troll.objectives.responses import DECILES
 from megatron_troll.observe.metrics import REDUCTIONS
 
@@ -21,6 +23,12 @@ class Field:
     meaning: str
     token: bool = False
 
+
+FREQUENCIES = (
+    *(f"that make up {edge:g} of the rollout batch or more" for edge in EDGES[:1]),
+    *(f"between {low:g} and {high:g} of it" for high, low in pairwise(EDGES)),
+    f"below {EDGES[-1]:g} of it",
+)
 
 RUN = (
     Field("step", "rollout batches", "rollout batches trained on; 0 is the evaluation before training"),
@@ -73,6 +81,21 @@ TOKEN = (
     Field("clipped", "share", "tokens whose ratio is beyond the bound of the trust region", True),
     Field("clipped_above", "share", "the same, positive advantage; dfpo: of responses", True),
     Field("clipped_below", "share", "the same, negative advantage; dfpo: of responses", True),
+)
+
+# ALGORITHMS 4
+ENERGY = (
+    Field("energy", "", "size of the gradient at the logits through the sampled token's log-prob", True),
+    *(
+        Field(
+            f"energy_bucket_{i}",
+            "",
+            f"the same of tokens {words}, 0 for the rest; over energy: their share of the gradient",
+            True,
+        )
+        for i, words in enumerate(FREQUENCIES)
+    ),
+    *(Field(f"tokens_bucket_{i}", "share", f"tokens {words}", True) for i, words in enumerate(FREQUENCIES)),
 )
 
 # ALGORITHMS 1.9
@@ -206,7 +229,7 @@ PHASES = (
     Field("checkpoint", "s", "saving the step before, as far as training waits for it"),
 )
 
-PER_TOKEN = (*TOKEN, *TROLL, *MASKS, *SEQUENCES, *REFERENCE, *CORRECTION)
+PER_TOKEN = (*TOKEN, *ENERGY, *TROLL, *MASKS, *SEQUENCES, *REFERENCE, *CORRECTION)
 
 
 def documented(name: str) -> bool:
@@ -245,6 +268,9 @@ def markdown() -> str:
             "Quantiles are exact up to 65,536 tokens a rank, from every n-th token beyond.",
             "A token to which a field does not apply is left out of its reductions.",
             *_table(TOKEN),
+            "",
+            "### With observe.energy",
+            *_table(ENERGY),
             "",
             "### With the TROLL trust region",
             *_table(TROLL),

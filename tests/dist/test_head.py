@@ -13,12 +13,19 @@ from torch.testing import assert_close
 from troll_kernels import head as kernels
 from troll_kernels.transform import Transform
 
+from megatron_troll.config.tree import Layout, Model
+from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.head_kl import full_kl
 from megatron_troll.mcore.head_shard import HeadShard
+from megatron_troll.mcore.model import build
+from megatron_troll.mcore.shape import shape_of
 from megatron_troll.parallel import shards
 from megatron_troll.parallel.groups import ALONE, Group
-from megatron_troll.types import NO_ID
+from megatron_troll.types import NO_ID, Reads
+from megatron_troll.weights.load import load
+from megatron_troll.weights.source import RandomSource
 from tests.dist.harness import RankPool
+from tests.dist.tiny import DENSE, started
 
 # Of 4 ranks the last has 5 tokens and 11 rows of padding; with FEW tokens, two ranks have padding alone.
 VOCAB, FEW, PADDED, SIZE, CHUNK = 53, 20, 64, 6, 3
@@ -310,3 +317,25 @@ def test_merged_candidates_are_those_of_a_whole_sort(ranks: RankPool, n: int) ->
     for got, got_ids in ranks.run(merge_own, values, ids, vocab):
         assert torch.equal(got, order.values[:, :k])
         assert torch.equal(got_ids, order.indices[:, :k])
+
+
+def collisions(tp: int) -> tuple[Tensor | None, Tensor]:
+    """As read, and from whole rows, at a temperature that is not 1."""
+    layout, shape = Layout(tp=tp), shape_of(DENSE)
+    with started(layout) as groups:
+        model = build(Model(path="", dtype="fp32", layout=layout), shape, groups)
+        load(model, RandomSource(shape, seed=3))
+        generator = torch.Generator().manual_seed(0)
+        hidden = 40 * torch.randn(9, shape.hidden, generator=generator)
+        target = torch.randint(0, shape.vocab, (9,), generator=generator)
+        head = Head(model, temperature=0.7)
+        rows = torch.cat(groups.tp.all_gather(head.log_probs(hidden)), -1)
+        return head.read(hidden, target, Reads(logp=True, collision=True)).collision, rows.exp().square().sum(1)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_collision_probability_is_that_of_whole_rows(tp: int, request: pytest.FixtureRequest) -> None:
+    pool: RankPool = request.getfixturevalue(f"ranks{tp}")
+    for read, rows in pool.run(collisions, tp):
+        torch.testing.assert_close(read, rows, rtol=2e-5, atol=0)
+        assert rows.max() > 2 * rows.min()

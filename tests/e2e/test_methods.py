@@ -13,7 +13,11 @@ METHODS = {
         "objective.entropy_over=sparse",
     ),
     "exact": (REFERENCE, "objective.trust_region.name=cppo", "objective.kl={name: exact, beta: 0.01}"),
-    "jackpot": ("objective.trust_region.name=clip", "objective.correction.name=jackpot"),
+    "jackpot": (
+        "objective.trust_region.name=clip",
+        "objective.correction.name=jackpot",
+        "observe.energy=true",
+    ),
     "ppo": (
         "objective.advantage.name=gae",
         "objective.trust_region.name=clip",
@@ -43,3 +47,10 @@ def test_the_critic_learns_what_to_expect(warm: Workplace) -> None:
     assert second["critic_explained_variance"] != 0
     assert second["critic_skipped"] == 0
     assert (warm.run("ppo") / "checkpoints" / "step_000002").is_dir()
+
+
+def test_the_energy_of_frequent_and_rare_tokens_adds_up(warm: Workplace) -> None:
+    first = warm.metrics("jackpot")[1]
+    assert first["energy"] > 0
+    parts = [value for name, value in first.items() if name.startswith("energy_bucket")]
+    assert sum(parts) == pytest.approx(first["energy"], rel=1e-5)

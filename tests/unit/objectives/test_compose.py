@@ -12,6 +12,7 @@ from megatron_troll.config.methods import known_methods
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose, resolve
 from megatron_troll.objectives.compose import SLOTS, head_gradient, refuse_dense_head, remarks
+from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import merge_reads
 from megatron_troll.objectives.slots import Correction, Policy, Statistics, Term
 from megatron_troll.types import ObjectiveInputs, Readings, Reads, Support
@@ -269,6 +270,13 @@ def test_what_the_head_is_differentiated_through_is_named(region, slots, because
     assert said.endswith(f"because of {because}") if because else said == KEPT_ALONE
 
 
+def test_measuring_energy_reads_the_full_softmax():
+    objective = replace(compose(config("token", "troll", "none")), energy=Energy())
+    assert head_gradient(objective).endswith("because of observe.energy")
+    with pytest.raises(ConfigError, match=r"observe\.energy=false"):
+        refuse_dense_head(objective)
+
+
 class HalfOfTheStep(Correction):
     """A method from outside the package: weighs by a number over the whole step."""
 
@@ -348,3 +356,16 @@ def test_every_old_record_is_cut_from_the_engine_s():
 def test_advantage_belongs_to_the_objective():
     advantage: Tensor = compose(ObjectiveConfig()).advantage(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     assert advantage.tolist() == pytest.approx([0.70710, -0.70710], abs=1e-4)
+
+
+def test_a_record_made_for_this_objective_is_not_measured_again() -> None:
+    """The head chooses by rows rounded to the dtype of the model and reads the chosen ids more finely: by its
+    own logits a record may then hold a little less than it was cut for."""
+    logits, target = torch.randn(20, 30), torch.arange(20)
+    record = topk_record(logits, target, 12, 0.3)
+    assert record.lse is not None
+    rounded = replace(record, lse=record.lse + 0.05)
+    objective = compose(config("token", slot("troll", k=12, delta=0.3), "none"))
+    assert objective.check_old(Readings(None, rounded, None)).topk is rounded
+    with pytest.raises(ValueError, match="keeps fewer tokens than k=12"):
+        objective.prepare_old(Readings(None, rounded, None))
