@@ -17,7 +17,7 @@ from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
 from megatron_troll.mcore.layout import check_layout, check_world, uses_te
 from megatron_troll.mcore.shape import ModelShape, read_shape
-from megatron_troll.objectives.compose import compose, resolve
+from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
 from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.rewards import reward as verifiers
@@ -60,6 +60,8 @@ def prepare(config: Config) -> Task:
     objective = compose(config.objective)
     if config.observe.energy:
         objective = replace(objective, energy=Energy())
+    if config.objective.head == "sparse":
+        refuse_dense_head(objective)
     shape = shape_of(config)
     with _about("objective"):
         objective.check(shape.vocab)

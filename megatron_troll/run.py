@@ -15,7 +15,7 @@ from megatron_troll.learner import Learner
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable
-from megatron_troll.objectives.compose import remarks
+from megatron_troll.objectives.compose import head_gradient, remarks
 from megatron_troll.observe.rollouts import RolloutStore
 from megatron_troll.observe.trackers import Summary
 from megatron_troll.pending import Pending
@@ -98,6 +98,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
         open_session(config, config.train.steps, interrupts) as session,
         Scorer(config.reward, progress=session.watchdog.beat) as scorer,
     ):
+        session.progress.say(head_gradient(task.objective))
         policy = open_policy(
             config.policy,
             task.shape,

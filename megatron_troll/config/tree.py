@@ -232,6 +232,11 @@ class ObjectiveConfig(Node):
     sum_norm_length: Positive | None = Field(
         default=None, description="L_max of seq-mean-token-sum-norm; default: rollout.sampling.max_tokens"
     )
+    head: Literal["auto", "sparse"] = Field(
+        default="auto",
+        description="the LM head's gradient: K columns wide where every method allows it, whole rows in "
+        "chunks otherwise; sparse: refuse what needs whole rows",
+    )
     old: Literal["trainer", "engine"] = Field(
         default="trainer",
         description="whose log-probs are the old policy: a forward of the trainer, or the engine's own",

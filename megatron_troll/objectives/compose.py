@@ -78,19 +78,35 @@ def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
     return tuple(found)
 
 
-def refuse_sparse_head(objective: Objective) -> None:
-    """Raises ConfigError where a method needs the gradient of the full softmax: a sparse LM head has that of
-    the kept tokens alone (ALGORITHMS 1.7)."""
-    dense = [
-        name
-        for name in ("ratio", "trust_region", "kl", "correction", "entropy")
-        if (method := getattr(objective, name)) is not None and method.reads.full_softmax
-    ]
-    if dense:
-        raise ConfigError(
-            f"objective: {', '.join(dense)} differentiate the full softmax, which a sparse "
-            "LM head does not form; it goes with trust_region troll and kl none or tike_sparse"
+def head_gradient(objective: Objective) -> str:
+    """Which way back the LM head takes (mcore/head.py), and why."""
+    if dense := _dense(objective):
+        return (
+            "LM head: gradient through the full softmax, in chunks of whole rows formed again in backward, "
+            f"because of {dense}"
         )
+    return "LM head: gradient through the kept columns alone; nothing differentiates the full softmax"
+
+
+def refuse_dense_head(objective: Objective) -> None:
+    """Raises ConfigError where a method needs the gradient of the full softmax, not that of the kept tokens
+    alone (ALGORITHMS 1.7)."""
+    if dense := _dense(objective):
+        raise ConfigError(
+            f"objective.head=sparse: the full softmax is differentiated by {dense}; set "
+            "objective.head=auto, or trust_region troll, kl none or tike_sparse, entropy_over sparse and "
+            "observe.energy=false"
+        )
+
+
+def _dense(objective: Objective) -> str:
+    """The configuration's names of what differentiates the full softmax."""
+    slots = ("ratio", "trust_region", "kl", "correction")
+    named = {slot: getattr(objective, slot) for slot in slots}
+    named |= {"entropy_bonus": objective.entropy, "observe.energy": objective.energy}
+    return ", ".join(
+        name for name, method in named.items() if method is not None and method.reads.full_softmax
+    )
 
 
 def _problems(config: ObjectiveConfig, objective: Objective) -> Iterator[str]:

@@ -64,7 +64,13 @@ RUN = (
 
 TOKEN = (
     Field("objective", "", "J of a token: what is maximised", True),
-    Field("entropy", "nats", "entropy of the new policy over the full vocabulary", True),
+    Field(
+        "entropy",
+        "nats",
+        "entropy over the full vocabulary of the new policy, or of the old one where the objective forms no "
+        "row of the new one (trust_region troll with support: old)",
+        True,
+    ),
     Field("approx_kl", "nats", "k3 estimate of KL(old || new), new after projection", True),
     Field(
         "rollout_trainer_kl", "nats", "k3 estimate of KL(rollout engine || old policy of the trainer)", True

@@ -12,7 +12,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor
-from troll_kernels.sparsify import select
+from troll_kernels import sparsify
 
 from megatron_troll.objectives.kl.exact import Exact
 from megatron_troll.objectives.kl.k1 import K1
@@ -24,7 +24,7 @@ from megatron_troll.objectives.sampled_kl import SampledKl
 from megatron_troll.objectives.slots import Policy, Term
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.types import ObjectiveInputs, Readings, Segments, Support, TopK
+from megatron_troll.types import NO_ID, ObjectiveInputs, Readings, Segments, Support, TopK
 
 RESAMPLES = 2_000
 # Edges of the mass that the top-k holds.
@@ -161,18 +161,16 @@ def seconds(method: ReferenceKl, pool: Pool, repeats: int) -> float:
 
 def _inputs(method: ReferenceKl, pool: Pool) -> ObjectiveInputs:
     """What the LM head would read of the rows for this method."""
-    rows, size = pool.policy, pool.vocab
-    lse, reference_lse = (vocab.logsumexp(logits, ALONE, size) for logits in (rows, pool.reference))
-    kl = record = None
-    beside = Readings(vocab.log_prob(pool.reference, pool.target, ALONE, size), None, None)
+    rows, reference = pool.policy.log_softmax(1), pool.reference.log_softmax(1)
+    kl = record = at_record = None
     if method.reads.reference_kl:
-        kl = vocab.kl(rows, lse, pool.reference - reference_lse[:, None], ALONE, size)
+        kl = (rows.exp() * (rows - reference)).sum(1)
     if method.reads.topk is not None:
-        record = _record(rows, pool.target, lse, method.reads.topk)
-        logits = vocab.gather_logits(pool.reference, record.ids, ALONE)
-        beside = Readings(beside.logp, replace(record, logits=logits, lse=reference_lse), None)
-    logp = vocab.log_prob(rows, pool.target, ALONE, size)
+        record = _record(rows, pool.target, method.reads.topk)
+        at_record = replace(record, logits=_at(reference, record.ids))
+    logp, reference_logp = (at.gather(1, pool.target[:, None])[:, 0] for at in (rows, reference))
     new = Readings(logp, record, None, reference_kl=kl)
+    beside = Readings(reference_logp, at_record, None)
     ones = torch.ones_like(logp.detach())
     return ObjectiveInputs(
         new=new,
@@ -191,13 +189,18 @@ def _inputs(method: ReferenceKl, pool: Pool) -> ObjectiveInputs:
     )
 
 
-def _record(rows: Tensor, target: Tensor, lse: Tensor, support: Support) -> TopK:
-    size = rows.shape[1]
+def _record(logp: Tensor, target: Tensor, support: Support) -> TopK:
+    """The policy's record at its own top-K, from its log-probabilities [N, V]; ties by token id."""
     with torch.no_grad():
-        sampled = vocab.gather_logits(rows, target[:, None], ALONE)[:, 0]
-        values, ids = vocab.topk(rows, support.k, ALONE, size)
-        ids, _, count, place = select(values, ids, lse.detach(), target, sampled, support.delta)
-    return TopK(ids, vocab.gather_logits(rows, ids, ALONE), count, place, lse, size)
+        values, candidates = vocab.topk(logp, support.k, ALONE, logp.shape[1])
+        lse, at_target = torch.zeros_like(logp[:, 0]), logp.gather(1, target[:, None])[:, 0]
+        ids, _, count, place = sparsify.select(values, candidates, lse, target, at_target, support.delta)
+    return TopK(ids, _at(logp, ids), count, place, lse, logp.shape[1])
+
+
+def _at(logp: Tensor, ids: Tensor) -> Tensor:
+    """[N, W], -inf on unused slots."""
+    return logp.gather(1, ids.clamp(min=0)).masked_fill(ids == NO_ID, -torch.inf)
 
 
 def _whole(response: Tensor) -> Segments:

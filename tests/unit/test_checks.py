@@ -107,6 +107,13 @@ def test_it_is_refused(config: Path, override: str, said: str) -> None:
     assert said in refusal(config, override)
 
 
+def test_a_sparse_head_is_kept_or_refused_before_the_run(config: Path) -> None:
+    task(config, "objective.head=sparse")
+    task(config, "objective.trust_region={name: clip}")
+    said = refusal(config, "objective.head=sparse", "objective.trust_region={name: clip}")
+    assert "objective.head=sparse: the full softmax is differentiated by trust_region" in said
+
+
 def test_the_engines_record_must_hold_what_a_mask_reads(config: Path) -> None:
     said = "rollout.top_k=8: a method that reads the engine's own record needs at least 20"
     assert said in refusal(

@@ -11,7 +11,8 @@ from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.methods import known_methods
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose, resolve
-from megatron_troll.objectives.compose import SLOTS, refuse_sparse_head, remarks
+from megatron_troll.objectives.compose import SLOTS, head_gradient, refuse_dense_head, remarks
+from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import merge_reads
 from megatron_troll.objectives.slots import Correction, Policy, Statistics, Term
 from megatron_troll.types import ObjectiveInputs, Readings, Reads, Support
@@ -240,16 +241,40 @@ def test_what_a_reader_must_know():
     assert "KL(mu || new)" in direction
 
 
+KEPT_ALONE = "LM head: gradient through the kept columns alone; nothing differentiates the full softmax"
+
+
 def test_the_sparse_head_takes_what_reads_kept_tokens_alone():
     for kl, correction in product(KLS, CORRECTIONS):
         objective = compose(config("token", "troll", correction, kl=slot(kl)))
         if kl in ("none", "tike_sparse"):
-            refuse_sparse_head(objective)
+            refuse_dense_head(objective)
+            assert head_gradient(objective) == KEPT_ALONE
             continue
-        with pytest.raises(ConfigError, match="objective: kl differentiate the full softmax"):
-            refuse_sparse_head(objective)
-    with pytest.raises(ConfigError, match="objective: trust_region, kl differentiate"):
-        refuse_sparse_head(compose(config("token", "clip", "none", kl=slot("k3"))))
+        with pytest.raises(ConfigError, match=r"head=sparse: the full softmax is differentiated by kl; set"):
+            refuse_dense_head(objective)
+        assert head_gradient(objective).endswith("whole rows formed again in backward, because of kl")
+
+
+@pytest.mark.parametrize(
+    ("region", "slots", "because"),
+    [
+        ("clip", {"kl": slot("k3")}, "trust_region, kl"),
+        ("troll", {"entropy_bonus": 0.01}, "entropy_bonus"),
+        ("troll", {"entropy_bonus": 0.01, "entropy_over": "sparse"}, ""),
+    ],
+)
+def test_what_the_head_is_differentiated_through_is_named(region, slots, because):
+    objective = compose(config("token", region, "none", **slots))
+    said = head_gradient(objective)
+    assert said.endswith(f"because of {because}") if because else said == KEPT_ALONE
+
+
+def test_measuring_energy_reads_the_full_softmax():
+    objective = replace(compose(config("token", "troll", "none")), energy=Energy())
+    assert head_gradient(objective).endswith("because of observe.energy")
+    with pytest.raises(ConfigError, match=r"observe\.energy=false"):
+        refuse_dense_head(objective)
 
 
 class HalfOfTheStep(Correction):
