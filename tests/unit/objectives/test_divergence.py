@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,6 +27,7 @@ def test_by_hand():
 
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, V), st.floats(0.0, 3.0))
+@example(29, 6, 2.720703125)
 def test_merging_categories_only_loses(seed, k, change):
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(4, V, generator=generator, dtype=torch.float64)
@@ -35,10 +36,12 @@ def test_merging_categories_only_loses(seed, k, change):
     kept = torch.zeros(4, V, dtype=torch.bool).scatter(1, mu.topk(k).indices, True)
     kept[:, 0] = True
     pairs: list[tuple[Divergence, Divergence]] = [("binary_tv", "topk_tv"), ("binary_kl", "topk_kl")]
+    # The rest is 1 less a sum: where it is small, few of its digits are right.
+    rounding = 1e-9
     for one, some in pairs:
         coarse, middle = binary(mu[:, 0], pi[:, 0], one), topk(mu, pi, kept, V, some)
-        assert (coarse <= middle + 1e-12).all()
-        assert (middle <= full(some, mu, pi) + 1e-12).all()
+        assert (coarse <= middle + rounding).all()
+        assert (middle <= full(some, mu, pi) + rounding).all()
         assert (binary(mu[:, 0], mu[:, 0], one) == 0).all()
     assert (full("topk_tv", mu, pi) <= 1).all()
 
