@@ -1,14 +1,13 @@
 """What an evaluation is refused for, before any process is started."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from megatron_troll.checks import PROBLEMS
 from megatron_troll.config.load import load
-from megatron_troll.data.demo_model import write_base
 from megatron_troll.evals.task import EvalTask, prepare
+from tests.unit.demo_task import write_config
 
 CONFIG = """
 name: trial
@@ -28,26 +27,9 @@ eval:
 """
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's untrained model."""
-    folder = tmp_path_factory.mktemp("base")
-    write_base(folder)
-    return folder
-
-
 @pytest.fixture
 def config(base: Path, tmp_path: Path) -> Path:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(line(number) for number in range(10)))
-    path = tmp_path / "eval.yaml"
-    path.write_text(CONFIG.format(base=base, prompts=prompts))
-    return path
-
-
-def line(number: int) -> str:
-    turns = [{"role": "user", "content": f"sort {number}"}]
-    return json.dumps({"id": str(number), "messages": turns, "answer": str(number)}) + "\n"
+    return write_config(CONFIG, base, tmp_path)
 
 
 def task(config: Path, *overrides: str) -> EvalTask:
