@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.workplace import Workplace, succeed
+from tests.e2e.workplace import Workplace, two_steps
 
 REFERENCE = "models.reference.path=runs/demo-warm-start/hf"
 METHODS = {
@@ -28,11 +28,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_steps_of(warm: Workplace, name: str) -> None:
-    settings = [f"name={name}", "train.steps=2", "checkpoint={every: 0, export: false}", *METHODS[name]]
-    succeed(warm.mtroll("train", "tiny.yaml", *settings))
-    rows = warm.metrics(name)
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert all(row["skipped_updates"] == 0 for row in rows[1:])
+    two_steps(warm, name, *METHODS[name])
 
 
 def test_the_policy_leaves_its_reference(warm: Workplace) -> None:

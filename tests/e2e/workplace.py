@@ -93,3 +93,13 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what depends on how busy the machine is."""
     return [{name: value for name, value in row.items() if name.split("/")[0] not in TIMINGS} for row in rows]
+
+
+def two_steps(place: Workplace, name: str, *settings: str) -> list[dict[str, Any]]:
+    """The rows of a run of tiny.yaml with `settings` that takes two steps, each with every update."""
+    short = [f"name={name}", "train.steps=2", "checkpoint={every: 0, export: false}"]
+    succeed(place.mtroll("train", "tiny.yaml", *short, *settings))
+    rows = place.metrics(name)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["skipped_updates"] == 0 for row in rows[1:])
+    return rows
