@@ -52,7 +52,9 @@ def results(plan: Plan, gain: float) -> dict[Cell, Result]:
     for cell in plan.cells():
         if cell.setting == "calm":
             last = 0.6 + 0.05 * cell.seed - (0.0 if cell.method == "tight" else gain)
-            named = replace(RESULT, setting=cell.setting, method=cell.method, seed=cell.seed)
+            named = replace(
+                RESULT, setting=cell.setting, method=cell.method, seed=cell.seed, digest=plan.digest(cell)
+            )
             found[cell] = replace(named, held_out=(0.5, 0.6, last))
     return found
 
@@ -85,6 +87,15 @@ def test_results_outlive_the_run_folders_but_not_the_plan(plan: Plan, tmp_path: 
     assert found == kept | {Cell("wild", "clip", 3): result_of(plan, Cell("wild", "clip", 3))}
     assert read_results(path) == found
     assert len(path.read_text().splitlines()) == len(found) + 2
+
+
+def test_a_result_of_other_settings_does_not_count(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "study.json"
+    write_results(path, results(plan, 0.1).values())
+    clearer = load_plan(write(tmp_path, SMALL + COMPARISONS.replace("is better", "learns more")))
+    assert {cell.method for cell in gather(clearer, path)} == {"clip", "tight"}
+    tighter = load_plan(write(tmp_path, SMALL.replace("bound: 0.01", "bound: 0.02")))
+    assert {cell.method for cell in gather(tighter, path)} == {"clip"}
 
 
 def test_a_page_says_what_showed_and_what_did_not(plan: Plan) -> None:
