@@ -57,6 +57,9 @@ class Study(Node):
         default=None, description="the method that tables show differences from; default: the first"
     )
     comparisons: tuple[Comparison, ...] = Field(default=(), description="the confirmatory ones, all of them")
+    pilots: str | None = Field(
+        default=None, description="what had been run before the comparisons were written; null: nothing"
+    )
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def test_a_result_of_other_settings_does_not_count(plan: Plan, tmp_path: Path) -
 def test_a_page_says_what_showed_and_what_did_not(plan: Plan) -> None:
     page = markdown(plan, results(plan, 0.1), "study.yaml", "images/{setting}.png")
     assert "2 methods x 2 seeds x 2 settings: 4 of 8 runs finished" in page
+    assert "Run before they were written: nothing" in page
     row = "| TROLL is better | calm | final success | tight | clip | higher | +0.100 [+0.100, +0.100] "
     assert f"{row}| as claimed |" in page
     assert "- TROLL is steadier (calm, Jitter2): came out the other way round." in page
