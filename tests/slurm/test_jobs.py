@@ -60,9 +60,21 @@ def submit(cluster: Cluster, finished: Workplace) -> Iterator[Callable[..., Job]
 
     def submit(name: str, *options: str) -> Job:
         script = f"{len(name)} {name.split()[0]}.sbatch"
-        allocation = ("--slurm", "--nodes", "2", "--gpus", "0", "--python", sys.executable)
+        allocation = ("--slurm", "--nodes", "2", "--gpus", "0", "--time", "0:40:00")
         overrides = (f"name={json.dumps(name)}", "launch.threads=1")
-        succeed(finished.mtroll("launch", "tiny.yaml", *overrides, *allocation, "--output", script, *options))
+        succeed(
+            finished.mtroll(
+                "launch",
+                "tiny.yaml",
+                *overrides,
+                *allocation,
+                "--python",
+                sys.executable,
+                "--output",
+                script,
+                *options,
+            )
+        )
         environment = {**cluster.environment, "PYTHONPATH": str(REPOSITORY)}
         said = subprocess.run(
             ["sbatch", "--parsable", script],
