@@ -10,7 +10,6 @@ from pathlib import Path
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
 from megatron_troll.files import write_atomic
-from megatron_troll.launch.slurm.script import Allocation, write
 
 FAILED, REFUSED = 1, 2
 
@@ -47,6 +46,8 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(arguments: Namespace) -> int:
+    from megatron_troll.launch.slurm.script import Allocation, write
+
     chosen = {field.name: getattr(arguments, field.name) for field in fields(Allocation)}
     try:
         config = load(arguments.config, arguments.overrides)
