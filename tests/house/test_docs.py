@@ -19,7 +19,7 @@ from tests.house.markdown import PAGES, ROOT, anchors, commands, configurations,
 from tools import config_reference
 
 GENERATED = {"metrics.md": fields.markdown, "configuration.md": config_reference.markdown}
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 OF_MAKE_TRAIN = re.findall(r"mtroll \w+ (examples/\S+\.yaml)", (ROOT / "Makefile").read_text())
 TREES = ("megatron_troll/", "kernels/", "tests/", "tools/", "examples/", "docs/")
 
@@ -51,6 +51,8 @@ def check_mtroll(words: list[str], runs: dict[str, Config], place: Path) -> None
             source = place / "config.yaml"
         config = load(source, arguments.overrides)
         runs[f"{config.runs}/{config.name}"] = config
+    elif words[0] == "launch":
+        load(arguments.config, arguments.overrides)
     elif words[0] == "report":
         assert set(arguments.runs) <= runs.keys(), words
     elif words[0] == "rollouts":
