@@ -16,9 +16,11 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from megatron_troll.config.tree import Model
+from megatron_troll.mcore.delta_rule import implementation
 from megatron_troll.mcore.layout import check_layout, uses_te
 from megatron_troll.mcore.packing import packed_sequences
 from megatron_troll.mcore.parallel import device, inside
@@ -121,7 +123,9 @@ def _chunk(
     vp_stage: int,
 ) -> HiddenStateModel:
     stage = vp_stage if model.layout.vpp else None
-    layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    start = get_transformer_layer_offset(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    count = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    layers = shape.layer_types[start : start + count]
     if uses_te(model.spec):
         from megatron_troll.mcore.te_spec import block_spec
     else:
@@ -130,12 +134,13 @@ def _chunk(
     last = groups.is_last_stage and vp_stage == (model.layout.vpp or 1) - 1
     chunk = kind(
         config,
-        block_spec(shape.experts, layers),  # pyright: ignore[reportArgumentType]
+        block_spec(shape, layers),  # pyright: ignore[reportArgumentType]
         vocab_size=shape.padded_vocab(model.layout.tp),
         max_sequence_length=shape.max_positions,
         pre_process=first,
         post_process=last,
         position_embedding_type="rope",
+        rotary_percent=shape.rotary_fraction,
         rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType]
         share_embeddings_and_output_weights=shape.tied,
         vp_stage=stage,
@@ -176,6 +181,13 @@ def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor
     )
     model.progress()
     return hidden
+
+
+def layer_remarks(model: MegatronModel) -> list[str]:
+    """What there is to say, once, about how `model` runs on this machine."""
+    if model.shape.linear is None:
+        return []
+    return [implementation(device(), model.config.params_dtype)]
 
 
 def _padding_of_stage(model: MegatronModel, chunk: nn.Module, padding: Tensor) -> Tensor:
