@@ -40,7 +40,7 @@ class LinearAttention:
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of one model. experts is 0 for a dense model, shared_expert_ffn without a shared expert; `vocab`
-    is the published size, unpadded.
+    is the published size, unpadded; logits are softcap * tanh(x / softcap) where there is a soft-cap.
 
     layer_types       of each layer in order
     linear            sizes of the layers with linear attention; None without such layers
@@ -66,6 +66,7 @@ class ModelShape:
     norm_eps: float
     init_std: float
     max_positions: int
+    softcap: float | None = None
     shared_expert_ffn: int = 0
     linear: LinearAttention | None = None
     output_gate: bool = False
@@ -125,6 +126,7 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
         norm_eps=config.get("rms_norm_eps", 1e-6),
         init_std=config.get("initializer_range", 0.02),
         max_positions=config.get("max_position_embeddings", 32768),
+        softcap=_softcap(config, where),
         shared_expert_ffn=config["shared_expert_intermediate_size"] if hybrid else 0,
         linear=_linear(config, where) if hybrid else None,
         output_gate=hybrid,
@@ -168,6 +170,13 @@ def _linear(config: dict[str, Any], where: str) -> LinearAttention:
             f"linear_num_key_heads ({sizes.key_heads})"
         )
     return sizes
+
+
+def _softcap(config: dict[str, Any], where: str) -> float | None:
+    softcap = config.get("final_logit_softcapping")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{where}: final_logit_softcapping {softcap!r} must be above 0, or null for none")
+    return softcap
 
 
 def _experts(config: dict[str, Any]) -> int:

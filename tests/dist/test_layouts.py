@@ -7,7 +7,7 @@ layouts_batch.py has the batch, layouts_reference.py the plain autograd, layouts
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -34,7 +34,7 @@ from tests.dist.layouts_batch import (
     make_batch,
 )
 from tests.dist.layouts_reference import Expected, Old, Read, Reference
-from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases
+from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases, run_probing_all
 from tests.dist.tiny import MOE, NEXT
 
 CASES = (
@@ -52,15 +52,29 @@ ENGINE = (
 )
 
 
+# Of many micro-batches.
+SEVERAL = (CASES[0], CASES[3], CASES[4])
+SEVERAL_DENSE = (CASES[0], replace(CASES[4], aux=0.0))
+
+
 @dataclass(frozen=True)
 class Variant:
-    """What is not run on every layout."""
+    """What is not run on every layout. `bucket`: numbers in a bucket of gradients."""
 
     world: int
     sizes: Sizes
     cases: tuple[Case, ...] = CASES
     kind: str = "moe"
     fields: dict[str, Any] = field(default_factory=dict)
+    bucket: int | None = None
+
+
+def overlapped(
+    world: int, sizes: Sizes, kind: str = "moe", distributed: bool = False, cases: tuple[Case, ...] = SEVERAL
+) -> Variant:
+    """Gradients are reduced while backward runs, most weights in a bucket of their own."""
+    optimizer = OPTIMIZER.model_copy(update={"overlap_grad_reduce": True, "distributed": distributed})
+    return Variant(world, sizes, cases, kind, {"optimizer": optimizer}, bucket=2000)
 
 
 VARIANTS = {
@@ -78,12 +92,19 @@ VARIANTS = {
     ),
     "hybrid-selective-recompute": Variant(2, {"cp": 2}, HYBRID_CASES, "hybrid", {"recompute": "selective"}),
     "tied-dense": Variant(4, {"tp": 2, "pp": 2}, (CASES[0], CASES[-1]), kind="tied-dense"),
+    "soft-cap": Variant(2, {"tp": 2}, (CASES[0], CASES[2], CASES[-1]), kind="capped-dense"),
+    "overlapped": overlapped(2, {}),
+    "overlapped-distributed": overlapped(4, {"tp": 2, "ep": 2}, distributed=True),
+    "overlapped-interleaved": overlapped(4, {"pp": 2, "vpp": 2}),
+    "overlapped-tied": overlapped(2, {}, "tied-dense", cases=SEVERAL_DENSE),
+    "overlapped-tied-stages": overlapped(4, {"pp": 2}, "tied-dense", cases=SEVERAL_DENSE),
 }
 REFERENCES: tuple[tuple[str, Old], ...] = (
     ("moe", "trainer"),
     ("moe", "engine"),
     ("tied-dense", "trainer"),
     ("hybrid", "trainer"),
+    ("capped-dense", "trainer"),
 )
 References = dict[tuple[str, Old], Reference]
 # Which collectives an axis larger than 1 cannot do without.
@@ -165,9 +186,8 @@ def test_variant_gives_the_loss_and_gradients_of_plain_autograd(
     name: str, batches: dict[str, Batch], references: References, request: pytest.FixtureRequest
 ) -> None:
     variant = VARIANTS[name]
-    results = run_on(
-        variant.world, model(variant.sizes, **variant.fields), batches[variant.kind], variant.cases, request
-    )
+    config, batch = model(variant.sizes, **variant.fields), batches[variant.kind]
+    results = run_on(variant.world, config, batch, variant.cases, request, variant.bucket)
     expected = [references[variant.kind, c.old].expected(c.objective, c.aux) for c in variant.cases]
     for result in results:
         assert result.groups == expected_groups(variant.world, variant.sizes)
@@ -194,6 +214,25 @@ def test_reported_fractions_and_mismatch_are_those_of_plain_autograd(
         }
 
 
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2, "ep": 2}], ids=["one-rank", "tp2"])
+def test_what_a_sparse_record_cannot_show_is_measured_on_whole_rows(
+    sizes: Sizes, batch: Batch, reference: Reference, request: pytest.FixtureRequest
+) -> None:
+    """At every position: the mass that left the old support, and the true KL beside the sparse one."""
+    before, now = (read.logits.detach().log_softmax(1) for read in (reference.before, reference.now))
+    ids, kept = reference.kept_before
+    left = (before.exp() - now.exp()).gather(1, ids).where(kept, 0.0).sum(1)
+    true_kl = (now.exp() * (now - before)).sum(1)
+    pool = request.getfixturevalue(f"ranks{sizes.get('tp', 1)}")
+    for result in pool.run(run_probing_all, model(sizes), batch, CASES[-1:]):
+        metrics = result.outcomes[0].metrics
+        assert metrics["outside_mass"] == pytest.approx(float(left.mean()), abs=1e-6)
+        assert metrics["outside_mass/max"] == pytest.approx(float(left.max()), abs=1e-6)
+        assert metrics["true_kl"] == pytest.approx(float(true_kl.mean()), rel=1e-3)
+        assert metrics["sparse_kl"] == pytest.approx(metrics["kl_before"], rel=1e-6)
+    assert left.max() > 1e-3
+
+
 def test_tensor_parallelism_without_expert_parallelism_is_refused() -> None:
     with pytest.raises(ValueError, match="set ep or etp above 1"):
         check_layout(shape_of(MOE), Layout(tp=2))
@@ -213,9 +252,14 @@ def model(sizes: Sizes, **fields: Any) -> Model:
 
 
 def run_on(
-    world: int, config: Model, batch: Batch, cases: tuple[Case, ...], request: pytest.FixtureRequest
+    world: int,
+    config: Model,
+    batch: Batch,
+    cases: tuple[Case, ...],
+    request: pytest.FixtureRequest,
+    bucket: int | None = None,
 ) -> list[RankResult]:
-    return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, cases)
+    return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, cases, bucket)
 
 
 def check_formed(result: RankResult, world: int, sizes: Sizes, config: dict[str, Any]) -> None:

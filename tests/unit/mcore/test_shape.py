@@ -68,3 +68,14 @@ def test_heads_of_linear_attention_must_divide_by_the_ranks_they_are_spread_over
         ValueError, match=r"key heads of linear attention \(4\) cannot be divided by tp x cp \(8\)"
     ):
         check_layout(shape_of(NEXT), Layout(tp=2, cp=4, ep=2))
+
+
+@pytest.mark.parametrize(("fields", "softcap"), [({}, None), ({"final_logit_softcapping": 30.0}, 30.0)])
+def test_a_soft_cap_is_read(fields: dict[str, Any], softcap: float | None) -> None:
+    assert shape_of(DENSE | fields).softcap == softcap
+
+
+@pytest.mark.parametrize("softcap", [0, -5.0])
+def test_a_soft_cap_must_be_above_0(softcap: float) -> None:
+    with pytest.raises(ValueError, match=r"config.json: final_logit_softcapping .* must be above 0"):
+        shape_of(DENSE | {"final_logit_softcapping": softcap})
