@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "train", "train a policy by RL", commands.train)
     _configured(kinds, "sft", "warm-start a model on demonstrations", commands.sft)
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
+    _configured(kinds, "preflight", "check the nodes that a run will have", commands.preflight)
     launch.add_to(kinds)
     demo = kinds.add_parser("demo", help="write the demo task: prompts, demonstrations, a tiny model")
     demo.add_argument("folder", nargs="?", default="runs/demo")

@@ -78,6 +78,25 @@ def evaluate(arguments: Namespace) -> int:
     return _configured(arguments, Command("eval", prepare, lambda task: None, run))
 
 
+def preflight(arguments: Namespace) -> int:
+    """On one rank of each node; alone where nothing has started it."""
+    from megatron_troll.checks import PROBLEMS
+    from megatron_troll.preflight.needs import needs_of
+    from megatron_troll.preflight.run import examine, failures
+    from megatron_troll.preflight.table import table
+
+    try:
+        reports = examine(needs_of(_load(arguments)))
+    except PROBLEMS as error:
+        return _refuse(error)
+    if os.environ.get("RANK", "0") == "0":
+        Console().print(table(reports))
+    found = failures(reports)
+    for line in found:
+        sys.stderr.write(f"{line}\n")
+    return FAILED if found else 0
+
+
 def demo(arguments: Namespace) -> int:
     from megatron_troll.data.demo import write_demo
 

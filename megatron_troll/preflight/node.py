@@ -1,8 +1,7 @@
-"""What a node has: GPUs and their memory, disk, ports, addresses."""
+"""What a node has: GPUs, disk, a name."""
 
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,24 +11,12 @@ from megatron_troll.preflight.finding import Finding, failed, passed
 GIB = 2**30
 
 
-def gpus(wanted: int, bytes_each: int) -> Iterator[Finding]:
-    """`wanted` GPUs of `bytes_each`; 0: none are asked for."""
+def gpus(wanted: int) -> Finding:
+    """GPUs of this node; 0: none are asked for."""
     count = torch.cuda.device_count()
     if count < wanted:
-        yield failed("gpus", f"{count}, of {wanted} asked for", "ask Slurm for them: --gpus-per-node")
-        return
-    yield passed("gpus", ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)})) or "none")
-    for index in range(wanted):
-        free, whole = torch.cuda.mem_get_info(index)
-        if free < bytes_each:
-            yield failed(
-                "gpu memory",
-                f"GPU {index}: {free / GIB:.1f} of {whole / GIB:.1f} GiB free, {bytes_each / GIB:.1f} planned",
-                "another process holds it, or the layout is too small: mtroll plan",
-            )
-            return
-    if wanted:
-        yield passed("gpu memory", f"{bytes_each / GIB:.1f} GiB planned, free on each")
+        return failed("gpus", f"{count}, of {wanted} asked for", "ask Slurm for them: --gpus-per-node")
+    return passed("gpus", ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)})) or "none")
 
 
 def disk(folder: Path, wanted: int) -> Finding:
@@ -49,21 +36,3 @@ def names() -> Finding:
         return passed("name", f"{name} is {socket.gethostbyname(name)}")
     except OSError as error:
         return failed("name", f"{name} cannot be resolved: {error}", "add it to DNS or /etc/hosts")
-
-
-def ports(wanted: Sequence[int]) -> Finding:
-    """TCP ports that servers will listen on."""
-    taken = [port for port in wanted if _taken(port)]
-    if taken:
-        return failed("ports", f"{', '.join(map(str, taken))} taken", "stop what listens there (ss -ltnp)")
-    return passed("ports", f"{len(wanted)} free" if wanted else "none needed")
-
-
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-        except OSError:
-            return True
-        return False

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 
 import torch
+from torch.cuda import nccl
 
 from megatron_troll.preflight.finding import Finding, failed, passed, warned
 
@@ -26,7 +27,7 @@ def findings(cuda: bool, find: Callable[[str], str] = version) -> Iterator[Findi
     yield core(find("megatron-core"), pinned())
     if not cuda:
         return
-    yield passed("nccl", ".".join(map(str, torch.cuda.nccl.version())))
+    yield passed("nccl", ".".join(map(str, nccl.version())))
     for name in EXTENSIONS:
         try:
             yield passed(name, find(name))

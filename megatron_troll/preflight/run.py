@@ -20,14 +20,11 @@ TIMEOUT = datetime.timedelta(seconds=120)
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs of each node. gpus of `gpu_bytes` each (0: it runs without), `disk_bytes` at `folder`,
-    TCP ports for its servers."""
+    """What a run needs of each node: `disk_bytes` at `folder`, GPUs (0: it runs without)."""
 
     folder: Path
-    gpus: int
-    gpu_bytes: int
     disk_bytes: int
-    ports: tuple[int, ...] = ()
+    gpus: int
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,9 @@ def examine(needs: Needs) -> list[Report]:
 
 def _alone(needs: Needs) -> Iterator[Finding]:
     yield from packages.findings(needs.gpus > 0)
-    yield from node.gpus(needs.gpus, needs.gpu_bytes)
+    yield node.gpus(needs.gpus)
     yield node.disk(needs.folder, needs.disk_bytes)
     yield node.names()
-    yield node.ports(needs.ports)
 
 
 def _together(needs: Needs, world: Group) -> Iterator[Finding]:
@@ -62,7 +58,9 @@ def _together(needs: Needs, world: Group) -> Iterator[Finding]:
     yield together.clock(world)
     group, device = world, torch.device("cpu")
     if needs.gpus and world.size > 1:
-        group, device = Group(dist.new_group(backend="nccl"), world.rank, world.size), torch.device("cuda", 0)
+        handle, device = dist.new_group(backend="nccl"), torch.device("cuda", 0)
+        assert isinstance(handle, dist.ProcessGroup)
+        group = Group(handle, world.rank, world.size)
     yield from together.all_reduce(
         group, device, os.environ.get("NCCL_SOCKET_IFNAME", "the default interface")
     )

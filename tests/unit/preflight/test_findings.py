@@ -1,6 +1,5 @@
 """Each check tells what is there, and what to do where it is not enough."""
 
-import socket
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,19 +43,9 @@ def test_a_disk_that_is_too_small_says_where_and_how_much(tmp_path: Path) -> Non
 
 
 def test_gpus_that_are_not_there() -> None:
-    (finding,) = node.gpus(1000, 1)
-    assert finding.level == "failed"
-    assert finding.text.endswith("of 1000 asked for")
-    assert [finding.level for finding in node.gpus(0, 0)] == ["ok"]
-
-
-def test_a_taken_port_is_named() -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        port = server.getsockname()[1]
-        assert node.ports([port]).text == f"{port} taken"
-    assert node.ports([port]).level == "ok"
+    assert node.gpus(1000).level == "failed"
+    assert node.gpus(1000).text.endswith("of 1000 asked for")
+    assert node.gpus(0).level == "ok"
 
 
 def test_nodes_that_agree_share_a_row() -> None:
