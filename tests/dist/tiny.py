@@ -1,4 +1,4 @@
-"""A tiny Qwen3 and Qwen3-MoE: their Hugging Face configs, and reference models with weights worth testing."""
+"""A tiny Qwen3, Qwen3-MoE and Qwen3-Next: their Hugging Face configs, and reference models with weights worth testing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +39,18 @@ MOE = DENSE | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "norm_topk_prob": True,
+}
+# Two layers of each kind, so that a pipeline of two stages has both kinds on each.
+NEXT = MOE | {
+    "model_type": "qwen3_next",
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    "shared_expert_intermediate_size": 56,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 14,
+    "linear_conv_kernel_dim": 4,
 }
 
 
