@@ -141,13 +141,17 @@ def _layer_types(config: dict[str, Any], hybrid: bool, where: str) -> tuple[Laye
         interval = config.get("full_attention_interval", 4) if hybrid else 1
         if interval < 1:
             raise ValueError(f"{where}: full_attention_interval is {interval}, at least 1 is needed")
-        types = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
+        types = _every(interval, layers)
     known = get_args(LayerType) if hybrid else ("full_attention",)
     if unknown := sorted(set(types) - set(known)):
         raise ValueError(f"{where}: layer_types: {unknown[0]!r} is not supported ({', '.join(known)})")
     if len(types) != layers:
         raise ValueError(f"{where}: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     return tuple(types)
+
+
+def _every(interval: int, layers: int) -> tuple[LayerType, ...]:
+    return tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers))
 
 
 def _linear(config: dict[str, Any], where: str) -> LinearAttention:
