@@ -18,13 +18,15 @@ class Bucket:
     query      [B, Lq] row of each query in this rank's flat [t] tokens
     position   [B, Lq] its position inside its sequence
     key        [B, Lk] row of each key in the flat tokens of all context-parallel ranks, rank-major
-    used       [B, Lq] bool, False where a shorter sequence ends; every key up to its length is real
+    used       [B, Lq] bool, False where a shorter sequence ends
+    real       [B, Lk] bool, the same for keys, which lie in the order of their positions
     """
 
     query: Tensor
     position: Tensor
     key: Tensor
     used: Tensor
+    real: Tensor
 
 
 @dataclass
@@ -72,8 +74,8 @@ def _bucket(starts: list[int], members: list[int], cp: Group, device: torch.devi
             theirs = zigzag(length, cp.size, rank)
             key[theirs] = (rank * total + start) // cp.size + torch.arange(len(theirs))
         keys.append(key)
-    used = [torch.ones(len(query), dtype=torch.bool) for query in queries]
-    return Bucket(*(_pad(rows).to(device) for rows in (queries, positions, keys, used)))
+    used, real = ([torch.ones(len(row), dtype=torch.bool) for row in rows] for rows in (queries, keys))
+    return Bucket(*(_pad(rows).to(device) for rows in (queries, positions, keys, used, real)))
 
 
 def _pad(rows: list[Tensor]) -> Tensor:

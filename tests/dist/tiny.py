@@ -54,6 +54,9 @@ NEXT = MOE | {
 }
 
 
+STEEP = ("embed", "mlp.gate.weight", "conv1d")
+
+
 def reference(config: dict[str, Any], seed: int = 0) -> "PreTrainedModel":
     """The Hugging Face model in fp32 with eager attention. No weight is trivial: norms differ from one, and
     the router is steep enough that rounding does not change the chosen experts."""
@@ -63,14 +66,17 @@ def reference(config: dict[str, Any], seed: int = 0) -> "PreTrainedModel":
         AutoConfig.for_model(**config), attn_implementation="eager", dtype=torch.float32
     ).eval()
     generator = torch.Generator().manual_seed(seed)
+    zero_centred = config["model_type"] == "qwen3_next"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.1 * drawn)
+                centre = 0 if zero_centred and not name.endswith("linear_attn.norm.weight") else 1
+                parameter.copy_(centre + 0.1 * drawn)
+            elif name.endswith(("A_log", "dt_bias")):
+                parameter.copy_(drawn - 2)  # states that outlast a sequence, were they not cut
             else:
-                steep = "embed" in name or name.endswith("mlp.gate.weight")
-                parameter.copy_((0.5 if steep else 0.1) * drawn)
+                parameter.copy_((0.5 if any(part in name for part in STEEP) else 0.1) * drawn)
     return model
 
 
