@@ -58,7 +58,10 @@ def flash_linear_attention() -> Kernels | None:
     """Its kernels; None where it is not installed."""
     if importlib.util.find_spec("fla") is None:
         return None
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
+        chunk_gated_delta_rule,
+        fused_recurrent_gated_delta_rule,
+    )
 
     def adapted(kernel: Callable[..., tuple[Tensor, Tensor]]) -> Rule:
         def rule(

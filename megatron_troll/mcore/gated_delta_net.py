@@ -91,6 +91,9 @@ class GatedDeltaNet(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
+        sizes: Any = config  # Megatron's type allows None
+        self.key_head = (-1, sizes.linear_key_head_dim)
+        self.value_head = (-1, sizes.linear_value_head_dim)
         tp, cp = pg_collection.tp, pg_collection.cp
         self.tp = Group(tp, tp.rank(), tp.size())
         self.exchange = HeadExchange(Group(cp, cp.rank(), cp.size()))
@@ -112,7 +115,7 @@ class GatedDeltaNet(MegatronModule):
         self.out_norm = build_module(
             submodules.out_norm,
             config=config,
-            hidden_size=config.linear_value_head_dim,
+            hidden_size=sizes.linear_value_head_dim,
             eps=config.layernorm_epsilon,
         )
         self.out_proj = build_module(
@@ -192,12 +195,11 @@ class GatedDeltaNet(MegatronModule):
         seen = torch.cat([before if memory is None else memory.inputs, inputs], 1)
         convolved = F.silu(F.conv1d(seen.mT, weight, groups=inputs.shape[-1])).mT
         query, key, value = convolved.split(self.mine.convolved, -1)
-        key_heads = (-1, self.config.linear_key_head_dim)
         rate, bias = self.exchange.share(self.A_log), self.exchange.share(self.dt_bias)
         mixed, state = delta_rule(
-            unit(query.unflatten(-1, key_heads)),
-            unit(key.unflatten(-1, key_heads)),
-            value.unflatten(-1, (-1, self.config.linear_value_head_dim)),
+            unit(query.unflatten(-1, self.key_head)),
+            unit(key.unflatten(-1, self.key_head)),
+            value.unflatten(-1, self.value_head),
             -wide(rate).exp() * F.softplus(wide(a) + wide(bias)),
             wide(b).sigmoid(),
             None if memory is None else memory.state,
@@ -211,9 +213,8 @@ class GatedDeltaNet(MegatronModule):
 
     def _gated(self, mixed: Tensor, z: Tensor) -> Tensor:
         """norm(mixed) * silu(z) for each head."""
-        head = (-1, self.config.linear_value_head_dim)
-        normed = self.out_norm(mixed.unflatten(-1, head))
-        return (normed * F.silu(wide(z.unflatten(-1, head)))).to(mixed.dtype).flatten(-2)
+        normed = self.out_norm(mixed.unflatten(-1, self.value_head))
+        return (normed * F.silu(wide(z.unflatten(-1, self.value_head)))).to(mixed.dtype).flatten(-2)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

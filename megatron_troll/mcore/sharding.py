@@ -15,7 +15,7 @@ def cut_rows(
     """`parameter` as the tensors `key`.<kind>, of which it holds, one below the other, this rank's `kinds`
     rows each. For an optimizer's state of the same shape too."""
 
-    def build(key: str, tensor: Tensor, replica: ReplicaId, flattened_range: slice | None) -> list[Any]:
+    def build(key: str, tensor: Tensor, replica: ReplicaId, flattened_range: slice | None) -> Any:
         assert flattened_range is None
         pieces = tensor.split(list(kinds.values()))
         return [
@@ -23,4 +23,7 @@ def cut_rows(
             for kind, piece in zip(kinds, pieces, strict=True)
         ]
 
-    return ShardedTensorFactory(key, parameter, build, torch.cat, replica)
+    def merge(pieces: Any) -> Tensor:
+        return torch.cat(pieces)
+
+    return ShardedTensorFactory(key, parameter, build, merge, replica)
