@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_troll.mcore.delta_rule import delta_rule, unit, wide
 from megatron_troll.mcore.head_exchange import HeadExchange
@@ -91,6 +92,7 @@ class GatedDeltaNet(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.recomputed = config.recompute_granularity == "selective"
         sizes: Any = config  # Megatron's type allows None
         self.key_head = (-1, sizes.linear_key_head_dim)
         self.value_head = (-1, sizes.linear_value_head_dim)
@@ -166,14 +168,13 @@ class GatedDeltaNet(MegatronModule):
     def _padded(self, rows: Tensor) -> Tensor:
         """Rows [cp x s, b, w] of sequences padded on the right, which no earlier position sees."""
         order = self.exchange.order(rows.shape[0], rows.device)
-        mixed, _ = self._mix(rows[order.argsort()].transpose(0, 1), None)
-        return mixed.transpose(0, 1)[order]
+        return self._whole(rows[order.argsort()].transpose(0, 1)).transpose(0, 1)[order]
 
     def _packed(self, rows: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
         """Rows [cp x t, 1, w]. Positions of no sequence come out as zeros."""
         mixed = rows.new_zeros(rows.shape[0], self.mine.value)
         for bucket in buckets:
-            sequences, _ = self._mix(rows[bucket.key, 0], None)
+            sequences = self._whole(rows[bucket.key, 0])
             mixed = mixed.index_put((bucket.key[bucket.real],), sequences[bucket.real])
         return mixed[:, None]
 
@@ -185,6 +186,15 @@ class GatedDeltaNet(MegatronModule):
             rows.transpose(0, 1).masked_fill(padding[..., None], 0), memories.get(self.layer_number)
         )
         return mixed.transpose(0, 1)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """Whole sequences [B, L, w]. Selective recomputation forms everything in here again, as it does in
+        core attention."""
+        if not (self.recomputed and self.training):
+            return self._mix(rows, None)[0]
+        run = checkpoint(self._mix, rows, None, use_reentrant=False, preserve_rng_state=False)
+        assert run is not None
+        return run[0]
 
     def _mix(self, rows: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         """Whole sequences [B, L, w], or what follows `memory`, through convolution and delta rule to

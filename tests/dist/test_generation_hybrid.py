@@ -68,3 +68,11 @@ def check_readings(result: Generated, case: str) -> set[str]:
 def test_generation_leaves_training_as_it_was(folder: str, ranks2: RankPool) -> None:
     for differing in ranks2.run(train_and_generate, {"tp": 2, "ep": 2}, folder):
         assert differing == []
+
+
+def test_bf16_log_probs_are_those_of_a_full_forward_to_its_precision(folder: str, ranks2: RankPool) -> None:
+    cases = {"plain": CASES["plain"]}
+    for result in ranks2.run(generate_cases, {"tp": 2, "ep": 2}, folder, cases, "bf16"):
+        for rollout in result.rollouts["plain"]:
+            reading = result.readings["plain"][rollout.name]
+            np.testing.assert_allclose(rollout.logp, reading.logp, rtol=0, atol=0.1)

@@ -73,6 +73,10 @@ VARIANTS = {
         CASES[-1:],
         fields={"optimizer": OPTIMIZER.model_copy(update={"distributed": True})},
     ),
+    "hybrid-full-recompute": Variant(
+        2, {"tp": 2, "ep": 2}, HYBRID_CASES, "hybrid", {"recompute": "full"}
+    ),
+    "hybrid-selective-recompute": Variant(2, {"cp": 2}, HYBRID_CASES, "hybrid", {"recompute": "selective"}),
     "tied-dense": Variant(4, {"tp": 2, "pp": 2}, (CASES[0], CASES[-1]), kind="tied-dense"),
 }
 REFERENCES: tuple[tuple[str, Old], ...] = (
