@@ -1,5 +1,6 @@
 # make env    set up .venv           make train  the demo, from prompts to a reward curve
 # make check  lint, types, layers    make test   the tests
+# make bench  the measured tables of docs/head.md
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3.11
@@ -8,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: env check test train clean
+.PHONY: env check test train bench clean
 
 env: .venv/.ready
 
@@ -37,6 +38,11 @@ train: env
 	$(BIN)/mtroll demo runs/demo
 	test -f runs/demo-warm-start/summary.json || $(BIN)/mtroll sft examples/configs/cpu_warm_start.yaml
 	$(BIN)/mtroll train examples/configs/cpu_troll.yaml resume=true
+
+bench: env
+	$(BIN)/python tools/bench_head.py --device cpu --json docs/bench_head_cpu.json
+	$(BIN)/python tools/bench_step.py --json docs/bench_step_cpu.json
+	$(BIN)/python tools/bench_tables.py
 
 clean:
 	rm -rf .venv runs
