@@ -1,5 +1,5 @@
-"""Causal attention of the last positions of a sequence, which is what a context-parallel rank computes of each
-chunk it holds, without a mask: neither forward nor backward holds positions x positions."""
+"""Causal attention of the last positions of a sequence: what a context-parallel rank computes for each chunk
+it holds. There is no mask, and neither forward nor backward holds positions x positions."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ class _Suffix(torch.autograd.Function):
 
 
 def _parts(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
-    """Keys, values and whether they are causal: those before the first query, if any; then the queries' own."""
+    """Keys, values, whether they are causal: those before the first query, if any; then the queries' own."""
     before = key.size(2) - query.size(2)
     own = (key[:, :, before:], value[:, :, before:], True)
     return [(key[:, :, :before], value[:, :, :before], False), own] if before else [own]
