@@ -1,5 +1,6 @@
 # make env    set up .venv           make train  the demo, from prompts to a reward curve
 # make check  lint, types, layers    make test   the tests
+# make test-slurm  the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3.11
@@ -8,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: env check test train clean
+.PHONY: env check test test-slurm train clean
 
 env: .venv/.ready
 
@@ -32,6 +33,11 @@ check: env
 
 test: env
 	$(BIN)/python -m pytest
+
+test-slurm: env
+	dpkg -s slurmctld slurmd slurm-client munge >/dev/null 2>&1 || \
+	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
+	$(BIN)/python -m pytest tests/slurm
 
 train: env
 	$(BIN)/mtroll demo runs/demo

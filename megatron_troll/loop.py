@@ -32,8 +32,7 @@ def train(task: Task, interrupts: Interrupts) -> bool:
         while standing.step < steps:
             if run.session.stopping():
                 checkpoint(run, standing)
-                run.checkpoints.finish()
-                run.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
+                run.stop(standing)
                 return False
             begins = standing.step == 0 and standing.before is None
             standing = before_training(run, standing) if begins else train_step(run, standing)

@@ -10,6 +10,7 @@ from megatron_troll.checks import Task, data_of
 from megatron_troll.critic import Critic, open_critic
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.evaluation import Evaluator, open_engine
+from megatron_troll.files import write_atomic
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learner
 from megatron_troll.mcore.checkpoint import Checkpoints
@@ -81,6 +82,13 @@ class Run:
         """`standing` with the clock and the prompt position of now."""
         seconds = standing.seconds + time.perf_counter() - began
         return replace(standing, seconds=seconds, position=self.order.position)
+
+    def stop(self, standing: Standing) -> None:
+        """The end of a run that was asked to stop, once its checkpoint is on disk; a launcher sees it by a
+        file in the run folder. Blocks."""
+        self.checkpoints.finish()
+        self.session.on_first(lambda: write_atomic(self.session.folder.stopped, f"{standing.step}\n"))
+        self.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
 
     def finish(self, standing: Standing) -> None:
         """Export, summary and report of a run that is complete."""

@@ -1,6 +1,6 @@
 """YAML and overrides in, a typed Config out; and back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,11 +25,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def assemble(parts: Sequence[Entry], overrides: Sequence[str] = ()) -> Config:
     """One configuration of several mappings, later ones winning, and then overrides. Raises ConfigError."""
-    shape, tree = Shape.of(Config), Entry({}, "")
-    for part in (*parts, *map(_override, overrides)):
-        tree = merge(tree, part, shape)
-    tree = _with_names(tree, shape)
+    tree = _with_names(overlay((*parts, *map(_override, overrides))), Shape.of(Config))
     return validate(Config, tree.plain(), "", lambda keys: place(tree, keys))
+
+
+def overlay(parts: Iterable[Entry]) -> Entry:
+    """Parts of a configuration over each other, later ones winning: what was written, and no defaults."""
+    shape, tree = Shape.of(Config), Entry({}, "")
+    for part in parts:
+        tree = merge(tree, part, shape)
+    return tree
 
 
 def dump(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""N ranks of one command on this machine, as plain subprocesses that live and end together."""
+"""Ranks of one command on this machine, as plain subprocesses that live and end together."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,33 +62,51 @@ class Failure:
         hint = ", as the kernel does when memory runs out" if -self.code == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-self.code).name}{hint}"
 
+    def __str__(self) -> str:
+        """One line: who failed, how, and the last thing it said."""
+        said = self.rank.said()
+        last = said[-1].strip() if said else f"it wrote nothing to {self.rank.stderr}"
+        return f"rank {self.rank.number} failed ({self.reason}): {last}"
+
 
 def launch(argv: Sequence[str], ranks: int, threads: int, log_dir: Path, grace_s: float = GRACE_S) -> int:
-    """Run `argv` as `ranks` processes of `threads` CPU threads and return the exit code of the job.
+    """Run `argv` as a world of `ranks` processes of `threads` CPU threads and return the exit code of the
+    job. What a failing rank said last comes last. See `run_ranks`."""
+    port = free_port()
+    environments = {rank: rank_environment(rank, ranks, port, threads) for rank in range(ranks)}
+    failure = run_ranks(argv, environments, log_dir, grace_s)
+    if failure is None:
+        return 0
+    _tell(failure)
+    return failure.exit_code
 
-    Every process gets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank 0
-    writes to this terminal; the stdout of the others and everybody's stderr are appended to
-    log_dir/rank_N.out and .err, and rank 0's stderr is shown as well. The first SIGINT or SIGTERM is handed
-    to every rank, and then waited for as long as a checkpoint takes; the third one kills. A rank starts with
-    these signals blocked, and unblocks them when it can handle them (interrupts.watched). When a rank
-    fails, the others have `grace_s` to end by themselves and as long again after SIGTERM; the last line
-    names the rank that failed first. Blocks; needs the main thread, for its signal handlers.
+
+def run_ranks(
+    argv: Sequence[str],
+    environments: Mapping[int, Mapping[str, str]],
+    log_dir: Path,
+    grace_s: float = GRACE_S,
+) -> Failure | None:
+    """Run `argv` once for each rank of `environments` (rank -> what it gets beside our environment).
+
+    Rank 0 writes to this terminal; the stdout of the others and everybody's stderr are appended to
+    log_dir/rank_N.out and .err, and rank 0's stderr is shown as well. The first SIGINT, SIGTERM or SIGUSR1 is
+    handed to every rank, and then waited for as long as a checkpoint takes; the third one kills. A rank
+    starts with these signals blocked, and unblocks them when it can handle them (interrupts.watched). When a
+    rank fails, the others have `grace_s` to end by themselves and as long again after SIGTERM; that failure
+    is returned. Blocks; needs the main thread, for its signal handlers.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     started: list[Rank] = []
-    port = free_port()
     with _signals_handed_to(started):
-        for number in range(ranks):
-            env = os.environ | rank_environment(number, ranks, port, threads)
-            started.append(_spawn(argv, env, number, log_dir))
-        with _shown(started[0]):
+        for number, added in environments.items():
+            started.append(_spawn(argv, {**os.environ, **added}, number, log_dir))
+        with _shown([rank for rank in started if rank.number == 0]):
             failure = _wait(started, grace_s)
-    if failure is None:
-        return 0
-    for rank in started:
-        rank.kill()
-    _tell(failure)
-    return failure.exit_code
+    if failure is not None:
+        for rank in started:
+            rank.kill()
+    return failure
 
 
 def rank_environment(rank: int, world: int, port: int, threads: int) -> dict[str, str]:
@@ -151,7 +169,7 @@ def _signals_handed_to(ranks: list[Rank]) -> Iterator[None]:
         if received == 2:
             sys.stderr.write("Already stopping, the checkpoint is being written. Once more kills the job.\n")
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, hand_on) for number in ASKING}
     try:
         yield
     finally:
@@ -183,11 +201,11 @@ def _wait(ranks: Sequence[Rank], grace_s: float) -> Failure | None:
 
 
 @contextmanager
-def _shown(rank: Rank) -> Iterator[None]:
-    """Copy a rank's stderr to ours as it grows. A file between them outlives either process; a pipe not."""
+def _shown(ranks: Sequence[Rank]) -> Iterator[None]:
+    """Copy the ranks' stderr to ours as it grows. A file between them outlives either process; a pipe not."""
     done = threading.Event()
 
-    def follow() -> None:
+    def follow(rank: Rank) -> None:
         with open(rank.stderr, "rb") as file:
             file.seek(rank.start)
             last = False
@@ -196,13 +214,15 @@ def _shown(rank: Rank) -> Iterator[None]:
                 sys.stderr.buffer.write(file.read())
                 sys.stderr.flush()
 
-    thread = threading.Thread(target=follow)
-    thread.start()
+    threads = [threading.Thread(target=follow, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
 def _tell(failure: Failure) -> None:
@@ -210,5 +230,4 @@ def _tell(failure: Failure) -> None:
     rank, said = failure.rank, failure.rank.said()
     if rank.number != 0 and said:
         sys.stderr.write(f"The end of {rank.stderr}:\n" + "\n".join(said[-TAIL_LINES:]) + "\n")
-    last = said[-1].strip() if said else f"it wrote nothing to {rank.stderr}"
-    sys.stderr.write(f"rank {rank.number} failed ({failure.reason}): {last}\n")
+    sys.stderr.write(f"{failure}\n")

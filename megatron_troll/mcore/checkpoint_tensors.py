@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import (
     add_prefix_for_sharding,
@@ -83,11 +83,12 @@ def counters(trained: Trainable) -> dict[str, int]:
 def first_difference(state: State, saved: State) -> str | None:
     """The first weight on this rank whose global shape is another in the checkpoint's metadata."""
     tensors, _ = extract_sharded_tensors_and_factories(state)
+    apply_factories(tensors)
     for tensor in nested_values(tensors):
-        ours, theirs = getattr(tensor, "global_shape", None), saved.get(tensor.key)
+        ours, theirs = tensor.global_shape, saved.get(tensor.key)
         if theirs is None:
             return f"{tensor.key} is not in the checkpoint"
-        if ours is not None and tuple(ours) != tuple(theirs.global_shape):
+        if tuple(ours) != tuple(theirs.global_shape):
             return f"{tensor.key} is {tuple(theirs.global_shape)} there and {tuple(ours)} here"
     return None
 

@@ -22,6 +22,7 @@ def uses_te(spec: str) -> bool:
 def check_layout(shape: ModelShape, layout: Layout) -> None:
     """Raise ValueError naming the first size that cannot be cut as `layout` asks."""
     stages = layout.pp * (layout.vpp or 1)
+    linear_heads = shape.linear.key_heads if shape.linear else 0
     rules = (
         (shape.heads, layout.tp, "attention heads", "tp"),
         (shape.kv_heads, layout.tp, "key-value heads", "tp"),
@@ -29,6 +30,8 @@ def check_layout(shape: ModelShape, layout: Layout) -> None:
         (shape.layers, stages, "layers", "pp x vpp"),
         (shape.experts, layout.ep, "experts", "ep"),
         (shape.expert_ffn, layout.etp, "the expert feed-forward size", "etp"),
+        (shape.shared_expert_ffn, layout.tp, "the shared expert's feed-forward size", "tp"),
+        (linear_heads, layout.tp * layout.cp, "key heads of linear attention", "tp x cp"),
     )
     for size, parts, what, axis in rules:
         if size % parts:

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from megatron_troll.config.tree import Model
@@ -124,7 +125,9 @@ def _chunk(
     vp_stage: int,
 ) -> HiddenStateModel:
     stage = vp_stage if model.layout.vpp else None
-    layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    start = get_transformer_layer_offset(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    count = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    layers = shape.layer_types[start : start + count]
     if uses_te(model.spec):
         from megatron_troll.mcore.te_spec import block_spec
     else:
@@ -133,12 +136,13 @@ def _chunk(
     last = groups.is_last_stage and vp_stage == (model.layout.vpp or 1) - 1
     chunk = kind(
         config,
-        block_spec(shape.experts, layers),  # pyright: ignore[reportArgumentType]
+        block_spec(shape, layers),  # pyright: ignore[reportArgumentType]
         vocab_size=shape.padded_vocab(model.layout.tp),
         max_sequence_length=shape.max_positions,
         pre_process=first,
         post_process=last,
         position_embedding_type="rope",
+        rotary_percent=shape.rotary_fraction,
         rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType]
         share_embeddings_and_output_weights=shape.tied,
         vp_stage=stage,

@@ -13,16 +13,19 @@ from megatron_troll.parallel.groups import Group
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length attended to as one dense batch of B; under context parallelism B is 1.
+    """Sequences of similar length attended to as one dense batch of B; of equal length under context
+    parallelism.
 
     query   [B, Lq] row of each query in this rank's flat [t] tokens, by position
     key     [B, Lk] row of each key in the flat tokens of all context-parallel ranks, by position
-    used    [B, Lq] bool, False where a shorter sequence ends; every key up to its length is real
+    used    [B, Lq] bool, False where a shorter sequence ends
+    real    [B, Lk] bool, the same for keys
     """
 
     query: Tensor
     key: Tensor
     used: Tensor
+    real: Tensor
 
 
 @dataclass
@@ -49,12 +52,12 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSe
 
 def buckets_of(starts: list[int], cp: Group, device: torch.device) -> list[Bucket]:
     """Sequences grouped by the power of two above their length, so that padding to the longest of a
-    bucket at most doubles it; under context parallelism each alone, since its chunks begin where its length
-    says."""
+    bucket at most doubles it; under context parallelism by their length, which says where chunks begin."""
     groups: dict[int, list[int]] = {}
     for i, (start, end) in enumerate(pairwise(starts)):
-        if end > start:
-            groups.setdefault((end - start - 1).bit_length() if cp.size == 1 else i, []).append(i)
+        length = end - start
+        if length:
+            groups.setdefault((length - 1).bit_length() if cp.size == 1 else length, []).append(i)
     return [_bucket(starts, members, cp, device) for _, members in sorted(groups.items())]
 
 
@@ -69,8 +72,8 @@ def _bucket(starts: list[int], members: list[int], cp: Group, device: torch.devi
             theirs = zigzag(length, cp.size, rank)
             key[theirs] = (rank * total + start) // cp.size + torch.arange(len(theirs))
         keys.append(key)
-    used = [torch.ones(len(query), dtype=torch.bool) for query in queries]
-    return Bucket(*(_pad(rows).to(device) for rows in (queries, keys, used)))
+    used, real = ([torch.ones(len(row), dtype=torch.bool) for row in rows] for rows in (queries, keys))
+    return Bucket(*(_pad(rows).to(device) for rows in (queries, keys, used, real)))
 
 
 def _pad(rows: list[Tensor]) -> Tensor:

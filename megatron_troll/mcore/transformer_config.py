@@ -42,6 +42,11 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         moe_router_dtype="fp32",
         moe_token_dispatcher_type=DISPATCHERS[model.moe.dispatcher],
         moe_grouped_gemm=uses_te(model.spec) and shape.experts > 0,
+        moe_shared_expert_intermediate_size=shape.shared_expert_ffn or None,
+        moe_shared_expert_gate=shape.shared_expert_ffn > 0,
+        attention_output_gate=shape.output_gate,
+        layernorm_zero_centered_gamma=shape.zero_centred_norms,
+        **_linear_attention(shape),
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
@@ -71,6 +76,20 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
     # in whose place we put one that allows it (dispatch.py).
     config.variable_seq_lengths = True
     return config
+
+
+def _linear_attention(shape: ModelShape) -> dict[str, Any]:
+    if shape.linear is None:
+        return {}
+    return {
+        # Checkpoints name the layers one by one, where they are of several types.
+        "linear_attention_freq": [int(kind == "linear_attention") for kind in shape.layer_types],
+        "linear_num_key_heads": shape.linear.key_heads,
+        "linear_num_value_heads": shape.linear.value_heads,
+        "linear_key_head_dim": shape.linear.key_dim,
+        "linear_value_head_dim": shape.linear.value_dim,
+        "linear_conv_kernel_dim": shape.linear.conv,
+    }
 
 
 def _recompute(mode: str) -> dict[str, Any]:

@@ -128,6 +128,13 @@ TROLL = (
     Field("sampled_impossible", "share", "sampled tokens to which the new policy gives no probability", True),
     Field("support_jaccard", "", "tokens in both supports over tokens in either", True),
     Field("bound", "nats", "radius of the KL ball; one number unless it is CPPO's budget", True),
+    Field(
+        "kept_below_default",
+        "share",
+        "positions where the old policy keeps a token that is less likely than a default one: raise delta or "
+        "lower p_d",
+        True,
+    ),
     Field("one_token_support", "share", "positions with a single kept token, which give no gradient", True),
 )
 

@@ -61,6 +61,11 @@ class RunFolder:
         return self.root / "summary.json"
 
     @property
+    def stopped(self) -> Path:
+        """Is there after a run that was asked to stop, until it is resumed."""
+        return self.root / "stopped"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "eval.json"
 
@@ -98,7 +103,7 @@ class RunFolder:
 
     @contextmanager
     def open(self, config_yaml: str, resume: bool) -> Iterator[None]:
-        """Own the folder until the block ends, and write `config_yaml` into it.
+        """Own the folder until the block ends, write `config_yaml` into it, and take its `stopped` away.
 
         Raises RunFolderError when another process holds it, or when it holds a run and that one is of another
         config (keys in CHANGEABLE apart) or `resume` is false. Nothing is written then.
@@ -108,6 +113,7 @@ class RunFolder:
             self._take(lock)
             self._check(config_yaml, resume)
             write_atomic(self.config, config_yaml)
+            self.stopped.unlink(missing_ok=True)
             yield
 
     def check(self, config_yaml: str, resume: bool) -> None:

@@ -1,5 +1,6 @@
 """A study: which runs, and which comparisons between them, written down before any is run."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pydantic import Field
 
 from megatron_troll.config.document import Entry
 from megatron_troll.config.errors import ConfigError, nearest
-from megatron_troll.config.load import assemble, extended, merge, parse_file, place, read
+from megatron_troll.config.load import assemble, extended, merge, overlay, parse_file, place, read
 from megatron_troll.config.shape import Shape
 from megatron_troll.config.tree import Config, Fraction, Natural, Node
 from megatron_troll.config.validate import validate
@@ -56,6 +57,9 @@ class Study(Node):
         default=None, description="the method that tables show differences from; default: the first"
     )
     comparisons: tuple[Comparison, ...] = Field(default=(), description="the confirmatory ones, all of them")
+    pilots: str | None = Field(
+        default=None, description="what had been run before the comparisons were written; null: nothing"
+    )
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,8 @@ class Plan:
 
     def config(self, cell: Cell) -> Config:
         """The configuration of one run. Raises ConfigError."""
-        parts = [read(Path(self.study.base)), self.common, self.settings[cell.setting]]
-        config = assemble([*parts, self.methods[cell.method]])
+        parts = self._parts(cell)
+        config = assemble(parts)
         folder = self.folder(cell)
         changes = {"name": cell.method, "runs": str(folder.parent), "seed": cell.seed}
         if self.study.warm_start is not None:
@@ -108,7 +112,14 @@ class Plan:
                 for model in ("policy", "reference", "critic")
                 if getattr(config.models, model) is not None
             }
-        return assemble([*parts, self.methods[cell.method]], _overrides(changes))
+        return assemble(parts, _overrides(changes))
+
+    def digest(self, cell: Cell) -> str:
+        """Names what the study's files say of a run, its seed and its warm start: 16 hexadecimal digits. A
+        result with another digest is of another run."""
+        first = None if self.study.warm_start is None else read(Path(self.study.warm_start)).plain()
+        said = [cell.seed, first, overlay(self._parts(cell)).plain()]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
     def warm_start(self, seed: int) -> Config:
         """The configuration of a seed's warm start. Raises ConfigError."""
@@ -123,6 +134,10 @@ class Plan:
             "sft.files": [str(folder / "demo" / "data" / "warm.jsonl")],
         }
         return assemble([read(Path(self.study.warm_start)), self.common], _overrides(changes))
+
+    def _parts(self, cell: Cell) -> list[Entry]:
+        of_cell = (self.settings[cell.setting], self.methods[cell.method])
+        return [read(Path(self.study.base)), self.common, *of_cell]
 
     def _data(self, seed: int) -> dict[str, object]:
         data = self.of_seed(seed) / "demo" / "data"

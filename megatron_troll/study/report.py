@@ -34,6 +34,7 @@ def markdown(plan: Plan, results: Mapping[Cell, Result], source: str, picture: s
         "These were written in the study file before its first run; nothing else here is a test. `a - b`",
         "is over paired seeds, with a 95 % bootstrap interval over seeds; over five, such intervals are",
         "somewhat too narrow. Of many, one in twenty misses by chance.",
+        f"Run before they were written: {study.pilots or 'nothing'}",
         "",
         *_comparisons(plan, done),
     ]

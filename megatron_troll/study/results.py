@@ -18,7 +18,7 @@ DIGITS = 5
 class Result:
     """One finished run. held_out[i] and entropy[i] are of step i + 1, None where the figure is absent or not
     finite; before: held-out success of the warm start. tokens: sampled for training, stop tokens included;
-    date: the day it ended (UTC)."""
+    date: the day it ended (UTC); digest: `Plan.digest` of the run."""
 
     setting: str
     method: str
@@ -32,6 +32,7 @@ class Result:
     skipped: int
     seconds: float
     date: str
+    digest: str
 
     @property
     def cell(self) -> Cell:
@@ -72,6 +73,7 @@ def result_of(plan: Plan, cell: Cell) -> Result:
         skipped=skipped,
         seconds=round(run.summary["seconds"], 1),
         date=f"{ended:%Y-%m-%d}",
+        digest=plan.digest(cell),
     )
 
 
@@ -92,10 +94,12 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
 
 
 def gather(plan: Plan, path: Path) -> dict[Cell, Result]:
-    """The results file brought up to date with the finished runs of the plan; runs of which only the file
-    knows stay. Written where anything is new."""
+    """The results file brought up to date with the finished runs of the plan. Runs of which only the file
+    knows stay, but not those of which the study now says something else. Written where anything is new."""
     kept = read_results(path)
-    results = {cell: kept[cell] for cell in plan.cells() if cell in kept}
+    results = {
+        cell: kept[cell] for cell in plan.cells() if cell in kept and kept[cell].digest == plan.digest(cell)
+    }
     results |= {cell: result_of(plan, cell) for cell in plan.cells() if finished(plan, cell)}
     if results != kept:
         write_results(path, results.values())

@@ -20,16 +20,14 @@ def run_study(
     plan: Plan, results: Path, at_once: int, interrupts: Interrupts, say: Callable[[str], None]
 ) -> bool:
     """Run to the end; started again, it goes on where it was stopped. Every finished run is added to the file
-    `results`. Returns whether all of them are finished: not when asked to stop or a run failed. Blocks.
+    `results`; one that is there is not run again, even where its folder is gone. Returns whether all of them
+    are finished: not when asked to stop or a run failed. Blocks.
     """
-    unprepared = [seed for seed in plan.study.seeds if not prepared(plan, seed)]
-    _run([warm_start(plan, seed) for seed in unprepared], at_once, interrupts, say)
     found = gather(plan, results)
-    jobs = {
-        training(plan, cell): cell
-        for cell in plan.cells()
-        if prepared(plan, cell.seed) and not finished(plan, cell)
-    }
+    missing = [cell for cell in plan.cells() if cell not in found]
+    seeds = sorted({cell.seed for cell in missing if not prepared(plan, cell.seed)})
+    _run([warm_start(plan, seed) for seed in seeds], at_once, interrupts, say)
+    jobs = {training(plan, cell): cell for cell in missing if prepared(plan, cell.seed)}
 
     def record(job: Job) -> None:
         if finished(plan, cell := jobs[job]):
@@ -37,7 +35,7 @@ def run_study(
             write_results(results, found.values())
 
     _run(list(jobs), at_once, interrupts, say, record)
-    return all(finished(plan, cell) for cell in plan.cells())
+    return all(cell in found for cell in plan.cells())
 
 
 def prepared(plan: Plan, seed: int) -> bool:

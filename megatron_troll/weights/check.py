@@ -18,14 +18,15 @@ def check_folder(folder: str | Path, shape: ModelShape) -> None:
 
 
 def check(source: Source, table: Table, *, tied: bool) -> None:
-    """Raise ValueError unless `source` holds exactly the tensors of `table`, in their shapes."""
+    """Raise ValueError unless `source` holds exactly the tensors of `table`, in their shapes, besides those
+    that it carries."""
     expected = {name: tensor.shape for name, tensor in table.tensors().items()}
     found = source.shapes
     problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
     problems += [
         f"unused: {name} {shape}"
         for name, shape in found.items()
-        if name not in expected and not (tied and name == TIED_HEAD)
+        if name not in expected and not name.startswith(table.carried) and not (tied and name == TIED_HEAD)
     ]
     problems += [
         f"wrong shape: {name} {found[name]}, the config says {shape}"

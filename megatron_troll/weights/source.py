@@ -17,6 +17,7 @@ from megatron_troll.weights.table import Table
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DECAY_RATES = (0.01, 16.0)
 
 
 class Source(Protocol):
@@ -107,7 +108,7 @@ class FolderSource:
 
 class RandomSource:
     """A fresh model: every tensor drawn from a generator seeded by (seed, name), fp32, hence the same on
-    every layout. Norms are ones, the rest normal(0, init_std)."""
+    every layout, as `HFTensor.init` says."""
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         self.std, self.seed = shape.init_std, seed
@@ -119,12 +120,18 @@ class RandomSource:
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         tensor = self._tensors[name]
-        if tensor.init == "ones":
-            drawn = torch.ones(tensor.shape)
-        else:
-            digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-            drawn = torch.empty(tensor.shape).normal_(0.0, self.std, generator=generator)
+        drawn = torch.empty(tensor.shape)
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        match tensor.init:
+            case "normal":
+                drawn.normal_(0.0, self.std, generator=generator)
+            case "decay":
+                drawn.uniform_(*DECAY_RATES, generator=generator).log_()
+            case "ones":
+                drawn.fill_(1.0)
+            case "zeros":
+                drawn.zero_()
         return drawn if index is None else drawn[index]
 
 

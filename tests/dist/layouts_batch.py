@@ -10,12 +10,13 @@ from torch import Tensor
 
 from megatron_troll.config.tree import ObjectiveConfig, Optimizer, Slot
 from megatron_troll.types import FinishReason, Message, Prompt, Rollout, TokenTopK
-from tests.dist.tiny import DENSE, MOE, reference
+from tests.dist.tiny import DENSE, MOE, NEXT, reference
 
 TEMPERATURE = 0.8
 # Layers that add little to a large residual keep rounding small beside the tolerance; the head is peaked
 # enough that delta, not k, ends some supports.
 SCALES = {"embed_tokens": 2.0, "o_proj": 0.5, "experts": 0.5, "mlp.gate": 0.5, "lm_head": 4.0}
+HYBRID_SCALES = SCALES | {"out_proj": 0.5, "shared_expert.": 0.5}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Kind:
 
 KINDS = {
     "moe": Kind(MOE, 6, SCALES),
+    "hybrid": Kind(NEXT, 3, HYBRID_SCALES),
     "tied-dense": Kind(DENSE | {"tie_word_embeddings": True}, 5, {"embed_tokens": 0.4, "o_proj": 0.5}),
 }
 Weights = dict[str, Tensor]

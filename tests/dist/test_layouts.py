@@ -5,6 +5,7 @@ layouts_batch.py has the batch, layouts_reference.py the plain autograd, layouts
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ from tests.dist.layouts_batch import (
 )
 from tests.dist.layouts_reference import Expected, Old, Read, Reference
 from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases
-from tests.dist.tiny import MOE
+from tests.dist.tiny import MOE, NEXT
 
 CASES = (
     Case("clip", packed=True, token_budget=64, aux=0.0),
@@ -45,6 +46,7 @@ CASES = (
     Case("troll-old", packed=True, token_budget=1, aux=1.0),
     Case("troll-old", packed=False, token_budget=4096, aux=0.0),
 )
+HYBRID_CASES = (CASES[0], CASES[3])
 ENGINE = (
     Case("clip", packed=True, token_budget=64, aux=0.0, old="engine"),
     Case("troll-old", packed=True, token_budget=4096, aux=0.0, old="engine"),
@@ -78,7 +80,12 @@ VARIANTS = {
     ),
     "tied-dense": Variant(4, {"tp": 2, "pp": 2}, (CASES[0], CASES[-1]), kind="tied-dense"),
 }
-REFERENCES: tuple[tuple[str, Old], ...] = (("moe", "trainer"), ("moe", "engine"), ("tied-dense", "trainer"))
+REFERENCES: tuple[tuple[str, Old], ...] = (
+    ("moe", "trainer"),
+    ("moe", "engine"),
+    ("tied-dense", "trainer"),
+    ("hybrid", "trainer"),
+)
 References = dict[tuple[str, Old], Reference]
 # Which collectives an axis larger than 1 cannot do without.
 COLLECTIVES = {
@@ -135,9 +142,23 @@ def test_layout_gives_the_loss_and_gradients_of_plain_autograd(
     world, sizes = LAYOUTS[layout]
     results = run_on(world, model(sizes), batch, CASES, request)
     for result in results:
-        check_formed(result, world, sizes)
+        check_formed(result, world, sizes, MOE)
         check_expected(result, expected)
         check_equal(result, alone)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_gives_the_loss_and_gradients_of_plain_autograd_to_a_hybrid(
+    layout: str, batches: dict[str, Batch], references: References, request: pytest.FixtureRequest
+) -> None:
+    """Whose layers of linear attention carry a state: each sequence alone and unpadded is the reference."""
+    world, sizes = LAYOUTS[layout]
+    results = run_on(world, model(sizes), batches["hybrid"], HYBRID_CASES, request)
+    reference = references["hybrid", "trainer"]
+    expected = [reference.expected(case.objective, case.aux) for case in HYBRID_CASES]
+    for result in results:
+        check_formed(result, world, sizes, NEXT)
+        check_expected(result, expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -200,37 +221,54 @@ def run_on(
     return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, cases)
 
 
-def check_formed(result: RankResult, world: int, sizes: Sizes) -> None:
+def check_formed(result: RankResult, world: int, sizes: Sizes, config: dict[str, Any]) -> None:
     """No layout runs as another: group sizes, shard shapes, and the collectives of each axis."""
     size = expected_groups(world, sizes)
     assert result.groups == size
-    check_shards(result.shapes, size, sizes.get("vpp", 1))
+    check_shards(result.shapes, size, sizes.get("vpp", 1), config)
     for outcome in result.outcomes:
         for axis, operations in COLLECTIVES.items():
             seen = {operation for group, operation in outcome.collectives if group == axis}
             assert operations <= seen if size[axis] > 1 else not seen, (axis, seen)
 
 
-def check_shards(shapes: dict[str, tuple[int, ...]], size: Sizes, chunks: int) -> None:
-    hidden, width, ffn = MOE["hidden_size"], MOE["head_dim"], MOE["moe_intermediate_size"]
-    heads, groups = MOE["num_attention_heads"], MOE["num_key_value_heads"]
-    rows = -(-MOE["vocab_size"] // size["tp"])
+def check_shards(shapes: dict[str, tuple[int, ...]], size: Sizes, chunks: int, config: dict[str, Any]) -> None:
+    hidden, width, ffn = config["hidden_size"], config["head_dim"], config["moe_intermediate_size"]
+    heads, groups, tp = config["num_attention_heads"], config["num_key_value_heads"], size["tp"]
+    rows = -(-config["vocab_size"] // tp)
     expected = {
-        "linear_qkv.weight": ((heads + 2 * groups) * width // size["tp"], hidden),
-        "linear_proj.weight": (hidden, heads * width // size["tp"]),
-        "linear_fc1.weight": (2 * ffn // size["etp"], hidden),
-        "linear_fc2.weight": (hidden, ffn // size["etp"]),
+        "linear_proj.weight": (hidden, heads * width // tp),
         "word_embeddings.weight": (rows, hidden),
         "output_layer.weight": (rows, hidden),
     }
+    if config is NEXT:
+        gated, key = 2 * heads, NEXT["linear_num_key_heads"] * NEXT["linear_key_head_dim"]
+        linear_heads, shared = NEXT["linear_num_value_heads"], NEXT["shared_expert_intermediate_size"]
+        value = linear_heads * NEXT["linear_value_head_dim"]
+        expected |= {
+            "linear_qkv.weight": ((gated + 2 * groups) * width // tp, hidden),
+            "in_proj.weight": (2 * (key + value + linear_heads) // tp, hidden),
+            "conv1d.weight": ((2 * key + value) // tp, 1, NEXT["linear_conv_kernel_dim"]),
+            "A_log": (linear_heads // tp,),
+            "dt_bias": (linear_heads // tp,),
+            "out_norm.weight": (NEXT["linear_value_head_dim"],),
+            "out_proj.weight": (hidden, value // tp),
+            "shared_experts.linear_fc1.weight": (2 * shared // tp, hidden),
+            "shared_experts.linear_fc2.weight": (hidden, shared // tp),
+        }
+    else:
+        expected["linear_qkv.weight"] = ((heads + 2 * groups) * width // tp, hidden)
+    expected |= {
+        "linear_fc1.weight": (2 * ffn // size["etp"], hidden),
+        "linear_fc2.weight": (hidden, ffn // size["etp"]),
+    }
     for name, shape in shapes.items():
         assert shape == next((want for end, want in expected.items() if name.endswith(end)), shape), name
-    layers = MOE["num_hidden_layers"] // size["pp"]
-    assert sum(name.endswith("linear_qkv.weight") for name in shapes) == layers
-    assert (
-        sum(name.endswith("linear_fc2.weight") for name in shapes)
-        == layers * MOE["num_experts"] // size["ep"]
-    )
+    layers = config["num_hidden_layers"] // size["pp"]
+    counts = Counter(name.split(".")[-2] for name in shapes)
+    assert counts["linear_qkv"] + counts["in_proj"] == layers
+    experts = layers * config["num_experts"] // size["ep"]
+    assert counts["linear_fc2"] == experts + (layers if config is NEXT else 0)
     if chunks > 1:
         assert {name.split(".")[0] for name in shapes} == {str(i) for i in range(chunks)}
 

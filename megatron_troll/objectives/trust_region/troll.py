@@ -1,6 +1,7 @@
 """TROLL: projection of the policy onto a KL ball around the old one (arXiv 2510.03817; ALGORITHMS 1)."""
 
 from dataclasses import replace
+from math import log
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -85,7 +86,7 @@ class Troll(Sparse, TrustRegion):
 
     @property
     def diagnostics(self) -> Diagnostics:
-        return {**PROJECTION_DIAGNOSTICS, **support.DIAGNOSTICS, "bound": ("mean", "min")}
+        return {**PROJECTION_DIAGNOSTICS, **support.DIAGNOSTICS, **OWN_DIAGNOSTICS}
 
     def prepare_old(self, old: Readings) -> Readings:
         """Refuses a sampled token that the old policy could not have drawn."""
@@ -100,10 +101,12 @@ class Troll(Sparse, TrustRegion):
         bound = self._bound(old, new, inputs)
         projection = self._project(old, new, bound)
         # The sampled token is always in the old support, in the new one not where its logit is -inf.
-        at = old.place[:, None]
-        logp, old_logp = projection.old.gather(1, at)[:, 0], self._logp(old).gather(1, at)[:, 0]
+        at, kept_logp = old.place[:, None], self._logp(old)
+        logp, old_logp = projection.old.gather(1, at)[:, 0], kept_logp.gather(1, at)[:, 0]
         per_token = _of_projection(projection) | support.compare(old, new, projection.outside)
-        per_token |= support.describe(old, self.k, self.delta, "old") | {"bound": bound}
+        per_token |= support.describe(old, self.k, self.delta, "old")
+        rarer = (kept_logp > float("-inf")) & (kept_logp < log(self.p_d))
+        per_token |= {"bound": bound, "kept_below_default": rarer.any(1).to(kept_logp.dtype)}
         if self.support == "own":
             per_token |= support.describe(new, self.k, self.delta, "new")
         return Policy(logp, old_logp, self.alpha * projection.kl_new_pi, per_token)
@@ -122,6 +125,8 @@ class Troll(Sparse, TrustRegion):
     def _logp(self, topk: TopK) -> Tensor:
         return sparse_logp(topk.logits, topk.count, topk.vocab, self.p_d)
 
+
+OWN_DIAGNOSTICS: Diagnostics = {"bound": ("mean", "min"), "kept_below_default": ("mean",)}
 
 PROJECTION_DIAGNOSTICS: Diagnostics = {
     "projected": ("mean",),

@@ -145,6 +145,17 @@ def test_one_kept_token_has_no_gradient():
     assert (new.grad == 0).all()
 
 
+def test_a_kept_token_rarer_than_a_default_one_is_counted():
+    """delta 0 keeps k tokens however rare they are."""
+    old, new, target, advantage = policies(3, 0.1)
+    with torch.no_grad():
+        old[1, :] = -20.0
+        old[1, target[1]] = 10.0
+    method = objective(delta=0.0, p_d=1e-12)
+    result = method.loss(batch(method, old, new, target, advantage))
+    assert result.per_token["kept_below_default"].tolist() == [0, 1, 0]
+
+
 def test_diagnostics_are_declared_detached_and_right():
     old, new, target, advantage = policies(30, 1.0)
     method = objective(bound=0.05)

@@ -24,6 +24,7 @@ RESULT = Result(
     skipped=0,
     seconds=30.0,
     date="2026-01-02",
+    digest="0123456789abcdef",
 )
 
 

@@ -52,7 +52,9 @@ def results(plan: Plan, gain: float) -> dict[Cell, Result]:
     for cell in plan.cells():
         if cell.setting == "calm":
             last = 0.6 + 0.05 * cell.seed - (0.0 if cell.method == "tight" else gain)
-            named = replace(RESULT, setting=cell.setting, method=cell.method, seed=cell.seed)
+            named = replace(
+                RESULT, setting=cell.setting, method=cell.method, seed=cell.seed, digest=plan.digest(cell)
+            )
             found[cell] = replace(named, held_out=(0.5, 0.6, last))
     return found
 
@@ -87,9 +89,19 @@ def test_results_outlive_the_run_folders_but_not_the_plan(plan: Plan, tmp_path: 
     assert len(path.read_text().splitlines()) == len(found) + 2
 
 
+def test_a_result_of_other_settings_does_not_count(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "study.json"
+    write_results(path, results(plan, 0.1).values())
+    clearer = load_plan(write(tmp_path, SMALL + COMPARISONS.replace("is better", "learns more")))
+    assert {cell.method for cell in gather(clearer, path)} == {"clip", "tight"}
+    tighter = load_plan(write(tmp_path, SMALL.replace("bound: 0.01", "bound: 0.02")))
+    assert {cell.method for cell in gather(tighter, path)} == {"clip"}
+
+
 def test_a_page_says_what_showed_and_what_did_not(plan: Plan) -> None:
     page = markdown(plan, results(plan, 0.1), "study.yaml", "images/{setting}.png")
     assert "2 methods x 2 seeds x 2 settings: 4 of 8 runs finished" in page
+    assert "Run before they were written: nothing" in page
     row = "| TROLL is better | calm | final success | tight | clip | higher | +0.100 [+0.100, +0.100] "
     assert f"{row}| as claimed |" in page
     assert "- TROLL is steadier (calm, Jitter2): came out the other way round." in page

@@ -1,0 +1,72 @@
+"""`mtroll launch`: write a job script, and submit it when asked to."""
+
+import argparse
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+
+from megatron_troll.config import ConfigError
+from megatron_troll.config.load import load
+from megatron_troll.files import write_atomic
+
+FAILED, REFUSED = 1, 2
+
+
+def add_to(commands: "argparse._SubParsersAction") -> None:
+    """The command's own options."""
+    about = "write a job script for `mtroll train` on a cluster"
+    parser = commands.add_parser("launch", help=about, description=about)
+    parser.add_argument("config", help="YAML file, as the job will read it")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--slurm", action="store_true", required=True, help="the kind of cluster")
+    parser.add_argument("--output", default=None, help="the script; default: NAME.sbatch")
+    parser.add_argument("--submit", action="store_true", help="hand it to sbatch; else nothing is submitted")
+    asked = parser.add_argument_group("allocation")
+    asked.add_argument("--nodes", type=int, required=True)
+    asked.add_argument("--gpus", type=int, default=8, help="per node, a rank each (default 8)")
+    asked.add_argument("--tasks", type=int, default=1, help="ranks per node where --gpus is 0 (default 1)")
+    asked.add_argument("--cpus", type=int, default=None, help="per rank; default: the cluster's")
+    asked.add_argument("--time", default="24:00:00", help="limit (default 24:00:00)")
+    asked.add_argument("--partition", default=None)
+    asked.add_argument("--account", default=None)
+    asked.add_argument(
+        "--notice-s",
+        type=int,
+        default=600,
+        help="seconds before the limit at which the run saves and goes back into the queue (default 600)",
+    )
+    asked.add_argument("--container", default=None, metavar="IMAGE", help="run in it, by pyxis")
+    asked.add_argument("--mounts", nargs="*", default=(), metavar="SOURCE:TARGET", help="of the container")
+    asked.add_argument("--python", default=".venv/bin/python", help="on the nodes, or in the container")
+    asked.add_argument("--interface", default=None, help="of the network; default: each node's own choice")
+    asked.add_argument("--restarts", type=int, default=100, help="times it may be requeued (default 100)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: Namespace) -> int:
+    from megatron_troll.launch.slurm.script import Allocation, write
+
+    chosen = {field.name: getattr(arguments, field.name) for field in fields(Allocation)}
+    try:
+        config = load(arguments.config, arguments.overrides)
+        script = write(config, arguments.config, arguments.overrides, Allocation(**chosen))
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return REFUSED
+    path = Path(arguments.output or f"{config.name}.sbatch")
+    write_atomic(path, script)
+    if arguments.submit:
+        return submit(path)
+    sys.stdout.write(f"wrote {path}; submit it: sbatch {path}\n")
+    return 0
+
+
+def submit(path: Path) -> int:
+    """sbatch's answer, whatever it is, is the user's."""
+    try:
+        return FAILED if subprocess.run(["sbatch", str(path)]).returncode else 0
+    except FileNotFoundError:
+        sys.stderr.write(f"sbatch is not on this machine: submit {path} from a login node\n")
+        return REFUSED

@@ -1,0 +1,103 @@
+"""A job script from a configuration and an allocation: a head that is made here, and train.sh."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import join, quote
+
+from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.tree import Config
+from megatron_troll.mcore.layout import check_world
+
+BODY = Path(__file__).with_name("train.sh")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What is asked of Slurm. One task runs on each GPU, or `tasks` a node where gpus is 0.
+
+    notice_s   seconds before the time limit at which the ranks are asked to save
+    container  image for pyxis; None: the nodes' own python
+    mounts     SOURCE:TARGET of the container, beside the working folder
+    interface  network interface, the same name on every node; None: each node's own towards the first one
+    restarts   times a stopped run is put back into the queue
+    """
+
+    nodes: int
+    gpus: int = 8
+    tasks: int = 1
+    cpus: int | None = None
+    time: str = "24:00:00"
+    partition: str | None = None
+    account: str | None = None
+    notice_s: int = 600
+    container: str | None = None
+    mounts: Sequence[str] = ()
+    python: str = ".venv/bin/python"
+    interface: str | None = None
+    restarts: int = 100
+
+    @property
+    def world(self) -> int:
+        return self.nodes * (self.gpus or self.tasks)
+
+
+def check(config: Config, allocation: Allocation) -> None:
+    """Raises ConfigError where the allocation is not whole copies of the model's layout."""
+    for name, model in (("policy", config.policy), ("critic", config.models.critic)):
+        if model is None:
+            continue
+        try:
+            check_world(model.layout, allocation.world)
+        except ValueError as error:
+            ranks = allocation.gpus or allocation.tasks
+            raise ConfigError(f"{allocation.nodes} nodes of {ranks} ranks: models.{name}: {error}") from error
+
+
+def write(config: Config, path: str, overrides: Sequence[str], allocation: Allocation) -> str:
+    """The whole script of `mtroll train PATH OVERRIDES`. Raises ConfigError."""
+    check(config, allocation)
+    head = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in options(config.name, allocation))]
+    network = [] if allocation.interface is None else ["--interface", allocation.interface]
+    variables = {
+        "run": quote(f"{config.runs}/{config.name}"),
+        "python": quote(allocation.python),
+        "command": f"({join(['train', path, *overrides, 'resume=true'])})",
+        "container": f"({pyxis(allocation)})",
+        "network": f"({join(network)})",
+        "restarts": str(allocation.restarts),
+    }
+    lines = [*head, "", *(f"{name}={value}" for name, value in variables.items()), BODY.read_text()]
+    return "\n".join(lines)
+
+
+def options(name: str, allocation: Allocation) -> list[str]:
+    """sbatch's options."""
+    asked: dict[str, str | int | None] = {
+        "job-name": name,
+        "nodes": allocation.nodes,
+        "ntasks-per-node": allocation.gpus or allocation.tasks,
+        "gpus-per-node": allocation.gpus or None,
+        "cpus-per-task": allocation.cpus,
+        "time": allocation.time,
+        "partition": allocation.partition,
+        "account": allocation.account,
+        "signal": f"B:USR1@{allocation.notice_s}",
+        "open-mode": "append",
+        "output": "slurm-%j.log",
+    }
+    given = [f"--{name}={quote(str(value))}" for name, value in asked.items() if value is not None]
+    return [*given, "--requeue"]
+
+
+def pyxis(allocation: Allocation) -> str:
+    """srun's options for a container that sees the working folder, as words of bash; none without one."""
+    if allocation.container is None:
+        return ""
+    mounts = re.sub(r'([\\"$`])', r"\\\1", "".join(f",{mount}" for mount in allocation.mounts))
+    return (
+        f"--container-image={quote(allocation.container)} "
+        f'--container-mounts="$PWD:$PWD{mounts}" '
+        '--container-workdir="$PWD" --no-container-mount-home'
+    )

@@ -1,0 +1,108 @@
+"""One task of a job step, which is one rank: srun ... python -m megatron_troll.launch.slurm.task LOGS ARGS...
+
+Slurm says which rank it is; the ranks meet through LOGS, the folder of this attempt. `mtroll ARGS...` runs
+as a child: when it is killed outright, somebody is left to say so.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_troll.files import write_atomic
+from megatron_troll.launch.local import Failure, run_ranks
+from megatron_troll.launch.slurm import network
+from megatron_troll.launch.slurm.meeting import attend, call
+
+MEETING = "meeting.json"
+FAILED = "failed"
+MEETING_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A task's place in its step. launcher: address of the node that srun runs on."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    threads: int
+    launcher: str
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> "Seat":
+        """Raises ValueError where it is not that of a task of `srun`."""
+        missing = [name for name in ("SLURM_PROCID", "SLURM_LAUNCH_NODE_IPADDR") if name not in environment]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} not set: this is started by srun, a task a rank")
+        number, world = int(environment["SLURM_NODEID"]), int(environment["SLURM_NTASKS"])
+        return cls(
+            rank=int(environment["SLURM_PROCID"]),
+            world=world,
+            local_rank=int(environment["SLURM_LOCALID"]),
+            local_world=tasks_of_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])[number],
+            threads=int(environment.get("SLURM_CPUS_PER_TASK", "1")),
+            launcher=environment["SLURM_LAUNCH_NODE_IPADDR"],
+        )
+
+
+def tasks_of_nodes(text: str) -> list[int]:
+    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
+    counts = []
+    for part in text.split(","):
+        count, _, times = part.removesuffix(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def main(argv: Sequence[str]) -> int:
+    """Be one rank of `mtroll ARGS...`; its exit code."""
+    parser = argparse.ArgumentParser(prog="task")
+    parser.add_argument("--interface", default=None, help="of the network; default: the one towards srun")
+    parser.add_argument("logs", type=Path, help="folder of this attempt, on a file system all nodes share")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="mtroll's")
+    arguments = parser.parse_args(argv)
+    seat = Seat.of(os.environ)
+    environment = join(seat, arguments.logs, arguments.interface)
+    command = [sys.executable, "-m", "megatron_troll.cli", *arguments.arguments]
+    failure = run_ranks(command, {seat.rank: environment}, arguments.logs)
+    if failure is None:
+        return 0
+    blame(arguments.logs, failure)
+    return failure.exit_code
+
+
+def join(seat: Seat, logs: Path, interface: str | None) -> dict[str, str]:
+    """The environment of a rank, once all know where rank 0 is. Raises TimeoutError, ValueError."""
+    file = logs / MEETING
+    if seat.rank == 0:
+        own = network.address_of(interface) if interface else network.address_towards(seat.launcher)
+        meeting = call(file, own)
+    else:
+        meeting = attend(file, MEETING_TIMEOUT_S)
+    own = interface or network.interface_with(network.address_towards(meeting.address))
+    return {
+        "RANK": str(seat.rank),
+        "WORLD_SIZE": str(seat.world),
+        "LOCAL_RANK": str(seat.local_rank),
+        "LOCAL_WORLD_SIZE": str(seat.local_world),
+        "MASTER_ADDR": meeting.address,
+        "MASTER_PORT": str(meeting.port),
+        "OMP_NUM_THREADS": str(seat.threads),
+        **network.environment(own, os.environ),
+    }
+
+
+def blame(logs: Path, failure: Failure) -> None:
+    """One file a failing rank, named so that the first one sorts first: what the job says last."""
+    name = f"{time.time_ns():020d}_rank_{failure.rank.number}"
+    write_atomic(logs / FAILED / name, f"{failure} (on {socket.gethostname()}; {failure.rank.stderr})\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

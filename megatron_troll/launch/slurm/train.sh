@@ -1,0 +1,42 @@
+
+# Every attempt has a folder of its own; logs/latest is the last one.
+set -euo pipefail
+mkdir -p "$run/logs"
+[[ -w $run/logs ]] || { echo "cannot write to $run/logs"; exit 1; }
+attempt=0
+until mkdir "$run/logs/attempt_$attempt" 2>/dev/null; do attempt=$((attempt + 1)); done
+logs=$run/logs/attempt_$attempt
+ln -sfn "attempt_$attempt" "$run/logs/latest"
+echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, attempt $attempt: every rank writes to $logs"
+
+echo "$SLURM_JOB_ID" >"$logs/job"
+
+srun --kill-on-bad-exit=1 "${container[@]}" "$python" -m megatron_troll.launch.slurm.task \
+  "${network[@]}" "$logs" "${command[@]}" &
+ranks=$!
+
+# USR1 comes before the time limit, TERM with a preemption: the ranks finish their step and save.
+asked=
+trap 'asked=yes; echo "asking the ranks to save and stop"; scancel --signal=USR1 "$SLURM_JOB_ID.0" || true' USR1 TERM
+code=0
+while kill -0 "$ranks" 2>/dev/null; do
+  if wait "$ranks"; then code=0; else code=$?; fi
+done
+trap '' USR1 TERM
+
+# A run that was stopped goes on in the queue, unless the job was cancelled.
+state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o ' JobState=[A-Z]*' || true)
+if [[ $run/stopped -nt $logs/job || ($asked && $code != 0) ]] && [[ $state == *=RUNNING ]]; then
+  restart=${SLURM_RESTART_COUNT:-0}
+  if ((restart < restarts)); then
+    echo "back into the queue: the next attempt goes on from the newest checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 600
+  fi
+  echo "restarted $restart times, which is all that was asked for: submit again to go on"
+  exit 1
+fi
+
+failures=("$logs"/failed/*)
+if [[ -e ${failures[0]} ]]; then cat "${failures[0]}"; fi
+exit "$code"

@@ -1,0 +1,83 @@
+"""The script of a job: what is asked of Slurm, what each rank runs, and that the shell reads it as meant."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_troll.config import ConfigError
+from megatron_troll.config.load import load
+from megatron_troll.config.tree import Config
+from megatron_troll.launch.slurm.script import Allocation, check, write
+
+EXAMPLE = Path(__file__).parents[4] / "examples" / "configs" / "cpu_troll.yaml"
+SHELLCHECK = str(Path(sys.executable).with_name("shellcheck"))
+AWKWARD = 'it\'s a "job"; $(touch hacked) `x` \\ *'
+
+
+def config(*overrides: str) -> Config:
+    return load(EXAMPLE, overrides)
+
+
+def head(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+
+
+def run_head(script: str, tail: str, folder: Path) -> str:
+    """What `tail` says after the script's variables are set."""
+    variables = script.split("\n# Every attempt")[0]
+    done = subprocess.run(["bash", "-uc", f"{variables}\n{tail}"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_task_a_gpu_and_a_warning_before_the_time_limit() -> None:
+    script = write(config(), "c.yaml", [], Allocation(nodes=2, time="1:00:00", notice_s=300, account="lab"))
+    assert head(script) == [
+        "--job-name=cpu-troll",
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--time=1:00:00",
+        "--account=lab",
+        "--signal=B:USR1@300",
+        "--open-mode=append",
+        "--output=slurm-%j.log",
+        "--requeue",
+    ]
+
+
+def test_bash_and_shellcheck_have_nothing_against_it(tmp_path: Path) -> None:
+    allocation = Allocation(nodes=2, container="/images/a b.sqsh", mounts=("/data:/data",), interface="ib0")
+    path = tmp_path / "job.sbatch"
+    path.write_text(write(config(f"name={json.dumps(AWKWARD)}"), AWKWARD, [f"runs={AWKWARD}"], allocation))
+    for command in (["bash", "-n"], [SHELLCHECK, "--exclude=SC2016"]):
+        done = subprocess.run([*command, str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_words_reach_the_ranks_as_they_were_given(tmp_path: Path) -> None:
+    script = write(config(), f"{AWKWARD}.yaml", [f"name={AWKWARD}"], Allocation(nodes=1))
+    said = run_head(script, "printf '%s\\n' \"${command[@]}\"", tmp_path)
+    assert said.splitlines() == ["train", f"{AWKWARD}.yaml", f"name={AWKWARD}", "resume=true"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_container_sees_the_working_folder(tmp_path: Path) -> None:
+    allocation = Allocation(nodes=1, container="/images/a b.sqsh", mounts=("/my $data:/data", "/x:/x"))
+    said = run_head(write(config(), "c.yaml", [], allocation), "printf '%s\\n' \"${container[@]}\"", tmp_path)
+    assert said.splitlines() == [
+        "--container-image=/images/a b.sqsh",
+        f"--container-mounts={tmp_path}:{tmp_path},/my $data:/data,/x:/x",
+        f"--container-workdir={tmp_path}",
+        "--no-container-mount-home",
+    ]
+
+
+def test_an_allocation_that_does_not_hold_the_layout_is_refused() -> None:
+    layout = config("models.policy.layout={tp: 4, pp: 3, ep: 4}")
+    with pytest.raises(ConfigError, match=r"1 nodes of 8 ranks: models.policy: .* tp x pp x cp = 12 divides"):
+        check(layout, Allocation(nodes=1))
+    check(layout, Allocation(nodes=3))

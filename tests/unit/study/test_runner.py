@@ -1,0 +1,29 @@
+"""What a study still has to run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_troll.launch.interrupts import Interrupts
+from megatron_troll.study.plan import load_plan
+from megatron_troll.study.results import write_results
+from megatron_troll.study.runner import run_study
+from tests.unit.study.test_outcomes import RESULT
+from tests.unit.study.test_plan import SMALL, write
+
+
+def test_a_run_whose_result_is_known_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = load_plan(write(tmp_path, SMALL))
+    known = [
+        replace(RESULT, setting=cell.setting, method=cell.method, seed=cell.seed, digest=plan.digest(cell))
+        for cell in plan.cells()
+    ]
+    write_results(tmp_path / "study.json", known)
+    said: list[str] = []
+    assert run_study(plan, tmp_path / "study.json", 1, Interrupts(), said.append)
+    assert said == []
+    assert not plan.root.exists()
