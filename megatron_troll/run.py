@@ -15,6 +15,7 @@ from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learner
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import layer_remarks
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.objectives.compose import head_gradient, remarks
 from megatron_troll.observe.rollouts import RolloutStore
@@ -115,6 +116,8 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             config.train.steps * config.train.updates,
             session.watchdog.beat,
         )
+        for line in layer_remarks(policy.model):
+            session.progress.say(line)
         trainer = open_trainer(task, policy)
         critic = None if config.models.critic is None else open_critic(config, policy.model, session.phases)
         engine = open_engine(task, policy.model)

@@ -12,6 +12,7 @@ from megatron_troll.data.order import PromptOrder
 from megatron_troll.evaluation import Evaluator, open_engine
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import layer_remarks
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.objectives.supervised import Supervised
@@ -36,6 +37,8 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
     ):
         beat = session.watchdog.beat
         policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps, beat)
+        for line in layer_remarks(policy.model):
+            session.progress.say(line)
         evaluator = Evaluator(task, session, open_engine(task, policy.model), scorer)
         trainer = PolicyTrainer(policy, Supervised(), Head(policy.model))
         session.begin_at(0)

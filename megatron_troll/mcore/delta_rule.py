@@ -49,6 +49,18 @@ def delta_rule(
     return rule(query, key, value, decay, beta, state)
 
 
+def implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """Which one `delta_rule` takes, and why, in words."""
+    if not takes_kernels(device, dtype):
+        return "linear attention: the exact rule in torch; flash-linear-attention is for CUDA and bf16"
+    if flash_linear_attention() is None:
+        return (
+            "linear attention: the exact rule in torch, which is slow; `pip install flash-linear-attention` "
+            "brings kernels"
+        )
+    return "linear attention: flash-linear-attention's kernels"
+
+
 def takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float32
 

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from megatron_troll.config.tree import Model
+from megatron_troll.mcore.delta_rule import implementation
 from megatron_troll.mcore.dispatch import pad_dispatchers
 from megatron_troll.mcore.layout import check_layout, uses_te
 from megatron_troll.mcore.options import check_options
@@ -184,6 +185,13 @@ def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor
     )
     model.progress()
     return hidden
+
+
+def layer_remarks(model: MegatronModel) -> list[str]:
+    """What there is to say, once, about how `model` runs on this machine."""
+    if model.shape.linear is None:
+        return []
+    return [implementation(device(), model.config.params_dtype)]
 
 
 def _padding_of_stage(model: MegatronModel, chunk: nn.Module, padding: Tensor) -> Tensor:

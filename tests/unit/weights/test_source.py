@@ -12,7 +12,7 @@ from megatron_troll.mcore.shape import shape_of
 from megatron_troll.weights.check import check
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.source import FolderSource, RandomSource, TensorSource, Unstacked
-from tests.dist.tiny import MOE
+from tests.dist.tiny import MOE, NEXT
 
 SHAPE = shape_of(MOE)
 TABLE = table_of(SHAPE)
@@ -33,6 +33,19 @@ def write_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
         save_file({name: tensors[name] for name in own}, folder / file)
     weight_map = {name: file for file, own in files.items() for name in own}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_random_hybrid_starts_as_hugging_face_says() -> None:
+    """Zero-centred norms at 0, the norm inside linear attention at 1, decay rates spread over (0, 16)."""
+    source = RandomSource(shape_of(NEXT | {"linear_num_value_heads": 400}), seed=0)
+    layer = "model.layers.0."
+    assert (source.read(layer + "input_layernorm.weight") == 0).all()
+    assert (source.read("model.layers.1.self_attn.q_norm.weight") == 0).all()
+    assert (source.read(layer + "linear_attn.norm.weight") == 1).all()
+    assert (source.read(layer + "linear_attn.dt_bias") == 1).all()
+    rates = source.read(layer + "linear_attn.A_log").exp()
+    assert rates.mean().item() == pytest.approx(8, abs=1)
+    assert 0 < rates.min() < rates.max() < 16
 
 
 @pytest.mark.parametrize("sharded", [False, True])
