@@ -18,6 +18,7 @@ from megatron_troll.data.errors import DataError
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
 from megatron_troll.mcore.layout import check_layout, check_world, uses_te
+from megatron_troll.mcore.options import check_machine, check_options
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
 from megatron_troll.objectives.energy import Energy
@@ -69,6 +70,7 @@ def prepare(config: Config) -> Task:
         objective.check(shape.vocab)
         _check_kept(objective, shape)
     _check_models(config, objective, shape)
+    _check_bias(config)
     _check_rollout(config, objective, shape)
     answer = config.rollout.sampling.max_tokens
     check_length(
@@ -226,11 +228,30 @@ def _check_models(config: Config, objective: Objective, shape: ModelShape) -> No
     _check_model("critic", critic, body, world_size(config))
 
 
+def _check_bias(config: Config) -> None:
+    """Expert biases live in the trainer and its checkpoints: Qwen3's format has no place for them."""
+    if not config.policy.moe.bias_rate:
+        return
+    for key, value, allowed in (
+        ("rollout.engine", config.rollout.engine, "inprocess"),
+        ("checkpoint.export", config.checkpoint.export, False),
+    ):
+        if value != allowed:
+            raise ConfigError(
+                f"models.policy.moe.bias_rate: {key} must be {str(allowed).lower()}, it is "
+                f"{str(value).lower()}: the Hugging Face format has no place for the biases, without which "
+                "the model would choose other experts"
+            )
+
+
 def _check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:
     with _about(f"models.{name}.layout"):
         check_layout(shape, model.layout)
         check_world(model.layout, world)
-    uses_te(model.spec)
+    with _about(f"models.{name}"):
+        check_options(shape, model)
+        check_machine(model)
+        uses_te(model.spec)
     if model.init == "pretrained":
         check_folder(model.path, shape)
 

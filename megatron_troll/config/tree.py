@@ -6,31 +6,19 @@ fields of their own slot beside their maths (objectives/), rewards beside theirs
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Files = Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-class Node(BaseModel):
-    """Strict and frozen: unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Slot(BaseModel):
-    """A method by name (or by import path `package.module:Class`) with the fields of its own config."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-    name: str = Field(description="a method, or `package.module:Class`")
-
-    @property
-    def fields(self) -> dict[str, object]:
-        return dict(self.model_extra or {})
+from megatron_troll.config.model_options import MoE, PrecisionAware
+from megatron_troll.config.node import (
+    Files,
+    Fraction,
+    Natural,
+    Node,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Slot,
+)
 
 
 class Layout(Node):
@@ -73,6 +61,13 @@ class Optimizer(Node):
         description="sum gradients over data-parallel ranks while the backward pass goes on, in buckets of "
         "40 million numbers; false: at its end",
     )
+    precision_aware: PrecisionAware | None = Field(
+        default=None,
+        description="state in less memory (needs Transformer Engine); default: all of it in fp32",
+    )
+    offload: Fraction = Field(
+        default=0.0, description="share of the state that is kept, and updated, in host memory (needs CUDA)"
+    )
     schedule: Schedule = Schedule()
 
 
@@ -91,9 +86,7 @@ class Model(Node):
     )
     layout: Layout = Layout()
     optimizer: Optimizer = Optimizer()
-    aux_loss: NonNegative = Field(
-        default=0.0, description="coefficient of the load-balancing loss, global over a step"
-    )
+    moe: MoE = MoE()
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="activations to recompute in the backward pass instead of keeping them"
     )
@@ -365,7 +358,7 @@ class Config(Node):
     train: Train = Train()
     sft: WarmStart | None = None
     evaluation: Evaluation = Evaluation()
-    eval: dict[str, EvalSet] = {}
+    eval: dict[str, EvalSet] = Field(default={})
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()
     launch: Launch = Launch()

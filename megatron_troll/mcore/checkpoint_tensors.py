@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.utils import (
     add_prefix_for_sharding,
     extract_sharded_tensors_and_factories,
 )
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor, nn
@@ -125,12 +126,14 @@ def _allocate(part: MegatronOptimizer) -> None:
     adam = part.optimizer
     if adam.state:
         return
+    # Where Megatron's optimizer reads gradients that are not of the parameter's own dtype.
+    gradient = "decoupled_grad" if part.config.use_precision_aware_optimizer else "grad"
     rates = [group["lr"] for group in adam.param_groups]
     for group in adam.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             if parameter.numel():
-                parameter.grad = torch.zeros_like(parameter)
+                setattr(parameter, gradient, torch.zeros_like(parameter))
     adam.step()
     adam.zero_grad()
     for group, rate in zip(adam.param_groups, rates, strict=True):
@@ -186,44 +189,55 @@ def _gathered(part: DistributedOptimizer, loading: bool) -> Whole:
 
 
 def _restore_part(part: MegatronOptimizer, trained: Trainable, loaded: State) -> None:
-    held = _shards(part) if isinstance(part, DistributedOptimizer) else _plain(part, trained)
+    if isinstance(part, DistributedOptimizer):
+        _restore_shards(part, trained, loaded)
+        return
+    held = _plain(part, trained)
     for i, parameter in enumerate(_parameters(trained)):
-        if parameter not in held:
+        for key, tensor in held.get(parameter, {}).items():
+            tensor.copy_(loaded[i][key])
+
+
+def _restore_shards(part: DistributedOptimizer, trained: Trainable, loaded: State) -> None:
+    """The flat slices that this rank owns, in whatever dtype and on whatever device the optimizer keeps
+    them."""
+    for i, parameter in enumerate(_parameters(trained)):
+        if parameter not in part.model_param_group_index_map:
             continue
-        place = slice(None)
-        if isinstance(part, DistributedOptimizer):
-            owned = part._get_model_param_range_map(parameter)["param"]
-            place = slice(owned.start, owned.end)
-        for key, tensor in held[parameter].items():
-            tensor.view(-1).copy_(loaded[i][key].reshape(-1)[place])
+        owned = part._get_model_param_range_map(parameter)["param"]
+        shard = {
+            key: loaded[i][key].reshape(-1)[owned.start : owned.end].to(parameter.device)
+            for key in (MASTER, *MOMENTS)
+        }
+        held = part._get_main_param_and_optimizer_states(parameter)
+        others = {key: value for key, value in held.items() if key not in shard}
+        part._set_main_param_and_optimizer_states(parameter, shard | others)
+    if isinstance(part.optimizer, HybridDeviceOptimizer):
+        part.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
-def _shards(part: DistributedOptimizer) -> Whole:
-    """parameter -> the flat slices of its state that this rank owns."""
-    shards = {}
-    for parameter, (group, order) in part.model_param_group_index_map.items():
-        main = part.optimizer.param_groups[group]["params"][order]
-        state = part.optimizer.state[main]
-        shards[parameter] = {MASTER: main, **{key: state[key] for key in MOMENTS}}
-    return shards
+def _adams(part: MegatronOptimizer) -> list[Any]:
+    """torch's optimizers: one, or one for each device that holds a part of the state."""
+    optimizer: Any = part.optimizer
+    return optimizer.sub_optimizers if isinstance(optimizer, HybridDeviceOptimizer) else [optimizer]
 
 
 def _steps_taken(part: MegatronOptimizer) -> int:
     """torch's AdamW counts per parameter, fused ones per group."""
-    adam = part.optimizer
-    counts = [state["step"] for state in adam.state.values() if "step" in state]
-    counts += [group["step"] for group in adam.param_groups if "step" in group]
+    adams = _adams(part)
+    counts = [state["step"] for adam in adams for state in adam.state.values() if "step" in state]
+    counts += [group["step"] for adam in adams for group in adam.param_groups if "step" in group]
     return int(max(counts, default=0))
 
 
 def _set_steps(part: MegatronOptimizer, steps: int) -> None:
     """torch advances the counter of each parameter, so none may be shared."""
-    adam = part.optimizer
-    fused = any("step" in group for group in adam.param_groups)
-    for group in adam.param_groups:
-        if fused:
-            group["step"] = steps
-            continue
-        for parameter in group["params"]:
-            if parameter in adam.state:
-                adam.state[parameter]["step"] = torch.tensor(float(steps))
+    for adam in _adams(part):
+        fused = any("step" in group for group in adam.param_groups)
+        for group in adam.param_groups:
+            if fused:
+                group["step"] = steps
+                continue
+            for parameter in group["params"]:
+                if parameter in adam.state:
+                    adam.state[parameter]["step"] = torch.tensor(float(steps))

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from megatron_troll.config.tree import Model, Optimizer
 from megatron_troll.mcore.delta_rule import implementation
+from megatron_troll.mcore.dispatch import pad_dispatchers
 from megatron_troll.mcore.layout import check_layout, uses_te
+from megatron_troll.mcore.options import check_options
 from megatron_troll.mcore.packing import packed_sequences
 from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.router import routers
@@ -100,13 +102,14 @@ def build(
     Raises ValueError for a layout the model cannot be cut into.
     """
     check_layout(shape, model.layout)
+    check_options(shape, model)
     config = transformer_config(model, shape)
     with inside(groups):
         chunks: list[nn.Module] = [
             _chunk(kind, model, shape, config, groups, vp_stage) for vp_stage in range(model.layout.vpp or 1)
         ]
         for router in routers(chunks):
-            router.coefficient = model.aux_loss
+            router.configure(model.moe)
         if config.bf16:
             chunks = [Float16Module(config, chunk) for chunk in chunks]
         if trained:
@@ -146,6 +149,7 @@ def _chunk(
         vp_stage=stage,
     )
     _mark_shards(chunk)
+    pad_dispatchers(chunk)
     return chunk.to(device())
 
 

@@ -11,13 +11,15 @@ from megatron_troll.mcore.layout import uses_te
 from megatron_troll.mcore.shape import ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Megatron's flex dispatcher runs DeepEP unless told otherwise.
+DISPATCHERS = {"alltoall": "alltoall", "allgather": "allgather", "deepep": "flex"}
 
 
 def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
     """Megatron's configuration. Losses are sums (calculate_per_token_loss): our weights carry the
     normalisation, so that no layout changes it."""
     layout, dtype = model.layout, DTYPES[model.dtype]
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
@@ -38,7 +40,7 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         moe_router_pre_softmax=not shape.norm_topk,
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type=DISPATCHERS[model.moe.dispatcher],
         moe_grouped_gemm=uses_te(model.spec) and shape.experts > 0,
         moe_shared_expert_intermediate_size=shape.shared_expert_ffn or None,
         moe_shared_expert_gate=shape.shared_expert_ffn > 0,
@@ -55,7 +57,6 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=True,
         calculate_per_token_loss=True,
         # Interleaved, two stages are each other's next and previous: batched messages would be mixed up.
         batch_p2p_comm=layout.vpp is None,
@@ -71,6 +72,10 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         apply_rope_fusion=False,
         **_recompute(model.recompute),
     )
+    # Micro-batches differ in length. Set here because Megatron refuses that with its all-gather dispatcher,
+    # in whose place we put one that allows it (dispatch.py).
+    config.variable_seq_lengths = True
+    return config
 
 
 def _linear_attention(shape: ModelShape) -> dict[str, Any]:

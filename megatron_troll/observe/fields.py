@@ -212,6 +212,11 @@ CORRECTION = (
     Field("jackpot_kl_post", "nats", "KL(target || law of accepted tokens) over the stored tokens", True),
 )
 
+EXPERTS = (
+    Field("expert_load_max", "", "tokens of the busiest expert over the mean; 1 is even"),
+    Field("expert_entropy", "", "entropy of an expert drawn by its tokens over that of an even draw"),
+)
+
 SPEED = (
     Field(
         "tokens_per_s",
@@ -244,9 +249,11 @@ def documented(name: str) -> bool:
     base, _, suffix = name.partition("/")
     if base == "seconds" and suffix:
         return suffix in names(PHASES)
+    if suffix.startswith("layer_"):
+        return base in names(EXPERTS)
     if suffix:
         return base in names(PER_TOKEN) and suffix in REDUCTIONS
-    return base in names([*RUN, *PER_TOKEN, *SPEED])
+    return base in names([*RUN, *PER_TOKEN, *EXPERTS, *SPEED])
 
 
 def names(fields: Iterable[Field]) -> set[str]:
@@ -276,23 +283,12 @@ def markdown() -> str:
             "A token to which a field does not apply is left out of its reductions.",
             *_table(TOKEN),
             "",
-            "### With observe.energy",
-            *_table(ENERGY),
+            *_methods(),
+            "## Experts",
             "",
-            "### With the TROLL trust region",
-            *_table(TROLL),
-            "",
-            "### With a mask or a prefix weight",
-            *_table(MASKS),
-            "",
-            "### With ratio dfpo",
-            *_table(SEQUENCES),
-            "",
-            "### With a reference model",
-            *_table(REFERENCE),
-            "",
-            "### With a correction for the rollout policy",
-            *_table(CORRECTION),
+            "Of the policy's training forwards, over every rank. The name alone is the least even layer;",
+            "`name/layer_N` is layer N, counted from 0.",
+            *_table(EXPERTS),
             "",
             "## Speed",
             *_table(SPEED),
@@ -300,6 +296,30 @@ def markdown() -> str:
             "",
         ]
     )
+
+
+def _methods() -> list[str]:
+    """The fields that only some methods and options write."""
+    return [
+        "### With observe.energy",
+        *_table(ENERGY),
+        "",
+        "### With the TROLL trust region",
+        *_table(TROLL),
+        "",
+        "### With a mask or a prefix weight",
+        *_table(MASKS),
+        "",
+        "### With ratio dfpo",
+        *_table(SEQUENCES),
+        "",
+        "### With a reference model",
+        *_table(REFERENCE),
+        "",
+        "### With a correction for the rollout policy",
+        *_table(CORRECTION),
+        "",
+    ]
 
 
 def _table(fields: Iterable[Field]) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_troll.config.model_options import MoE
 from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import shape_of
@@ -81,6 +82,10 @@ VARIANTS = {
     "full-recompute": Variant(2, {"tp": 2, "ep": 2}, fields={"recompute": "full"}),
     "selective-recompute": Variant(2, {"pp": 2}, fields={"recompute": "selective"}),
     "old-engine": Variant(2, {"cp": 2}, ENGINE),
+    "allgather": Variant(2, {"ep": 2}, fields={"moe": MoE(dispatcher="allgather")}),
+    "allgather-tp2-ep2": Variant(
+        4, {"tp": 2, "ep": 2}, CASES[2:], fields={"moe": MoE(dispatcher="allgather"), "recompute": "full"}
+    ),
     "distributed-optimizer": Variant(
         4,
         {"tp": 2, "ep": 2},
@@ -192,6 +197,8 @@ def test_variant_gives_the_loss_and_gradients_of_plain_autograd(
     for result in results:
         assert result.groups == expected_groups(variant.world, variant.sizes)
         check_expected(result, expected)
+        if "allgather" in name:
+            assert all(("ep", "alltoall_base_") not in outcome.collectives for outcome in result.outcomes)
 
 
 def test_reported_fractions_and_mismatch_are_those_of_plain_autograd(

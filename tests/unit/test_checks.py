@@ -204,3 +204,14 @@ def test_a_warm_start_needs_demonstrations_that_fit(config: Path) -> None:
 )
 def test_the_smallest_world(layout: dict[str, int], ranks: int) -> None:
     assert smallest_world(Layout(**layout)) == ranks
+
+
+def test_biases_of_experts_stay_in_the_trainer(config: Path) -> None:
+    task(config, "models.policy.moe.bias_rate=1e-3", "checkpoint.export=false")
+    said = "models.policy.moe.bias_rate: checkpoint.export must be false, it is true"
+    assert said in refusal(config, "models.policy.moe.bias_rate=1e-3")
+
+
+def test_a_dispatcher_that_is_not_installed_is_refused(config: Path) -> None:
+    said = refusal(config, "models.policy.moe.dispatcher=deepep")
+    assert said == "models.policy: moe.dispatcher=deepep needs CUDA, and there is none here"
