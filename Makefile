@@ -1,15 +1,19 @@
 # make env    set up .venv           make train  the demo, from prompts to a reward curve
 # make check  lint, types, layers    make test   the tests
-# make test-slurm  the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
+# make test-slurm       the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
+# make nemo-env         set up .venv-nemo: nemo-run and what it needs
+# make test-nemo        nemo-run experiments, run on this machine
+# make test-nemo-slurm  the same under a real Slurm
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+NEMO_PIP := .venv-nemo/bin/python -m pip --disable-pip-version-check --quiet
 TORCH := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: env check test test-slurm train clean
+.PHONY: env nemo-env check test slurm test-slurm test-nemo test-nemo-slurm train clean
 
 env: .venv/.ready
 
@@ -25,6 +29,17 @@ env: .venv/.ready
 	$(PIP) install -e '.[dev]'
 	touch $@
 
+# nemo-run's dependencies hold anyio, httpx and urllib3 below what the trainer's take.
+nemo-env: .venv-nemo/.ready
+
+.venv-nemo/.ready: examples/nemo_run/requirements.txt Makefile
+	$(PYTHON) -m venv .venv-nemo
+	$(NEMO_PIP) install --upgrade pip
+	$(NEMO_PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(NEMO_PIP) install torch==$(TORCH) --index-url $(CPU_INDEX)
+	$(NEMO_PIP) install -r examples/nemo_run/requirements.txt
+	$(NEMO_PIP) install --no-deps -e .
+	touch $@
+
 check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,10 +49,18 @@ check: env
 test: env
 	$(BIN)/python -m pytest
 
-test-slurm: env
+slurm:
 	dpkg -s slurmctld slurmd slurm-client munge >/dev/null 2>&1 || \
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
+
+test-slurm: env slurm
 	$(BIN)/python -m pytest tests/slurm
+
+test-nemo: env nemo-env
+	$(BIN)/python -m pytest tests/nemo -m "not slurm"
+
+test-nemo-slurm: env nemo-env slurm
+	$(BIN)/python -m pytest tests/nemo -m slurm
 
 train: env
 	$(BIN)/mtroll demo runs/demo
@@ -45,4 +68,4 @@ train: env
 	$(BIN)/mtroll train examples/configs/cpu_troll.yaml resume=true
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-nemo runs

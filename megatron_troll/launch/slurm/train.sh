@@ -17,7 +17,7 @@ ranks=$!
 
 # USR1 comes before the time limit, TERM with a preemption: the ranks finish their step and save.
 asked=
-trap 'asked=yes; echo "asking the ranks to save and stop"; scancel --signal=USR1 "$SLURM_JOB_ID.0" || true' USR1 TERM
+trap 'asked=yes; echo "asking the ranks to save and stop"; scancel --signal=USR1 "$SLURM_JOB_ID.$step" || true' USR1 TERM
 code=0
 while kill -0 "$ranks" 2>/dev/null; do
   if wait "$ranks"; then code=0; else code=$?; fi
