@@ -10,7 +10,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NEMO_PIP := .venv-nemo/bin/python -m pip --disable-pip-version-check --quiet
-TORCH := 2.13.0
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: env nemo-env check test slurm test-slurm test-nemo test-nemo-slurm train clean
@@ -20,21 +20,21 @@ env: .venv/.ready
 # torch comes first and by name: without a GPU nothing may pull a CUDA build. The index already configured is
 # asked for a CPU build before PyTorch's own. megatron-core comes without its dependencies, which would
 # bring training frameworks that are not used here.
-.venv/.ready: pyproject.toml Makefile
+.venv/.ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
-	$(PIP) install --upgrade pip
+	$(PIP) install --upgrade --constraint constraints.txt pip
 	if command -v nvidia-smi >/dev/null; then $(PIP) install torch==$(TORCH); \
 	else $(PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(PIP) install torch==$(TORCH) --index-url $(CPU_INDEX); fi
-	$(PIP) install --no-deps megatron-core==0.16.1
-	$(PIP) install -e '.[dev]'
+	$(PIP) install --no-deps --constraint constraints.txt megatron-core
+	$(PIP) install --constraint constraints.txt -e '.[dev]'
 	touch $@
 
 # nemo-run's dependencies hold anyio, httpx and urllib3 below what the trainer's take.
 nemo-env: .venv-nemo/.ready
 
-.venv-nemo/.ready: examples/nemo_run/requirements.txt Makefile
-	$(PYTHON) -m venv .venv-nemo
-	$(NEMO_PIP) install --upgrade pip
+.venv-nemo/.ready: examples/nemo_run/requirements.txt constraints.txt
+	$(PYTHON) -m venv --clear .venv-nemo
+	$(NEMO_PIP) install --upgrade --constraint constraints.txt pip
 	$(NEMO_PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(NEMO_PIP) install torch==$(TORCH) --index-url $(CPU_INDEX)
 	$(NEMO_PIP) install -r examples/nemo_run/requirements.txt
 	$(NEMO_PIP) install --no-deps -e .

@@ -15,9 +15,9 @@ from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config
 from megatron_troll.launch.slurm.script import Allocation, body, check
 
-# nemo-run's batch script calls `srun ... bash SCRIPT`. The script is a job body: it traps the signals that come
-# before a time limit or a preemption, which reach the batch shell alone, and calls srun itself. So the batch
-# shell becomes the script, and nemo-run's log of the step is what the script says.
+# nemo-run's batch script calls `srun --output LOG ... bash SCRIPT`. The script is a job body: it traps the
+# signals that come before a time limit or a preemption, which reach the batch shell alone, and calls srun
+# itself. So the batch shell becomes the script, and LOG is what the script says.
 IN_THE_BATCH_SHELL = 'srun() { exec "${@: -2}" >>"${2//%j/$SLURM_JOB_ID}" 2>&1; }'
 # The one before: nemo-run asks for the address of the first node.
 STEPS_BEFORE = 1
@@ -92,6 +92,7 @@ def slurm(recipe: Recipe) -> Job:
         signal=f"B:USR1@{allocation.notice_s}",
         setup_lines=IN_THE_BATCH_SHELL,
         packager=run.Packager(),
+        poll_estimated_start_time=False,
     )
     return Job(_script(recipe, steps), executor)
 
@@ -110,10 +111,10 @@ def _on_one_node(recipe: Recipe) -> run.Script:
 
 
 def _script(recipe: Recipe, text: str) -> run.Script:
-    inline = f"cd {quote(str(recipe.folder))}\n{text}"
+    inline = f"cd {quote(str(recipe.folder))} || exit\n{text}"
     if f"/{RUNDIR_NAME}" in inline:
         raise ConfigError(f"a path holds /{RUNDIR_NAME}, which nemo-run replaces in scripts: rename it")
     home = get_nemorun_home()
     if not re.fullmatch(r"[\w./-]+", home):
-        raise ConfigError(f"NEMORUN_HOME is {home!r}: nemo-run's scripts do not quote it, choose a plain path")
+        raise ConfigError(f"NEMORUN_HOME is {home!r}, which nemo-run's scripts do not quote: use another")
     return run.Script(inline=inline)
