@@ -22,6 +22,7 @@ from tools import config_reference
 GENERATED = {"metrics.md": fields.markdown, "configuration.md": config_reference.markdown}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 OF_MAKE_TRAIN = re.findall(r"mtroll \w+ (examples/\S+\.yaml)", (ROOT / "Makefile").read_text())
+PYTHONS = (".venv/bin/python", ".venv-nemo/bin/python")
 TREES = ("megatron_troll/", "kernels/", "tests/", "tools/", "examples/", "docs/")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -37,8 +38,10 @@ def test_every_command_is_understood(page: Path, tmp_path: Path, monkeypatch: py
             assert set(words[1:]) <= TARGETS, words
         elif words[0] == "mtroll":
             check_mtroll(words[1:], runs, tmp_path)
+        elif words[1:3] == ["-m", "pytest"]:
+            assert all((ROOT / path).exists() for path in words[3:]), words
         else:
-            script = words[1] if words[0] == ".venv/bin/python" else words[0]
+            script = words[1] if words[0] in PYTHONS else words[0]
             assert (ROOT / script).is_file(), words
 
 
