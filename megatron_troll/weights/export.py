@@ -13,7 +13,8 @@ from megatron_troll.parallel.groups import Group
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import FolderWriter, check_target
 from megatron_troll.weights.placement import held_parameters, shard_group
-from megatron_troll.weights.table import Place, Table
+from megatron_troll.weights.stream import tensors_of
+from megatron_troll.weights.table import Place, Table, Tensors
 
 MAX_SHARD_BYTES = 5 * 2**30
 Names = tuple[str, ...]
@@ -37,16 +38,7 @@ def stream(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
     Megatron parameter at a time (for experts, one of each expert-parallel rank). A tensor may share memory
     with the parameter: copy what is kept. The order of experts depends on the layout. Blocks.
     """
-    table = table_of(model.shape)
-    mine = {
-        held.place.names: held.parameter
-        for held in held_parameters(model, table)
-        if not held.place.entry.copy
-    }
-    shards = _shards(mine, model.groups.pp)
-    for place in _local_places(table, model.groups.ep):
-        yield from _assemble(model, place, mine.get(place.names), shards[place.names])
-        model.progress()
+    yield from tensors_of(_parameters(model))
 
 
 def save(
@@ -76,6 +68,20 @@ def save(
     world.barrier()
 
 
+def _parameters(model: MegatronModel) -> Iterator[tuple[Place, Tensors]]:
+    """Every parameter of the whole model, as its full parts."""
+    table = table_of(model.shape)
+    mine = {
+        held.place.names: held.parameter
+        for held in held_parameters(model, table)
+        if not held.place.entry.copy
+    }
+    shards = _shards(mine, model.groups.pp)
+    for place in _local_places(table, model.groups.ep):
+        yield from _assemble(model, place, mine.get(place.names), shards[place.names])
+        model.progress()
+
+
 def _local_places(table: Table, ep: Group) -> Iterator[Place]:
     """The places of this expert-parallel rank over all pipeline stages: ranks walk theirs in step."""
     per_rank = table.experts // ep.size
@@ -94,19 +100,19 @@ def _shards(mine: dict[Names, nn.Parameter], pp: Group) -> dict[Names, Shard]:
 
 def _assemble(
     model: MegatronModel, place: Place, parameter: nn.Parameter | None, shard: Shard
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[Place, Tensors]]:
+    """One parameter, or that of each expert-parallel rank."""
     groups, entry = model.groups, place.entry
     if parameter is None:
         local = torch.empty(shard.shape, dtype=shard.dtype, device=device())
     else:
         local = parameter.detach()
     groups.pp.broadcast(local, shard.stage)
-    tensors = entry.unshard(shard_group(groups, entry).all_gather(local))
+    parts = entry.join(shard_group(groups, entry).all_gather(local))
     if place.expert is None:
-        yield from zip(place.names, tensors, strict=True)
+        yield place, parts
         return
     per_rank = model.shape.experts // groups.ep.size
-    for i, tensor in enumerate(tensors):
-        for rank, value in enumerate(groups.ep.all_gather(tensor)):
-            expert = rank * per_rank + place.expert % per_rank
-            yield entry.names(place.layer, expert)[i], value
+    gathered = zip(*(groups.ep.all_gather(part) for part in parts), strict=True)
+    for rank, parts in enumerate(gathered):
+        yield Place(entry, place.layer, rank * per_rank + place.expert % per_rank), parts
