@@ -1,7 +1,7 @@
 """A folder that is written file by file and survives kills: what is finished is not done again.
 
-The target appears under its name, whole, in one step. Until then everything lies in `.NAME.part` beside it: files
-are written under another name, flushed to disk and renamed, and `records/` holds what is known of each.
+The target appears under its name, whole, in one step. Until then everything lies in `.NAME.part` beside it:
+files are written under another name, flushed to disk and renamed, and `records/` holds what is known of each.
 """
 
 import fcntl
@@ -25,6 +25,7 @@ RECORDS = "records"
 LOCK = "lock"
 UNFINISHED = ".part"
 BLOCK_BYTES = 2**22
+Fill = Callable[[BinaryIO], Any]
 
 
 class ConversionError(RuntimeError):
@@ -87,11 +88,9 @@ class Draft:
             return None
         return known
 
-    def write(
-        self, name: str, fill: Callable[[BinaryIO], Any], progress: Callable[[int], object] = lambda count: None
-    ) -> None:
-        """Write a file by `fill`, whose result (JSON) is recorded once the file is on disk; `progress` is told
-        of written bytes. Raises ConversionError where that fails, and leaves no part of the file."""
+    def write(self, name: str, fill: Fill, progress: Callable[[int], object] = lambda count: None) -> None:
+        """Write a file by `fill`, whose result (JSON) is recorded once the file is on disk; `progress` is
+        told of the bytes. Raises ConversionError where that fails, and leaves no part of the file."""
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name(path.name + UNFINISHED)

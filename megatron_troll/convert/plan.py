@@ -1,6 +1,6 @@
 """What a conversion writes into which file."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +13,7 @@ from megatron_troll.weights.megatron_keys import part_shapes
 from megatron_troll.weights.table import Place, Table
 from megatron_troll.weights.tensor_file import TensorFileWriter, nbytes
 
+FORMAT = 1
 T = TypeVar("T")
 DtypeOf = Callable[[Place], torch.dtype]
 
@@ -26,15 +27,40 @@ class Shard:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Options:
+    """What both directions can be told: the dtype of parameters (None keeps theirs), and the size that a file
+    of the target may have (one parameter at least)."""
+
+    dtype: torch.dtype | None = None
+    shard_bytes: int = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The same model in both formats, and a folder with its config.json."""
+
+    hugging_face: Path
+    megatron: Path
+    like: Path
+
+
 class Conversion(Protocol):
     """From the folder of one format to that of the other. Nothing is written before `write`.
 
+    options    what it was told
     identity   what the target depends on (JSON)
     shards     the files of the target by their names in it
     """
 
-    identity: dict[str, Any]
-    shards: dict[str, Shard]
+    @property
+    def options(self) -> Options: ...
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def shards(self) -> Mapping[str, Shard]: ...
 
     def write(self, shard: Shard, file: BinaryIO) -> Any:
         """Fill a file; what `complete` must know of it (JSON)."""
@@ -43,6 +69,21 @@ class Conversion(Protocol):
     def complete(self, folder: Path, records: dict[str, Any]) -> None:
         """Write the small files beside the shards, given what `write` returned for each."""
         ...
+
+    def sides(self, target: Path) -> Sides:
+        """The two folders once `target` is complete."""
+        ...
+
+
+def identity_of(kind: str, options: Options, sources: Iterable[Path]) -> dict[str, Any]:
+    """Two conversions of equal identity write the same: `sources` are the files that are read."""
+    return {
+        "format": FORMAT,
+        "conversion": kind,
+        "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
+        "shard_bytes": options.shard_bytes,
+        "sources": {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in sources},
+    }
 
 
 def cut_parameters(table: Table, dtype: DtypeOf, limit: int) -> list[Shard]:

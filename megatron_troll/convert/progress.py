@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
@@ -49,17 +50,15 @@ class Lines(Silent):
     def _say(self, now: float) -> None:
         speed = (self._done - self._found) / max(now - self._began, 1e-9)
         left = duration(max(self._total - self._done, 0) / speed) if speed else "?"
-        self._console.print(
-            f"{self._done / 2**30:.2f} of {self._total / 2**30:.2f} GiB | {speed / 2**20:.0f} MiB/s | ETA {left}",
-            highlight=False,
-        )
+        done, total = decimal(self._done), decimal(self._total)
+        self._console.print(f"{done} of {total} | {decimal(int(speed))}/s | ETA {left}", highlight=False)
 
 
 class Live(Silent):
     """A bar that is redrawn in place."""
 
     def __init__(self, console: Console) -> None:
-        columns = (BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._bar = Bar(TextColumn("converting"), *columns, console=console)
 
     @contextmanager

@@ -7,41 +7,49 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_troll.convert.plan import Conversion, Shard, cut_carried, cut_parameters, write_carried
+from megatron_troll.convert.plan import (
+    Options,
+    Shard,
+    Sides,
+    cut_carried,
+    cut_parameters,
+    identity_of,
+    write_carried,
+)
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.weights.carried import CARRIED, carried_by
 from megatron_troll.weights.check import check
 from megatron_troll.weights.checkpoint_source import TENSORS
 from megatron_troll.weights.families import table_of
-from megatron_troll.weights.folder import file_name, write_companions
+from megatron_troll.weights.folder import CONFIG, file_name, write_companions
 from megatron_troll.weights.folder import write_index as write_carried_index
 from megatron_troll.weights.megatron_keys import Keys, Size, written_keys
 from megatron_troll.weights.source import FolderSource, Source, Unstacked
-from megatron_troll.weights.table import Place, Table
+from megatron_troll.weights.table import Place
 from megatron_troll.weights.torch_dist import Chunk, Saved, write_chunk, write_index
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class ToMegatron(Conversion):
-    """Of the source only headers are read before `write`. `dtype`: of the parameters; None keeps theirs.
+class ToMegatron:
+    """Of the source only headers are read before `write`.
 
     Raises FileNotFoundError or ValueError where the folder has no model that we know, listing every tensor
     that is missing, superfluous or wrongly shaped.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, options: Options) -> None:
         shape = read_shape(folder)
         files, table = FolderSource(folder), table_of(shape)
-        self.folder = folder
-        self.sources = files.files
+        self.folder, self.options = folder, options
+        self.identity = identity_of("hf2mcore", options, [folder / CONFIG, *files.files])
         self.source = Unstacked(files, table)
         check(self.source, table, tied=shape.tied)
         self.keys = written_keys(table)
-        self.tensors = _tensors(self.keys, self.source, dtype)
+        self.tensors = _tensors(self.keys, self.source, options.dtype)
         self.carried = carried_by(folder, table)
-        parameters = cut_parameters(table, self._dtype, shard_bytes)
-        carried = cut_carried(self.carried, shard_bytes)
+        parameters = cut_parameters(table, self._dtype, options.shard_bytes)
+        carried = cut_carried(self.carried, options.shard_bytes)
         self.shards = {f"{TENSORS}/shard_{i + 1:05d}.distcp": shard for i, shard in enumerate(parameters)}
         self.shards |= {f"{CARRIED}/{file_name(i, len(carried))}": shard for i, shard in enumerate(carried)}
 
@@ -68,6 +76,9 @@ class ToMegatron(Conversion):
         if carried := [shard for shard in self.shards.values() if shard.carried]:
             names, total = [shard.carried for shard in carried], sum(shard.nbytes for shard in carried)
             write_carried_index(folder / CARRIED, names, total)
+
+    def sides(self, target: Path) -> Sides:
+        return Sides(hugging_face=self.folder, megatron=target, like=self.folder)
 
     def _write_parameter(self, place: Place, file: BinaryIO) -> list[tuple[str, Size, Size, int, int]]:
         written = []

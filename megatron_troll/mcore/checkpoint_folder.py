@@ -12,7 +12,7 @@ from typing import Any
 from megatron_troll.files import flush
 
 MANIFEST = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 _COMPLETE = re.compile(r"step_(\d{6,})")
 _UNFINISHED = ".tmp"
 

@@ -138,8 +138,11 @@ def checkpoint_of(folder: Path, shape: ModelShape) -> CheckpointSource:
     saved = verified(folder)["models"][POLICY]["shape"]
     wanted = json.loads(json.dumps(asdict(shape)))
     if saved != wanted:
-        differing = [f"{key} {saved.get(key)}, not {wanted[key]}" for key in wanted if saved.get(key) != wanted[key]]
-        raise ValueError(f"{folder} is of another model than config.json: {', '.join(differing)}")
+        differing = [key for key in wanted if saved.get(key) != wanted[key]]
+        raise ValueError(
+            f"{folder} is of another model than config.json: "
+            + ", ".join(f"{key} {saved.get(key)} there, {wanted[key]} here" for key in differing)
+        )
     return CheckpointSource(tensors, table_of(shape), f"{POLICY}.")
 
 

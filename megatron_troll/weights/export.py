@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel.groups import Group
+from megatron_troll.weights.carried import carried_by
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import FolderWriter, check_target
 from megatron_troll.weights.placement import held_parameters, shard_group
@@ -48,7 +49,8 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `model` to `folder` in Hugging Face format: safetensors in files of at most `max_shard_bytes`
-    (one tensor at least), their index, and the config and tokenizer of `source_folder`. Rank 0 writes; an
+    (one tensor at least), their index, and what `source_folder` has of config, tokenizer and tensors that no
+    model of ours holds. Rank 0 writes; an
     earlier export at `folder` is replaced in one step once the new one is on disk. Rank 0 holds one file in
     memory. Blocks until it is done on every rank.
 
@@ -65,6 +67,9 @@ def save(
         with FolderWriter(Path(folder), Path(source_folder), max_shard_bytes) as writer:
             for name, tensor in stream(model):
                 writer.add(name, tensor)
+            carried = carried_by(Path(source_folder), table_of(model.shape))
+            for name in carried.names:
+                writer.add(name, carried.source.read(name))
     world.barrier()
 
 

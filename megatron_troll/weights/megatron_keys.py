@@ -63,12 +63,11 @@ class Keys:
     @cached_property
     def _names(self) -> dict[str | None, set[str]]:
         """The Megatron names that layers of each type have."""
-        return {
-            kind: {
-                name for entry in self.table.entries if entry.layer_type in (None, kind) for name in entry.megatron
-            }
-            for kind in {None, *self.table.layer_types}
-        }
+        names: dict[str | None, set[str]] = {kind: set() for kind in (None, *self.table.layer_types)}
+        for entry in self.table.entries:
+            for kind in names if entry.layer_type is None else (entry.layer_type,):
+                names[kind] |= set(entry.megatron)
+        return names
 
     def _regions(self, place: Place, name: str) -> Iterator[Region]:
         start, stack = self._stacks(place)

@@ -117,7 +117,9 @@ class FolderSource:
                 "other formats first), or use init=random"
             )
         if absent:
-            raise FileNotFoundError(f"{self.folder / INDEX} lists files that are missing: {', '.join(absent)}")
+            raise FileNotFoundError(
+                f"{self.folder / INDEX} lists files that are missing: {', '.join(absent)}"
+            )
         return files
 
     @cached_property

@@ -1,8 +1,8 @@
 """Safetensors files: a strict look at the header, one tensor read at a time, files written as a stream.
 
-The library maps whole files into memory, which counts as this process's memory once it is read, and writes only
-what it holds as a whole. The format: https://huggingface.co/docs/safetensors (8 bytes with the length of a JSON
-header, the header, the tensors end to end).
+The library maps whole files into memory, which counts as this process's memory once it is read, and writes
+only what it holds as a whole. The format (https://huggingface.co/docs/safetensors): 8 bytes with the length
+of a JSON header, the header, the tensors end to end.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Read and write the tensors of Megatron's distributed checkpoints (torch_dist) one by one, without Megatron.
 
-A folder holds `.metadata`, a pickle of where each chunk of each tensor lies, files in which every chunk is what
-torch.save writes, and two small files that Megatron asks for. Only the classes that describe tensors are let
-out of the pickle, and chunks are read with weights_only: a checkpoint can be read that would not be run.
+A folder holds `.metadata`, a pickle of where each chunk of each tensor lies, files in which every chunk is
+what torch.save writes, and two small files that Megatron asks for. Only the classes that describe tensors are
+let out of the pickle, and chunks are read with weights_only: a checkpoint can be read that would not be run.
 """
 
 import io
@@ -88,8 +88,8 @@ class Saved:
         if not region.shape:
             return self.chunks
         first, end = region.start[0], region.start[0] + region.shape[0]
-        near = self.chunks[bisect_left(self._firsts, first - self._longest + 1) : bisect_left(self._firsts, end)]
-        return [chunk for chunk in near if all(_overlap(chunk, region))]
+        low, high = (bisect_left(self._firsts, at) for at in (first - self._longest + 1, end))
+        return [chunk for chunk in self.chunks[low:high] if all(_overlap(chunk, region))]
 
     @cached_property
     def _firsts(self) -> list[int]:
@@ -136,7 +136,8 @@ class SavedTensors:
         for chunk in chunks:
             starts = [max(a, b) for a, b in zip(chunk.start, region.start)]
             sizes = _overlap(chunk, region)
-            _block(whole, starts, region.start, sizes).copy_(_block(self._load(chunk), starts, chunk.start, sizes))
+            held = _block(self._load(chunk), starts, chunk.start, sizes)
+            _block(whole, starts, region.start, sizes).copy_(held)
         return whole
 
     def _load(self, chunk: Chunk) -> Tensor:
@@ -149,13 +150,13 @@ class SavedTensors:
             storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
             read_into(file.fileno(), storage, chunk.offset + _data_start(section))
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise TensorsError(f"{self.folder / chunk.file} is damaged at byte {chunk.offset}: {error}") from error
+            raise self._damaged(chunk, str(error)) from error
         if tuple(tensor.shape) != chunk.shape:
-            raise TensorsError(
-                f"{self.folder / chunk.file} is damaged at byte {chunk.offset}: a tensor of {tuple(tensor.shape)} "
-                f"where {METADATA} says {chunk.shape}"
-            )
+            raise self._damaged(chunk, f"a tensor of {tuple(tensor.shape)}, {METADATA} says {chunk.shape}")
         return tensor
+
+    def _damaged(self, chunk: Chunk, why: str) -> TensorsError:
+        return TensorsError(f"{self.folder / chunk.file} is damaged at byte {chunk.offset}: {why}")
 
     def _open(self, name: str) -> BinaryIO:
         """One file stays open."""
@@ -179,8 +180,8 @@ class SavedTensors:
     def _incomplete(self) -> Iterable[str]:
         for key, saved in self.tensors.items():
             held = sum(prod(chunk.shape) for chunk in saved.chunks)
-            if held != prod(saved.shape):
-                yield f"incomplete: {key} {saved.shape}: {held} of {prod(saved.shape)} elements are in its chunks"
+            if held != (whole := prod(saved.shape)):
+                yield f"incomplete: {key} {saved.shape}: its chunks hold {held} of {whole} elements"
 
 
 def _block(tensor: Tensor, starts: list[int], origin: Size, sizes: list[int]) -> Tensor:
@@ -276,7 +277,10 @@ def write_index(folder: Path, tensors: Mapping[str, Saved]) -> None:
         key: TensorStorageMetadata(
             TensorProperties(dtype=saved.dtype),
             torch.Size(saved.shape),
-            [ChunkStorageMetadata(torch.Size(chunk.start), torch.Size(chunk.shape)) for chunk in saved.chunks],
+            [
+                ChunkStorageMetadata(torch.Size(chunk.start), torch.Size(chunk.shape))
+                for chunk in saved.chunks
+            ],
         )
         for key, saved in tensors.items()
     }
