@@ -19,8 +19,11 @@ from megatron_troll.mcore.norm import RMSNorm, ZeroCentredRMSNorm
 from megatron_troll.mcore.router import StepBalancedRouter
 from megatron_troll.mcore.shape import LayerType, ModelShape
 
-# Checkpoints keep norms under the names of Transformer Engine's layers, so that either spec reads them.
-NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+# Checkpoints keep a norm where Transformer Engine does, in the linear layer after it: either spec reads them.
+NORMS = {
+    "full_attention": {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    "linear_attention": {"input_layernorm.": "self_attention.in_proj.layer_norm_"},
+}
 DENSE_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
@@ -49,7 +52,7 @@ def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=residual,
-            sharded_state_dict_keys_map=NORMS if experts else NORMS | DENSE_NORM,
+            sharded_state_dict_keys_map=NORMS[kind] | ({} if shape.experts else DENSE_NORM),
         ),
     )
 

@@ -22,10 +22,12 @@ LAYER = "decoder.layers.{l}."
 FUSED_NORM = "layer_norm_weight"
 # One layer an expert, or one for all; in the checkpoint both are the same.
 EXPERT = re.compile(r"\.experts\.(?:local_experts\.\{e\}\.)?(\w+\.\w+?)(?:\{e\})?$")
-# Parts that have a key each, as Megatron's GatedDeltaNet names them.
+# Parts that have a key each: mcore/gated_delta_net.py.
 PARTS = {
-    LAYER + "self_attention.in_proj.weight": ("query", "key", "value", "z", "beta", "alpha"),
+    LAYER + "self_attention.in_proj.weight": ("query", "key", "value", "z", "b", "a"),
     LAYER + "self_attention.conv1d.weight": ("query", "key", "value"),
+    LAYER + "self_attention.dt_bias": ("heads",),
+    LAYER + "self_attention.A_log": ("heads",),
 }
 
 
