@@ -96,7 +96,7 @@ class Draft:
         unfinished = path.with_name(path.name + UNFINISHED)
         try:
             with open(unfinished, "wb", buffering=0) as raw, Summed(raw, progress) as file:
-                record = fill(cast("BinaryIO", file))
+                record = file.filled(fill)
                 os.fsync(raw.fileno())
             known = {"bytes": unfinished.stat().st_size, "sha256": file.hexdigest(), "record": record}
             write_atomic(self._record(name), json.dumps(known))
@@ -156,6 +156,7 @@ class Summed:
         self._progress = progress
         self._sum = hashlib.sha256()
         self._at = 0
+        self._failure: OSError | None = None
         self._pool = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "Summed":
@@ -163,6 +164,16 @@ class Summed:
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
+
+    def filled(self, fill: Fill) -> Any:
+        """What `fill` returns. Raises OSError where a write failed, also when `fill` hides that."""
+        try:
+            return fill(cast("BinaryIO", self))
+        except RuntimeError as error:
+            # torch.save raises its own after it could not write.
+            if self._failure is None:
+                raise
+            raise self._failure from error
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -179,8 +190,12 @@ class Summed:
 
     def _write(self, view: memoryview) -> None:
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self._failure = error
+            raise
         self._at += done
         self._progress(done)
 

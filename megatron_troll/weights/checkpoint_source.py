@@ -1,16 +1,14 @@
 """The weights of a model in a Megatron checkpoint, read as Hugging Face tensors."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_troll.mcore.checkpoint_folder import MANIFEST, verified
-from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.mcore.shape import ModelShape, described
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.megatron_keys import Keys, Region, part_shapes
 from megatron_troll.weights.source import FolderSource, Source
@@ -136,13 +134,14 @@ def checkpoint_of(folder: Path, shape: ModelShape) -> CheckpointSource:
     if not (folder / MANIFEST).is_file():
         return CheckpointSource(tensors, table_of(shape))
     saved = verified(folder)["models"][POLICY]["shape"]
-    wanted = json.loads(json.dumps(asdict(shape)))
+    wanted = described(shape)
     if saved != wanted:
-        differing = [key for key in wanted if saved.get(key) != wanted[key]]
-        raise ValueError(
-            f"{folder} is of another model than config.json: "
-            + ", ".join(f"{key} {saved.get(key)} there, {wanted[key]} here" for key in differing)
-        )
+        differing = [
+            f"{key} {saved.get(key)} there, {wanted.get(key)} here"
+            for key in {**wanted, **saved}
+            if saved.get(key) != wanted.get(key)
+        ]
+        raise ValueError(f"{folder} is of another model than config.json: {', '.join(differing)}")
     return CheckpointSource(tensors, table_of(shape), f"{POLICY}.")
 
 

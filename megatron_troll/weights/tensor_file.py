@@ -130,7 +130,8 @@ def read_into(file: int, tensor: Tensor, start: int) -> None:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -142,7 +142,7 @@ class SavedTensors:
 
     def _load(self, chunk: Chunk) -> Tensor:
         file = self._open(chunk.file)
-        section = Section(file.fileno(), chunk.offset, chunk.length)
+        section: Any = Section(file.fileno(), chunk.offset, chunk.length)
         try:
             with torch.serialization.skip_data():
                 tensor = torch.load(section, map_location="cpu", weights_only=True)
