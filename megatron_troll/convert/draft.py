@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from megatron_troll.files import flush, write_atomic
 
@@ -63,22 +63,13 @@ class Draft:
 
         Raises TargetError where another process owns it, or it is of another identity.
         """
-        records = self.folder / RECORDS
-        records.mkdir(parents=True, exist_ok=True)
-        with open(records / LOCK, "w") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise TargetError(f"{self.target} is being written by another process ({error})") from error
-            there = _read(self.folder / IDENTITY)
-            if there is None:
-                write_atomic(self.folder / IDENTITY, _text(self.identity))
-            elif there != self.identity:
-                changed = [key for key in self.identity if there.get(key) != self.identity[key]]
-                raise TargetError(
-                    f"{self.folder} holds an unfinished conversion of another kind ({', '.join(changed)} "
-                    "differ): finish it with the command that began it, or delete it"
-                )
+        try:
+            (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / RECORDS / LOCK, "w")  # noqa: SIM115 - held until the end
+        except OSError as error:
+            raise self._failed(self.folder, error) from error
+        with lock:
+            self._take(lock)
             yield
 
     def known(self, name: str) -> dict[str, Any] | None:
@@ -135,6 +126,24 @@ class Draft:
     def tidy(self) -> None:
         """Remove from the target what only an unfinished one needs."""
         shutil.rmtree(self.target / RECORDS, ignore_errors=True)
+
+    def _take(self, lock: IO[str]) -> None:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TargetError(f"{self.target} is being written by another process ({error})") from error
+        there = _read(self.folder / IDENTITY)
+        if there is None:
+            try:
+                write_atomic(self.folder / IDENTITY, _text(self.identity))
+            except OSError as error:
+                raise self._failed(self.folder / IDENTITY, error) from error
+        elif there != self.identity:
+            changed = [key for key in self.identity if there.get(key) != self.identity[key]]
+            raise TargetError(
+                f"{self.folder} holds an unfinished conversion that differs in {', '.join(changed)}: finish "
+                "it with the command that began it, or delete it"
+            )
 
     def _record(self, name: str) -> Path:
         return self.folder / RECORDS / f"{name.replace('/', '_')}.json"

@@ -76,7 +76,10 @@ class FolderSource:
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         file, stored = self._stored[name]
-        return read_tensor(self._open(file).fileno(), stored, index)
+        try:
+            return read_tensor(self._open(file).fileno(), stored, index)
+        except OSError as error:
+            raise OSError(f"{name} cannot be read from {self.folder / file}: {error}") from error
 
     def _open(self, file: str) -> BinaryIO:
         """One file stays open: entries are read in an order that mostly stays inside one."""

@@ -43,6 +43,7 @@ BACKENDS = {
     "common_backend_version": 1,
 }
 DESCRIPTIONS = {
+    "pathlib": ("PosixPath",),
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
