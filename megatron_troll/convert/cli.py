@@ -74,11 +74,11 @@ def _convert(arguments: Namespace, prepare: "Callable[[Options], Conversion]") -
         try:
             conversion = prepare(_options(arguments, world))
             _run(conversion, Path(arguments.target), world)
+            return _verify(conversion, arguments) if arguments.verify else 0
         except ConversionError as error:
             return _tell(error, FAILED)
         except (CheckpointError, ValueError, OSError) as error:
             return _tell(error, REFUSED)
-    return _verify(conversion, arguments) if arguments.verify else 0
 
 
 def _options(arguments: Namespace, world: "Group") -> "Options":

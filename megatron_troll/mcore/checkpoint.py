@@ -192,7 +192,7 @@ class Checkpoints:
             ]
             if differing:
                 first = tensors.first_difference(
-                    tensors.weights(name, trained),
+                    tensors.weights(name, trained.model),
                     dist_checkpointing.load_tensors_metadata(str(path / TENSORS)),
                 )
                 raise CheckpointError(
