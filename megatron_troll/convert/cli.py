@@ -30,6 +30,13 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
         metavar="HF",
         help="folder with config.json and tokenizer; default: SRC, or the folder that the run began with",
     )
+    back.add_argument(
+        "--leave-out",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="tensors that Hugging Face's format has no place for, by the end of their keys",
+    )
     back.set_defaults(run=mcore2hf)
     for kind in (into, back):
         kind.add_argument("target", metavar="DST", help="folder that is not there yet, or empty")
@@ -60,7 +67,7 @@ def mcore2hf(arguments: Namespace) -> int:
 
         source = Path(arguments.source)
         like = Path(arguments.like) if arguments.like else companions_of(source)
-        return ToHuggingFace(source, like, options)
+        return ToHuggingFace(source, like, options, tuple(arguments.leave_out))
 
     return _convert(arguments, prepare)
 

@@ -28,15 +28,15 @@ from megatron_troll.weights.tensor_file import TensorFileWriter
 
 class ToHuggingFace:
     """Of the source only its index is read before `write`. `like` is a folder with config.json and tokenizer,
-    and the tensors that no model of ours has.
+    and the tensors that no model of ours has; keys that end in one of `left_out` are left out.
 
     Raises FileNotFoundError or ValueError where the folder has no checkpoint of the model that config.json
     describes, listing every tensor that is missing, superfluous or wrongly shaped.
     """
 
-    def __init__(self, folder: Path, like: Path, options: Options) -> None:
+    def __init__(self, folder: Path, like: Path, options: Options, left_out: tuple[str, ...] = ()) -> None:
         self.folder, self.like, self.options = folder, like, options
-        self.source = checkpoint_of(folder, read_shape(like))
+        self.source = checkpoint_of(folder, read_shape(like), left_out)
         self.identity = identity_of("mcore2hf", options, [like / CONFIG, *self.source.files])
         self.carried = carried_by(like, self.source.table)
         parameters = cut_parameters(self.source.table, self._dtype, options.shard_bytes)

@@ -22,17 +22,20 @@ OWN_LAYER = re.compile(r"decoder\.layers\.\d+\.")
 
 
 class CheckpointSource:
-    """One model of a checkpoint of any layout, whose keys begin with `prefix`; optimizer states beside it are
-    left alone. Reads a parameter at a time and keeps the last one, of which the next tensor may be made.
+    """One model of a checkpoint of any layout, whose keys begin with `prefix`; optimizer states beside it,
+    and what ends in one of `left_out`, are left alone. Reads a parameter at a time and keeps the last one, of
+    which the next tensor may be made.
 
     Raises TensorsError listing every missing, unused and wrongly shaped tensor.
     """
 
-    def __init__(self, tensors: SavedTensors, table: Table, prefix: str = "") -> None:
+    def __init__(
+        self, tensors: SavedTensors, table: Table, prefix: str = "", left_out: tuple[str, ...] = ()
+    ) -> None:
         self.table = table
         self._tensors = tensors
         names = [key.removeprefix(prefix) for key in tensors.tensors if key.startswith(prefix)]
-        self._names = {name for name in names if not OPTIMIZER.match(name)}
+        self._names = {name for name in names if not (OPTIMIZER.match(name) or name.endswith(left_out))}
         self._keys = Keys(table, not any(OWN_LAYER.match(name) for name in self._names), prefix)
         self._check()
         self._places = {
@@ -115,34 +118,38 @@ def _fits(there: tuple[int, ...], wanted: tuple[int, ...], padded: int | None) -
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the weights of a folder are those of a Megatron checkpoint."""
+    """Whether the weights of a folder are those of a Megatron checkpoint beside config and tokenizer."""
     return (folder / TENSORS / CONFIG).is_file()
 
 
-def checkpoint_of(folder: Path, shape: ModelShape) -> CheckpointSource:
-    """The model in a folder that `mtroll convert hf2mcore` wrote, or the policy in a checkpoint of a run.
+def checkpoint_of(folder: Path, shape: ModelShape, left_out: tuple[str, ...] = ()) -> CheckpointSource:
+    """The policy in a checkpoint of a run, or the model in a folder that `mtroll convert hf2mcore` or another
+    program on Megatron-Core wrote. See CheckpointSource for `left_out`.
 
     Raises FileNotFoundError or ValueError where there is none, or of another shape; CheckpointError where a
     run's is damaged.
     """
-    if not is_checkpoint(folder):
+    place = folder / TENSORS if is_checkpoint(folder) else folder
+    if not (place / CONFIG).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no Megatron checkpoint ({TENSORS}/{CONFIG}): give a folder that `mtroll convert "
-            "hf2mcore` wrote, or one step of a run, runs/NAME/checkpoints/step_N"
+            f"{folder} holds no Megatron checkpoint ({CONFIG}): give one step of a run, "
+            "runs/NAME/checkpoints/step_N, or a folder that `mtroll convert hf2mcore` wrote"
         )
-    tensors = SavedTensors(folder / TENSORS)
-    if not (folder / MANIFEST).is_file():
-        return CheckpointSource(tensors, table_of(shape))
-    saved = verified(folder)["models"][POLICY]["shape"]
-    wanted = described(shape)
-    if saved != wanted:
-        differing = [
-            f"{key} {saved.get(key)} there, {wanted.get(key)} here"
-            for key in {**wanted, **saved}
-            if saved.get(key) != wanted.get(key)
-        ]
+    if (folder / MANIFEST).is_file():
+        _check_run(folder, shape)
+        return CheckpointSource(SavedTensors(place), table_of(shape), f"{POLICY}.", left_out)
+    return CheckpointSource(SavedTensors(place), table_of(shape), "", left_out)
+
+
+def _check_run(folder: Path, shape: ModelShape) -> None:
+    saved, wanted = verified(folder)["models"][POLICY]["shape"], described(shape)
+    differing = [
+        f"{key} {saved.get(key)} there, {wanted.get(key)} here"
+        for key in {**wanted, **saved}
+        if saved.get(key) != wanted.get(key)
+    ]
+    if differing:
         raise ValueError(f"{folder} is of another model than config.json: {', '.join(differing)}")
-    return CheckpointSource(tensors, table_of(shape), f"{POLICY}.")
 
 
 def open_source(folder: str | Path, shape: ModelShape) -> Source:

@@ -1,6 +1,7 @@
 """Whole conversions of tiny models, both ways. Real Megatron checkpoints: tests/dist/test_conversion.py."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_troll.convert.to_hugging_face import ToHuggingFace, companions_of
 from megatron_troll.convert.to_megatron import ToMegatron
 from megatron_troll.mcore.shape import read_shape, shape_of
 from megatron_troll.weights.checkpoint_source import open_source
+from megatron_troll.weights.torch_dist import Chunk, Saved, SavedTensors, write_chunk, write_index
 from tests.dist.tiny import DENSE, MOE, NEXT
 from tests.unit.convert.tiny_folders import (
     MODELS,
@@ -21,6 +23,7 @@ from tests.unit.convert.tiny_folders import (
     SMALL,
     assert_equal,
     read_all,
+    run,
     tensors_of,
     to_hugging_face,
     to_megatron,
@@ -159,7 +162,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(tmp_path
 def test_a_folder_without_checkpoint_or_config_is_told_what_to_give(tmp_path: Path) -> None:
     like = write_folder(MOE, tmp_path / "hf", tensors_of(MOE))
     with pytest.raises(
-        FileNotFoundError, match="give a folder that `mtroll convert hf2mcore` wrote, or one step"
+        FileNotFoundError,
+        match=r"give one step of a run, .* or a folder that `mtroll convert hf2mcore` wrote",
     ):
         ToHuggingFace(like, like, SMALL)
     with pytest.raises(FileNotFoundError, match=r"has no config\.json: give --like"):
@@ -182,3 +186,33 @@ def test_a_model_of_every_size_is_planned_from_headers() -> None:
     assert sum(shard.nbytes for shard in shards) == 2 * 30_532_122_624
     assert max(shard.nbytes for shard in shards) <= 4 * 2**30
     assert len(shards) == 15
+
+
+def with_bias(folder: Path) -> str:
+    """Add a tensor to a checkpoint that Hugging Face's format has no place for; its key."""
+    key, bias = "decoder.layers.mlp.router.expert_bias", torch.ones(4, 8)
+    with open(folder / "bias.distcp", "wb") as file:
+        offset, length = write_chunk(file, bias)
+    chunk = Chunk((0, 0), (4, 8), "bias.distcp", offset, length)
+    write_index(folder, {**SavedTensors(folder).tensors, key: Saved(bias.dtype, (4, 8), (chunk,))})
+    return key
+
+
+def test_what_has_no_place_is_left_out_only_by_name(tmp_path: Path) -> None:
+    tensors = tensors_of(MOE)
+    there = to_megatron(write_folder(MOE, tmp_path / "hf", tensors), tmp_path / "mcore")
+    key = with_bias(there / "tensors")
+    with pytest.raises(ValueError, match=re.escape(f"unused: {key} (4, 8)")):
+        ToHuggingFace(there, there, SMALL)
+    run(ToHuggingFace(there, there, SMALL, ("router.expert_bias",)), tmp_path / "back")
+    assert_equal(read_all(tmp_path / "back"), tensors)
+
+
+def test_a_checkpoint_of_another_program_needs_a_config_beside_it(tmp_path: Path) -> None:
+    tensors = tensors_of(MOE)
+    source = write_folder(MOE, tmp_path / "hf", tensors)
+    iteration = to_megatron(source, tmp_path / "mcore") / "tensors"
+    with pytest.raises(FileNotFoundError, match="give --like"):
+        companions_of(iteration)
+    run(ToHuggingFace(iteration, source, SMALL), tmp_path / "back")
+    assert_equal(read_all(tmp_path / "back"), tensors)
