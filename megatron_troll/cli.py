@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_troll import commands
+from megatron_troll.convert import cli as convert
 from megatron_troll.launch.slurm import cli as launch
 from megatron_troll.study import cli as study
 
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     rollouts.add_argument("--html", default=None, metavar="FILE", help="write a page instead")
     rollouts.set_defaults(run=commands.rollouts)
     study.add_to(kinds)
+    convert.add_to(kinds)
     return top
 
 

@@ -11,7 +11,6 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +26,7 @@ from megatron_troll.mcore import checkpoint_rng as rng
 from megatron_troll.mcore import checkpoint_tensors as tensors
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.mcore.optimizer import Trainable
-from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.mcore.shape import described
 
 T = TypeVar("T")
 VERSIONED = ("megatron-core", "torch")
@@ -185,7 +184,7 @@ class Checkpoints:
         if saved.keys() != ours.keys():
             raise CheckpointError(f"{path} holds the models {sorted(saved)}, this run trains {sorted(ours)}")
         for name, trained in ours.items():
-            here, there = _described(trained.model.shape), saved[name]["shape"]
+            here, there = described(trained.model.shape), saved[name]["shape"]
             differing = [
                 f"{key} {there.get(key)} there, {here.get(key)} here"
                 for key in {**here, **there}
@@ -193,7 +192,7 @@ class Checkpoints:
             ]
             if differing:
                 first = tensors.first_difference(
-                    tensors.weights(name, trained),
+                    tensors.weights(name, trained.model),
                     dist_checkpointing.load_tensors_metadata(str(path / TENSORS)),
                 )
                 raise CheckpointError(
@@ -203,7 +202,7 @@ class Checkpoints:
 
     def _manifest(self, step: int, state: dict[str, Any], score: float | None) -> dict[str, Any]:
         models = {
-            name: {"shape": _described(trained.model.shape), "counters": tensors.counters(trained)}
+            name: {"shape": described(trained.model.shape), "counters": tensors.counters(trained)}
             for name, trained in self.trainables.items()
         }
         return {
@@ -277,19 +276,6 @@ def layout_of(trained: Trainable) -> dict[str, int]:
 
 def _rng_file(path: Path, rank: int) -> Path:
     return path / f"rng_{rank:05d}.json"
-
-
-def _described(shape: ModelShape) -> dict[str, Any]:
-    """As JSON gives it back; without what is at its default, so that a new field of ModelShape leaves older
-    checkpoints readable."""
-    described = {
-        field.name: getattr(shape, field.name)
-        for field in fields(shape)
-        if getattr(shape, field.name) != field.default
-    }
-    if shape.linear is None:
-        described |= {"layers": len(described.pop("layer_types"))}
-    return json.loads(json.dumps(described, default=asdict))
 
 
 def _reason(error: BaseException) -> str:

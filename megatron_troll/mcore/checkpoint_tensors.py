@@ -22,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor, nn
 
+from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import inside
 
@@ -41,7 +42,7 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     for part in _parts(trained.optimizer):
         _allocate(part)
     with inside(trained.model.groups):
-        chunks = _chunks(trained)
+        chunks = _chunks(trained.model)
         # The optimizer's names derive from the weights': the prefix is added once, at the end.
         parts = [_sharded_part(part, trained, chunks, loading) for part in _parts(trained.optimizer)]
     # Megatron warns of ranks whose states differ, were it by an empty dict.
@@ -51,10 +52,10 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     return state
 
 
-def weights(name: str, trained: Trainable) -> State:
+def weights(name: str, model: MegatronModel) -> State:
     """The weights alone of `sharded`."""
-    with inside(trained.model.groups):
-        chunks = _chunks(trained)
+    with inside(model.groups):
+        chunks = _chunks(model)
     add_prefix_for_sharding(chunks, f"{name}.")
     return chunks
 
@@ -93,10 +94,10 @@ def first_difference(state: State, saved: State) -> str | None:
     return None
 
 
-def _chunks(trained: Trainable) -> State:
+def _chunks(model: MegatronModel) -> State:
     return {
         f"model{i}": _without_empty_objects(stage.sharded_state_dict())
-        for i, stage in enumerate(trained.model.stages)
+        for i, stage in enumerate(model.stages)
     }
 
 

@@ -19,6 +19,13 @@ from megatron_troll.mcore.norm import RMSNorm, ZeroCentredRMSNorm
 from megatron_troll.mcore.router import StepBalancedRouter
 from megatron_troll.mcore.shape import LayerType, ModelShape
 
+# Checkpoints keep a norm where Transformer Engine does, in the linear layer after it: either spec reads them.
+NORMS = {
+    "full_attention": {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    "linear_attention": {"input_layernorm.": "self_attention.in_proj.layer_norm_"},
+}
+DENSE_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
 
 def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlockSubmodules:
     """The `layers` of one pipeline stage."""
@@ -45,6 +52,7 @@ def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=residual,
+            sharded_state_dict_keys_map=NORMS[kind] | ({} if shape.experts else DENSE_NORM),
         ),
     )
 

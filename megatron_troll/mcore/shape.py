@@ -1,7 +1,7 @@
 """What a Hugging Face config.json says about a Qwen3, Qwen3-MoE or Qwen3-Next model, by Megatron's names."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -80,6 +80,19 @@ class ModelShape:
     def padded_vocab(self, tp: int) -> int:
         """Vocabulary rows over all tensor-parallel ranks: equal shards."""
         return -(-self.vocab // tp) * tp
+
+
+def described(shape: ModelShape) -> dict[str, Any]:
+    """As JSON gives it back; without what is at its default, so that a new field of ModelShape leaves older
+    checkpoints readable."""
+    described = {
+        field.name: getattr(shape, field.name)
+        for field in fields(shape)
+        if getattr(shape, field.name) != field.default
+    }
+    if shape.linear is None:
+        described |= {"layers": len(described.pop("layer_types"))}
+    return json.loads(json.dumps(described, default=asdict))
 
 
 def read_shape(folder: str | Path) -> ModelShape:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.families import table_of
-from megatron_troll.weights.source import FolderSource, Source, Unstacked
+from megatron_troll.weights.source import Source, Unstacked
 from megatron_troll.weights.table import Table
 
 # Written by some tools although config.json ties the head to the embedding.
@@ -14,7 +15,7 @@ TIED_HEAD = "lm_head.weight"
 def check_folder(folder: str | Path, shape: ModelShape) -> None:
     """Raise ValueError or FileNotFoundError unless `folder` holds a model of `shape`. Reads headers only."""
     table = table_of(shape)
-    check(Unstacked(FolderSource(folder), table), table, tied=shape.tied)
+    check(Unstacked(open_source(folder, shape), table), table, tied=shape.tied)
 
 
 def check(source: Source, table: Table, *, tied: bool) -> None:

@@ -88,13 +88,17 @@ class Entry:
     def unshard(self, shards: list[Tensor]) -> Tensors:
         """The parameters of all shards, in rank order -> full HF tensors, which may share memory with
         them."""
+        return self.from_parts(self.join(shards))
+
+    def join(self, shards: list[Tensor]) -> Tensors:
+        """The parameters of all shards, in rank order -> full parts."""
         if self.axis is None:
-            return self.from_parts((shards[0],))
+            return (shards[0],)
         axis, rows = self.axis, self._rows
         widths = [self._width(count, len(shards)) for count in rows]
         columns = zip(*(shard.split(widths, axis) for shard in shards), strict=True)
         parts = (torch.cat(column, axis) for column in columns)
-        return self.from_parts(tuple(p.narrow(axis, 0, count) for p, count in zip(parts, rows, strict=True)))
+        return tuple(part.narrow(axis, 0, count) for part, count in zip(parts, rows, strict=True))
 
     @cached_property
     def _rows(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from megatron_troll.weights.families import count_parameters, table_of
 from megatron_troll.weights.source import TensorSource
 from megatron_troll.weights.table import Entry, HFTensor, Table
 from tests.dist.tiny import DENSE, MOE, NEXT
+from tests.unit.weights.recorded_names import MODELS, OUTSIDE
 
 QWEN3_30B_A3B = Path(__file__).with_name("qwen3_30b_a3b.json")
 QWEN3_NEXT_80B_A3B = Path(__file__).with_name("qwen3_next_80b_a3b.json")
@@ -146,28 +147,19 @@ def test_an_axis_that_does_not_divide_is_an_error() -> None:
         entry.shard((torch.zeros(5, 2),), 0, 2)
 
 
-# The same parameter in the local spec and in Transformer Engine's.
-NAMES = (
-    ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-    ("input_layernorm.weight", "self_attention.in_proj.layer_norm_weight"),
-    ("mlp.experts.local_experts.7.linear_fc1.weight", "mlp.experts.linear_fc1.weight7"),
-    ("mlp.experts.local_experts.7.linear_fc2.weight", "mlp.experts.linear_fc2.weight7"),
-)
-
-
-@pytest.mark.parametrize(("local", "transformer_engine"), NAMES)
-def test_both_layer_specs_lead_to_the_same_tensors(local: str, transformer_engine: str) -> None:
-    table = table_of(shape_of(NEXT))
-    found = [table.find(f"decoder.layers.31.{name}") for name in (local, transformer_engine)]
-    assert found[0] is not None
-    assert found[0] == found[1]
-    assert (found[0].layer, found[0].expert) == (31, 7 if "experts" in local else None)
-
-
-def test_the_dense_norm_before_the_mlp_has_its_transformer_engine_name() -> None:
-    place = table_of(shape_of(DENSE)).find("decoder.layers.2.mlp.linear_fc1.layer_norm_weight")
-    assert place is not None
-    assert place.names == ("model.layers.2.post_attention_layernorm.weight",)
+@pytest.mark.parametrize("name", MODELS)
+def test_on_transformer_engine_every_tensor_is_that_of_one_parameter(name: str) -> None:
+    config, layers = MODELS[name]
+    table = table_of(shape_of(config))
+    named = list(OUTSIDE)
+    for layer, kind in enumerate(table.layer_types):
+        for parameter in layers[kind]:
+            experts = range(table.experts) if "{e}" in parameter else [0]
+            named += [f"decoder.layers.{layer}.{parameter.format(e=expert)}" for expert in experts]
+    places = [table.find(each) for each in named]
+    assert [each for each, place in zip(named, places) if place is None] == []
+    tensors = [tensor for place in places if place for tensor in place.names]
+    assert sorted(tensors) == sorted(table.tensors())
 
 
 @pytest.mark.parametrize(
