@@ -192,8 +192,9 @@ def row_of(
     shape: str, variant: Variant, turns: Sequence[tuple[float, float]], peak: float, least: float
 ) -> Row:
     totals = [sum(turn) for turn in turns]
-    medians = [statistics.median(column) for column in (*zip(*turns), totals)]
-    return Row(shape, variant.name, *medians, max(totals) - min(totals), peak, least, variant.clips)
+    forward, backward, total = (statistics.median(column) for column in (*zip(*turns), totals))
+    spread = max(totals) - min(totals)
+    return Row(shape, variant.name, forward, backward, total, spread, peak, least, variant.clips)
 
 
 def timed(case: Case, forward: Callable[[], Tensor], device: str) -> tuple[float, float]:

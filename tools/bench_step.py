@@ -249,9 +249,9 @@ def row_of(
 ) -> Row:
     phases = [[turn[f"seconds/{phase}"] for phase in PHASES] for turn in turns]
     totals = [sum(parts) for parts in phases]
-    medians = [statistics.median(column) for column in zip(*phases)]
-    spread = max(totals) - min(totals)
-    return Row(shape, variant, statistics.median(totals), spread, *medians, projected, peak, totals)
+    total, spread = statistics.median(totals), max(totals) - min(totals)
+    old, gradients, optimizer = (statistics.median(column) for column in zip(*phases))
+    return Row(shape, variant, total, spread, old, gradients, optimizer, projected, peak, totals)
 
 
 def main() -> int:

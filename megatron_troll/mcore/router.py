@@ -73,6 +73,7 @@ class StepBalancedRouter(TopKRouter):
 
     def _biased(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [n, E] -> probs, which are those of Megatron's router for the same choice, and map."""
+        assert self.expert_bias is not None
         scores = logits.softmax(-1)
         chosen = (scores.detach() + self.expert_bias).topk(self.topk, dim=-1).indices
         weights = scores.gather(1, chosen)

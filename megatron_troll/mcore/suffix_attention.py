@@ -1,6 +1,7 @@
 """Causal attention of the last positions of a sequence: what a context-parallel rank computes for each chunk
 it holds. There is no mask, and neither forward nor backward holds positions x positions."""
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class _Suffix(torch.autograd.Function):
             for k, v, causal in _parts(query, key, value)
         ]
         queries, keys, values = zip(*parts)
-        return sum(queries), torch.cat(keys, 2), torch.cat(values, 2), None
+        return reduce(torch.add, queries), torch.cat(keys, 2), torch.cat(values, 2), None
 
 
 def _parts(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, bool]]:

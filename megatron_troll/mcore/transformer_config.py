@@ -12,7 +12,7 @@ from megatron_troll.mcore.shape import ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Megatron's flex dispatcher runs DeepEP unless told otherwise.
-DISPATCHERS = {"alltoall": "alltoall", "allgather": "allgather", "deepep": "flex"}
+DISPATCHERS: dict[str, Any] = {"alltoall": "alltoall", "allgather": "allgather", "deepep": "flex"}
 
 
 def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
