@@ -168,13 +168,14 @@ def _run(task: Prep, command: Command[Prep], interrupts: Interrupts) -> int:
     from megatron_troll.data.errors import DataError
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.rewards.pool import RewardError
+    from megatron_troll.rollout.engine import EngineError
     from megatron_troll.trainer import Unhealthy
 
     try:
         command.run(task, interrupts)
     except (RunFolderError, ConfigError, DataError) as error:
         return _refuse(error)
-    except (CheckpointError, RewardError, Unhealthy) as error:
+    except (CheckpointError, EngineError, RewardError, Unhealthy) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
     return 0

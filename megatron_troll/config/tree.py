@@ -6,31 +6,19 @@ fields of their own slot beside their maths (objectives/), rewards beside theirs
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Files = Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-class Node(BaseModel):
-    """Strict and frozen: unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Slot(BaseModel):
-    """A method by name (or by import path `package.module:Class`) with the fields of its own config."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-    name: str = Field(description="a method, or `package.module:Class`")
-
-    @property
-    def fields(self) -> dict[str, object]:
-        return dict(self.model_extra or {})
+from megatron_troll.config.node import (
+    Files,
+    Fraction,
+    Natural,
+    Node,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Slot,
+)
+from megatron_troll.config.serving import Serve, SGLang
 
 
 class Layout(Node):
@@ -165,6 +153,11 @@ class Sampling(Node):
     )
     max_tokens: Positive = Field(default=1024, description="longest response, stop token included")
 
+    @property
+    def law_temperature(self) -> float:
+        """What the logits are divided by in the log-probs of a sample: greedy ones are of temperature 1."""
+        return self.temperature or 1.0
+
 
 class RolloutConfig(Node):
     """What is sampled for one rollout batch, and by which engine."""
@@ -186,8 +179,10 @@ class RolloutConfig(Node):
         default=512, description="sequences decoded at once on one data-parallel rank"
     )
     kv_cache: Literal["auto", "fp8_e4m3"] = Field(
-        default="auto", description="fp8_e4m3 simulates a quantised cache"
+        default="auto",
+        description="of the engine: auto has the dtype of the weights; fp8_e4m3 in-process is simulated",
     )
+    sglang: SGLang = SGLang()
 
 
 class Overlong(Node):
@@ -360,10 +355,11 @@ class Config(Node):
     train: Train = Train()
     sft: WarmStart | None = None
     evaluation: Evaluation = Evaluation()
-    eval: dict[str, EvalSet] = {}
+    eval: dict[str, EvalSet] = Field(default={})
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()
     launch: Launch = Launch()
+    serve: Serve = Serve()
 
     @property
     def policy(self) -> Model:

@@ -226,6 +226,7 @@ SPEED = (
 
 PHASES = (
     Field("generation", "s", "sampling the rollout batch"),
+    Field("sync", "s", "giving the engine the new weights"),
     Field("reward", "s", "verifying the answers"),
     Field("old_policy", "s", "no-gradient forward that records the old policy (objective.old=trainer)"),
     Field("reference", "s", "forward of the frozen reference model"),

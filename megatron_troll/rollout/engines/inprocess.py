@@ -7,16 +7,14 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.config.tree import RolloutConfig, Sampling
+from megatron_troll.config.tree import Sampling
 from megatron_troll.mcore.decode import Decoder, generation_mode
 from megatron_troll.mcore.head import Head
-from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.rollout.engine import Request
+from megatron_troll.rollout.engine import Engine, Request, Setup
 from megatron_troll.rollout.sampling import draw, sample_key, token_uniforms, uniforms
 from megatron_troll.types import Rollout, TokenTopK
 
@@ -31,16 +29,22 @@ class Answer:
     finish: Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class InProcessEngine:
+class InProcessEngine(Engine):
     """Samples with KV caches on the training weights under TP, EP, PP and DP: each data-parallel rank draws
-    its share of the requests, `max_sequences` at a time, then all ranks gather everything."""
+    its share of the requests, `max_sequences` at a time, then all ranks gather everything. The same requests,
+    `sampling` and `round` give the same tokens on any layout: a token's uniform is keyed by (seed, round,
+    prompt id, sample, position)."""
 
-    config: RolloutConfig
-    model: MegatronModel
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: tuple[int, ...]
-    seed: int
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.config = setup.rollout
+        self.model = setup.model
+        self.seed = setup.config.seed
+        self._version = 0
+
+    def sync(self, version: int) -> dict[str, float]:
+        self._version = version
+        return {}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
         """See Engine. Each rank ends with every rollout's ids, log-probs and top-K in host memory."""
@@ -55,7 +59,7 @@ class InProcessEngine:
         answers = self.model.groups.pp.broadcast_object(answers, self.model.groups.pp.size - 1)
         shares = dp.all_gather_objects(answers)
         return [
-            self._rollout(request, shares[i % dp.size][i // dp.size], round)
+            self._rollout(request, shares[i % dp.size][i // dp.size], sampling, round)
             for i, request in enumerate(requests)
         ]
 
@@ -63,7 +67,7 @@ class InProcessEngine:
         """One static batch to its end; the answers on the last pipeline stage, [] elsewhere. A rank without
         requests still decodes one padding row, since experts may be spread over data-parallel ranks."""
         keys = [sample_key(self.seed, round, r.prompt.id, r.sample) for r in requests] or [0]
-        stops = torch.tensor(self.stop_ids, device=device())
+        stops = torch.tensor(self.setup.stop_ids, device=device())
         tokens, padding = left_pad([r.prompt_ids for r in requests] or [np.zeros(1, dtype=np.int64)])
         decoder = Decoder(self.model, padding, tokens.shape[1] + sampling.max_tokens)
         done = torch.full((len(keys),), not requests, device=tokens.device)
@@ -77,7 +81,7 @@ class InProcessEngine:
                 break
         if not self.model.groups.is_last_stage:
             return []
-        return answers_of(steps, self.stop_ids)[: len(requests)]
+        return answers_of(steps, self.setup.stop_ids)[: len(requests)]
 
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` is true on some rank. Blocks on the world."""
@@ -92,7 +96,7 @@ class InProcessEngine:
             empty = torch.empty(len(keys), dtype=torch.long, device=device())
             return Step(pp.broadcast(empty, pp.size - 1), None, None, None)
         logits = torch.cat(tp.all_gather(Head(self.model).logits(hidden)), -1)[:, :size]
-        law = torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
+        law = torch.log_softmax(logits / sampling.law_temperature, -1)
         uniform = torch.from_numpy(uniforms(keys, position)).to(law.device)
         token = draw(law, uniform, sampling)
         pp.broadcast(token, pp.size - 1)
@@ -102,7 +106,7 @@ class InProcessEngine:
         values, ids = vocab.topk(law, self.config.top_k, ALONE, size)
         return Step(token, logp, ids, values)
 
-    def _rollout(self, request: Request, answer: Answer, round: int) -> Rollout:
+    def _rollout(self, request: Request, answer: Answer, sampling: Sampling, round: int) -> Rollout:
         return Rollout(
             prompt=request.prompt,
             group=request.group,
@@ -115,12 +119,13 @@ class InProcessEngine:
             topk=answer.topk,
             text=self._text(answer),
             finish=answer.finish,
-            version=round,
+            versions=np.full(len(answer.ids), self._version, dtype=np.int64),
+            temperature=sampling.law_temperature,
         )
 
     def _text(self, answer: Answer) -> str:
         ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
-        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+        return str(self.setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
