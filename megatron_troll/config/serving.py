@@ -47,7 +47,7 @@ class SGLang(Node):
     )
     concurrency: Positive = Field(default=64, description="requests under way at one server")
     deadline_s: PositiveFloat = Field(
-        default=600.0,
+        default=300.0,
         description="for one request; what there is of the answer is then continued at another server",
     )
     attempts: Positive = Field(default=8, description="failures of one request in a row that end the run")

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.config.tree import Config, RolloutConfig, Sampling
 from megatron_troll.data.chat import render_prompt
-from megatron_troll.types import Prompt, Rollout
+from megatron_troll.rollout.sampling import token_uniforms
+from megatron_troll.types import FinishReason, Prompt, Rollout, TokenTopK
 
 if TYPE_CHECKING:
     from megatron_troll.mcore.model import MegatronModel
@@ -30,6 +31,18 @@ class Request:
     group: int
     sample: int
     prompt_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was drawn for a request, the stop token included. ids, versions int64, logp float32 [T]; see
+    Rollout."""
+
+    ids: np.ndarray
+    logp: np.ndarray
+    topk: TokenTopK | None
+    versions: np.ndarray
+    finish: FinishReason
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,26 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Give back what the engine holds. Called once, also after an error, and maybe on some ranks only."""
+
+
+def rollout_of(setup: Setup, request: Request, answer: Answer, sampling: Sampling, round: int) -> Rollout:
+    """The record of an answer."""
+    ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
+    return Rollout(
+        prompt=request.prompt,
+        group=request.group,
+        sample=request.sample,
+        prompt_ids=request.prompt_ids,
+        response_ids=answer.ids,
+        mask=np.ones(len(answer.ids), dtype=np.float32),
+        logp=answer.logp,
+        uniform=token_uniforms(setup.config.seed, round, request.prompt.id, request.sample, len(answer.ids)),
+        topk=answer.topk,
+        text=str(setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
+        finish=answer.finish,
+        versions=answer.versions,
+        temperature=sampling.law_temperature,
+    )
 
 
 def requests_for(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,19 +13,9 @@ from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.rollout.engine import Engine, Request, Setup
-from megatron_troll.rollout.sampling import draw, sample_key, token_uniforms, uniforms
+from megatron_troll.rollout.engine import Answer, Engine, Request, Setup, rollout_of
+from megatron_troll.rollout.sampling import draw, sample_key, uniforms
 from megatron_troll.types import Rollout, TokenTopK
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one sample drew. ids int64, logp float32 [T], the stop token included."""
-
-    ids: np.ndarray
-    logp: np.ndarray
-    topk: TokenTopK | None
-    finish: Literal["stop", "length"]
 
 
 class InProcessEngine(Engine):
@@ -59,7 +48,7 @@ class InProcessEngine(Engine):
         answers = self.model.groups.pp.broadcast_object(answers, self.model.groups.pp.size - 1)
         shares = dp.all_gather_objects(answers)
         return [
-            self._rollout(request, shares[i % dp.size][i // dp.size], sampling, round)
+            rollout_of(self.setup, request, shares[i % dp.size][i // dp.size], sampling, round)
             for i, request in enumerate(requests)
         ]
 
@@ -81,7 +70,7 @@ class InProcessEngine(Engine):
                 break
         if not self.model.groups.is_last_stage:
             return []
-        return answers_of(steps, self.setup.stop_ids)[: len(requests)]
+        return answers_of(steps, self.setup.stop_ids, self._version)[: len(requests)]
 
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` is true on some rank. Blocks on the world."""
@@ -106,27 +95,6 @@ class InProcessEngine(Engine):
         values, ids = vocab.topk(law, self.config.top_k, ALONE, size)
         return Step(token, logp, ids, values)
 
-    def _rollout(self, request: Request, answer: Answer, sampling: Sampling, round: int) -> Rollout:
-        return Rollout(
-            prompt=request.prompt,
-            group=request.group,
-            sample=request.sample,
-            prompt_ids=request.prompt_ids,
-            response_ids=answer.ids,
-            mask=np.ones(len(answer.ids), dtype=np.float32),
-            logp=answer.logp,
-            uniform=token_uniforms(self.seed, round, request.prompt.id, request.sample, len(answer.ids)),
-            topk=answer.topk,
-            text=self._text(answer),
-            finish=answer.finish,
-            versions=np.full(len(answer.ids), self._version, dtype=np.int64),
-            temperature=sampling.law_temperature,
-        )
-
-    def _text(self, answer: Answer) -> str:
-        ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
-        return str(self.setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
-
 
 @dataclass(frozen=True)
 class Step:
@@ -149,8 +117,8 @@ def left_pad(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return tokens.to(device()), padding.to(device())
 
 
-def answers_of(steps: Sequence[Step], stop_ids: Sequence[int]) -> list[Answer]:
-    """Rows of the steps, each cut after its first stop token."""
+def answers_of(steps: Sequence[Step], stop_ids: Sequence[int], version: int) -> list[Answer]:
+    """Rows of the steps, each cut after its first stop token, all drawn from the weights `version`."""
     ids, logp = _stack([step.token for step in steps]), _stack([step.logp for step in steps])
     topk = None
     if steps[0].topk_ids is not None:
@@ -164,6 +132,7 @@ def answers_of(steps: Sequence[Step], stop_ids: Sequence[int]) -> list[Answer]:
             ids=ids[row, :length],
             logp=logp[row, :length],
             topk=None if topk is None else TokenTopK(topk[0][row, :length], topk[1][row, :length]),
+            versions=np.full(length, version, dtype=np.int64),
             finish="stop" if ended[row] else "length",
         )
         for row, length in enumerate(lengths)

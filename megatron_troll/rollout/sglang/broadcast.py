@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -12,12 +11,14 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_troll.rollout.sglang.background import Background
-from megatron_troll.rollout.sglang.control import Control, each
+from megatron_troll.rollout.sglang.control import Control
 from megatron_troll.rollout.sglang.errors import Unreachable
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, in_session, quietly
 from megatron_troll.weights.buckets import Bucket
 
 POLL_S = 0.001
+# For a group to form, and for one bucket.
+PATIENCE = timedelta(seconds=120)
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,8 @@ class Broadcast:
         ranks = await asyncio.gather(*(self.control.ranks(url) for url in urls))
         first = dict(zip(urls, itertools.accumulate((1, *ranks[:-1]))))
         world, name = 1 + sum(ranks), f"{self.run}-{next(self._numbers)}"
-        timeout = timedelta(seconds=self.control.timeout_s)
         store = dist.TCPStore(
-            self.address, 0, world, is_master=True, timeout=timeout, wait_for_workers=False
+            self.address, 0, world, is_master=True, timeout=PATIENCE, wait_for_workers=False
         )
 
         async def join(url: str) -> None:
@@ -108,14 +108,12 @@ class Broadcast:
                 },
             )
 
-        loop = asyncio.get_running_loop()
-        pool = ThreadPoolExecutor(1)
-        mine = loop.run_in_executor(pool, _form, name, world, self.backend, store, timeout)
-        pool.shutdown(wait=False)
-        failed = await each(urls, join)
-        if failed:
-            raise next(iter(failed.values()))
-        return Joined(name, urls, await mine, store)
+        mine = asyncio.create_task(asyncio.to_thread(_form, name, world, self.backend, store))
+        await asyncio.gather(*(join(url) for url in urls))
+        try:
+            return Joined(name, urls, await mine, store)
+        except RuntimeError as error:
+            raise Unreachable(f"no process group with {', '.join(urls)}: {error}") from error
 
     def close(self) -> None:
         """Leave the group, and let the servers leave it."""
@@ -125,13 +123,17 @@ class Broadcast:
             self.background.run(quietly(group.urls, lambda url: self.control.leave_group(url, group.name)))
 
 
-def _form(
-    name: str, world: int, backend: str, store: dist.TCPStore, timeout: timedelta
-) -> dist.ProcessGroup:
+def _form(name: str, world: int, backend: str, store: dist.TCPStore) -> dist.ProcessGroup:
     """The group apart from this process's own world, which torch has no public call for: SGLang does the
     same on its side, and both have to name the store's keys alike."""
     handle, _ = c10d._new_process_group_helper(
-        world, 0, [], backend, dist.PrefixStore(name, store), group_name=name, timeout=timeout
+        world,
+        0,
+        [],
+        backend,
+        dist.PrefixStore(name, store),
+        group_name=c10d.GroupName(name),
+        timeout=PATIENCE,
     )
     assert isinstance(handle, dist.ProcessGroup)
     c10d._world.pg_group_ranks[handle] = {rank: rank for rank in range(world)}

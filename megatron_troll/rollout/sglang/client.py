@@ -10,7 +10,8 @@ import numpy as np
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_troll.config.tree import SGLang
-from megatron_troll.rollout.engine import EngineError
+from megatron_troll.rollout.engine import Answer, EngineError
+from megatron_troll.rollout.sglang.control import each
 from megatron_troll.rollout.sglang.errors import (
     Passing,
     Refused,
@@ -21,8 +22,8 @@ from megatron_troll.rollout.sglang.errors import (
 from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.rollout.sglang.servers import Server, Servers
 from megatron_troll.rollout.sglang.versions import Versions
-from megatron_troll.rollout.sglang.wire import Ask, Part, part_of
-from megatron_troll.types import FinishReason, TokenTopK
+from megatron_troll.rollout.sglang.wire import Ask, Part, part_of, score_body, score_of
+from megatron_troll.types import TokenTopK
 
 # How long a server may take to hand over what it has of an answer that takes too long.
 ABORT_S = 10.0
@@ -37,26 +38,22 @@ class Question:
     ask: Ask
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer, drawn in one or several parts. ids, versions int64, logp float32 [T]; versions as
-    Rollout has them."""
-
-    ids: np.ndarray
-    logp: np.ndarray
-    topk: TokenTopK | None
-    versions: np.ndarray
-    finish: FinishReason
-
-
 class Client:
-    """Asks `servers`; belongs to their event loop."""
+    """Asks `servers`; belongs to their event loop. `progress` is called after each reply."""
 
-    def __init__(self, config: SGLang, http: Http, servers: Servers, versions: Versions) -> None:
+    def __init__(
+        self,
+        config: SGLang,
+        http: Http,
+        servers: Servers,
+        versions: Versions,
+        progress: Callable[[], object] = lambda: None,
+    ) -> None:
         self._config = config
         self._http = http
         self._servers = servers
         self._versions = versions
+        self._progress = progress
         self._numbers = itertools.count()
 
     async def draw(self, questions: Sequence[Question], answered: Callable[[int, Answer], object]) -> None:
@@ -76,6 +73,27 @@ class Client:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def score(
+        self, urls: Sequence[str], sequences: Sequence[Sequence[int]], top_k: int, vocab: int
+    ) -> dict[str, list[TokenTopK]]:
+        """What every server at `urls` makes of every sequence: the law [n - 1, top_k] after each of its n
+        tokens but the last, of temperature 1. Servers that cannot be asked are left out; raises what the
+        first one says where none can."""
+        laws: dict[str, list[TokenTopK]] = {}
+
+        async def one(url: str) -> None:
+            bodies = [score_body(ids, top_k) for ids in sequences]
+            limit = self._config.deadline_s
+            replies = await asyncio.gather(
+                *(self._http.post(url, "/generate", body, limit) for body in bodies)
+            )
+            laws[url] = [score_of(reply, len(ids), top_k, vocab) for reply, ids in zip(replies, sequences)]
+
+        failed = await each(urls, one)
+        if not laws:
+            raise next(iter(failed.values()))
+        return laws
 
     async def _answer(self, question: Question) -> Answer:
         parts: list[tuple[Part, np.ndarray]] = []
@@ -111,6 +129,7 @@ class Client:
         try:
             reply, slow = await self._reply(question, server)
             part = part_of(reply, question.ask)
+            self._progress()
             if slow:
                 error = Unreachable(f"{server.url}: no answer within {self._config.deadline_s:g} s")
             return part, self._numbered(part, server)

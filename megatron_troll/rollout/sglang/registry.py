@@ -5,7 +5,18 @@ import json
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_troll.config.tree import Config
 from megatron_troll.files import write_atomic
+
+
+def servers_folder(config: Config) -> Path:
+    """Where servers of a run are written down."""
+    return Path(config.runs) / config.name / "servers"
+
+
+def weights_folder(config: Config) -> Path:
+    """Where servers of a run read weights."""
+    return Path(config.rollout.sglang.sync.folder or Path(config.runs) / config.name / "weights")
 
 
 def registered(folder: Path) -> tuple[str, ...]:

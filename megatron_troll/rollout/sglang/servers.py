@@ -20,7 +20,7 @@ REST_S = (0.5, 30.0)
 OUT_OF_DATE_S = 5.0
 
 Check = Callable[[str], Awaitable[str]]
-CatchUp = Callable[[str], Awaitable[None]]
+CatchUp = Callable[[str, str], Awaitable[None]]
 
 
 class OutOfDate(EngineError):
@@ -114,7 +114,7 @@ class Servers:
         try:
             server.version = await self._check(server.url)
             if self.catch_up is not None and self._wanted not in (None, server.version):
-                await self.catch_up(server.url)
+                await self.catch_up(server.url, self._wanted)
                 server.version = await self._check(server.url)
         except Passing as error:
             self._leave_alone(server, error)

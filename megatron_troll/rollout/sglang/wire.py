@@ -1,24 +1,18 @@
 """One request to a server's /generate and its answer: token ids out, tokens with log-probs and top-K back."""
 
-import base64
-import binascii
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from megatron_troll.config.tree import Sampling
-from megatron_troll.rollout.sglang.errors import BadReply, NotFinite, ServerFault, ShortTopK
-from megatron_troll.types import NO_ID, FinishReason, TokenTopK
+from megatron_troll.rollout.sglang.errors import BadReply, NotFinite, ServerFault
+from megatron_troll.rollout.sglang.topk import LOWEST, Size, field, floats, topk_of
+from megatron_troll.types import FinishReason, TokenTopK
 
-# SGLang sends the smallest float32 for the logarithm of 0.
-LOWEST = float(np.finfo(np.float32).min)
 FINISHED: tuple[FinishReason, ...] = ("stop", "length", "abort")
 ALL_TOKENS = -1
-BINARY = {"val": "float32", "idx": "int32"}
 
 
 @dataclass(frozen=True)
@@ -84,26 +78,37 @@ class Part:
     finish: FinishReason
 
 
+def score_body(ids: Sequence[int], top_k: int) -> dict[str, Any]:
+    """The JSON of a request for the law after every token of `ids`, of temperature 1; nothing is drawn."""
+    return {
+        "input_ids": list(ids),
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": top_k,
+        "return_flat_raw_top_logprobs": True,
+        "return_flat_raw_top_logprobs_b64": True,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+    }
+
+
+def score_of(reply: Any, length: int, top_k: int, vocab: int) -> TokenTopK:
+    """The laws [length - 1, top_k] after each but the last of `length` tokens. Raises BadReply."""
+    return topk_of(field(reply, "meta_info", dict), "input", Size(length - 1, top_k, vocab))
+
+
 def part_of(reply: Any, ask: Ask) -> Part:
     """The answer in a reply's JSON. Raises BadReply where it is not one to `ask`, ServerFault where the
     server gave up."""
-    ids = _ids(_field(reply, "output_ids", list), ask.vocab)
-    meta = _field(reply, "meta_info", dict)
+    ids = _ids(field(reply, "output_ids", list), ask.vocab)
+    meta = field(reply, "meta_info", dict)
     finish = _finish(meta, ids, ask)
     return Part(
         ids=ids,
         logp=_logp(meta, ids),
-        topk=_topk(meta, len(ids), ask) if ask.top_k else None,
+        topk=topk_of(meta, "output", Size(len(ids), ask.top_k, ask.vocab)) if ask.top_k else None,
         spans=_spans(meta, len(ids)),
         finish=finish,
     )
-
-
-def _field(reply: Any, name: str, kind: type) -> Any:
-    value = reply.get(name) if isinstance(reply, Mapping) else None
-    if not isinstance(value, kind):
-        raise BadReply(f"the answer has no {kind.__name__} {name!r}: {str(reply)[:200]}")
-    return value
 
 
 def _ids(values: list[Any], vocab: int) -> np.ndarray:
@@ -116,7 +121,7 @@ def _ids(values: list[Any], vocab: int) -> np.ndarray:
 
 
 def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: Ask) -> FinishReason:
-    reason = _field(meta, "finish_reason", dict)
+    reason = field(meta, "finish_reason", dict)
     finish, last = reason.get("type"), int(ids[-1]) if len(ids) else None
     if finish == "abort" and (reason.get("status_code") or 0) >= 400:
         raise ServerFault(f"the server gave up: {reason.get('message')}")
@@ -134,7 +139,7 @@ def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: Ask) -> FinishReason:
 
 def _logp(meta: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     """The first number of each triple [log-prob, token id, text]."""
-    triples = _field(meta, "output_token_logprobs", list)
+    triples = field(meta, "output_token_logprobs", list)
     try:
         values = [triple[0] for triple in triples]
         tokens = [triple[1] for triple in triples]
@@ -142,7 +147,7 @@ def _logp(meta: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
         raise BadReply(f"output_token_logprobs are not triples: {str(triples)[:200]}") from None
     if tokens != ids.tolist():
         raise BadReply("output_token_logprobs are of other tokens than output_ids")
-    logp = _floats(values)
+    logp = floats(values)
     bad = np.flatnonzero(~np.isfinite(logp) | (logp <= LOWEST))
     if bad.size:
         raise NotFinite(
@@ -152,120 +157,12 @@ def _logp(meta: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     return logp
 
 
-def _floats(values: Sequence[Any]) -> np.ndarray:
-    """float32; null, which is how JSON has a NaN, becomes one."""
-    try:
-        return np.array([np.nan if value is None else value for value in values], dtype=np.float32)
-    except (TypeError, ValueError):
-        raise BadReply(f"log-probs are not numbers: {str(values)[:200]}") from None
-
-
-def _topk(meta: Mapping[str, Any], length: int, ask: Ask) -> TokenTopK:
-    """From whichever form the server sent."""
-    if "output_top_logprobs_idx_flat_b64" in meta:
-        logp, ids = (_binary(meta, kind) for kind in ("val", "idx"))
-    elif "output_top_logprobs_idx_flat" in meta:
-        _say_json_is_used()
-        logp = _floats(_field(meta, "output_top_logprobs_val_flat", list))
-        ids = _int32(_field(meta, "output_top_logprobs_idx_flat", list))
-    else:
-        _say_json_is_used()
-        return _nested(_field(meta, "output_top_logprobs", list), length, ask)
-    shape = meta.get("output_top_logprobs_shape")
-    if meta.get("output_top_logprobs_null_prefix") != 0 or not _is_shape(shape, length, len(ids), len(logp)):
-        raise BadReply(f"{len(ids)} top-K entries in the shape {shape}; expected {length} x {ask.top_k}")
-    return record(ids.reshape(shape), logp.reshape(shape), ask)
-
-
-def _is_shape(shape: Any, length: int, *sizes: int) -> bool:
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n >= 0 for n in shape)):
-        return False
-    return shape[0] == length and all(size == shape[0] * shape[1] for size in sizes)
-
-
-def _binary(meta: Mapping[str, Any], kind: str) -> np.ndarray:
-    name = f"output_top_logprobs_{kind}_flat_b64"
-    if meta.get(f"{name}_dtype") != BINARY[kind]:
-        raise BadReply(f"{name} is of dtype {meta.get(f'{name}_dtype')}, not {BINARY[kind]}")
-    try:
-        return np.frombuffer(base64.b64decode(meta[name], validate=True), dtype=f"<{BINARY[kind][0]}4")
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise BadReply(f"{name} cannot be decoded: {error}") from error
-
-
-def _int32(values: Sequence[Any]) -> np.ndarray:
-    try:
-        return np.array(values, dtype=np.int32)
-    except (TypeError, ValueError, OverflowError):
-        raise BadReply(f"top-K ids are no integers: {str(values)[:200]}") from None
-
-
-def _nested(rows: list[Any], length: int, ask: Ask) -> TokenTopK:
-    """One list of triples [log-prob, token id, text] per position; widths may differ."""
-    if len(rows) != length:
-        raise BadReply(f"top-K of {len(rows)} positions for {length} tokens")
-    ids = np.full((length, ask.top_k), NO_ID, dtype=np.int32)
-    logp = np.full(ids.shape, -np.inf, dtype=np.float32)
-    for i, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) < ask.top_k:
-            raise _short(len(row) if isinstance(row, list) else 0, ask)
-        try:
-            ids[i] = _int32([triple[1] for triple in row[: ask.top_k]])
-            logp[i] = _floats([triple[0] for triple in row[: ask.top_k]])
-        except (TypeError, LookupError):
-            raise BadReply(f"output_top_logprobs are not triples: {str(row)[:200]}") from None
-    return record(ids, logp, ask)
-
-
-def record(ids: np.ndarray, logp: np.ndarray, ask: Ask) -> TokenTopK:
-    """Ids and log-probs [T, k] as they came, in the order that records have. Raises ShortTopK, NotFinite,
-    BadReply."""
-    if ids.shape[1] < ask.top_k and len(ids):
-        raise _short(ids.shape[1], ask)
-    ids, logp = ids[:, : ask.top_k].astype(np.int32), logp[:, : ask.top_k].astype(np.float32)
-    impossible = logp <= LOWEST
-    bad = np.argwhere(~np.isfinite(logp) & ~impossible)
-    if bad.size:
-        row, slot = bad[0]
-        raise NotFinite(
-            f"the top-K of response token {row} gives id {ids[row, slot]} the log-prob {logp[row, slot]}: "
-            "the server's weights or its arithmetic are broken; restart it"
-        )
-    if ids.size and (ids.min() < 0 or ids.max() >= ask.vocab):
-        raise BadReply(f"top-K id {ids.max()} is outside of the policy's vocabulary of {ask.vocab}")
-    return TokenTopK(*_ordered(np.where(impossible, NO_ID, ids), np.where(impossible, -np.inf, logp)))
-
-
-def _ordered(ids: np.ndarray, logp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Value descending, then id ascending; a server leaves ties in any order."""
-    above, below = logp[:, :-1], logp[:, 1:]
-    wrong = (below > above) | ((below == above) & (ids[:, 1:] < ids[:, :-1]))
-    for row in np.flatnonzero(wrong.any(axis=1)):
-        order = np.lexsort((ids[row], -logp[row]))
-        ids[row], logp[row] = ids[row, order], logp[row, order]
-    return ids, logp
-
-
-def _short(found: int, ask: Ask) -> ShortTopK:
-    return ShortTopK(
-        f"{found} top-K entries per position, asked for {ask.top_k}: ask for fewer (rollout.top_k), or serve "
-        "with SGLang, which gives any number"
-    )
-
-
 def _spans(meta: Mapping[str, Any], length: int) -> tuple[Span, ...]:
     try:
-        spans = tuple(Span(s["version"], s["start"], s["end"]) for s in _field(meta, "weight_versions", list))
+        spans = tuple(Span(s["version"], s["start"], s["end"]) for s in field(meta, "weight_versions", list))
     except (TypeError, LookupError):
         raise BadReply(f"weight_versions are not spans: {str(meta['weight_versions'])[:200]}") from None
     edges = [0, *(span.end for span in spans)]
     if not spans or [span.start for span in spans] != edges[:-1] or edges[-1] != length:
         raise BadReply(f"weight_versions do not cover the {length} tokens: {str(spans)[:200]}")
     return spans
-
-
-@cache
-def _say_json_is_used() -> None:
-    logging.getLogger(__name__).warning(
-        "a server sends top-K as JSON, not in binary: several times the bytes; SGLang 0.5.23 sends binary"
-    )
