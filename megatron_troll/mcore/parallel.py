@@ -22,8 +22,7 @@ from megatron_troll.parallel.groups import ALONE, Group, Groups
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
 
 
-# The states of every layout of this world. Each process group has threads, which end only when nothing names
-# it: `stop` empties these.
+# The states of every layout of this world. Each process group has threads until `leave` ends it.
 _formed: list[dict[str, Any]] = []
 
 
@@ -78,12 +77,20 @@ def inside(groups: Groups) -> Iterator[None]:
 
 def stop() -> None:
     """Leave the world. Without it gloo complains at exit. Groups that are still held are of no use."""
+    leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave() -> None:
+    """End the groups of every layout; the world stays."""
+    held = {value for state in _formed for value in state.values() if isinstance(value, dist.ProcessGroup)}
+    for group in held - {dist.group.WORLD}:
+        dist.destroy_process_group(group)
     for state in _formed:
         state.clear()
     _formed.clear()
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _form(layout: Layout) -> Groups:

@@ -1,5 +1,6 @@
-"""A second layout on the ranks of the first leaves the first as it is."""
+"""A second layout on the ranks of the first leaves the first as it is; layouts that end leave nothing."""
 
+import os
 from typing import Any
 
 import pytest
@@ -79,3 +80,15 @@ def sums() -> tuple[float, float]:
         second = also(SECOND)
         own = torch.tensor(1.0 + first.world.rank)
         return first.tp.all_reduce(own.clone()).item(), second.cp.all_reduce(own.clone()).item()
+
+
+def test_a_layout_that_ends_leaves_no_threads(ranks2: RankPool) -> None:
+    after_one, after_another = ranks2.run(threads)[0], ranks2.run(threads)[0]
+    assert after_another == after_one
+
+
+def threads() -> int:
+    """Of this rank, after two layouts have come and gone: each process group has some while it lives."""
+    with started(FIRST):
+        also(SECOND)
+    return len(os.listdir("/proc/self/task"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_troll.config.tree import Layout
-from megatron_troll.mcore.parallel import start
+from megatron_troll.mcore.parallel import leave, start
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch
 
@@ -97,11 +97,9 @@ def unpacked(tokens: Tensor, positions: Tensor, length: int, index: Tensor, targ
 
 @contextmanager
 def started(layout: Layout, seed: int = 1) -> Iterator[Groups]:
-    """The groups of `layout` on ranks that a pool keeps; Megatron's groups are taken down at the end."""
-    from megatron.core import parallel_state
-
+    """The groups of `layout` on ranks that a pool keeps; they end with the block."""
     groups = start(layout, seed)
     try:
         yield groups
     finally:
-        parallel_state.destroy_model_parallel()
+        leave()
