@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "train", "train a policy by RL", commands.train)
     _configured(kinds, "sft", "warm-start a model on demonstrations", commands.sft)
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
+    _configured(kinds, "serve", "start SGLang servers for a run and keep them running", commands.serve)
     demo = kinds.add_parser("demo", help="write the demo task: prompts, demonstrations, a tiny model")
     demo.add_argument("folder", nargs="?", default="runs/demo")
     demo.add_argument("--seed", type=int, default=0)

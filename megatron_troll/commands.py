@@ -78,6 +78,22 @@ def evaluate(arguments: Namespace) -> int:
     return _configured(arguments, Command("eval", prepare, lambda task: None, run))
 
 
+def serve(arguments: Namespace) -> int:
+    from megatron_troll.checks import PROBLEMS
+    from megatron_troll.launch.servers import ServerFailed
+    from megatron_troll.serving import serve as run
+
+    try:
+        with watched() as interrupts:
+            run(_load(arguments), interrupts, _say)
+    except PROBLEMS as error:
+        return _refuse(error)
+    except ServerFailed as error:
+        sys.stderr.write(f"{error}\n")
+        return FAILED
+    return 0
+
+
 def demo(arguments: Namespace) -> int:
     from megatron_troll.data.demo import write_demo
 

@@ -61,8 +61,10 @@ class SGLang(Node):
 class Mamba(Node):
     """The state cache of a model with linear attention (Qwen3-Next)."""
 
-    ssm_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the states")
-    cache_strategy: Literal["auto", "no_buffer", "extra_buffer"] = Field(
+    ssm_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="of the states"
+    )
+    cache_strategy: Literal["auto", "no_buffer", "extra_buffer", "extra_buffer_lazy"] = Field(
         default="auto", description="how prefixes share states (SGLang's --mamba-radix-cache-strategy)"
     )
     memory_ratio: PositiveFloat = Field(default=0.9, description="memory of states over that of the KV cache")

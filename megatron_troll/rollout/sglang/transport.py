@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import io
+import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -78,6 +80,9 @@ class Shared:
     control: Control
     max_bytes: int
 
+    def __post_init__(self) -> None:
+        _start_sharing()
+
     def deliver(self, tensors: Tensors, urls: Sequence[str], version: str) -> Failed:
         ranks = {url: self.background.run(self.control.ranks(url)) for url in urls}
         failed: Failed = {}
@@ -91,6 +96,31 @@ class Shared:
 
     def close(self) -> None:
         pass
+
+
+def _start_sharing() -> None:
+    """Torch's manager of shared memory lives for as long as a server that has mapped some. It is not to hold
+    this process's stderr open, which a terminal or a pipe waits for."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with _by_file_name():
+            torch.zeros(1).share_memory_()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+@contextmanager
+def _by_file_name() -> Iterator[None]:
+    """Memory is shared by file name: a file descriptor cannot go through HTTP."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
 
 
 def shared_payload(bucket: Bucket) -> str:
@@ -108,13 +138,8 @@ def shared_payload(bucket: Bucket) -> str:
         for piece in bucket.pieces
     ]
     buffer = io.BytesIO()
-    before = torch.multiprocessing.get_sharing_strategy()
-    # By file name: a file descriptor cannot go through HTTP.
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
+    with _by_file_name():
         ForkingPickler(buffer).dump({"flattened_tensor": bucket.flat, "metadata": pieces})
-    finally:
-        torch.multiprocessing.set_sharing_strategy(before)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
