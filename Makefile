@@ -1,6 +1,8 @@
 # make env    set up .venv           make train  the demo, from prompts to a reward curve
 # make check  lint, types, layers    make test   the tests
 # make test-slurm       the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
+# make sglang-env       SGLang without CUDA, in .venv-sglang, for
+# make test-sglang      tests against real SGLang servers
 # make nemo-env         set up .venv-nemo: nemo-run and what it needs
 # make test-nemo        nemo-run experiments, run on this machine
 # make test-nemo-slurm  the same under a real Slurm
@@ -11,10 +13,11 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NEMO_PIP := .venv-nemo/bin/python -m pip --disable-pip-version-check --quiet
+SGLANG_PIP := .venv-sglang/bin/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: env nemo-env check test slurm test-slurm test-nemo test-nemo-slurm train bench clean
+.PHONY: env nemo-env sglang-env check test slurm test-slurm test-nemo test-nemo-slurm test-sglang train bench clean
 
 env: .venv/.ready
 
@@ -41,6 +44,16 @@ nemo-env: .venv-nemo/.ready
 	$(NEMO_PIP) install --no-deps -e .
 	touch $@
 
+# SGLang pins another torch and transformers than the trainer: it lives apart, and is spoken to over HTTP.
+sglang-env: .venv-sglang/.ready
+
+.venv-sglang/.ready: sglang_cpu/requirements.txt $(wildcard sglang_cpu/*/*.py)
+	$(PYTHON) -m venv .venv-sglang
+	$(SGLANG_PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(SGLANG_PIP) install torch==$(TORCH) --index-url $(CPU_INDEX)
+	$(SGLANG_PIP) install --no-deps -r sglang_cpu/requirements.txt
+	$(SGLANG_PIP) install --no-deps --force-reinstall ./sglang_cpu
+	touch $@
+
 check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,6 +62,9 @@ check: env
 
 test: env
 	$(BIN)/python -m pytest
+
+test-sglang: env sglang-env
+	$(BIN)/python -m pytest tests/sglang
 
 slurm:
 	dpkg -s slurmctld slurmd slurm-client munge >/dev/null 2>&1 || \
@@ -74,4 +90,4 @@ bench: env
 	$(BIN)/python tools/bench_tables.py
 
 clean:
-	rm -rf .venv .venv-nemo runs
+	rm -rf .venv .venv-nemo .venv-sglang runs

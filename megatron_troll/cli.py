@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
     _configured(kinds, "preflight", "check the nodes that a run will have", commands.preflight)
     launch.add_to(kinds)
+    _configured(kinds, "serve", "start SGLang servers for a run and keep them running", commands.serve)
     demo = kinds.add_parser("demo", help="write the demo task: prompts, demonstrations, a tiny model")
     demo.add_argument("folder", nargs="?", default="runs/demo")
     demo.add_argument("--seed", type=int, default=0)

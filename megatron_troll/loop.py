@@ -29,6 +29,7 @@ def train(task: Task, interrupts: Interrupts) -> bool:
     steps = task.config.train.steps
     with open_run(task, interrupts) as run:
         standing = run.resume()
+        run.sync(standing.step)
         while standing.step < steps:
             if run.session.stopping():
                 checkpoint(run, standing)
@@ -64,11 +65,13 @@ def train_step(run: Run, standing: Standing) -> Standing:
     learned = run.learner.learn(rollouts, estimated.advantages, step)
     if run.critic is not None:
         learned.metrics.update(run.critic.learn(rollouts, estimated.targets, step))
+    synced = run.sync(step)
     standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
     metrics = {
         **batch.metrics,
         **estimated.metrics,
         **learned.metrics,
+        **synced,
         "lr": run.policy.lr,
         "skipped_updates": learned.skipped,
         "staleness": step - 1 - waited.trained,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 from megatron_troll.arrange import capacity
 from megatron_troll.batching.build import Form, build
@@ -31,17 +32,18 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
     interrupted warm start is started again. Runs on every rank."""
     config, sft, examples = task.config, sft_of(task.config), demonstrations(task)
     order = PromptOrder(len(examples), config.seed)
-    with (
-        open_session(config, sft.steps, interrupts) as session,
-        Scorer(config.reward, progress=session.watchdog.beat) as scorer,
-    ):
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(config, sft.steps, interrupts))
+        scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
         beat = session.watchdog.beat
         policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps, beat)
+        engine = stack.enter_context(closing(open_engine(task, policy.model)))
         for line in layer_remarks(policy.model):
             session.progress.say(line)
-        evaluator = Evaluator(task, session, open_engine(task, policy.model), scorer)
+        evaluator = Evaluator(task, session, engine, scorer)
         trainer = PolicyTrainer(policy, Supervised(), Head(policy.model))
         session.begin_at(0)
+        engine.sync(0)
         before = evaluator.success()
         session.log(0, {"held_out_success": before}, session.seconds)
         for step in range(1, sft.steps + 1):
@@ -53,6 +55,7 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
                 return False
             chosen = [examples[i] for i in order.next(sft.sequences)]
             supervised_step(session, trainer, chosen, step)
+        engine.sync(sft.steps)
         summary = Summary(before, evaluator.success(), session.seconds, config.seed)
         session.complete(policy.model, summary)
     return True

@@ -19,6 +19,7 @@ from megatron_troll.config.node import (
     PositiveFloat,
     Slot,
 )
+from megatron_troll.config.serving import Serve, SGLang
 
 
 class Layout(Node):
@@ -163,6 +164,11 @@ class Sampling(Node):
     )
     max_tokens: Positive = Field(default=1024, description="longest response, stop token included")
 
+    @property
+    def law_temperature(self) -> float:
+        """What the logits are divided by in the log-probs of a sample: greedy ones are of temperature 1."""
+        return self.temperature or 1.0
+
 
 class RolloutConfig(Node):
     """What is sampled for one rollout batch, and by which engine."""
@@ -184,8 +190,10 @@ class RolloutConfig(Node):
         default=512, description="sequences decoded at once on one data-parallel rank"
     )
     kv_cache: Literal["auto", "fp8_e4m3"] = Field(
-        default="auto", description="fp8_e4m3 simulates a quantised cache"
+        default="auto",
+        description="of the engine: auto has the dtype of the weights; fp8_e4m3 in-process is simulated",
     )
+    sglang: SGLang = SGLang()
 
 
 class Overlong(Node):
@@ -362,6 +370,7 @@ class Config(Node):
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()
     launch: Launch = Launch()
+    serve: Serve = Serve()
 
     @property
     def policy(self) -> Model:

@@ -45,6 +45,7 @@ RUN = (
     Field("sampled_responses", "", "responses sampled for the batch, dropped ones included"),
     Field("response_length", "tokens", "mean length of the responses sampled, stop token included"),
     Field("truncated", "share", "responses cut at rollout.sampling.max_tokens"),
+    Field("servers", "servers", "that were given the weights (rollout.engine=sglang)"),
     Field("reward_timeouts", "answers", "earned 0 because their verifier ran out of time; absent where none"),
     Field("reward_crashes", "answers", "earned 0 because their verifier was killed; absent where none"),
     Field("loss", "", "mean over the step's optimizer updates of -sum(weight * J)"),
@@ -231,6 +232,7 @@ SPEED = (
 
 PHASES = (
     Field("generation", "s", "sampling the rollout batch"),
+    Field("sync", "s", "giving the engine the new weights"),
     Field("reward", "s", "verifying the answers"),
     Field("old_policy", "s", "no-gradient forward that records the old policy (objective.old=trainer)"),
     Field("reference", "s", "forward of the frozen reference model"),
@@ -241,7 +243,18 @@ PHASES = (
     Field("checkpoint", "s", "saving the step before, as far as training waits for it"),
 )
 
-PER_TOKEN = (*TOKEN, *ENERGY, *TROLL, *MASKS, *SEQUENCES, *REFERENCE, *CORRECTION)
+# rollout.engine=sglang
+ENGINE = (
+    Field(
+        "engine_kl",
+        "nats",
+        "KL(engine || trainer) at temperature 1 on fixed prompts after a sync, of the server that is "
+        "furthest off; what lies outside of its top 64 tokens is compared as one",
+        True,
+    ),
+)
+
+PER_TOKEN = (*TOKEN, *ENGINE, *ENERGY, *TROLL, *MASKS, *SEQUENCES, *REFERENCE, *CORRECTION)
 
 
 def documented(name: str) -> bool:
@@ -301,6 +314,9 @@ def markdown() -> str:
 def _methods() -> list[str]:
     """The fields that only some methods and options write."""
     return [
+        "### With SGLang servers (rollout.engine: sglang)",
+        *_table(ENGINE),
+        "",
         "### With observe.energy",
         *_table(ENERGY),
         "",

@@ -1,17 +1,9 @@
 """Who generates, and how a token is drawn."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-from transformers import PreTrainedTokenizerBase
-
 from megatron_troll.config import ConfigError
 from megatron_troll.config.methods import find_class, known_methods
 from megatron_troll.config.tree import RolloutConfig
-from megatron_troll.rollout.engine import Engine
-
-if TYPE_CHECKING:
-    from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.rollout.engine import Engine, Setup
 
 ENGINES = "megatron_troll.rollout.engines"
 
@@ -28,18 +20,13 @@ def check(config: RolloutConfig, cp: int) -> None:
         )
 
 
-def build(
-    config: RolloutConfig,
-    model: "MegatronModel",
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Sequence[int],
-    seed: int,
-) -> Engine:
-    """The engine that `config` names, made by calling its class with these arguments. Raises ConfigError."""
-    return find(config.engine)(config, model, tokenizer, tuple(stop_ids), seed)
+def build(setup: Setup) -> Engine:
+    """The engine that `setup.rollout` names. Blocks on all ranks. Raises ConfigError, and EngineError where
+    what the engine needs is not there."""
+    return find(setup.rollout.engine)(setup)
 
 
-def find(name: str) -> Callable[..., Engine]:
+def find(name: str) -> type[Engine]:
     """The class that `rollout.engine` names: that of a file in engines/, or of `package.module:Class`. Raises
     ConfigError for an unknown one."""
     return find_class(name, ENGINES, Engine, "rollout.engine")

@@ -142,5 +142,6 @@ def _rollout(i: int, prompt: np.ndarray, ids: Tensor, mask: np.ndarray, law: Ten
         topk=TokenTopK(top.indices.int().numpy(), top.values.numpy()),
         text="",
         finish=finish,
-        version=0,
+        versions=np.zeros(len(ids), dtype=np.int64),
+        temperature=TEMPERATURE,
     )

@@ -123,6 +123,7 @@ def cut(batch: Batch, case: Case, groups: Groups, layout: Layout) -> list[MicroB
         cp_size=groups.cp.size,
         tp_size=groups.tp.size,
         topk=K if case.old == "engine" else 0,
+        temperature=TEMPERATURE,
     )
     step = plan(
         [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in batch.rollouts],
