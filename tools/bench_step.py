@@ -49,7 +49,7 @@ from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.observe.phases import Phases
 from megatron_troll.policy import open_policy
-from megatron_troll.rollout.engine import Request
+from megatron_troll.rollout.engine import Request, Setup
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
 from megatron_troll.trainer import PolicyTrainer
 from megatron_troll.types import Prompt, Readings, Reads, Rollout
@@ -207,7 +207,7 @@ def sampled(config: Config, policy: Trainable, shape: Shape, generator: np.rando
         ids = np.random.default_rng(i // SAMPLES).integers(0, shape.vocab, PROMPT_TOKENS)
         requests.append(Request(Prompt(f"p{i // SAMPLES}", (), ""), i // SAMPLES, i % SAMPLES, ids))
     silent: Any = SimpleNamespace(decode=lambda ids, **_: "")
-    engine = InProcessEngine(config.rollout, policy.model, silent, (), seed=0)
+    engine = InProcessEngine(Setup(config, policy.model, silent, ()))
     return engine.generate(requests, config.rollout.sampling, round=1)
 
 
