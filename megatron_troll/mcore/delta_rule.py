@@ -133,10 +133,12 @@ def chunked(
     across, kept = q * since.exp(), since[..., -1:, :].exp()
     stored = k * (since[..., -1:, :] - since).exp()
     memory, outputs = _start(state, k, v), []
-    for i in range(v.shape[3]):
-        new = written[:, :, :, i] - taken[:, :, :, i] @ memory
-        outputs.append(across[:, :, :, i] @ memory + inside[:, :, :, i] @ new)
-        memory = kept[:, :, :, i] * memory + stored[:, :, :, i].mT @ new
+    # Unbound at once: in backward, each index would make a tensor of all chunks.
+    chunks = (tensor.unbind(3) for tensor in (written, taken, across, inside, kept, stored))
+    for write, take, read, mix, keep, store in zip(*chunks, strict=True):
+        new = write - take @ memory
+        outputs.append(read @ memory + mix @ new)
+        memory = keep * memory + store.mT @ new
     output = _ungrouped(torch.cat(outputs, 3))[:, :length]
     return output.to(value.dtype), memory.flatten(1, 2)
 
