@@ -68,6 +68,11 @@ class Optimizer(Node):
         default=1.0, description="clip the global gradient norm to this; 0 never clips"
     )
     distributed: bool = Field(default=True, description="shard its state over data-parallel ranks (ZeRO 1)")
+    overlap_grad_reduce: bool = Field(
+        default=False,
+        description="sum gradients over data-parallel ranks while the backward pass goes on, in buckets of "
+        "40 million numbers; false: at its end",
+    )
     schedule: Schedule = Schedule()
 
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_troll.config.tree import Model
+from megatron_troll.config.tree import Model, Optimizer
 from megatron_troll.mcore.layout import check_layout, uses_te
 from megatron_troll.mcore.packing import packed_sequences
 from megatron_troll.mcore.parallel import device, inside
@@ -108,7 +108,7 @@ def build(
         if config.bf16:
             chunks = [Float16Module(config, chunk) for chunk in chunks]
         if trained:
-            chunks = [_data_parallel(config, chunk, model.optimizer.distributed) for chunk in chunks]
+            chunks = _data_parallel(config, chunks, model.optimizer)
     return MegatronModel(shape, config, groups, chunks, progress)
 
 
@@ -154,11 +154,20 @@ def _mark_shards(chunk: nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
-def _data_parallel(config: TransformerConfig, chunk: nn.Module, distributed: bool) -> DistributedDataParallel:
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=False
+def _data_parallel(
+    config: TransformerConfig, chunks: list[nn.Module], optimizer: Optimizer
+) -> list[nn.Module]:
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
     )
-    return DistributedDataParallel(config, ddp, chunk)
+    wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+    if optimizer.overlap_grad_reduce:
+        # The schedule keeps all but the last micro-batch from being reduced.
+        unreduced = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = unreduced if len(unreduced) > 1 else unreduced[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return [*wrapped]
 
 
 def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one model. experts is 0 for a dense model; `vocab` is the published size, unpadded."""
+    """Sizes of one model. experts is 0 for a dense model; `vocab` is the published size, unpadded; logits are
+    softcap * tanh(x / softcap) where there is a soft-cap."""
 
     family: str
     vocab: int
@@ -27,6 +28,7 @@ class ModelShape:
     norm_eps: float
     init_std: float
     max_positions: int
+    softcap: float | None
 
     def padded_vocab(self, tp: int) -> int:
         """Vocabulary rows over all tensor-parallel ranks: equal shards."""
@@ -77,7 +79,15 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
         norm_eps=config.get("rms_norm_eps", 1e-6),
         init_std=config.get("initializer_range", 0.02),
         max_positions=config.get("max_position_embeddings", 32768),
+        softcap=_softcap(config, where),
     )
+
+
+def _softcap(config: dict[str, Any], where: str) -> float | None:
+    softcap = config.get("final_logit_softcapping")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{where}: final_logit_softcapping {softcap!r} must be above 0, or null for none")
+    return softcap
 
 
 def _experts(config: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_troll.config.tree import ObjectiveConfig, Optimizer, Slot
 from megatron_troll.types import FinishReason, Message, Prompt, Rollout, TokenTopK
-from tests.dist.tiny import DENSE, MOE, reference
+from tests.dist.tiny import DENSE, MOE, logits_of, reference
 
 TEMPERATURE = 0.8
 # Layers that add little to a large residual keep rounding small beside the tolerance; the head is peaked
@@ -30,6 +30,7 @@ class Kind:
 KINDS = {
     "moe": Kind(MOE, 6, SCALES),
     "tied-dense": Kind(DENSE | {"tie_word_embeddings": True}, 5, {"embed_tokens": 0.4, "o_proj": 0.5}),
+    "capped-dense": Kind(DENSE | {"final_logit_softcapping": 10.0}, 1, {"o_proj": 0.5, "lm_head": 8.0}),
 }
 Weights = dict[str, Tensor]
 
@@ -118,7 +119,7 @@ def _respond(
     """Sampled tokens [T], and a law [T, V] that differs from the model's as a rollout engine's does."""
     ids, laws = prompt, []
     for _ in range(length):
-        logits = model(ids[None]).logits[0, -1] / TEMPERATURE
+        logits = logits_of(model, ids[None])[0, -1] / TEMPERATURE
         ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)])
         laws.append((logits + 0.01 * torch.randn(logits.shape, generator=generator)).log_softmax(-1))
     return ids[len(prompt) :], torch.stack(laws)

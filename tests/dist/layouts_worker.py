@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -72,9 +74,10 @@ class RankResult:
     change: Weights
 
 
-def run_cases(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
-    """Old readings at the weights `before`, gradients at the weights `now`."""
-    with started(config.layout) as groups:
+def run_cases(config: Model, batch: Batch, cases: Sequence[Case], bucket: int | None = None) -> RankResult:
+    """Old readings at the weights `before`, gradients at the weights `now`. `bucket`: numbers in a bucket of
+    gradients, by default Megatron's 40 million."""
+    with started(config.layout) as groups, buckets_of(bucket):
         model = mcore.build(config, shape_of(batch.config), groups)
         policy = trainable(model, config.optimizer, total_steps=1)
         micro_batches = [cut(batch, case, groups, config.layout) for case in cases]
@@ -88,6 +91,13 @@ def run_cases(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
         weights, grad_norm = streamed(model), policy.step()
         change = {name: tensor - weights[name] for name, tensor in streamed(model).items()}
         return RankResult(formed_groups(groups), shapes, outcomes, grad_norm, change)
+
+
+@contextmanager
+def buckets_of(size: int | None) -> Iterator[None]:
+    settings = partial(mcore.DistributedDataParallelConfig, bucket_size=size)
+    with mock.patch.object(mcore, "DistributedDataParallelConfig", settings):
+        yield
 
 
 def trainer(policy: Trainable, case: Case) -> PolicyTrainer:

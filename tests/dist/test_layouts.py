@@ -6,7 +6,7 @@ layouts_batch.py has the batch, layouts_reference.py the plain autograd, layouts
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -50,15 +50,29 @@ ENGINE = (
 )
 
 
+# Of many micro-batches.
+SEVERAL = (CASES[0], CASES[3], CASES[4])
+SEVERAL_DENSE = (CASES[0], replace(CASES[4], aux=0.0))
+
+
 @dataclass(frozen=True)
 class Variant:
-    """What is not run on every layout."""
+    """What is not run on every layout. `bucket`: numbers in a bucket of gradients."""
 
     world: int
     sizes: Sizes
     cases: tuple[Case, ...] = CASES
     kind: str = "moe"
     fields: dict[str, Any] = field(default_factory=dict)
+    bucket: int | None = None
+
+
+def overlapped(
+    world: int, sizes: Sizes, kind: str = "moe", distributed: bool = False, cases: tuple[Case, ...] = SEVERAL
+) -> Variant:
+    """Gradients are reduced while backward runs, most weights in a bucket of their own."""
+    optimizer = OPTIMIZER.model_copy(update={"overlap_grad_reduce": True, "distributed": distributed})
+    return Variant(world, sizes, cases, kind, {"optimizer": optimizer}, bucket=2000)
 
 
 VARIANTS = {
@@ -72,8 +86,19 @@ VARIANTS = {
         fields={"optimizer": OPTIMIZER.model_copy(update={"distributed": True})},
     ),
     "tied-dense": Variant(4, {"tp": 2, "pp": 2}, (CASES[0], CASES[-1]), kind="tied-dense"),
+    "soft-cap": Variant(2, {"tp": 2}, (CASES[0], CASES[2], CASES[-1]), kind="capped-dense"),
+    "overlapped": overlapped(2, {}),
+    "overlapped-distributed": overlapped(4, {"tp": 2, "ep": 2}, distributed=True),
+    "overlapped-interleaved": overlapped(4, {"pp": 2, "vpp": 2}),
+    "overlapped-tied": overlapped(2, {}, "tied-dense", cases=SEVERAL_DENSE),
+    "overlapped-tied-stages": overlapped(4, {"pp": 2}, "tied-dense", cases=SEVERAL_DENSE),
 }
-REFERENCES: tuple[tuple[str, Old], ...] = (("moe", "trainer"), ("moe", "engine"), ("tied-dense", "trainer"))
+REFERENCES: tuple[tuple[str, Old], ...] = (
+    ("moe", "trainer"),
+    ("moe", "engine"),
+    ("tied-dense", "trainer"),
+    ("capped-dense", "trainer"),
+)
 References = dict[tuple[str, Old], Reference]
 # Which collectives an axis larger than 1 cannot do without.
 COLLECTIVES = {
@@ -140,9 +165,8 @@ def test_variant_gives_the_loss_and_gradients_of_plain_autograd(
     name: str, batches: dict[str, Batch], references: References, request: pytest.FixtureRequest
 ) -> None:
     variant = VARIANTS[name]
-    results = run_on(
-        variant.world, model(variant.sizes, **variant.fields), batches[variant.kind], variant.cases, request
-    )
+    config, batch = model(variant.sizes, **variant.fields), batches[variant.kind]
+    results = run_on(variant.world, config, batch, variant.cases, request, variant.bucket)
     expected = [references[variant.kind, c.old].expected(c.objective, c.aux) for c in variant.cases]
     for result in results:
         assert result.groups == expected_groups(variant.world, variant.sizes)
@@ -188,9 +212,14 @@ def model(sizes: Sizes, **fields: Any) -> Model:
 
 
 def run_on(
-    world: int, config: Model, batch: Batch, cases: tuple[Case, ...], request: pytest.FixtureRequest
+    world: int,
+    config: Model,
+    batch: Batch,
+    cases: tuple[Case, ...],
+    request: pytest.FixtureRequest,
+    bucket: int | None = None,
 ) -> list[RankResult]:
-    return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, cases)
+    return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, cases, bucket)
 
 
 def check_formed(result: RankResult, world: int, sizes: Sizes) -> None:

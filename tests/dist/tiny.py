@@ -62,6 +62,12 @@ def reference(config: dict[str, Any], seed: int = 0) -> "PreTrainedModel":
     return model
 
 
+def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """[b, s, V], with the soft-cap of `final_logit_softcapping`, which Hugging Face's Qwen3 has not."""
+    logits, cap = model(ids).logits, getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def write_reference(config: dict[str, Any], folder: Path, seed: int = 0) -> "PreTrainedModel":
     """Save `reference` in the published format and return it."""
     model = reference(config, seed)
