@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PreTrainedTokenizerBase
+from troll_kernels.dispatch import LARGEST_K
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
@@ -65,6 +67,7 @@ def prepare(config: Config) -> Task:
     shape = shape_of(config)
     with _about("objective"):
         objective.check(shape.vocab)
+        _check_kept(objective, shape)
     _check_models(config, objective, shape)
     _check_rollout(config, objective, shape)
     answer = config.rollout.sampling.max_tokens
@@ -149,6 +152,14 @@ def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
             f"{' + '.join(tokens)} = {sum(tokens.values())} exceeds the model's max_position_embeddings "
             f"{shape.max_positions}"
         )
+
+
+def _check_kept(objective: Objective, shape: ModelShape) -> None:
+    """Raises ValueError where a record keeps more tokens than the kernels of a GPU do."""
+    supports = (*objective.reads.supports, *objective.reads_old.supports)
+    k = max((min(kept.k, shape.vocab) for kept in supports), default=0)
+    if k > LARGEST_K and torch.cuda.is_available():
+        raise ValueError(f"k={k}: the kernels of a GPU keep at most {LARGEST_K} tokens of a position")
 
 
 def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> None:

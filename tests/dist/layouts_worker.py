@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_troll import trainer as policy_trainer
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.plan import Capacity, Schedule, plan
 from megatron_troll.batching.weights import step_weights
@@ -91,6 +92,12 @@ def run_cases(config: Model, batch: Batch, cases: Sequence[Case], bucket: int | 
         weights, grad_norm = streamed(model), policy.step()
         change = {name: tensor - weights[name] for name, tensor in streamed(model).items()}
         return RankResult(formed_groups(groups), shapes, outcomes, grad_norm, change)
+
+
+def run_probing_all(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
+    """`run_cases`, with full rows read at every position."""
+    with mock.patch.object(policy_trainer, "PROBED_POSITIONS", 10**6):
+        return run_cases(config, batch, cases)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from tests.dist.layouts_batch import (
     make_batch,
 )
 from tests.dist.layouts_reference import Expected, Old, Read, Reference
-from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases
+from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases, run_probing_all
 from tests.dist.tiny import MOE
 
 CASES = (
@@ -191,6 +191,25 @@ def test_reported_fractions_and_mismatch_are_those_of_plain_autograd(
         assert outcome.mismatch == {
             f"rollout_trainer_{name}": pytest.approx(float(value), rel=1e-2) for name, value in wanted.items()
         }
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2, "ep": 2}], ids=["one-rank", "tp2"])
+def test_what_a_sparse_record_cannot_show_is_measured_on_whole_rows(
+    sizes: Sizes, batch: Batch, reference: Reference, request: pytest.FixtureRequest
+) -> None:
+    """At every position: the mass that left the old support, and the true KL beside the sparse one."""
+    before, now = (read.logits.detach().log_softmax(1) for read in (reference.before, reference.now))
+    ids, kept = reference.kept_before
+    left = (before.exp() - now.exp()).gather(1, ids).where(kept, 0.0).sum(1)
+    true_kl = (now.exp() * (now - before)).sum(1)
+    pool = request.getfixturevalue(f"ranks{sizes.get('tp', 1)}")
+    for result in pool.run(run_probing_all, model(sizes), batch, CASES[-1:]):
+        metrics = result.outcomes[0].metrics
+        assert metrics["outside_mass"] == pytest.approx(float(left.mean()), abs=1e-6)
+        assert metrics["outside_mass/max"] == pytest.approx(float(left.max()), abs=1e-6)
+        assert metrics["true_kl"] == pytest.approx(float(true_kl.mean()), rel=1e-3)
+        assert metrics["sparse_kl"] == pytest.approx(metrics["kl_before"], rel=1e-6)
+    assert left.max() > 1e-3
 
 
 def test_tensor_parallelism_without_expert_parallelism_is_refused() -> None:

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_troll.checks import PROBLEMS, Task, demonstrations, prepare, smallest_world
 from megatron_troll.config.load import load
@@ -88,6 +90,20 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
 )
 def test_it_is_refused(config: Path, override: str, said: str) -> None:
     assert said in refusal(config, override)
+
+
+def test_more_kept_tokens_than_a_gpu_holds_are_refused_where_there_is_one(
+    config: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "wide")
+    described = json.loads((base / "config.json").read_text()) | {"vocab_size": 512}
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(described))
+    changes = f"models.policy.path={tmp_path / 'wide'}", "objective.trust_region.k=300", "rollout.top_k=300"
+    task(config, *changes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    task(config, *changes, "objective.trust_region.k=256")
+    said = "objective: k=300: the kernels of a GPU keep at most 256 tokens of a position"
+    assert said in refusal(config, *changes)
 
 
 def test_a_sparse_head_is_kept_or_refused_before_the_run(config: Path) -> None:
