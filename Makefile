@@ -1,6 +1,7 @@
 # make env    set up .venv           make train  the demo, from prompts to a reward curve
 # make check  lint, types, layers    make test   the tests
 # make test-slurm  the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
+# make bench       the measured tables of docs/head.md
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: env check test test-slurm train clean
+.PHONY: env check test test-slurm train bench clean
 
 env: .venv/.ready
 
@@ -43,6 +44,11 @@ train: env
 	$(BIN)/mtroll demo runs/demo
 	test -f runs/demo-warm-start/summary.json || $(BIN)/mtroll sft examples/configs/cpu_warm_start.yaml
 	$(BIN)/mtroll train examples/configs/cpu_troll.yaml resume=true
+
+bench: env
+	$(BIN)/python tools/bench_head.py --device cpu --json docs/bench_head_cpu.json
+	$(BIN)/python tools/bench_step.py --json docs/bench_step_cpu.json
+	$(BIN)/python tools/bench_tables.py
 
 clean:
 	rm -rf .venv runs

@@ -190,10 +190,14 @@ class Bench:
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """The weights that every step starts from."""
+        """The weights that every step starts from, and an optimizer that has taken none."""
         for parameter, weight in zip(self.policy.model.stages[0].parameters(), self.weights):
             parameter.copy_(weight)
         self.policy.optimizer.reload_model_params()
+        adam: Any = self.policy.optimizer
+        for state in adam.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
 
 
 def sampled(config: Config, policy: Trainable, shape: Shape, generator: np.random.Generator) -> list[Rollout]:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import bench_tables
 import pytest
 
 from megatron_troll.cli import parser
@@ -90,6 +91,13 @@ def test_nothing_is_left_to_do(page: Path) -> None:
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_pages_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == GENERATED[name](), f"write docs/{name} again"
+
+
+def test_measured_tables_are_those_of_their_files() -> None:
+    text = bench_tables.PAGE.read_text()
+    assert bench_tables.page(text) == text, "run tools/bench_tables.py"
+    files = {file for _, file, _ in bench_tables.BLOCK.findall(text)}
+    assert files == {path.name for path in (ROOT / "docs").glob("bench_*.json")}
 
 
 def test_the_demo_is_described_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
