@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_troll import commands
+from megatron_troll.launch.plan import cli as plan
 from megatron_troll.launch.slurm import cli as launch
 from megatron_troll.study import cli as study
 
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "train", "train a policy by RL", commands.train)
     _configured(kinds, "sft", "warm-start a model on demonstrations", commands.sft)
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
+    plan.add_to(kinds)
     launch.add_to(kinds)
     demo = kinds.add_parser("demo", help="write the demo task: prompts, demonstrations, a tiny model")
     demo.add_argument("folder", nargs="?", default="runs/demo")

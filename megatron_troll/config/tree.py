@@ -336,6 +336,12 @@ class Launch(Node):
         default=None, description="default: the smallest world that holds the layouts"
     )
     threads: Positive | None = Field(default=None, description="CPU threads per rank; default: cores / ranks")
+    device_gib: PositiveFloat = Field(
+        default=139.0, description="memory of a GPU, for `mtroll plan`; default: an H200"
+    )
+    reserve_gib: NonNegative = Field(
+        default=10.0, description="of it, left to CUDA, NCCL and fragmentation; `mtroll plan`"
+    )
 
 
 class Config(Node):
