@@ -29,7 +29,7 @@ env: .venv/.ready
 	$(PIP) install --constraint constraints.txt -e '.[dev]'
 	touch $@
 
-# nemo-run's dependencies hold anyio and httpx below what the trainer takes.
+# nemo-run's dependencies hold anyio and httpx below what the trainer's environment has.
 nemo-env: .venv-nemo/.ready
 
 .venv-nemo/.ready: examples/nemo_run/requirements.txt constraints.txt
