@@ -42,8 +42,8 @@ def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """flash-linear-attention's kernels where they are installed and take `value` (CUDA, not fp32); the exact
-    rule in torch elsewhere. A single position without gradient (a decode step) is recurrent, all else chunked;
-    the recurrent kernel has no backward."""
+    rule in torch elsewhere. A decode step is recurrent, all else chunked: the recurrent kernel has no
+    backward."""
     fused = flash_linear_attention() if takes_kernels(value.device, value.dtype) else None
     kernels = fused or Kernels(chunked, recurrent)
     decoding = value.shape[1] == 1 and not torch.is_grad_enabled()
