@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from megatron_troll.launch.plan.models import Planned
 from megatron_troll.launch.plan.pipeline import Work, in_flight
-from megatron_troll.launch.plan.saved.flow import Flow
-from megatron_troll.launch.plan.saved.layers import NOTHING, Recompute, Saved, final_norm, of_layers
+from megatron_troll.launch.plan.saved.flow import Flow, Saved
+from megatron_troll.launch.plan.saved.layers import NOTHING, Recompute, final_norm, of_layers
 
 
 @dataclass(frozen=True)

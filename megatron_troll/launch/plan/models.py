@@ -45,13 +45,17 @@ class Planned:
 
 def models_of(config: Config, world: int) -> list[Planned]:
     """The policy first. Raises ConfigError naming the key that does not fit."""
-    policy = _planned("policy", config.policy, world)
+    policy = _from_path("policy", config.policy, world)
     found = [policy]
     if config.models.reference is not None:
         found.append(replace(policy, name="reference", trained=False))
     if config.models.critic is not None:
-        found.append(_planned("critic", config.models.critic, world))
+        found.append(_from_path("critic", config.models.critic, world))
     return found
+
+
+def _from_path(name: str, model: Model, world: int) -> Planned:
+    return planned_of(name, model, shape_at(f"models.{name}.path", model.path), world)
 
 
 def shape_at(key: str, path: str) -> ModelShape:
@@ -68,8 +72,8 @@ def shape_at(key: str, path: str) -> ModelShape:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def _planned(name: str, model: Model, world: int) -> Planned:
-    shape = shape_at(f"models.{name}.path", model.path)
+def planned_of(name: str, model: Model, shape: ModelShape, world: int) -> Planned:
+    """A model of `shape` on `world` ranks. Raises ConfigError naming the key that does not fit."""
     key = f"models.{name}.layout"
     try:
         check_layout(shape, model.layout)
@@ -78,10 +82,10 @@ def _planned(name: str, model: Model, world: int) -> Planned:
         check_options(shape, model)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
-    tied = shape.tied and name != "critic"
-    shape = replace(shape, tied=tied)
+    # A critic has no head, so nothing to tie.
+    shape = replace(shape, tied=shape.tied and name != "critic")
     table = table_of(shape)
     if name == "critic":
         table = value_table(table, shape.hidden)
-    holding = Holding(table, Ranks(model.layout, world), tied, model.moe.freeze_router)
+    holding = Holding(table, Ranks(model.layout, world), shape.tied, model.moe.freeze_router)
     return Planned(name, model, shape, holding)

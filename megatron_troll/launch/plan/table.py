@@ -41,8 +41,8 @@ def tables(plan: Plan) -> Group:
 def verdict(plan: Plan) -> str:
     """Whether it fits; what takes the most where it does not."""
     worst = plan.worst
-    launch = plan.config.launch
-    room = f"{_gib(plan.limit)} GiB (launch.device_gib {launch.device_gib:g} less reserve_gib {launch.reserve_gib:g})"
+    device, reserve = plan.config.launch.device_gib, plan.config.launch.reserve_gib
+    room = f"{_gib(plan.limit)} GiB (launch.device_gib {device:g} less reserve_gib {reserve:g})"
     if plan.fits:
         return f"fits: stage {worst.stage} holds the most, {_gib(worst.total)} GiB of {room}"
     largest = sorted(worst.bytes.items(), key=lambda item: -item[1])[:3]
@@ -58,9 +58,9 @@ def notes(plan: Plan) -> Iterator[str]:
     """What the figures take for granted."""
     work = plan.work
     yield (
-        f"{work.responses} responses of {work.tokens} tokens on each data-parallel rank (every answer as long as "
-        f"it may be), {work.micro_batches} micro-batches of {work.micro_tokens} tokens an optimizer step; tokens "
-        "spread evenly over experts"
+        f"taken for granted: every answer is as long as it may be, which is {work.responses} responses of "
+        f"{work.tokens} tokens on each data-parallel rank and {work.micro_batches} micro-batches of "
+        f"{work.micro_tokens} tokens an optimizer step; tokens spread evenly over experts"
     )
     layers = "Transformer Engine's layers" if plan.te else "the local layers"
     yield f"activations are those of {layers}; working set and what Transformer Engine keeps are estimates"

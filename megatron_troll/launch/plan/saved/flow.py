@@ -11,6 +11,19 @@ INDEX = 8
 
 
 @dataclass(frozen=True)
+class Saved:
+    """Bytes. kept: from forward to backward of the micro-batch; again: what is then computed again, of one
+    layer at a time; experts: of `kept`, what depends on where tokens are routed."""
+
+    kept: int
+    again: int
+    experts: int
+
+    def __add__(self, other: "Saved") -> "Saved":
+        return Saved(self.kept + other.kept, max(self.again, other.again), self.experts + other.experts)
+
+
+@dataclass(frozen=True)
 class Flow:
     """`tokens`: of the micro-batch on this context-parallel rank. `te`: Transformer Engine's layers; else the
     local ones. Experts are taken to be even: each gets the same number of tokens."""

@@ -1,28 +1,14 @@
 """What the layers of one model chunk keep for backward of one micro-batch, by how much is recomputed."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megatron_troll.launch.plan.saved.attention import full_attention, linear_attention
-from megatron_troll.launch.plan.saved.flow import Flow
-from megatron_troll.launch.plan.saved.mlp import dense, experts
+from megatron_troll.launch.plan.saved.flow import Flow, Saved
+from megatron_troll.launch.plan.saved.mlp import before_mlp, dense, experts, of_activation
 
 Recompute = Literal["none", "selective", "full"]
 MODES: tuple[Recompute, ...] = get_args(Recompute)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Bytes. kept: from forward to backward of the micro-batch; again: what is then computed again, of one
-    layer at a time; experts: of `kept`, what depends on where tokens are routed."""
-
-    kept: int
-    again: int
-    experts: int
-
-    def __add__(self, other: "Saved") -> "Saved":
-        return Saved(self.kept + other.kept, max(self.again, other.again), self.experts + other.experts)
 
 
 NOTHING = Saved(0, 0, 0)
@@ -36,15 +22,29 @@ def of_layers(flow: Flow, layers: Iterable[int], mode: Recompute) -> Saved:
 
 
 def of_layer(flow: Flow, kind: str, mode: Recompute) -> Saved:
-    whole = full_attention(flow) if kind == "full_attention" else linear_attention(flow)
-    mlp = experts(flow) if flow.shape.experts else {"mlp": dense(flow)}
-    total, routed = whole + sum(mlp.values()), mlp.get("experts", 0)
+    mixing = full_attention(flow) if kind == "full_attention" else linear_attention(flow)
+    feeding = experts(flow) if flow.shape.experts else dense(flow)
+    whole = mixing + feeding.kept
     if mode == "full":
-        return Saved(flow.hidden(flow.shard), total, 0)
-    if mode == "selective" and kind == "full_attention":
-        without = full_attention(flow, core=False)
-        return Saved(total - whole + without, whole - without, routed)
-    return Saved(total, 0, routed)
+        return Saved(flow.hidden(flow.shard), whole, 0)
+    if mode == "none":
+        return Saved(whole, 0, feeding.experts)
+    kept = mixing
+    if "core_attn" in flow.model.recompute_modules and kind == "full_attention":
+        kept = full_attention(flow, core=False)
+    less = without(feeding, flow)
+    return Saved(kept + less.kept, max(mixing - kept, feeding.kept - less.kept), less.experts)
+
+
+def without(feeding: Saved, flow: Flow) -> Saved:
+    """What is left of a feed-forward half where `recompute_modules` computes it again."""
+    modules = flow.model.recompute_modules
+    if "moe" in modules or "mlp" in modules:
+        return Saved(before_mlp(flow), 0, 0)
+    if "moe_act" not in modules:
+        return feeding
+    activation = of_activation(flow)
+    return Saved(feeding.kept - activation, 0, feeding.experts - activation)
 
 
 def final_norm(flow: Flow) -> Saved:

@@ -1,23 +1,30 @@
 """What the feed-forward half of a layer keeps for backward, its norm included. Bytes."""
 
-from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow
+from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow, Saved
 
 # Of a gated MLP: gate and up (one tensor), silu(gate), up + 0, and what the second matrix reads.
 GATED = 5
 
 
-def dense(flow: Flow) -> int:
-    shape, layout = flow.shape, flow.model.layout
-    inside = GATED * flow.width * flow.tokens * shape.ffn // layout.tp
-    return flow.norm(flow.shard, shape.hidden) + flow.hidden(flow.shard) + inside
+def before_mlp(flow: Flow) -> int:
+    """The norm, and what it gives."""
+    return flow.norm(flow.shard, flow.shape.hidden) + flow.hidden(flow.shard)
 
 
-def experts(flow: Flow) -> dict[str, int]:
-    """`router`: what does not depend on where tokens go; `experts`: what does."""
-    shape = flow.shape
-    router = flow.norm(flow.shard, shape.hidden) + flow.hidden(flow.shard)
-    router += (INDEX + FLOAT) * flow.routed
-    return {"router": router + _dispatch(flow) + _shared(flow), "experts": _routed(flow)}
+def dense(flow: Flow) -> Saved:
+    inside = GATED * flow.width * flow.tokens * flow.shape.ffn // flow.model.layout.tp
+    return Saved(before_mlp(flow) + inside, 0, 0)
+
+
+def experts(flow: Flow) -> Saved:
+    chosen = (INDEX + FLOAT) * flow.routed
+    routed = _routed(flow)
+    return Saved(before_mlp(flow) + chosen + _dispatch(flow) + _shared(flow) + routed, 0, routed)
+
+
+def of_activation(flow: Flow) -> int:
+    """Of the experts, all but what their first matrix reads and gives."""
+    return (GATED - 1) * flow.width * flow.received * flow.shape.expert_ffn // flow.model.layout.etp
 
 
 def _dispatch(flow: Flow) -> int:
