@@ -249,7 +249,16 @@ ENGINE = (
     ),
 )
 
-PER_TOKEN = (*TOKEN, *ENGINE, *ENERGY, *TROLL, *MASKS, *SEQUENCES, *REFERENCE, *CORRECTION)
+PARTS = {
+    "With SGLang servers (rollout.engine: sglang)": ENGINE,
+    "With observe.energy": ENERGY,
+    "With the TROLL trust region": TROLL,
+    "With a mask or a prefix weight": MASKS,
+    "With ratio dfpo": SEQUENCES,
+    "With a reference model": REFERENCE,
+    "With a correction for the rollout policy": CORRECTION,
+}
+PER_TOKEN = (*TOKEN, *(field for fields in PARTS.values() for field in fields))
 
 
 def documented(name: str) -> bool:
@@ -289,27 +298,7 @@ def markdown() -> str:
             "A token to which a field does not apply is left out of its reductions.",
             *_table(TOKEN),
             "",
-            "### With SGLang servers (rollout.engine: sglang)",
-            *_table(ENGINE),
-            "",
-            "### With observe.energy",
-            *_table(ENERGY),
-            "",
-            "### With the TROLL trust region",
-            *_table(TROLL),
-            "",
-            "### With a mask or a prefix weight",
-            *_table(MASKS),
-            "",
-            "### With ratio dfpo",
-            *_table(SEQUENCES),
-            "",
-            "### With a reference model",
-            *_table(REFERENCE),
-            "",
-            "### With a correction for the rollout policy",
-            *_table(CORRECTION),
-            "",
+            *(line for heading, fields in PARTS.items() for line in (f"### {heading}", *_table(fields), "")),
             "## Speed",
             *_table(SPEED),
             *_table([Field(f"seconds/{f.name}", f.unit, f.meaning) for f in PHASES]),

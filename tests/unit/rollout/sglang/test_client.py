@@ -223,7 +223,7 @@ def test_a_server_that_comes_back_is_asked_again(two: list[Fake]) -> None:
     two[0].faults.append(dropped)
     for fake in two:
         fake.seconds = 0.05
-    assert_answered(draw(two, 80, concurrency=1), 80)
+    assert_answered(draw(two, 40, concurrency=1), 40)
     assert len(two[0].asked) > 1
 
 
