@@ -42,10 +42,12 @@ def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """flash-linear-attention's kernels where they are installed and take `value` (CUDA, not fp32); the exact
-    rule in torch elsewhere. A single position is recurrent, more are chunked."""
+    rule in torch elsewhere. A decode step is recurrent, all else chunked: the recurrent kernel has no
+    backward."""
     fused = flash_linear_attention() if takes_kernels(value.device, value.dtype) else None
     kernels = fused or Kernels(chunked, recurrent)
-    rule = kernels.recurrent if value.shape[1] == 1 else kernels.chunked
+    decoding = value.shape[1] == 1 and not torch.is_grad_enabled()
+    rule = kernels.recurrent if decoding else kernels.chunked
     return rule(query, key, value, decay, beta, state)
 
 
@@ -131,10 +133,12 @@ def chunked(
     across, kept = q * since.exp(), since[..., -1:, :].exp()
     stored = k * (since[..., -1:, :] - since).exp()
     memory, outputs = _start(state, k, v), []
-    for i in range(v.shape[3]):
-        new = written[:, :, :, i] - taken[:, :, :, i] @ memory
-        outputs.append(across[:, :, :, i] @ memory + inside[:, :, :, i] @ new)
-        memory = kept[:, :, :, i] * memory + stored[:, :, :, i].mT @ new
+    # Unbound at once: in backward, each index would make a tensor of all chunks.
+    chunks = (tensor.unbind(3) for tensor in (written, taken, across, inside, kept, stored))
+    for write, take, read, mix, keep, store in zip(*chunks, strict=True):
+        new = write - take @ memory
+        outputs.append(read @ memory + mix @ new)
+        memory = keep * memory + store.mT @ new
     output = _ungrouped(torch.cat(outputs, 3))[:, :length]
     return output.to(value.dtype), memory.flatten(1, 2)
 

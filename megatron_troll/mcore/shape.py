@@ -120,7 +120,7 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
         if key in config and config[key] not in allowed:
             raise ValueError(f"{where}: {key}: {config[key]!r} is not supported (only {allowed[0]!r})")
     moe, hybrid = family != "qwen3", family == "qwen3_next"
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head_dim = _head_dim(config, hybrid)
     return ModelShape(
         family=family,
         vocab=config["vocab_size"],
@@ -146,6 +146,13 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
         rotary_fraction=_rotary_fraction(config, head_dim, 0.25 if hybrid else 1.0, where),
         zero_centred_norms=hybrid,
     )
+
+
+def _head_dim(config: dict[str, Any], hybrid: bool) -> int:
+    # Left out, it is hidden_size / num_attention_heads, but not in a Qwen3-Next.
+    if hybrid or config.get("head_dim"):
+        return config["head_dim"]
+    return config["hidden_size"] // config["num_attention_heads"]
 
 
 def _layer_types(config: dict[str, Any], hybrid: bool, where: str) -> tuple[LayerType, ...]:
