@@ -1,7 +1,7 @@
 # The trainer and SGLang for H200 nodes (sm_90; CUDA 13, driver 580 or newer):
 #   docker build --tag megatron-troll .
 # Versions are these arguments, constraints.txt (what is taken from PyPI) and examples/nemo_run/requirements.txt;
-# tests/house/test_versions.py holds them together.
+# tests/house/test_versions.py holds them together. CI has no container engine: it lints this file, no more.
 ARG SGLANG=0.5.23
 ARG TRANSFORMER_ENGINE=2.11
 # The package `apex` on PyPI is not NVIDIA's.

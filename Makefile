@@ -33,7 +33,7 @@ env: .venv/.ready
 	$(PIP) install --constraint constraints.txt -e '.[dev]'
 	touch $@
 
-# nemo-run's dependencies hold anyio, httpx and urllib3 below what the trainer's take.
+# nemo-run's dependencies hold anyio and httpx below what the trainer's environment has.
 nemo-env: .venv-nemo/.ready
 
 .venv-nemo/.ready: examples/nemo_run/requirements.txt constraints.txt

@@ -80,8 +80,11 @@ def _hand_on_signals() -> None:
     """nemo-run would leave the job behind. It saves and stops when asked, and then this process ends too."""
 
     def hand_on(number: int, frame: FrameType | None) -> None:
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        for child in children:
             child.send_signal(number)
+        if not children:
+            sys.exit(128 + number)
 
     for number in ASKING:
         signal.signal(number, hand_on)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shlex import join, quote
 
@@ -55,12 +55,14 @@ def recipe(path: str, overrides: Sequence[str], allocation: Allocation) -> Recip
 
 def local(recipe: Recipe) -> Job:
     """Ranks on this machine. Raises ConfigError."""
+    _takes(recipe.allocation, "nodes", "gpus", "tasks", "python")
     return Job(_on_one_node(recipe), run.LocalExecutor())
 
 
 def docker(recipe: Recipe) -> Job:
     """Ranks in one container on this machine, as the user who asks for it. Raises ConfigError."""
     allocation = recipe.allocation
+    _takes(allocation, "nodes", "gpus", "tasks", "python", "container", "mounts")
     if allocation.container is None:
         raise ConfigError("--container is missing: the image that has `mtroll` in it")
     executor = run.DockerExecutor(
@@ -96,6 +98,13 @@ def slurm(recipe: Recipe) -> Job:
 
 
 EXECUTORS: dict[str, Callable[[Recipe], Job]] = {"local": local, "slurm": slurm, "docker": docker}
+
+
+def _takes(allocation: Allocation, *names: str) -> None:
+    """Raises ConfigError where another field is given."""
+    for field in fields(allocation):
+        if field.name not in names and getattr(allocation, field.name) != field.default:
+            raise ConfigError(f"--{field.name.replace('_', '-')} means nothing to this executor")
 
 
 def _on_one_node(recipe: Recipe) -> run.Script:

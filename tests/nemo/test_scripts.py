@@ -42,6 +42,12 @@ DRY = {
 }
 REFUSED = {
     "local: --nodes 2: this executor starts ranks on one node": ("local", CONFIG, "--nodes", "2", *CPU),
+    "local: --partition means nothing to this executor": (
+        *("local", CONFIG, "--nodes", "1", "--partition", "gpu", *CPU),
+    ),
+    "docker: --notice-s means nothing to this executor": (
+        *("docker", CONFIG, "--nodes", "1", "--container", "image", "--notice-s", "9", *CPU),
+    ),
     "docker: --container is missing": ("docker", CONFIG, "--nodes", "1", *CPU),
     "slurm: 1 nodes of 8 ranks: models.policy: ": (
         *("slurm", CONFIG, "models.policy.layout={tp: 4, pp: 3, ep: 4}", "--nodes", "1", "--dryrun"),

@@ -20,7 +20,7 @@ LIMIT_S = 240.0
 @pytest.fixture
 def submitted(cluster: Cluster, launcher: Launcher) -> Callable[..., Done]:
     """Hand a run of tiny.yaml on two nodes to the cluster."""
-    ranks = ("--nodes", "2", "--gpus", "0", "--python", sys.executable)
+    ranks = ("--nodes", "2", "--gpus", "0", "--time", "0:40:00", "--python", sys.executable)
 
     def submit(*words: str) -> Done:
         configuration = cluster.environment["SLURM_CONF"]
