@@ -12,7 +12,7 @@ from torch import Tensor
 EPS = 0.2
 NegativeLogProb = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden [N, h], weight [V, h], target [N]
 
-# Products for logits, dH and dW; rows of logits written and read, rows of their gradient written and read twice.
+# Products for logits, dH and dW; rows of logits are written and read, those of their gradient read twice.
 KEPT = Work(3, 5, 0)
 MADE_AGAIN = Work(4, 5, 0)
 
