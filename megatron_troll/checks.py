@@ -12,12 +12,12 @@ from troll_kernels.dispatch import LARGEST_K
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Data, Layout, Model, Observe, Sampling, WarmStart
+from megatron_troll.config.tree import Config, Data, Model, Observe, Sampling, WarmStart
 from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.errors import DataError
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
-from megatron_troll.mcore.layout import check_layout, check_world, uses_te
+from megatron_troll.mcore.layout import check_layout, check_world, smallest_world, uses_te
 from megatron_troll.mcore.options import check_machine, check_options
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
@@ -137,13 +137,6 @@ def world_size(config: Config) -> int:
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return config.launch.ranks or smallest_world(config.policy.layout)
-
-
-def smallest_world(layout: Layout) -> int:
-    """The fewest ranks that hold `layout`."""
-    dense, expert = layout.tp * layout.cp, layout.etp * layout.ep
-    larger, smaller = max(dense, expert), min(dense, expert)
-    return layout.pp * (larger if larger % smaller == 0 else dense * expert)
 
 
 def check_length(tokens: dict[str, int], shape: ModelShape) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megatron_troll import commands
 from megatron_troll.convert import cli as convert
+from megatron_troll.launch.plan import cli as plan
 from megatron_troll.launch.slurm import cli as launch
 from megatron_troll.study import cli as study
 
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "sft", "warm-start a model on demonstrations", commands.sft)
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
     _configured(kinds, "preflight", "check the nodes that a run will have", commands.preflight)
+    plan.add_to(kinds)
     launch.add_to(kinds)
     _configured(kinds, "serve", "start SGLang servers for a run and keep them running", commands.serve)
     demo = kinds.add_parser("demo", help="write the demo task: prompts, demonstrations, a tiny model")

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from megatron_troll.config.node import Node, NonNegative
 
+RecomputeModule = Literal["core_attn", "moe_act", "moe", "mlp"]
+
 
 class MoE(Node):
     """How the experts of a mixture-of-experts model are chosen, balanced and reached."""

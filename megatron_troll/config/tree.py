@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from megatron_troll.config.model_options import MoE, PrecisionAware
+from megatron_troll.config.model_options import MoE, PrecisionAware, RecomputeModule
 from megatron_troll.config.node import (
     Files,
     Fraction,
@@ -89,7 +89,14 @@ class Model(Node):
     optimizer: Optimizer = Optimizer()
     moe: MoE = MoE()
     recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="activations to recompute in the backward pass instead of keeping them"
+        default="none",
+        description="activations to compute again in the backward pass instead of keeping them: of "
+        "`recompute_modules`, or of whole layers",
+    )
+    recompute_modules: tuple[RecomputeModule, ...] = Field(
+        default=("core_attn",),
+        description="for recompute selective: core attention, the activation function of experts (moe_act, "
+        "Transformer Engine only), experts with their routing (moe), a dense feed-forward (mlp)",
     )
 
 
@@ -349,6 +356,12 @@ class Launch(Node):
         default=None, description="default: the smallest world that holds the layouts"
     )
     threads: Positive | None = Field(default=None, description="CPU threads per rank; default: cores / ranks")
+    device_gib: PositiveFloat = Field(
+        default=139.0, description="memory of a GPU, for `mtroll plan`; default: an H200"
+    )
+    reserve_gib: NonNegative = Field(
+        default=10.0, description="of it, left to CUDA, NCCL and fragmentation; `mtroll plan`"
+    )
 
 
 class Config(Node):

@@ -6,6 +6,7 @@ import torch
 
 from megatron_troll.config.model_options import MoE
 from megatron_troll.config.tree import Model
+from megatron_troll.mcore.layout import uses_te
 from megatron_troll.mcore.shape import ModelShape
 
 
@@ -14,6 +15,10 @@ def check_options(shape: ModelShape, model: Model) -> None:
     if not shape.experts and model.moe != MoE():
         changed = model.moe.model_dump(exclude_defaults=True)
         raise ValueError(f"moe={changed} needs a model with experts; this is {shape.family}: leave it out")
+    unfit = {"mlp"} if shape.experts else {"moe", "moe_act"}
+    for module in (module for module in model.recompute_modules if module in unfit):
+        kind = "with" if shape.experts else "without"
+        raise ValueError(f"recompute_modules: {module} is not part of a model {kind} experts; leave it out")
     if model.moe.dispatcher == "deepep" and model.layout.ep * model.layout.etp == 1:
         raise ValueError("moe.dispatcher=deepep needs layout.ep or layout.etp above 1; use alltoall")
     optimizer = model.optimizer
@@ -33,6 +38,10 @@ def check_options(shape: ModelShape, model: Model) -> None:
 def check_machine(model: Model) -> None:
     """Raise ValueError naming the first option that this machine lacks something for, and what to install."""
     cuda = torch.cuda.is_available()
+    if "moe_act" in model.recompute_modules and model.recompute == "selective" and not uses_te(model.spec):
+        raise ValueError(
+            "recompute_modules: moe_act needs Transformer Engine's grouped experts; recompute moe instead"
+        )
     needs = {
         "moe.dispatcher=deepep": (
             model.moe.dispatcher == "deepep",

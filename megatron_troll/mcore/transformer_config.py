@@ -70,7 +70,7 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        **_recompute(model.recompute),
+        **_recompute(model),
     )
     # Micro-batches differ in length. Set here because Megatron refuses that with its all-gather dispatcher,
     # in whose place we put one that allows it (dispatch.py).
@@ -92,7 +92,9 @@ def _linear_attention(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _recompute(mode: str) -> dict[str, Any]:
-    if mode == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {} if mode == "none" else {"recompute_granularity": "selective"}
+def _recompute(model: Model) -> dict[str, Any]:
+    if model.recompute == "none":
+        return {}
+    if model.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(model.recompute_modules)}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

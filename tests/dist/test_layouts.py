@@ -82,6 +82,12 @@ VARIANTS = {
     "full-recompute": Variant(2, {"tp": 2, "ep": 2}, fields={"recompute": "full"}),
     "selective-recompute": Variant(2, {"pp": 2}, fields={"recompute": "selective"}),
     "old-engine": Variant(2, {"cp": 2}, ENGINE),
+    "recomputed-experts": Variant(
+        2,
+        {"ep": 2},
+        CASES[:2],
+        fields={"recompute": "selective", "recompute_modules": ("core_attn", "moe")},
+    ),
     "allgather": Variant(2, {"ep": 2}, fields={"moe": MoE(dispatcher="allgather")}),
     "allgather-tp2-ep2": Variant(
         4, {"tp": 2, "ep": 2}, CASES[2:], fields={"moe": MoE(dispatcher="allgather"), "recompute": "full"}

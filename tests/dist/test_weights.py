@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_troll.config.load import PRESETS
 from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel, build
@@ -28,7 +29,7 @@ from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups, formed_grou
 from tests.dist.parameters import parameters_by_name
 from tests.dist.tiny import DENSE, MOE, NEXT, started, unpacked, write_reference
 
-QWEN3_30B_A3B = Path(__file__).parents[1] / "unit" / "weights" / "qwen3_30b_a3b.json"
+QWEN3_30B_A3B = PRESETS / "models" / "Qwen3-30B-A3B" / "config.json"
 
 DENSE_LAYOUTS = {"one-rank": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2})}
 

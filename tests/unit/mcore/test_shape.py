@@ -2,17 +2,17 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_troll.config.load import PRESETS
 from megatron_troll.config.tree import Layout
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import LinearAttention, shape_of
 from tests.dist.tiny import DENSE, MOE, NEXT
 
-QWEN3_NEXT_80B_A3B = Path(__file__).parents[1] / "weights" / "qwen3_next_80b_a3b.json"
+QWEN3_NEXT_80B_A3B = PRESETS / "models" / "Qwen3-Next-80B-A3B-Instruct" / "config.json"
 
 
 def test_the_published_hybrid() -> None:

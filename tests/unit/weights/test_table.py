@@ -2,7 +2,6 @@
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_troll.config.load import PRESETS
 from megatron_troll.mcore.shape import ModelShape, shape_of
 from megatron_troll.weights.check import check
 from megatron_troll.weights.families import count_parameters, table_of
@@ -18,8 +18,8 @@ from megatron_troll.weights.table import Entry, HFTensor, Table
 from tests.dist.tiny import DENSE, MOE, NEXT
 from tests.unit.weights.recorded_names import MODELS, OUTSIDE
 
-QWEN3_30B_A3B = Path(__file__).with_name("qwen3_30b_a3b.json")
-QWEN3_NEXT_80B_A3B = Path(__file__).with_name("qwen3_next_80b_a3b.json")
+QWEN3_30B_A3B = PRESETS / "models" / "Qwen3-30B-A3B" / "config.json"
+QWEN3_NEXT_80B_A3B = PRESETS / "models" / "Qwen3-Next-80B-A3B-Instruct" / "config.json"
 SHARDS = 4
 
 
