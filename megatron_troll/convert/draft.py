@@ -46,7 +46,8 @@ class Draft:
 
     @property
     def folder(self) -> Path:
-        return self.target.with_name(f".{self.target.name}{UNFINISHED}")
+        target = self.target.absolute()
+        return target.with_name(f".{target.name}{UNFINISHED}")
 
     def is_complete(self) -> bool:
         """Whether the target is there already, of this very identity. Raises TargetError where it holds
@@ -149,7 +150,8 @@ class Draft:
         return self.folder / RECORDS / f"{name.replace('/', '_')}.json"
 
     def _failed(self, path: Path, error: OSError) -> ConversionError:
-        free = shutil.disk_usage(self.target.parent).free / 2**30
+        there = next(folder for folder in self.folder.parents if folder.exists())
+        free = shutil.disk_usage(there).free / 2**30
         return ConversionError(
             f"writing {path} failed: {error} ({free:.1f} GiB are free there). What is finished is kept in "
             f"{self.folder}: the same command continues"

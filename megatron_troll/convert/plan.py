@@ -1,6 +1,6 @@
 """What a conversion writes into which file."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -88,9 +88,9 @@ def identity_of(kind: str, options: Options, sources: Iterable[Path]) -> dict[st
 
 def cut_parameters(table: Table, dtype: DtypeOf, limit: int) -> list[Shard]:
     """Every parameter of a model, in files of at most `limit` bytes (one parameter at least)."""
-    places = [place for place in table.places() if not place.entry.copy]
-    sizes = [elements(place) * dtype(place).itemsize for place in places]
-    return [Shard(tuple(group), (), size) for group, size in cut(zip(places, sizes), limit)]
+    places = (place for place in table.places() if not place.entry.copy)
+    sized = ((place, elements(place) * dtype(place).itemsize) for place in places)
+    return [Shard(places, (), size) for places, size in cut(sized, limit)]
 
 
 def cut_carried(carried: Carried, limit: int) -> list[Shard]:
@@ -98,20 +98,21 @@ def cut_carried(carried: Carried, limit: int) -> list[Shard]:
     source = carried.source
     names = sorted(carried.names, key=lambda name: -source.dtype(name).itemsize)
     sized = ((name, nbytes(source.dtype(name), source.shapes[name])) for name in names)
-    return [Shard((), tuple(group), size) for group, size in cut(sized, limit)]
+    return [Shard((), names, size) for names, size in cut(sized, limit)]
 
 
-def cut(sized: Iterable[tuple[T, int]], limit: int) -> list[tuple[list[T], int]]:
-    """Items in their order, in groups of at most `limit` bytes (one item at least)."""
-    groups: list[tuple[list[T], int]] = []
+def cut(sized: Iterable[tuple[T, int]], limit: int) -> Iterator[tuple[tuple[T, ...], int]]:
+    """Items in their order, in groups of at most `limit` bytes (one item at least), with the size of each."""
+    group: list[T] = []
+    total = 0
     for item, size in sized:
-        if groups and groups[-1][1] + size <= limit:
-            items, total = groups.pop()
-            items.append(item)
-            groups.append((items, total + size))
-        else:
-            groups.append(([item], size))
-    return groups
+        if group and total + size > limit:
+            yield tuple(group), total
+            group, total = [], 0
+        group.append(item)
+        total += size
+    if group:
+        yield tuple(group), total
 
 
 def elements(place: Place) -> int:

@@ -76,12 +76,16 @@ class ToHuggingFace:
 
 def companions_of(folder: Path) -> Path:
     """Where config.json and tokenizer of a checkpoint are: beside it, or what its run began with. Raises
-    FileNotFoundError where neither is known."""
+    FileNotFoundError where neither has one."""
     if (folder / CONFIG).is_file():
         return folder
-    run = folder.parents[1] / "config.yaml" if len(folder.parents) > 1 else None
-    if run is not None and run.is_file():
-        return Path(load(run).policy.path)
-    raise FileNotFoundError(
-        f"{folder} has no {CONFIG}: give --like, the folder with the model's config and tokenizer"
-    )
+    wanted = "give --like, the folder with the model's config and tokenizer"
+    run = folder.absolute().parent.parent / "config.yaml"
+    if not run.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: {wanted}")
+    began_with = Path(load(run).policy.path)
+    if not (began_with / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{began_with}, which the run of {folder} began with, has no {CONFIG}: {wanted}"
+        )
+    return began_with

@@ -173,8 +173,13 @@ def test_a_folder_without_checkpoint_or_config_is_told_what_to_give(tmp_path: Pa
 def test_what_a_run_began_with_is_its_companion(tmp_path: Path) -> None:
     step = tmp_path / "runs" / "x" / "checkpoints" / "step_000010"
     step.mkdir(parents=True)
-    (tmp_path / "runs" / "x" / "config.yaml").write_text("name: x\nmodels: {policy: {path: /models/tiny}}\n")
-    assert companions_of(step) == Path("/models/tiny")
+    model = tmp_path / "model"
+    config = f"name: x\nmodels: {{policy: {{path: {model}}}}}\n"
+    (tmp_path / "runs" / "x" / "config.yaml").write_text(config)
+    with pytest.raises(FileNotFoundError, match=f"{model}, which the run of .* began with, .*give --like"):
+        companions_of(step)
+    write_folder(MOE, model, {})
+    assert companions_of(step) == model
 
 
 def test_a_model_of_every_size_is_planned_from_headers() -> None:
