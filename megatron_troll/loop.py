@@ -87,7 +87,7 @@ def train_step(run: Run, standing: Standing) -> Standing:
     failure = None
     if due(step, config.evaluation.every, config.train.steps):
         failure = evaluate(run, step, metrics)
-        standing = replace(standing, after=metrics.get("held_out_success"))
+        standing = replace(standing, after=metrics.get("held_out_success", standing.after))
     seconds = time.perf_counter() - began
     metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
