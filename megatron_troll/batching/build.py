@@ -74,8 +74,7 @@ def build(
     runs: N = 0, `rollouts` is empty, and cu_seqlens has that one sequence.
 
     `rollout_topk` is None where `form.topk` is 0 or a rollout has no engine record. Raises ValueError naming
-    the sample for an empty prompt, arrays of different lengths, a log-probability that is not finite, or one
-    of a law that is not the trainer's.
+    the sample where it is malformed, or its log-probs are not of the trainer's law.
     """
     picked = [rollouts[i] for i in chosen]
     for rollout in picked:

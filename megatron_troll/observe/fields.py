@@ -254,7 +254,16 @@ ENGINE = (
     ),
 )
 
-PER_TOKEN = (*TOKEN, *ENGINE, *ENERGY, *TROLL, *MASKS, *SEQUENCES, *REFERENCE, *CORRECTION)
+PARTS = {
+    "With SGLang servers (rollout.engine: sglang)": ENGINE,
+    "With observe.energy": ENERGY,
+    "With the TROLL trust region": TROLL,
+    "With a mask or a prefix weight": MASKS,
+    "With ratio dfpo": SEQUENCES,
+    "With a reference model": REFERENCE,
+    "With a correction for the rollout policy": CORRECTION,
+}
+PER_TOKEN = (*TOKEN, *(field for fields in PARTS.values() for field in fields))
 
 
 def documented(name: str) -> bool:
@@ -296,7 +305,7 @@ def markdown() -> str:
             "A token to which a field does not apply is left out of its reductions.",
             *_table(TOKEN),
             "",
-            *_methods(),
+            *(line for heading, fields in PARTS.items() for line in (f"### {heading}", *_table(fields), "")),
             "## Experts",
             "",
             "Of the policy's training forwards, over every rank. The name alone is the least even layer;",
@@ -309,33 +318,6 @@ def markdown() -> str:
             "",
         ]
     )
-
-
-def _methods() -> list[str]:
-    """The fields that only some methods and options write."""
-    return [
-        "### With SGLang servers (rollout.engine: sglang)",
-        *_table(ENGINE),
-        "",
-        "### With observe.energy",
-        *_table(ENERGY),
-        "",
-        "### With the TROLL trust region",
-        *_table(TROLL),
-        "",
-        "### With a mask or a prefix weight",
-        *_table(MASKS),
-        "",
-        "### With ratio dfpo",
-        *_table(SEQUENCES),
-        "",
-        "### With a reference model",
-        *_table(REFERENCE),
-        "",
-        "### With a correction for the rollout policy",
-        *_table(CORRECTION),
-        "",
-    ]
 
 
 def _table(fields: Iterable[Field]) -> list[str]:

@@ -1,7 +1,10 @@
 """Who generates, and how a token is drawn."""
 
+from urllib.parse import urlsplit
+
 from megatron_troll.config import ConfigError
 from megatron_troll.config.methods import find_class, known_methods
+from megatron_troll.config.serving import SGLang
 from megatron_troll.config.tree import RolloutConfig
 from megatron_troll.rollout.engine import Engine, Setup
 
@@ -9,15 +12,29 @@ ENGINES = "megatron_troll.rollout.engines"
 
 
 def check(config: RolloutConfig, cp: int) -> None:
-    """Raises ConfigError for an unknown engine, and for one that cannot generate on `cp` context-parallel
-    ranks. A known one is not imported."""
+    """Raises ConfigError for an unknown engine, one that cannot generate on `cp` context-parallel ranks, and
+    servers that cannot be asked. A known engine is not imported."""
     if config.engine not in known_methods(ENGINES):
         find(config.engine)
+    if config.engine == "sglang":
+        _check_sglang(config.sglang)
     if config.engine == "inprocess" and cp > 1:
         raise ConfigError(
             f"rollout.engine: inprocess does not generate under context parallelism: set "
             f"models.policy.layout.cp=1 (it is {cp})"
         )
+
+
+def _check_sglang(config: SGLang) -> None:
+    from megatron_troll.rollout.sglang.http import read_key
+
+    read_key(config.api_key_file)
+    for key, url in [("servers", url) for url in config.servers] + [("router", config.router)]:
+        place = urlsplit(url or "http://unset:1")
+        if place.scheme not in ("http", "https") or not place.hostname or place.path not in ("", "/"):
+            raise ConfigError(
+                f"rollout.sglang.{key}: {url!r} is not the URL of a server, such as http://127.0.0.1:30000"
+            )
 
 
 def build(setup: Setup) -> Engine:

@@ -76,7 +76,8 @@ class Engine(ABC):
 
     def sync(self, version: int) -> dict[str, float]:
         """From now on draw from the weights that the model has now; `version` is what rollouts call them.
-        Returns metrics. Called before the first `generate` and after each step of training."""
+        Returns metrics. Called before `generate` wherever the model may have changed; the same version again
+        is nothing to do."""
         return {}
 
     def close(self) -> None:  # noqa: B027

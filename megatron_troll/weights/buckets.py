@@ -32,8 +32,7 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[B
     device.
 
     A bucket's memory is used again for the one after the next: whoever still reads it when asking for that
-    one reads other tensors. Two buckets are held. Raises ValueError for a dtype whose tensors are not whole
-    bytes.
+    one reads other tensors. Two buckets are held.
     """
     memory = _Memory(max_bytes)
     pieces: list[Piece] = []

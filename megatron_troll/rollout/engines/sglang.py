@@ -28,7 +28,7 @@ class SGLangEngine(Engine):
     def __init__(self, setup: Setup) -> None:
         """Waits until a server is healthy and the policy's."""
         super().__init__(setup)
-        self._version = 0
+        self._version: int | None = None
         rendered = [render_prompt(prompt.messages, setup.tokenizer) for prompt in setup.prompts]
         probe = setup.rollout.sglang.probe
         self._probed = sequences(rendered, probe.tokens)[: probe.prompts]
@@ -50,8 +50,10 @@ class SGLangEngine(Engine):
 
     def sync(self, version: int) -> dict[str, float]:
         """See weights.sync; then the probe. Raises Mismatch where a server is too far from the trainer."""
-        self._version = version
+        if version == self._version:
+            return {}
         reached = weights.sync(self._agreed, version)
+        self._version = version
         return {"servers": float(len(reached)), **self._probe(reached)}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
@@ -60,6 +62,7 @@ class SGLangEngine(Engine):
         questions = [self._question(request, sampling, round) for request in requests]
         answers: dict[int, Answer] = {}
         while not self._agreed.on_first(lambda desk: _asked(desk, questions, answers)):
+            assert self._version is not None
             weights.sync(self._agreed, self._version)
         drawn = self._agreed.on_first(lambda desk: [answers[i] for i in range(len(questions))])
         return [

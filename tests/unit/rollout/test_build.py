@@ -7,6 +7,7 @@ import pytest
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
+from megatron_troll.config.serving import SGLang
 from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, Sampling
 from megatron_troll.rollout.engine import Engine, Request, Setup
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
@@ -64,6 +65,14 @@ def test_context_parallelism_is_refused_for_inprocess_only() -> None:
         rollout.check(RolloutConfig(), cp=2)
     rollout.check(RolloutConfig(), cp=1)
     rollout.check(RolloutConfig(engine=f"{HERE}:Recorder"), cp=2)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://host:1", "http://", "http://host:1/v1"])
+def test_what_is_no_servers_url_is_refused(url: str) -> None:
+    for named in (SGLang(servers=(url,)), SGLang(router=url)):
+        with pytest.raises(ConfigError, match="is not the URL of a server, such as"):
+            rollout.check(RolloutConfig(engine="sglang", sglang=named), cp=1)
+    rollout.check(RolloutConfig(engine="sglang", sglang=SGLang(servers=("http://[::1]:1",))), cp=2)
 
 
 def test_an_unknown_engine_is_refused_by_the_check() -> None:
