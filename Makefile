@@ -1,28 +1,57 @@
 # make env    set up .venv           make train  the demo, from prompts to a reward curve
 # make check  lint, types, layers    make test   the tests
-# make test-slurm  the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
+# make test-slurm       the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
+# make sglang-env       SGLang without CUDA, in .venv-sglang, for
+# make test-sglang      tests against real SGLang servers
+# make nemo-env         set up .venv-nemo: nemo-run and what it needs
+# make test-nemo        nemo-run experiments, run on this machine
+# make test-nemo-slurm  the same under a real Slurm
+# make bench            the measured tables of docs/head.md
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-TORCH := 2.13.0
+NEMO_PIP := .venv-nemo/bin/python -m pip --disable-pip-version-check --quiet
+SGLANG_PIP := .venv-sglang/bin/python -m pip --disable-pip-version-check --quiet
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: env check test test-slurm train clean
+.PHONY: env nemo-env sglang-env check test slurm test-slurm test-nemo test-nemo-slurm test-sglang train bench clean
 
 env: .venv/.ready
 
 # torch comes first and by name: without a GPU nothing may pull a CUDA build. The index already configured is
 # asked for a CPU build before PyTorch's own. megatron-core comes without its dependencies, which would
 # bring training frameworks that are not used here.
-.venv/.ready: pyproject.toml Makefile
+.venv/.ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
-	$(PIP) install --upgrade pip
+	$(PIP) install --upgrade --constraint constraints.txt pip
 	if command -v nvidia-smi >/dev/null; then $(PIP) install torch==$(TORCH); \
 	else $(PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(PIP) install torch==$(TORCH) --index-url $(CPU_INDEX); fi
-	$(PIP) install --no-deps megatron-core==0.16.1
-	$(PIP) install -e '.[dev]'
+	$(PIP) install --no-deps --constraint constraints.txt megatron-core
+	$(PIP) install --constraint constraints.txt -e '.[dev]'
+	touch $@
+
+# nemo-run's dependencies hold anyio and httpx below what the trainer's environment has.
+nemo-env: .venv-nemo/.ready
+
+.venv-nemo/.ready: examples/nemo_run/requirements.txt constraints.txt
+	$(PYTHON) -m venv --clear .venv-nemo
+	$(NEMO_PIP) install --upgrade --constraint constraints.txt pip
+	$(NEMO_PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(NEMO_PIP) install torch==$(TORCH) --index-url $(CPU_INDEX)
+	$(NEMO_PIP) install -r examples/nemo_run/requirements.txt
+	$(NEMO_PIP) install --no-deps -e .
+	touch $@
+
+# SGLang pins another torch and transformers than the trainer: it lives apart, and is spoken to over HTTP.
+sglang-env: .venv-sglang/.ready
+
+.venv-sglang/.ready: sglang_cpu/requirements.txt $(wildcard sglang_cpu/*/*.py)
+	$(PYTHON) -m venv .venv-sglang
+	$(SGLANG_PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(SGLANG_PIP) install torch==$(TORCH) --index-url $(CPU_INDEX)
+	$(SGLANG_PIP) install --no-deps -r sglang_cpu/requirements.txt
+	$(SGLANG_PIP) install --no-deps --force-reinstall ./sglang_cpu
 	touch $@
 
 check: env
@@ -34,15 +63,31 @@ check: env
 test: env
 	$(BIN)/python -m pytest
 
-test-slurm: env
+test-sglang: env sglang-env
+	$(BIN)/python -m pytest tests/sglang
+
+slurm:
 	dpkg -s slurmctld slurmd slurm-client munge >/dev/null 2>&1 || \
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
+
+test-slurm: env slurm
 	$(BIN)/python -m pytest tests/slurm
+
+test-nemo: env nemo-env
+	$(BIN)/python -m pytest tests/nemo -m "not slurm"
+
+test-nemo-slurm: env nemo-env slurm
+	$(BIN)/python -m pytest tests/nemo -m slurm
 
 train: env
 	$(BIN)/mtroll demo runs/demo
 	test -f runs/demo-warm-start/summary.json || $(BIN)/mtroll sft examples/configs/cpu_warm_start.yaml
 	$(BIN)/mtroll train examples/configs/cpu_troll.yaml resume=true
 
+bench: env
+	$(BIN)/python tools/bench_head.py --device cpu --json docs/bench_head_cpu.json
+	$(BIN)/python tools/bench_step.py --json docs/bench_step_cpu.json
+	$(BIN)/python tools/bench_tables.py
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-nemo .venv-sglang runs

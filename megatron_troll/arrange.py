@@ -63,6 +63,7 @@ class Arranger:
             cp_size=groups.cp.size,
             tp_size=groups.tp.size,
             topk=self.topk,
+            temperature=self.config.rollout.sampling.temperature,
         )
 
 

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PreTrainedTokenizerBase
+from troll_kernels.dispatch import LARGEST_K
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Data, Layout, Model, Observe, Sampling, WarmStart
+from megatron_troll.config.tree import Config, Data, Model, Observe, Sampling, WarmStart
 from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.errors import DataError
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
-from megatron_troll.mcore.layout import check_layout, check_world, uses_te
+from megatron_troll.mcore.layout import check_layout, check_world, smallest_world, uses_te
+from megatron_troll.mcore.options import check_machine, check_options
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
 from megatron_troll.objectives.energy import Energy
@@ -65,7 +68,9 @@ def prepare(config: Config) -> Task:
     shape = shape_of(config)
     with _about("objective"):
         objective.check(shape.vocab)
+        _check_kept(objective, shape)
     _check_models(config, objective, shape)
+    _check_bias(config)
     _check_rollout(config, objective, shape)
     answer = config.rollout.sampling.max_tokens
     check_length(
@@ -134,13 +139,6 @@ def world_size(config: Config) -> int:
     return config.launch.ranks or smallest_world(config.policy.layout)
 
 
-def smallest_world(layout: Layout) -> int:
-    """The fewest ranks that hold `layout`."""
-    dense, expert = layout.tp * layout.cp, layout.etp * layout.ep
-    larger, smaller = max(dense, expert), min(dense, expert)
-    return layout.pp * (larger if larger % smaller == 0 else dense * expert)
-
-
 def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
     """Raises ConfigError where `tokens`, by the keys that limit them, are more than the model has positions
     for."""
@@ -149,6 +147,14 @@ def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
             f"{' + '.join(tokens)} = {sum(tokens.values())} exceeds the model's max_position_embeddings "
             f"{shape.max_positions}"
         )
+
+
+def _check_kept(objective: Objective, shape: ModelShape) -> None:
+    """Raises ValueError where a record keeps more tokens than the kernels of a GPU do."""
+    supports = (*objective.reads.supports, *objective.reads_old.supports)
+    k = max((min(kept.k, shape.vocab) for kept in supports), default=0)
+    if k > LARGEST_K and torch.cuda.is_available():
+        raise ValueError(f"k={k}: the kernels of a GPU keep at most {LARGEST_K} tokens of a position")
 
 
 def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> None:
@@ -215,11 +221,30 @@ def _check_models(config: Config, objective: Objective, shape: ModelShape) -> No
     _check_model("critic", critic, body, world_size(config))
 
 
+def _check_bias(config: Config) -> None:
+    """Expert biases live in the trainer and its checkpoints: Qwen3's format has no place for them."""
+    if not config.policy.moe.bias_rate:
+        return
+    for key, value, allowed in (
+        ("rollout.engine", config.rollout.engine, "inprocess"),
+        ("checkpoint.export", config.checkpoint.export, False),
+    ):
+        if value != allowed:
+            raise ConfigError(
+                f"models.policy.moe.bias_rate: {key} must be {str(allowed).lower()}, it is "
+                f"{str(value).lower()}: the Hugging Face format has no place for the biases, without which "
+                "the model would choose other experts"
+            )
+
+
 def _check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:
     with _about(f"models.{name}.layout"):
         check_layout(shape, model.layout)
         check_world(model.layout, world)
-    uses_te(model.spec)
+    with _about(f"models.{name}"):
+        check_options(shape, model)
+        check_machine(model)
+        uses_te(model.spec)
     if model.init == "pretrained":
         check_folder(model.path, shape)
 

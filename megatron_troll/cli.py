@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_troll import commands
+from megatron_troll.convert import cli as convert
+from megatron_troll.launch.plan import cli as plan
 from megatron_troll.launch.slurm import cli as launch
 from megatron_troll.study import cli as study
 
@@ -32,7 +34,10 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "train", "train a policy by RL", commands.train)
     _configured(kinds, "sft", "warm-start a model on demonstrations", commands.sft)
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
+    _configured(kinds, "preflight", "check the nodes that a run will have", commands.preflight)
+    plan.add_to(kinds)
     launch.add_to(kinds)
+    _configured(kinds, "serve", "start SGLang servers for a run and keep them running", commands.serve)
     demo = kinds.add_parser("demo", help="write the demo task: prompts, demonstrations, a tiny model")
     demo.add_argument("folder", nargs="?", default="runs/demo")
     demo.add_argument("--seed", type=int, default=0)
@@ -51,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     rollouts.add_argument("--html", default=None, metavar="FILE", help="write a page instead")
     rollouts.set_defaults(run=commands.rollouts)
     study.add_to(kinds)
+    convert.add_to(kinds)
     return top
 
 

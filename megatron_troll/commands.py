@@ -78,6 +78,41 @@ def evaluate(arguments: Namespace) -> int:
     return _configured(arguments, Command("eval", prepare, lambda task: None, run))
 
 
+def preflight(arguments: Namespace) -> int:
+    """On one rank of each node; alone where nothing has started it."""
+    from megatron_troll.checks import PROBLEMS
+    from megatron_troll.preflight.needs import needs_of
+    from megatron_troll.preflight.run import examine, failures
+    from megatron_troll.preflight.table import table
+
+    try:
+        reports = examine(needs_of(_load(arguments)))
+    except PROBLEMS as error:
+        return _refuse(error)
+    if os.environ.get("RANK", "0") == "0":
+        Console().print(table(reports))
+    found = failures(reports)
+    for line in found:
+        sys.stderr.write(f"{line}\n")
+    return FAILED if found else 0
+
+
+def serve(arguments: Namespace) -> int:
+    from megatron_troll.checks import PROBLEMS
+    from megatron_troll.launch.servers import ServerFailed
+    from megatron_troll.serving import serve as run
+
+    try:
+        with watched() as interrupts:
+            run(_load(arguments), interrupts, _say)
+    except PROBLEMS as error:
+        return _refuse(error)
+    except ServerFailed as error:
+        sys.stderr.write(f"{error}\n")
+        return FAILED
+    return 0
+
+
 def demo(arguments: Namespace) -> int:
     from megatron_troll.data.demo import write_demo
 
@@ -168,13 +203,14 @@ def _run(task: Prep, command: Command[Prep], interrupts: Interrupts) -> int:
     from megatron_troll.data.errors import DataError
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.rewards.pool import RewardError
+    from megatron_troll.rollout.engine import EngineError
     from megatron_troll.trainer import Unhealthy
 
     try:
         command.run(task, interrupts)
     except (RunFolderError, ConfigError, DataError) as error:
         return _refuse(error)
-    except (CheckpointError, RewardError, Unhealthy) as error:
+    except (CheckpointError, EngineError, RewardError, Unhealthy) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
     return 0

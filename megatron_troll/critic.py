@@ -19,9 +19,10 @@ from megatron_troll.mcore.shape import read_shape
 from megatron_troll.mcore.value import ValueModel, values
 from megatron_troll.observe.phases import Phases
 from megatron_troll.types import MicroBatch, Rollout
+from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
-from megatron_troll.weights.source import FolderSource, RandomSource
+from megatron_troll.weights.source import RandomSource
 from megatron_troll.weights.value import ValueSource, value_table
 
 
@@ -108,8 +109,9 @@ def open_critic(config: Config, policy: MegatronModel, phases: Phases) -> Critic
     assert model is not None
     groups = policy.groups if model.layout == config.policy.layout else parallel.also(model.layout)
     # No head, so nothing to tie.
-    shape = replace(read_shape(model.path), tied=False)
-    body = RandomSource(shape, config.seed) if model.init == "random" else FolderSource(model.path)
+    of_folder = read_shape(model.path)
+    shape = replace(of_folder, tied=False)
+    body = RandomSource(shape, config.seed) if model.init == "random" else open_source(model.path, of_folder)
     built = build(model, shape, groups, kind=ValueModel, progress=policy.progress)
     load(built, ValueSource(body, shape.hidden), value_table(table_of(shape), shape.hidden))
     updates = config.train.steps * config.train.updates

@@ -8,11 +8,13 @@ from megatron_troll.config.tree import Sampling
 from megatron_troll.judging import judge
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.rewards.score import Scorer
-from megatron_troll.rollout.engine import Engine, requests_for
+from megatron_troll.rollout.engine import Engine, Setup, requests_for
 from megatron_troll.session import Session
 
 # Held-out prompts are always answered with the same random numbers, so that evaluations are paired.
 EVALUATION_ROUND = -1
+# Prompts that an engine is shown to try itself on.
+SHOWN = 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,6 @@ class Evaluator:
 
 
 def open_engine(task: Task, model: MegatronModel) -> Engine:
-    """The engine that the task names, on the weights of `model`."""
-    config = task.config
-    return rollout.build(config.rollout, model, task.tokenizer, task.stop_ids, config.seed)
+    """The engine that the task names, on the weights of `model`. See rollout.build."""
+    prompts = task.prompts.train[:SHOWN]
+    return rollout.build(Setup(task.config, model, task.tokenizer, task.stop_ids, prompts))

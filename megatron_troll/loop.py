@@ -14,6 +14,7 @@ from megatron_troll.collected import Collected
 from megatron_troll.estimate import Estimate, estimate
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
+from megatron_troll.rollout.engine import EngineError
 from megatron_troll.run import Run, Standing, open_run
 from megatron_troll.speed import speed
 from megatron_troll.trainer import Unhealthy
@@ -45,8 +46,9 @@ def train(task: Task, interrupts: Interrupts) -> bool:
 
 def before_training(run: Run, standing: Standing) -> Standing:
     began = time.perf_counter()
+    synced = run.sync(0)
     success = run.evaluator.success()
-    run.session.log(0, {"held_out_success": success}, time.perf_counter() - began)
+    run.session.log(0, {"held_out_success": success, **synced}, time.perf_counter() - began)
     return run.since(replace(standing, before=success, after=success), began)
 
 
@@ -54,7 +56,12 @@ def train_step(run: Run, standing: Standing) -> Standing:
     """One rollout batch: sample, judge, learn, evaluate where that is due, write its row. A checkpoint comes
     after the row: a run that continues from it finds all its rows."""
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
-    waited = run.pending.next(step, lambda number: collect(run, number))
+    try:
+        synced = run.sync(standing.step)
+        waited = run.pending.next(step, lambda number: collect(run, number))
+    except EngineError:
+        rescue(run, standing)
+        raise
     batch, rollouts, rewards = waited.batch, waited.batch.rollouts, waited.batch.reward
     if config.train.shuffle_rewards:
         rewards = shuffled(rewards, step)
@@ -69,21 +76,48 @@ def train_step(run: Run, standing: Standing) -> Standing:
         **batch.metrics,
         **estimated.metrics,
         **learned.metrics,
+        **synced,
         "lr": run.policy.lr,
         "skipped_updates": learned.skipped,
         "staleness": step - 1 - waited.trained,
     }
     group = torch.tensor([rollout.group for rollout in rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
+    failure = None
     if due(step, config.evaluation.every, config.train.steps):
-        metrics["held_out_success"] = run.evaluator.success()
-        standing = replace(standing, after=metrics["held_out_success"])
+        failure = evaluate(run, step, metrics)
+        standing = replace(standing, after=metrics.get("held_out_success", standing.after))
     seconds = time.perf_counter() - began
     metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
     run.session.log(step, metrics, seconds)
     alarm(run, step, metrics)
     guard(run, learned, rollouts, standing)
-    return run.since(standing, began)
+    standing = run.since(standing, began)
+    if failure is not None:
+        rescue(run, standing)
+        raise failure
+    return standing
+
+
+def evaluate(run: Run, step: int, metrics: dict[str, float]) -> EngineError | None:
+    """Add the held-out success after `step` to its row; what the engine failed at, where it did: the row is
+    to be written in any case."""
+    try:
+        metrics |= run.sync(step)
+        metrics["held_out_success"] = run.evaluator.success()
+    except EngineError as error:
+        return error
+    return None
+
+
+def rescue(run: Run, standing: Standing) -> None:
+    """A checkpoint before the run ends for want of an engine."""
+    if standing.step > 0:
+        run.save(standing)
+        run.checkpoints.finish()
+        run.session.progress.say(
+            f"the engine failed; step {standing.step} is saved: continue with resume=true"
+        )
 
 
 def keep(run: Run, batch: Collected, rewards: np.ndarray, estimated: Estimate, step: int) -> None:

@@ -7,8 +7,9 @@ from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.parallel.groups import Groups
+from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.load import load
-from megatron_troll.weights.source import FolderSource, RandomSource
+from megatron_troll.weights.source import RandomSource
 
 
 def open_policy(
@@ -32,5 +33,5 @@ def open_model(
     """The model with its weights; only `trained` has buffers for gradients. See MegatronModel for
     `progress`."""
     built = build(model, shape, groups, trained=trained, progress=progress)
-    load(built, RandomSource(shape, seed) if model.init == "random" else FolderSource(model.path))
+    load(built, RandomSource(shape, seed) if model.init == "random" else open_source(model.path, shape))
     return built

@@ -10,8 +10,8 @@ from megatron_troll.mcore.head import Frozen, Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.types import MicroBatch, Readings, Reads, Support, TopK
+from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.load import load
-from megatron_troll.weights.source import FolderSource
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def open_reference(model: Model, policy: MegatronModel, temperature: float, read
     """The model with the weights of its folder in the shape of `policy` and on its layout, without gradient
     buffers or optimizer."""
     built = build(model, policy.shape, policy.groups, trained=False, progress=policy.progress)
-    load(built, FolderSource(model.path))
+    load(built, open_source(model.path, policy.shape))
     for chunk in built.chunks:
         chunk.requires_grad_(False)
     built.train(False)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 
 from megatron_troll.arrange import Arranger
@@ -15,6 +15,7 @@ from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learner
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import layer_remarks
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.objectives.compose import head_gradient, remarks
 from megatron_troll.observe.rollouts import RolloutStore
@@ -43,7 +44,8 @@ class Standing:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the loop works with. `policy` is what is trained; `engine` draws from the same weights."""
+    """Everything the loop works with. `policy` is what is trained; `engine` draws from its weights of
+    the last `sync`."""
 
     task: Task
     session: Session
@@ -78,6 +80,11 @@ class Run:
         with self.session.phases("checkpoint"):
             self.checkpoints.save(standing.step, asdict(standing), score, self.pending.write)
 
+    def sync(self, step: int) -> dict[str, float]:
+        """Let the engine draw from the policy as it is after `step`. Blocks on all ranks."""
+        with self.session.phases("sync"):
+            return self.engine.sync(step)
+
     def since(self, standing: Standing, began: float) -> Standing:
         """`standing` with the clock and the prompt position of now."""
         seconds = standing.seconds + time.perf_counter() - began
@@ -102,10 +109,9 @@ class Run:
 def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
     """Join the world, load the policy and build every part. Blocks on all ranks."""
     config = task.config
-    with (
-        open_session(config, config.train.steps, interrupts) as session,
-        Scorer(config.reward, progress=session.watchdog.beat) as scorer,
-    ):
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(config, config.train.steps, interrupts))
+        scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
         session.progress.say(head_gradient(task.objective))
         policy = open_policy(
             config.policy,
@@ -115,9 +121,11 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             config.train.steps * config.train.updates,
             session.watchdog.beat,
         )
+        for line in layer_remarks(policy.model):
+            session.progress.say(line)
         trainer = open_trainer(task, policy)
         critic = None if config.models.critic is None else open_critic(config, policy.model, session.phases)
-        engine = open_engine(task, policy.model)
+        engine = stack.enter_context(closing(open_engine(task, policy.model)))
         yield Run(
             task=task,
             session=session,

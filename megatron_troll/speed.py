@@ -1,5 +1,6 @@
 """Tokens per second and MFU of a step."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,9 @@ from megatron_troll.config.tree import Config
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.observe.phases import ModelCost, mfu, peak_tflops
 from megatron_troll.types import Rollout
+from megatron_troll.weights.families import table_of
+
+EMBEDDING = ("embedding.word_embeddings.weight",)
 
 
 def speed(
@@ -30,10 +34,19 @@ def speed(
 
 
 def cost_of(shape: ModelShape) -> ModelCost:
-    """Parameters that one token passes through, head included, embedding and norms excluded."""
-    attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
-    dense = 3 * shape.hidden * shape.ffn
-    experts = shape.hidden * (3 * shape.experts_per_token * shape.expert_ffn + shape.experts)
-    layer = attention + (experts if shape.experts else dense)
-    parameters = shape.layers * layer + shape.hidden * shape.vocab
-    return ModelCost(parameters, shape.layers * shape.heads * shape.head_dim)
+    """Parameters that one token passes through, head included, embedding and vectors (norms) excluded. Linear
+    attention reads, corrects and reads again a matrix per head: as many parameters more."""
+    table, linear = table_of(shape), shape.linear
+    parameters = sum(
+        math.prod(tensor.shape)
+        * (shape.experts_per_token if entry.per_expert else 1)
+        * len(table.layers_of(entry))
+        for entry in table.entries
+        for tensor in entry.hf
+        if len(tensor.shape) > 1 and entry.megatron != EMBEDDING
+    )
+    full = shape.layer_types.count("full_attention")
+    if linear is not None:
+        states = 3 * linear.value_heads * linear.key_dim * linear.value_dim
+        parameters += (shape.layers - full) * states
+    return ModelCost(parameters, full * shape.heads * shape.head_dim)

@@ -11,11 +11,12 @@ from torch import Tensor
 from megatron_troll.mcore.head import Beside, Head
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
-from megatron_troll.mcore.router import routers
+from megatron_troll.mcore.router import expert_loads, routers
 from megatron_troll.mcore.schedule import accumulate, infer, survey
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Diagnostics, Statistics
 from megatron_troll.objectives.supervised import Supervised
+from megatron_troll.observe.experts import expert_metrics
 from megatron_troll.observe.metrics import Reducer
 from megatron_troll.parallel.divergence import kl
 from megatron_troll.parallel.segments import segments
@@ -139,9 +140,11 @@ class PolicyTrainer:
             objectives.append(terms.per_token["objective"])
             return terms.loss, None
 
-        accumulate(self.trainable.model, batches, loss)
+        model = self.trainable.model
+        accumulate(model, batches, loss)
+        loads = expert_loads(model.chunks, model.groups.pp) if model.shape.experts else {}
         total = torch.stack([torch.zeros((), device=device()), *losses]).sum().double()
-        groups = self.trainable.model.groups
+        groups = model.groups
         groups.dp_cp.all_reduce(total)
         groups.pp.broadcast(total, groups.pp.size - 1)
         broken = {
@@ -149,7 +152,8 @@ class PolicyTrainer:
             for batch, values in zip(batches, objectives)
             for i in rollouts_of(batch, ~torch.isfinite(values))
         }
-        return Gradients(float(total), self._from_last_stage(reducer), tuple(sorted(broken)))
+        metrics = self._from_last_stage(reducer) | expert_metrics(loads)
+        return Gradients(float(total), metrics, tuple(sorted(broken)))
 
     def _probed(self, hidden: Tensor, inputs: ObjectiveInputs, terms: LossTerms) -> dict[str, Tensor]:
         """What full rows say at the probed positions [M]: the true KL(new || old) beside the sparse one, and

@@ -51,6 +51,8 @@ class Rollout:
     mask       float32 [T], 1 where the token was sampled by the policy and carries loss
     logp       float32 [T], engine log-probability of each sampled token, after temperature
     uniform    float64 [T] in [0, 1), one number per token for methods that draw on it later (Jackpot)
+    versions   int64 [T], of the weights that drew each token: rollout batches they had been trained on
+    temperature  what divided the logits under logp and topk, filters not applied: the trainer divides alike
     group      index of the prompt in its rollout batch; sample: which of the samples of that prompt
     """
 
@@ -65,7 +67,8 @@ class Rollout:
     topk: TokenTopK | None
     text: str
     finish: FinishReason
-    version: int
+    versions: np.ndarray
+    temperature: float
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 from megatron_troll.arrange import capacity
 from megatron_troll.batching.build import Form, build
@@ -12,6 +13,7 @@ from megatron_troll.data.order import PromptOrder
 from megatron_troll.evaluation import Evaluator, open_engine
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import layer_remarks
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.objectives.supervised import Supervised
@@ -30,15 +32,18 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
     interrupted warm start is started again. Runs on every rank."""
     config, sft, examples = task.config, sft_of(task.config), demonstrations(task)
     order = PromptOrder(len(examples), config.seed)
-    with (
-        open_session(config, sft.steps, interrupts) as session,
-        Scorer(config.reward, progress=session.watchdog.beat) as scorer,
-    ):
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(config, sft.steps, interrupts))
+        scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
         beat = session.watchdog.beat
         policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps, beat)
-        evaluator = Evaluator(task, session, open_engine(task, policy.model), scorer)
+        engine = stack.enter_context(closing(open_engine(task, policy.model)))
+        for line in layer_remarks(policy.model):
+            session.progress.say(line)
+        evaluator = Evaluator(task, session, engine, scorer)
         trainer = PolicyTrainer(policy, Supervised(), Head(policy.model))
         session.begin_at(0)
+        engine.sync(0)
         before = evaluator.success()
         session.log(0, {"held_out_success": before}, session.seconds)
         for step in range(1, sft.steps + 1):
@@ -50,6 +55,7 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
                 return False
             chosen = [examples[i] for i in order.next(sft.sequences)]
             supervised_step(session, trainer, chosen, step)
+        engine.sync(sft.steps)
         summary = Summary(before, evaluator.success(), session.seconds, config.seed)
         session.complete(policy.model, summary)
     return True

@@ -19,6 +19,8 @@ R = TypeVar("R")
 
 # bf16 arithmetic and asynchronous copies; compiled for and looked at on 9.0 (tools/check_kernels.py).
 LOWEST_CAPABILITY = (8, 0)
+# Tokens of a row that the Triton kernels keep; the references keep any number.
+LARGEST_K = 256
 
 
 def by_device(reference: Callable[P, R]) -> Callable[P, R]:

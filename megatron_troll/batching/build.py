@@ -24,6 +24,7 @@ class Form:
     vocab    number of tokens V, padded rows excluded
     packed   sequences one after the other in [1, s]; otherwise one per row, right padded, in [b, s]
     topk     entries kept of the engine's record; 0: none
+    temperature  what the trainer divides its logits by
     """
 
     vocab: int
@@ -32,6 +33,7 @@ class Form:
     cp_size: int = 1
     tp_size: int = 1
     topk: int = 0
+    temperature: float = 1.0
 
     @property
     def align(self) -> int:
@@ -72,11 +74,11 @@ def build(
     runs: N = 0, `rollouts` is empty, and cu_seqlens has that one sequence.
 
     `rollout_topk` is None where `form.topk` is 0 or a rollout has no engine record. Raises ValueError naming
-    the sample for an empty prompt, arrays of different lengths, or a log-probability that is not finite.
+    the sample where it is malformed, or its log-probs are not of the trainer's law.
     """
     picked = [rollouts[i] for i in chosen]
     for rollout in picked:
-        _check(rollout)
+        _check(rollout, form)
     nothing = torch.empty(0, dtype=torch.int64)
     inputs = [_input(rollout) for rollout in picked] or [(nothing, nothing)]
     lengths = _padded_lengths([len(tokens) for tokens, _ in inputs], form)
@@ -128,7 +130,7 @@ def _response_advantage(advantages: Advantages, chosen: Sequence[int]) -> Tensor
     return torch.tensor([float(advantages[i]) for i in chosen], dtype=torch.float32)
 
 
-def _check(rollout: Rollout) -> None:
+def _check(rollout: Rollout, form: Form) -> None:
     if len(rollout.prompt_ids) == 0:
         raise ValueError(f"sample {rollout.name}: the prompt has no tokens, nothing predicts the first one")
     sizes = {
@@ -139,6 +141,11 @@ def _check(rollout: Rollout) -> None:
     }
     if len(set(sizes.values())) > 1:
         raise ValueError(f"sample {rollout.name}: arrays over the response differ in length: {sizes}")
+    if rollout.temperature != form.temperature:
+        raise ValueError(
+            f"sample {rollout.name}: its log-probs are of temperature {rollout.temperature}, those of the "
+            f"trainer of {form.temperature}, which is another law"
+        )
     bad = np.flatnonzero((rollout.mask > 0) & ~np.isfinite(rollout.logp))
     if bad.size:
         raise ValueError(

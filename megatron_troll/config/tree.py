@@ -6,31 +6,20 @@ fields of their own slot beside their maths (objectives/), rewards beside theirs
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Files = Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-class Node(BaseModel):
-    """Strict and frozen: unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Slot(BaseModel):
-    """A method by name (or by import path `package.module:Class`) with the fields of its own config."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-    name: str = Field(description="a method, or `package.module:Class`")
-
-    @property
-    def fields(self) -> dict[str, object]:
-        return dict(self.model_extra or {})
+from megatron_troll.config.model_options import MoE, PrecisionAware, RecomputeModule
+from megatron_troll.config.node import (
+    Files,
+    Fraction,
+    Natural,
+    Node,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Slot,
+)
+from megatron_troll.config.serving import Serve, SGLang
 
 
 class Layout(Node):
@@ -68,6 +57,18 @@ class Optimizer(Node):
         default=1.0, description="clip the global gradient norm to this; 0 never clips"
     )
     distributed: bool = Field(default=True, description="shard its state over data-parallel ranks (ZeRO 1)")
+    overlap_grad_reduce: bool = Field(
+        default=False,
+        description="sum gradients over data-parallel ranks while the backward pass goes on, in buckets of "
+        "40 million numbers; false: at its end",
+    )
+    precision_aware: PrecisionAware | None = Field(
+        default=None,
+        description="state in less memory (needs Transformer Engine); default: all of it in fp32",
+    )
+    offload: Fraction = Field(
+        default=0.0, description="share of the state that is kept, and updated, in host memory (needs CUDA)"
+    )
     schedule: Schedule = Schedule()
 
 
@@ -86,11 +87,16 @@ class Model(Node):
     )
     layout: Layout = Layout()
     optimizer: Optimizer = Optimizer()
-    aux_loss: NonNegative = Field(
-        default=0.0, description="coefficient of the load-balancing loss, global over a step"
-    )
+    moe: MoE = MoE()
     recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="activations to recompute in the backward pass instead of keeping them"
+        default="none",
+        description="activations to compute again in the backward pass instead of keeping them: of "
+        "`recompute_modules`, or of whole layers",
+    )
+    recompute_modules: tuple[RecomputeModule, ...] = Field(
+        default=("core_attn",),
+        description="for recompute selective: core attention, the activation function of experts (moe_act, "
+        "Transformer Engine only), experts with their routing (moe), a dense feed-forward (mlp)",
     )
 
 
@@ -165,6 +171,11 @@ class Sampling(Node):
     )
     max_tokens: Positive = Field(default=1024, description="longest response, stop token included")
 
+    @property
+    def law_temperature(self) -> float:
+        """What the logits are divided by in the log-probs of a sample: greedy ones are of temperature 1."""
+        return self.temperature or 1.0
+
 
 class RolloutConfig(Node):
     """What is sampled for one rollout batch, and by which engine."""
@@ -186,8 +197,10 @@ class RolloutConfig(Node):
         default=512, description="sequences decoded at once on one data-parallel rank"
     )
     kv_cache: Literal["auto", "fp8_e4m3"] = Field(
-        default="auto", description="fp8_e4m3 simulates a quantised cache"
+        default="auto",
+        description="of the engine: auto has the dtype of the weights; fp8_e4m3 in-process is simulated",
     )
+    sglang: SGLang = SGLang()
 
 
 class Overlong(Node):
@@ -343,6 +356,12 @@ class Launch(Node):
         default=None, description="default: the smallest world that holds the layouts"
     )
     threads: Positive | None = Field(default=None, description="CPU threads per rank; default: cores / ranks")
+    device_gib: PositiveFloat = Field(
+        default=139.0, description="memory of a GPU, for `mtroll plan`; default: an H200"
+    )
+    reserve_gib: NonNegative = Field(
+        default=10.0, description="of it, left to CUDA, NCCL and fragmentation; `mtroll plan`"
+    )
 
 
 class Config(Node):
@@ -360,10 +379,11 @@ class Config(Node):
     train: Train = Train()
     sft: WarmStart | None = None
     evaluation: Evaluation = Evaluation()
-    eval: dict[str, EvalSet] = {}
+    eval: dict[str, EvalSet] = Field(default={})
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()
     launch: Launch = Launch()
+    serve: Serve = Serve()
 
     @property
     def policy(self) -> Model:

@@ -1,4 +1,5 @@
-"""The demo's untrained model in Hugging Face format: a tiny Qwen3-MoE and a character tokenizer."""
+"""The untrained models of the demo in Hugging Face format, a tiny Qwen3-MoE and a tiny Qwen3-Next, and their
+tokenizer."""
 
 import json
 from pathlib import Path
@@ -19,10 +20,20 @@ TEMPLATE = (
 
 
 def write_base(folder: Path) -> None:
+    """The Qwen3-MoE."""
+    _write(folder, model_config())
+
+
+def write_hybrid(folder: Path) -> None:
+    """The Qwen3-Next."""
+    _write(folder, hybrid_config())
+
+
+def _write(folder: Path, config: dict[str, Any]) -> None:
     """config.json, generation_config.json and the tokenizer; a random start needs no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     character_tokenizer().save_pretrained(folder)
-    _write_json(folder / "config.json", model_config())
+    _write_json(folder / "config.json", config)
     ends = {"eos_token_id": SPECIAL.index(END), "pad_token_id": SPECIAL.index(PAD)}
     _write_json(folder / "generation_config.json", ends)
 
@@ -77,6 +88,22 @@ def model_config() -> dict[str, Any]:
         "torch_dtype": "float32",
         "use_cache": True,
         "vocab_size": VOCAB_SIZE,
+    }
+
+
+def hybrid_config() -> dict[str, Any]:
+    """The same for Qwen3-Next: three layers of linear attention, one of full attention."""
+    return model_config() | {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 16,
+        "partial_rotary_factor": 0.25,
+        "shared_expert_intermediate_size": 64,
     }
 
 

@@ -43,7 +43,8 @@ class Demonstration:
             topk=None,
             text="",
             finish="stop",
-            version=0,
+            versions=np.zeros(len(ids) - 1, dtype=np.int64),
+            temperature=1.0,
         )
 
 

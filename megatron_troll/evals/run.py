@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from megatron_troll import rollout
 from megatron_troll.evals.report import write
 from megatron_troll.evals.results import Answers, Result, figures, joined, majorities
 from megatron_troll.evals.task import DataSet, EvalTask
-from megatron_troll.evaluation import EVALUATION_ROUND
+from megatron_troll.evaluation import EVALUATION_ROUND, SHOWN
 from megatron_troll.judging import extract, judge
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore.model import MegatronModel
@@ -16,7 +17,7 @@ from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.rollouts import RolloutStore
 from megatron_troll.policy import open_model
 from megatron_troll.rewards.score import Scorer
-from megatron_troll.rollout.engine import Engine, Request, requests_for
+from megatron_troll.rollout.engine import Engine, Request, Setup, requests_for
 from megatron_troll.session import Session, open_session
 
 
@@ -55,9 +56,12 @@ class Evaluation:
         """Every answer; None where the job was asked to stop. Blocks on all ranks."""
         task, one = self.task, self.one
         requests = requests_for(one.prompts, one.config.samples, task.tokenizer)
-        engine = rollout.build(one.rollout, self.model, task.tokenizer, one.stop_ids, task.config.seed)
         parts: list[Answers] = []
-        with Scorer(one.reward, progress=self.session.watchdog.beat) as scorer:
+        with (
+            closing(self._engine()) as engine,
+            Scorer(one.reward, progress=self.session.watchdog.beat) as scorer,
+        ):
+            engine.sync(0)
             for start in range(0, len(requests), task.at_once):
                 if self.session.stopping():
                     return None
@@ -66,6 +70,11 @@ class Evaluation:
                 step = self.drawn + len(parts)
                 self.session.log(step, parts[-1].judged.metrics, time.perf_counter() - began)
         return joined(parts)
+
+    def _engine(self) -> Engine:
+        task, one = self.task, self.one
+        config = task.config.model_copy(update={"rollout": one.rollout})
+        return rollout.build(Setup(config, self.model, task.tokenizer, one.stop_ids, one.prompts[:SHOWN]))
 
     def _batch(self, requests: Sequence[Request], engine: Engine, scorer: Scorer) -> Answers:
         asked, world = self.one.config, self.session.groups.world

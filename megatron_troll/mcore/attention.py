@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_troll.batching.context import zigzag
 from megatron_troll.mcore.packing import Bucket, PackedSequences
+from megatron_troll.mcore.suffix_attention import attend_suffix
 from megatron_troll.parallel.groups import Group
 
 
@@ -37,12 +38,17 @@ class CachedSelfAttention(SelfAttention):
             key, value = self.stored(key), self.stored(value)
         return super()._adjust_key_value_for_inference(context, query, key, value, *args, **kwargs)
 
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Megatron's, which it compiles: on a machine without CUDA, for minutes."""
+        return (x * torch.sigmoid(gate.reshape(x.shape).float())).to(x.dtype)
+
 
 class CoreAttention(MegatronModule):
     """Causal grouped-query attention without dropout, fp32 or bf16.
 
     Under context parallelism keys and values of the whole micro-batch are gathered on every rank
-    (2 x tokens x kv_heads x head_dim), and their gradients reduce-scattered.
+    (2 x tokens x kv_heads x head_dim), and their gradients reduce-scattered. In training neither forward
+    nor backward holds positions x positions.
     """
 
     def __init__(
@@ -80,7 +86,7 @@ class CoreAttention(MegatronModule):
         if attention_mask is not None:
             return _flat(self._attend(*map(_batch_first, (query, key, value)), mask=~attention_mask))
         if self.cp.size == 1:
-            return _flat(self._attend(*map(_batch_first, (query, key, value))))
+            return _flat(self._causal(*map(_batch_first, (query, key, value))))
         return self._padded_cp(query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -107,23 +113,32 @@ class CoreAttention(MegatronModule):
         key, value = self._gather(key), self._gather(value)
         output = query.new_zeros(query.shape)
         for bucket in buckets:
-            mask = None
-            if self.cp.size > 1:
-                positions = torch.arange(bucket.key.shape[1], device=query.device)
-                mask = (bucket.position[:, :, None] >= positions)[:, None]
             rows = [t[index].transpose(1, 2) for t, index in
                     ((query, bucket.query), (key, bucket.key), (value, bucket.key))]  # fmt: skip
-            attended = self._attend(*rows, mask=mask).transpose(1, 2)
+            attended = self._causal(*rows).transpose(1, 2)
             output = output.index_put((bucket.query[bucket.used],), attended[bucket.used])
         return output.flatten(1)
 
     def _padded_cp(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = self._gather(key), self._gather(value)
-        order = torch.cat([zigzag(key.size(0), self.cp.size, rank) for rank in range(self.cp.size)])
-        order = order.to(query.device)
-        mine = order.chunk(self.cp.size)[self.cp.rank]
-        mask = mine[:, None] >= order[None]
-        return _flat(self._attend(*map(_batch_first, (query, key, value)), mask=mask))
+        ranks = [zigzag(key.size(0), self.cp.size, rank) for rank in range(self.cp.size)]
+        order = torch.cat(ranks).argsort().to(query.device)
+        return _flat(self._causal(*map(_batch_first, (query, key[order], value[order]))))
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """All [b, n, s, d], keys and values in the order of their positions; under context parallelism the
+        queries are this rank's two chunks of them (batching/context.py)."""
+        if self.cp.size == 1:
+            return self._attend(query, key, value)
+        chunk = key.size(2) // (2 * self.cp.size)
+        ends = [(self.cp.rank + 1) * chunk, (2 * self.cp.size - self.cp.rank) * chunk]
+        return torch.cat(
+            [
+                attend_suffix(part, key[:, :, :end], value[:, :, :end], self.scale)
+                for part, end in zip(query.chunk(2, 2), ends, strict=True)
+            ],
+            2,
+        )
 
 
 def _batch_first(tensor: Tensor) -> Tensor:

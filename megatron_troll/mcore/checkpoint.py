@@ -11,7 +11,6 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +26,7 @@ from megatron_troll.mcore import checkpoint_rng as rng
 from megatron_troll.mcore import checkpoint_tensors as tensors
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.mcore.optimizer import Trainable
+from megatron_troll.mcore.shape import described
 
 T = TypeVar("T")
 VERSIONED = ("megatron-core", "torch")
@@ -184,15 +184,15 @@ class Checkpoints:
         if saved.keys() != ours.keys():
             raise CheckpointError(f"{path} holds the models {sorted(saved)}, this run trains {sorted(ours)}")
         for name, trained in ours.items():
-            here, there = asdict(trained.model.shape), saved[name]["shape"]
+            here, there = described(trained.model.shape), saved[name]["shape"]
             differing = [
-                f"{key} {there.get(key)} there, {here[key]} here"
-                for key in here
-                if here[key] != there.get(key)
+                f"{key} {there.get(key)} there, {here.get(key)} here"
+                for key in {**here, **there}
+                if here.get(key) != there.get(key)
             ]
             if differing:
                 first = tensors.first_difference(
-                    tensors.weights(name, trained),
+                    tensors.weights(name, trained.model),
                     dist_checkpointing.load_tensors_metadata(str(path / TENSORS)),
                 )
                 raise CheckpointError(
@@ -202,7 +202,7 @@ class Checkpoints:
 
     def _manifest(self, step: int, state: dict[str, Any], score: float | None) -> dict[str, Any]:
         models = {
-            name: {"shape": asdict(trained.model.shape), "counters": tensors.counters(trained)}
+            name: {"shape": described(trained.model.shape), "counters": tensors.counters(trained)}
             for name, trained in self.trainables.items()
         }
         return {

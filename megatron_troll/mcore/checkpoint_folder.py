@@ -12,7 +12,7 @@ from typing import Any
 from megatron_troll.files import flush
 
 MANIFEST = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 _COMPLETE = re.compile(r"step_(\d{6,})")
 _UNFINISHED = ".tmp"
 
@@ -97,13 +97,13 @@ def read(folder: Path, step: int | None = None) -> dict[str, Any]:
     if wanted not in found:
         raise CheckpointError(f"{path_of(folder, wanted)} does not exist; {_usable(folder, found)}")
     try:
-        return _verified(path_of(folder, wanted))
+        return verified(path_of(folder, wanted))
     except CheckpointError as error:
         others = [other for other in found if other != wanted]
         raise CheckpointError(f"{error}. Restore the file, or {_usable(folder, others)}") from None
 
 
-def _verified(path: Path) -> dict[str, Any]:
+def verified(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -128,7 +128,7 @@ def _usable(folder: Path, candidates: list[int]) -> str:
 
 def _is_usable(folder: Path, step: int) -> bool:
     try:
-        _verified(path_of(folder, step))
+        verified(path_of(folder, step))
     except CheckpointError:
         return False
     return True
@@ -137,7 +137,7 @@ def _is_usable(folder: Path, step: int) -> bool:
 def _score(folder: Path, step: int) -> float | None:
     """None also where the manifest is damaged: retention must not stop a run for an old checkpoint."""
     try:
-        return _verified(path_of(folder, step))["score"]
+        return verified(path_of(folder, step))["score"]
     except CheckpointError:
         return None
 

@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import (
     add_prefix_for_sharding,
     extract_sharded_tensors_and_factories,
 )
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor, nn
 
+from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import inside
 
@@ -40,7 +42,7 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     for part in _parts(trained.optimizer):
         _allocate(part)
     with inside(trained.model.groups):
-        chunks = _chunks(trained)
+        chunks = _chunks(trained.model)
         # The optimizer's names derive from the weights': the prefix is added once, at the end.
         parts = [_sharded_part(part, trained, chunks, loading) for part in _parts(trained.optimizer)]
     # Megatron warns of ranks whose states differ, were it by an empty dict.
@@ -50,10 +52,10 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     return state
 
 
-def weights(name: str, trained: Trainable) -> State:
+def weights(name: str, model: MegatronModel) -> State:
     """The weights alone of `sharded`."""
-    with inside(trained.model.groups):
-        chunks = _chunks(trained)
+    with inside(model.groups):
+        chunks = _chunks(model)
     add_prefix_for_sharding(chunks, f"{name}.")
     return chunks
 
@@ -82,19 +84,20 @@ def counters(trained: Trainable) -> dict[str, int]:
 def first_difference(state: State, saved: State) -> str | None:
     """The first weight on this rank whose global shape is another in the checkpoint's metadata."""
     tensors, _ = extract_sharded_tensors_and_factories(state)
+    apply_factories(tensors)
     for tensor in nested_values(tensors):
-        ours, theirs = getattr(tensor, "global_shape", None), saved.get(tensor.key)
+        ours, theirs = tensor.global_shape, saved.get(tensor.key)
         if theirs is None:
             return f"{tensor.key} is not in the checkpoint"
-        if ours is not None and tuple(ours) != tuple(theirs.global_shape):
+        if tuple(ours) != tuple(theirs.global_shape):
             return f"{tensor.key} is {tuple(theirs.global_shape)} there and {tuple(ours)} here"
     return None
 
 
-def _chunks(trained: Trainable) -> State:
+def _chunks(model: MegatronModel) -> State:
     return {
         f"model{i}": _without_empty_objects(stage.sharded_state_dict())
-        for i, stage in enumerate(trained.model.stages)
+        for i, stage in enumerate(model.stages)
     }
 
 
@@ -124,12 +127,14 @@ def _allocate(part: MegatronOptimizer) -> None:
     adam = part.optimizer
     if adam.state:
         return
+    # Where Megatron's optimizer reads gradients that are not of the parameter's own dtype.
+    gradient = "decoupled_grad" if part.config.use_precision_aware_optimizer else "grad"
     rates = [group["lr"] for group in adam.param_groups]
     for group in adam.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             if parameter.numel():
-                parameter.grad = torch.zeros_like(parameter)
+                setattr(parameter, gradient, torch.zeros_like(parameter))
     adam.step()
     adam.zero_grad()
     for group, rate in zip(adam.param_groups, rates, strict=True):
@@ -185,44 +190,55 @@ def _gathered(part: DistributedOptimizer, loading: bool) -> Whole:
 
 
 def _restore_part(part: MegatronOptimizer, trained: Trainable, loaded: State) -> None:
-    held = _shards(part) if isinstance(part, DistributedOptimizer) else _plain(part, trained)
+    if isinstance(part, DistributedOptimizer):
+        _restore_shards(part, trained, loaded)
+        return
+    held = _plain(part, trained)
     for i, parameter in enumerate(_parameters(trained)):
-        if parameter not in held:
+        for key, tensor in held.get(parameter, {}).items():
+            tensor.copy_(loaded[i][key])
+
+
+def _restore_shards(part: DistributedOptimizer, trained: Trainable, loaded: State) -> None:
+    """The flat slices that this rank owns, in whatever dtype and on whatever device the optimizer keeps
+    them."""
+    for i, parameter in enumerate(_parameters(trained)):
+        if parameter not in part.model_param_group_index_map:
             continue
-        place = slice(None)
-        if isinstance(part, DistributedOptimizer):
-            owned = part._get_model_param_range_map(parameter)["param"]
-            place = slice(owned.start, owned.end)
-        for key, tensor in held[parameter].items():
-            tensor.view(-1).copy_(loaded[i][key].reshape(-1)[place])
+        owned = part._get_model_param_range_map(parameter)["param"]
+        shard = {
+            key: loaded[i][key].reshape(-1)[owned.start : owned.end].to(parameter.device)
+            for key in (MASTER, *MOMENTS)
+        }
+        held = part._get_main_param_and_optimizer_states(parameter)
+        others = {key: value for key, value in held.items() if key not in shard}
+        part._set_main_param_and_optimizer_states(parameter, shard | others)
+    if isinstance(part.optimizer, HybridDeviceOptimizer):
+        part.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
-def _shards(part: DistributedOptimizer) -> Whole:
-    """parameter -> the flat slices of its state that this rank owns."""
-    shards = {}
-    for parameter, (group, order) in part.model_param_group_index_map.items():
-        main = part.optimizer.param_groups[group]["params"][order]
-        state = part.optimizer.state[main]
-        shards[parameter] = {MASTER: main, **{key: state[key] for key in MOMENTS}}
-    return shards
+def _adams(part: MegatronOptimizer) -> list[Any]:
+    """torch's optimizers: one, or one for each device that holds a part of the state."""
+    optimizer: Any = part.optimizer
+    return optimizer.sub_optimizers if isinstance(optimizer, HybridDeviceOptimizer) else [optimizer]
 
 
 def _steps_taken(part: MegatronOptimizer) -> int:
     """torch's AdamW counts per parameter, fused ones per group."""
-    adam = part.optimizer
-    counts = [state["step"] for state in adam.state.values() if "step" in state]
-    counts += [group["step"] for group in adam.param_groups if "step" in group]
+    adams = _adams(part)
+    counts = [state["step"] for adam in adams for state in adam.state.values() if "step" in state]
+    counts += [group["step"] for adam in adams for group in adam.param_groups if "step" in group]
     return int(max(counts, default=0))
 
 
 def _set_steps(part: MegatronOptimizer, steps: int) -> None:
     """torch advances the counter of each parameter, so none may be shared."""
-    adam = part.optimizer
-    fused = any("step" in group for group in adam.param_groups)
-    for group in adam.param_groups:
-        if fused:
-            group["step"] = steps
-            continue
-        for parameter in group["params"]:
-            if parameter in adam.state:
-                adam.state[parameter]["step"] = torch.tensor(float(steps))
+    for adam in _adams(part):
+        fused = any("step" in group for group in adam.param_groups)
+        for group in adam.param_groups:
+            if fused:
+                group["step"] = steps
+                continue
+            for parameter in group["params"]:
+                if parameter in adam.state:
+                    adam.state[parameter]["step"] = torch.tensor(float(steps))

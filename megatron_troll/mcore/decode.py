@@ -2,7 +2,8 @@
 
 One batch of left-padded prompts is prefilled, then extended token by token. Rotary embeddings depend on
 distances only, so left padding changes nothing but which keys are hidden. Sequence parallelism is off
-meanwhile: a decode step has one position to share. Context parallelism is refused.
+meanwhile: a decode step has one position to share. Context parallelism is refused. Layers of linear attention
+keep a state in place of keys and values, on which padding leaves no trace (gated_delta_net.py).
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ SWITCHED_OFF = ("training", "sequence_parallel", "reduce_scatter_embeddings")
 @contextmanager
 def generation_mode(model: MegatronModel, kv_cache: Literal["auto", "fp8_e4m3"]) -> Iterator[None]:
     """Evaluation mode, no gradient, sequence parallelism off and, for fp8_e4m3, keys and values rounded to
-    that format with scale 1 (saturating) as they enter the cache. Everything is put back at the end.
+    that format with scale 1 (saturating) as they enter the cache; the states of linear attention stay fp32.
+    Everything is put back at the end.
 
     Servers with such a cache hold keys after the rotary embedding. Here they are rounded before it: after
     it, the rounding would depend on how far a row is padded, and draws on the layout.
@@ -66,8 +68,9 @@ def round_to_fp8(tensor: Tensor) -> Tensor:
 
 
 class Decoder:
-    """The state of one batch inside `generation_mode`: its KV cache (2 x layers x max_length x B x kv_heads
-    / tp x head_dim on each pipeline stage) and which of its first positions are padding."""
+    """The state of one batch inside `generation_mode`: which of its first positions are padding, its KV cache
+    (2 x layers of full attention x max_length x B x kv_heads / tp x head_dim on each pipeline stage), and a
+    `gated_delta_net.Memory` for each layer of linear attention."""
 
     def __init__(self, model: MegatronModel, padding: Tensor, max_length: int) -> None:
         """padding [B, P] bool, True on left padding; max_length counts prompt and answer."""

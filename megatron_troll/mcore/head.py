@@ -13,6 +13,7 @@ from torch import Tensor
 from troll_kernels import sparsify
 
 from megatron_troll.mcore.head_kl import full_kl
+from megatron_troll.mcore.head_ready import reporting
 from megatron_troll.mcore.head_shard import HeadShard, Rows, shard_of
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.parallel import vocab
@@ -21,14 +22,16 @@ from megatron_troll.types import Probe, Readings, Reads, Support, TopK
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a model's last stage. `temperature` divides the logits, as it did in the sampler."""
+    """The head of a model's last stage. `temperature` divides the logits, as it did in the sampler, after the
+    model's soft-cap. `chunk`: tokens whose logits are held at once, by default what suits the device."""
 
     model: MegatronModel
     temperature: float = 1.0
+    chunk: int | None = None
 
     @property
     def shard(self) -> HeadShard:
-        return shard_of(self.model, self.temperature)
+        return shard_of(self.model, self.temperature, self.chunk)
 
     def entered(self, hidden: Tensor) -> Tensor:
         """Megatron's bf16 wrapper gives the last stage's output in fp32: back to the dtype of the head."""
@@ -36,7 +39,8 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, h] -> this rank's shard [N, V_padded / tp] in fp32, for few positions."""
-        return F.linear(self.entered(hidden), self.shard.weight).float() / self.temperature
+        shard = self.shard
+        return shard.transform.apply(F.linear(self.entered(hidden), shard.weight).float())
 
     def read(self, hidden: Tensor, target: Tensor, reads: Reads, beside: "Beside | None" = None) -> Readings:
         """Everything `reads` names, for N hidden states [N, h] and sampled tokens [N]; every tensor-parallel
@@ -44,7 +48,7 @@ class Head:
 
         Rows are formed only for what needs them: `support: old` alone has no entropy and no logsumexp.
         """
-        hidden, beside = self.entered(hidden), beside or Beside()
+        hidden, beside = self.entered(reporting(hidden, self.model)), beside or Beside()
         rows, chosen = self._rows(hidden, target, reads)
         lse = None if rows is None else rows.lse if reads.full else rows.lse.detach()
         records = {
@@ -108,7 +112,7 @@ class Head:
     def _collision(self, hidden: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
         """sum_v p_v^2 [N]: the logsumexp of twice the logits, which is that of half the temperature."""
         assert lse is not None
-        twice, _, _ = shard_of(self.model, self.temperature / 2).selection(hidden, target, 0)
+        twice, _, _ = replace(self, temperature=self.temperature / 2).shard.selection(hidden, target, 0)
         return (twice.lse - 2 * lse).exp()
 
     def _record(

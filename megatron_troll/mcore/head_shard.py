@@ -25,17 +25,14 @@ class Rows:
 @dataclass(frozen=True)
 class HeadShard:
     """weight [V_padded / tp, h] holds the tokens from `first` on; with data parallelism its gradient is added
-    to `main_grad` as backward runs, and autograd gets none for it. Nothing here holds N x V / tp."""
+    to `main_grad` as backward runs, and autograd knows nothing of it. Nothing here holds N x V / tp."""
 
     weight: Tensor
+    main_grad: Tensor | None
     first: int
     vocab: int
     shard: kernels.Shard
     tp: Group
-
-    @property
-    def main_grad(self) -> Tensor | None:
-        return getattr(self.weight, "main_grad", None)
 
     @property
     def transform(self) -> Transform:
@@ -72,10 +69,13 @@ class HeadShard:
         return Rows(whole, whole - mean, target)
 
 
-def shard_of(model: MegatronModel, temperature: float) -> HeadShard:
-    """The head of the model's last stage. `temperature` divides the logits."""
+def shard_of(model: MegatronModel, temperature: float, chunk: int | None = None) -> HeadShard:
+    """The head of the model's last stage: the model's soft-cap, where it has one, then `temperature`, which
+    divides. `chunk`: tokens whose logits are held at once, by default what suits the device."""
     weight, tp, vocab = model.stages[-1].output_weight, model.groups.tp, model.shape.vocab
+    main_grad = getattr(weight, "main_grad", None)
     first = tp.rank * len(weight)
     width = min(max(vocab - first, 0), len(weight))
-    shard = kernels.Shard(width, kernels.chunk_size(weight.device), Transform(temperature))
-    return HeadShard(weight, first, vocab, shard, tp)
+    transform = Transform(temperature, model.shape.softcap)
+    shard = kernels.Shard(width, chunk or kernels.chunk_size(weight.device), transform)
+    return HeadShard(weight if main_grad is None else weight.detach(), main_grad, first, vocab, shard, tp)

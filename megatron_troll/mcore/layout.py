@@ -1,6 +1,8 @@
 """The layouts that are refused. Megatron-Core is not imported: a bad request is answered in a moment."""
 
 import importlib.util
+import math
+from dataclasses import dataclass
 
 import torch
 
@@ -19,31 +21,65 @@ def uses_te(spec: str) -> bool:
     return spec != "local" and present
 
 
+@dataclass(frozen=True)
+class Cut:
+    """`size` of what is cut into `parts` equal ones, as `axis` of a layout says."""
+
+    what: str
+    size: int
+    axis: str
+    parts: int
+
+    @property
+    def fits(self) -> bool:
+        return self.size % self.parts == 0
+
+
+def cuts(shape: ModelShape, layout: Layout) -> list[Cut]:
+    """Everything that a layout cuts, each axis of 1 included."""
+    linear_heads = shape.linear.key_heads if shape.linear else 0
+    everything = [
+        Cut("attention heads", shape.heads, "tp", layout.tp),
+        Cut("key-value heads", shape.kv_heads, "tp", layout.tp),
+        Cut("the feed-forward size", shape.ffn, "tp", layout.tp),
+        Cut("layers", shape.layers, "pp x vpp", layout.pp * (layout.vpp or 1)),
+        Cut("experts", shape.experts, "ep", layout.ep),
+        Cut("the expert feed-forward size", shape.expert_ffn, "etp", layout.etp),
+        Cut("the shared expert's feed-forward size", shape.shared_expert_ffn, "tp", layout.tp),
+        Cut("key heads of linear attention", linear_heads, "tp x cp", layout.tp * layout.cp),
+    ]
+    return [cut for cut in everything if cut.size]
+
+
 def check_layout(shape: ModelShape, layout: Layout) -> None:
-    """Raise ValueError naming the first size that cannot be cut as `layout` asks."""
-    stages = layout.pp * (layout.vpp or 1)
-    rules = (
-        (shape.heads, layout.tp, "attention heads", "tp"),
-        (shape.kv_heads, layout.tp, "key-value heads", "tp"),
-        (shape.ffn, layout.tp, "the feed-forward size", "tp"),
-        (shape.layers, stages, "layers", "pp x vpp"),
-        (shape.experts, layout.ep, "experts", "ep"),
-        (shape.expert_ffn, layout.etp, "the expert feed-forward size", "etp"),
-    )
-    for size, parts, what, axis in rules:
-        if size % parts:
-            raise ValueError(f"{what} ({size}) cannot be divided by {axis} ({parts})")
+    """Raise ValueError naming the first size that cannot be cut as `layout` asks, and what could be asked."""
+    everything = cuts(shape, layout)
+    for cut in everything:
+        if not cut.fits:
+            common = math.gcd(*(other.size for other in everything if other.axis == cut.axis))
+            nearest = " or ".join(map(str, nearest_divisors(common, cut.parts)))
+            raise ValueError(
+                f"{cut.what} ({cut.size}) cannot be divided by {cut.axis} ({cut.parts}); set {cut.axis} to "
+                f"{nearest}"
+            )
     if layout.vpp is not None and (layout.pp < 2 or layout.vpp < 2):
         raise ValueError(
             f"vpp={layout.vpp} needs vpp >= 2 and pp >= 2 (pp is {layout.pp}); leave vpp out otherwise"
         )
     if not shape.experts and (layout.ep > 1 or layout.etp > 1):
-        raise ValueError(f"ep={layout.ep} and etp={layout.etp} need a model with experts")
-    if shape.experts and layout.tp > 1 and layout.ep == 1 and layout.etp == 1:
+        raise ValueError(f"ep={layout.ep} and etp={layout.etp} need a model with experts; set both to 1")
+    if shape.experts and layout.ep == 1 and layout.etp != layout.tp:
         raise ValueError(
-            "tp > 1 with ep = 1 and etp = 1 gives wrong expert gradients in megatron-core 0.16.1 (they are "
-            "not summed over the tensor-parallel ranks): set ep or etp above 1"
+            f"tp={layout.tp} with ep=1 and etp={layout.etp} gives wrong expert gradients in megatron-core "
+            f"0.16.1 (it sums them over the wrong ranks): set ep above 1, or etp to {layout.tp}"
         )
+
+
+def nearest_divisors(size: int, parts: int) -> list[int]:
+    """Of the divisors of `size`, the largest below `parts` and the smallest above."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    below, above = [n for n in divisors if n < parts], [n for n in divisors if n > parts]
+    return below[-1:] + above[:1]
 
 
 def check_world(layout: Layout, world: int) -> None:
@@ -52,7 +88,14 @@ def check_world(layout: Layout, world: int) -> None:
     expert = layout.etp * layout.ep * layout.pp
     for what, size in (("tp x pp x cp", dense), ("etp x ep x pp", expert)):
         if world % size:
+            whole = math.lcm(dense, expert)
+            nearest = [n for n in (world // whole * whole, (world // whole + 1) * whole) if n]
             raise ValueError(
                 f"layout {layout.model_dump(exclude_none=True)} needs a world that {what} = {size} divides; "
-                f"this one has {world} ranks"
+                f"this one has {world} ranks; {' or '.join(map(str, nearest))} would do"
             )
+
+
+def smallest_world(layout: Layout) -> int:
+    """The fewest ranks that hold `layout`."""
+    return math.lcm(layout.tp * layout.pp * layout.cp, layout.etp * layout.ep * layout.pp)

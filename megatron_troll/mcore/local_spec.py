@@ -1,73 +1,84 @@
-"""Layers without Transformer Engine: Megatron's local linear layers, our RMSNorm and core attention."""
+"""Layers without Transformer Engine: Megatron's local linear layers, our norms and attentions."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor, nn
 
 from megatron_troll.mcore.attention import CachedSelfAttention, CoreAttention
+from megatron_troll.mcore.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_troll.mcore.norm import RMSNorm, ZeroCentredRMSNorm
 from megatron_troll.mcore.router import StepBalancedRouter
+from megatron_troll.mcore.shape import LayerType, ModelShape
+
+# Checkpoints keep a norm where Transformer Engine does, in the linear layer after it: either spec reads them.
+NORMS = {
+    "full_attention": {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    "linear_attention": {"input_layernorm.": "self_attention.in_proj.layer_norm_"},
+}
+DENSE_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm in fp32 that also knows sequence parallelism, which Megatron's torch wrapper refuses."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(hidden.dtype)
+def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlockSubmodules:
+    """The `layers` of one pipeline stage."""
+    norm: Any = _norm(shape)
+    specs = {kind: layer_spec(shape, kind) for kind in set(layers)}
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in layers], layer_norm=norm)
 
 
-def layer_spec(experts: int) -> ModuleSpec:
-    """One Qwen3 decoder layer: QK-norm attention, then experts (0: a dense gated MLP)."""
-    backend = LocalSpecProvider()
+def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
+    """One decoder layer: attention of its kind, then experts or a dense gated MLP."""
     mlp: Any = get_mlp_module_spec_for_backend(
-        backend=backend, num_experts=experts or None, moe_grouped_gemm=False
+        backend=LocalSpecProvider(), num_experts=shape.experts or None, moe_grouped_gemm=False
     )
-    if experts:
+    if shape.experts:
         mlp.submodules.router = StepBalancedRouter
     residual: Any = get_bias_dropout_add
-    core_attention: Any = CoreAttention
-    attention = ModuleSpec(
-        module=CachedSelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=core_attention,
-            linear_proj=backend.row_parallel_linear(),
-            q_layernorm=RMSNorm,
-            k_layernorm=RMSNorm,
-        ),
-    )
+    norm = _norm(shape)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
+            input_layernorm=norm,
+            self_attention=_attention(norm) if kind == "full_attention" else _linear_attention(),
             self_attn_bda=residual,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=residual,
+            sharded_state_dict_keys_map=NORMS[kind] | ({} if shape.experts else DENSE_NORM),
         ),
     )
 
 
-def block_spec(experts: int, layers: int) -> TransformerBlockSubmodules:
-    """The `layers` layers of one pipeline stage."""
-    norm: Any = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(experts)] * layers, layer_norm=norm)
+def _norm(shape: ModelShape) -> type[RMSNorm]:
+    return ZeroCentredRMSNorm if shape.zero_centred_norms else RMSNorm
+
+
+def _attention(norm: type[RMSNorm]) -> ModuleSpec:
+    """With queries and keys normed per head."""
+    core_attention: Any = CoreAttention
+    return ModuleSpec(
+        module=CachedSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=core_attention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+
+
+def _linear_attention() -> ModuleSpec:
+    submodules: Any = GatedDeltaNetSubmodules(
+        in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear
+    )
+    return ModuleSpec(module=GatedDeltaNet, submodules=submodules)

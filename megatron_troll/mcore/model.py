@@ -16,10 +16,14 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from megatron_troll.config.tree import Model
+from megatron_troll.config.tree import Model, Optimizer
+from megatron_troll.mcore.delta_rule import implementation
+from megatron_troll.mcore.dispatch import pad_dispatchers
 from megatron_troll.mcore.layout import check_layout, uses_te
+from megatron_troll.mcore.options import check_options
 from megatron_troll.mcore.packing import packed_sequences
 from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.router import routers
@@ -98,17 +102,18 @@ def build(
     Raises ValueError for a layout the model cannot be cut into.
     """
     check_layout(shape, model.layout)
+    check_options(shape, model)
     config = transformer_config(model, shape)
     with inside(groups):
         chunks: list[nn.Module] = [
             _chunk(kind, model, shape, config, groups, vp_stage) for vp_stage in range(model.layout.vpp or 1)
         ]
         for router in routers(chunks):
-            router.coefficient = model.aux_loss
+            router.configure(model.moe)
         if config.bf16:
             chunks = [Float16Module(config, chunk) for chunk in chunks]
         if trained:
-            chunks = [_data_parallel(config, chunk, model.optimizer.distributed) for chunk in chunks]
+            chunks = _data_parallel(config, chunks, model.optimizer)
     return MegatronModel(shape, config, groups, chunks, progress)
 
 
@@ -121,7 +126,9 @@ def _chunk(
     vp_stage: int,
 ) -> HiddenStateModel:
     stage = vp_stage if model.layout.vpp else None
-    layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    start = get_transformer_layer_offset(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    count = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank)
+    layers = shape.layer_types[start : start + count]
     if uses_te(model.spec):
         from megatron_troll.mcore.te_spec import block_spec
     else:
@@ -130,17 +137,19 @@ def _chunk(
     last = groups.is_last_stage and vp_stage == (model.layout.vpp or 1) - 1
     chunk = kind(
         config,
-        block_spec(shape.experts, layers),  # pyright: ignore[reportArgumentType]
+        block_spec(shape, layers),  # pyright: ignore[reportArgumentType]
         vocab_size=shape.padded_vocab(model.layout.tp),
         max_sequence_length=shape.max_positions,
         pre_process=first,
         post_process=last,
         position_embedding_type="rope",
+        rotary_percent=shape.rotary_fraction,
         rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType]
         share_embeddings_and_output_weights=shape.tied,
         vp_stage=stage,
     )
     _mark_shards(chunk)
+    pad_dispatchers(chunk)
     return chunk.to(device())
 
 
@@ -154,11 +163,20 @@ def _mark_shards(chunk: nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
-def _data_parallel(config: TransformerConfig, chunk: nn.Module, distributed: bool) -> DistributedDataParallel:
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=False
+def _data_parallel(
+    config: TransformerConfig, chunks: list[nn.Module], optimizer: Optimizer
+) -> list[nn.Module]:
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
     )
-    return DistributedDataParallel(config, ddp, chunk)
+    wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+    if optimizer.overlap_grad_reduce:
+        # The schedule keeps all but the last micro-batch from being reduced.
+        unreduced = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = unreduced if len(unreduced) > 1 else unreduced[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return [*wrapped]
 
 
 def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor:
@@ -176,6 +194,13 @@ def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor
     )
     model.progress()
     return hidden
+
+
+def layer_remarks(model: MegatronModel) -> list[str]:
+    """What there is to say, once, about how `model` runs on this machine."""
+    if model.shape.linear is None:
+        return []
+    return [implementation(device(), model.config.params_dtype)]
 
 
 def _padding_of_stage(model: MegatronModel, chunk: nn.Module, padding: Tensor) -> Tensor:

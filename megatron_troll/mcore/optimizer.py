@@ -12,6 +12,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_troll.config.tree import Optimizer
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device, inside
+from megatron_troll.mcore.router import move_biases
+
+# Transformer Engine's Adam takes uint8 for fp8.
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,15 @@ class Trainable:
     schedule: OptimizerParamScheduler
 
     def step(self) -> float:
-        """One update from the accumulated gradients; returns the global gradient norm before clipping.
-        Blocks on every rank. The schedule moves first: step 1 of w warm-up steps has 1/w of the rate."""
+        """One update from the accumulated gradients, and of the experts' biases; returns the global gradient
+        norm before clipping. Blocks on every rank. The schedule moves first: step 1 of w warm-up steps has
+        1/w of the rate."""
         self.schedule.step(1)
         with inside(self.model.groups):
             succeeded, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
         assert succeeded
         self.optimizer.zero_grad()
+        move_biases(self.model.chunks)
         return float(grad_norm)
 
     @property
@@ -61,11 +67,32 @@ def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trai
         bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=config.distributed,
+        **_smaller_state(config),
     )
     with inside(model.groups):
         optimizer = get_megatron_optimizer(settings, model.chunks)  # pyright: ignore[reportArgumentType]
     model.config.grad_scale_func = optimizer.scale_loss
     return Trainable(model, optimizer, _schedule(optimizer, config, total_steps))
+
+
+def _smaller_state(config: Optimizer) -> dict[str, Any]:
+    """Megatron's fields for moments in fewer bits, or a state in host memory, of which only its
+    precision-aware path keeps no fp32 weights on the device. Gradients stay fp32: the LM head adds to
+    them."""
+    if config.offload:
+        return {
+            "use_precision_aware_optimizer": True,
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": config.offload,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+        }
+    if config.precision_aware is None:
+        return {}
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": MOMENTS[config.precision_aware.exp_avg],
+        "exp_avg_sq_dtype": MOMENTS[config.precision_aware.exp_avg_sq],
+    }
 
 
 def _schedule(optimizer: MegatronOptimizer, config: Optimizer, total_steps: int) -> OptimizerParamScheduler:

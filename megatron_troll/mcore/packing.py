@@ -13,18 +13,19 @@ from megatron_troll.parallel.groups import Group
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length attended to as one dense batch of B.
+    """Sequences of similar length attended to as one dense batch of B; of equal length under context
+    parallelism.
 
-    query      [B, Lq] row of each query in this rank's flat [t] tokens
-    position   [B, Lq] its position inside its sequence
-    key        [B, Lk] row of each key in the flat tokens of all context-parallel ranks, rank-major
-    used       [B, Lq] bool, False where a shorter sequence ends; every key up to its length is real
+    query   [B, Lq] row of each query in this rank's flat [t] tokens, by position
+    key     [B, Lk] row of each key in the flat tokens of all context-parallel ranks, by position
+    used    [B, Lq] bool, False where a shorter sequence ends
+    real    [B, Lk] bool, the same for keys
     """
 
     query: Tensor
-    position: Tensor
     key: Tensor
     used: Tensor
+    real: Tensor
 
 
 @dataclass
@@ -51,29 +52,28 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSe
 
 def buckets_of(starts: list[int], cp: Group, device: torch.device) -> list[Bucket]:
     """Sequences grouped by the power of two above their length, so that padding to the longest of a
-    bucket at most doubles it."""
+    bucket at most doubles it; under context parallelism by their length, which says where chunks begin."""
     groups: dict[int, list[int]] = {}
     for i, (start, end) in enumerate(pairwise(starts)):
-        if end > start:
-            groups.setdefault((end - start - 1).bit_length(), []).append(i)
+        length = end - start
+        if length:
+            groups.setdefault((length - 1).bit_length() if cp.size == 1 else length, []).append(i)
     return [_bucket(starts, members, cp, device) for _, members in sorted(groups.items())]
 
 
 def _bucket(starts: list[int], members: list[int], cp: Group, device: torch.device) -> Bucket:
     total = starts[-1]
-    queries, positions, keys = [], [], []
+    queries, keys = [], []
     for i in members:
         start, length = starts[i], starts[i + 1] - starts[i]
-        mine = zigzag(length, cp.size, cp.rank)
-        queries.append(torch.arange(start // cp.size, start // cp.size + len(mine)))
-        positions.append(mine)
+        queries.append(torch.arange(start // cp.size, start // cp.size + length // cp.size))
         key = torch.empty(length, dtype=torch.long)
         for rank in range(cp.size):
             theirs = zigzag(length, cp.size, rank)
             key[theirs] = (rank * total + start) // cp.size + torch.arange(len(theirs))
         keys.append(key)
-    used = [torch.ones(len(query), dtype=torch.bool) for query in queries]
-    return Bucket(*(_pad(rows).to(device) for rows in (queries, positions, keys, used)))
+    used, real = ([torch.ones(len(row), dtype=torch.bool) for row in rows] for rows in (queries, keys))
+    return Bucket(*(_pad(rows).to(device) for rows in (queries, keys, used, real)))
 
 
 def _pad(rows: list[Tensor]) -> Tensor:

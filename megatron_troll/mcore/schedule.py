@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_troll.mcore.model import MegatronModel, forward, select_hidden
 from megatron_troll.mcore.parallel import inside
-from megatron_troll.mcore.router import share_counts, start_counting
+from megatron_troll.mcore.router import share_counts, share_loads, start_counting, start_loads
 from megatron_troll.types import MicroBatch
 
 Read = Callable[[int, Tensor], Any]
@@ -33,10 +33,14 @@ def accumulate(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss) 
     """Forward and backward of one optimizer step from zeroed gradients. On the last stage
     `loss(i, hidden [N, h])` gives micro-batch i's share of the step's loss (a sum: nothing is
     averaged over micro-batches or ranks) and anything to return. Gradients end summed over data- and
-    context-parallel ranks in `main_grad`. Blocks on every rank of the world."""
+    context-parallel ranks in `main_grad`, the loads of the experts in their routers. Blocks on every rank of
+    the world."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
-    return _run(model, batches, loss, forward_only=False)
+    start_loads(model.chunks)
+    results = _run(model, batches, loss, forward_only=False)
+    share_loads(model.chunks, model.groups)
+    return results
 
 
 def survey(model: MegatronModel, batches: Sequence[MicroBatch], read: Read) -> list[Any]:

@@ -1,14 +1,24 @@
 """Layers on Transformer Engine, for clusters. Import only where Transformer Engine is installed."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+from megatron.core.extensions.transformer_engine import (
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TENorm,
+    TERowParallelLinear,
+)
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from megatron_troll.mcore.attention import CachedSelfAttention, CoreAttention
+from megatron_troll.mcore.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_troll.mcore.norm import RMSNorm
 from megatron_troll.mcore.router import StepBalancedRouter
+from megatron_troll.mcore.shape import LayerType, ModelShape
 
 
 class MaskedTEAttention(TEDotProductAttention):
@@ -24,15 +34,27 @@ class MaskedTEAttention(TEDotProductAttention):
         return self.masked(*inputs) if masked else super().forward(*inputs, **options)
 
 
-def block_spec(experts: int, layers: int) -> TransformerBlockSubmodules:
-    """The `layers` layers of one pipeline stage, grouped GEMM over the experts."""
+def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlockSubmodules:
+    """The `layers` of one pipeline stage, grouped GEMM over the experts."""
+    norm: Any = TENorm
+    specs = {kind: layer_spec(shape, kind) for kind in set(layers)}
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in layers], layer_norm=norm)
+
+
+def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
+    """One decoder layer: attention of its kind, then experts or a dense gated MLP."""
     spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=experts or None, moe_grouped_gemm=experts > 0, qk_layernorm=True
+        num_experts=shape.experts or None, moe_grouped_gemm=shape.experts > 0, qk_layernorm=True
     )
     layer: Any = spec.submodules
-    layer.self_attention.module = CachedSelfAttention
-    layer.self_attention.submodules.core_attention = MaskedTEAttention
-    if experts:
+    if shape.experts:
         layer.mlp.submodules.router = StepBalancedRouter
-    norm: Any = TENorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+    if kind == "linear_attention":
+        submodules: Any = GatedDeltaNetSubmodules(
+            in_proj=TELayerNormColumnParallelLinear, out_norm=RMSNorm, out_proj=TERowParallelLinear
+        )
+        layer.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=submodules)
+    else:
+        layer.self_attention.module = CachedSelfAttention
+        layer.self_attention.submodules.core_attention = MaskedTEAttention
+    return spec

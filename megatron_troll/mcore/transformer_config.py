@@ -11,13 +11,15 @@ from megatron_troll.mcore.layout import uses_te
 from megatron_troll.mcore.shape import ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Megatron's flex dispatcher runs DeepEP unless told otherwise.
+DISPATCHERS: dict[str, Any] = {"alltoall": "alltoall", "allgather": "allgather", "deepep": "flex"}
 
 
 def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
     """Megatron's configuration. Losses are sums (calculate_per_token_loss): our weights carry the
     normalisation, so that no layout changes it."""
     layout, dtype = model.layout, DTYPES[model.dtype]
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
@@ -38,8 +40,13 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         moe_router_pre_softmax=not shape.norm_topk,
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type=DISPATCHERS[model.moe.dispatcher],
         moe_grouped_gemm=uses_te(model.spec) and shape.experts > 0,
+        moe_shared_expert_intermediate_size=shape.shared_expert_ffn or None,
+        moe_shared_expert_gate=shape.shared_expert_ffn > 0,
+        attention_output_gate=shape.output_gate,
+        layernorm_zero_centered_gamma=shape.zero_centred_norms,
+        **_linear_attention(shape),
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
@@ -50,7 +57,6 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=True,
         calculate_per_token_loss=True,
         # Interleaved, two stages are each other's next and previous: batched messages would be mixed up.
         batch_p2p_comm=layout.vpp is None,
@@ -64,11 +70,31 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        **_recompute(model.recompute),
+        **_recompute(model),
     )
+    # Micro-batches differ in length. Set here because Megatron refuses that with its all-gather dispatcher,
+    # in whose place we put one that allows it (dispatch.py).
+    config.variable_seq_lengths = True
+    return config
 
 
-def _recompute(mode: str) -> dict[str, Any]:
-    if mode == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {} if mode == "none" else {"recompute_granularity": "selective"}
+def _linear_attention(shape: ModelShape) -> dict[str, Any]:
+    if shape.linear is None:
+        return {}
+    return {
+        # Checkpoints name the layers one by one, where they are of several types.
+        "linear_attention_freq": [int(kind == "linear_attention") for kind in shape.layer_types],
+        "linear_num_key_heads": shape.linear.key_heads,
+        "linear_num_value_heads": shape.linear.value_heads,
+        "linear_key_head_dim": shape.linear.key_dim,
+        "linear_value_head_dim": shape.linear.value_dim,
+        "linear_conv_kernel_dim": shape.linear.conv,
+    }
+
+
+def _recompute(model: Model) -> dict[str, Any]:
+    if model.recompute == "none":
+        return {}
+    if model.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(model.recompute_modules)}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -45,6 +45,7 @@ RUN = (
     Field("sampled_responses", "", "responses sampled for the batch, dropped ones included"),
     Field("response_length", "tokens", "mean length of the responses sampled, stop token included"),
     Field("truncated", "share", "responses cut at rollout.sampling.max_tokens"),
+    Field("servers", "servers", "that were given the weights (rollout.engine=sglang)"),
     Field("reward_timeouts", "answers", "earned 0 because their verifier ran out of time; absent where none"),
     Field("reward_crashes", "answers", "earned 0 because their verifier was killed; absent where none"),
     Field("loss", "", "mean over the step's optimizer updates of -sum(weight * J)"),
@@ -212,6 +213,11 @@ CORRECTION = (
     Field("jackpot_kl_post", "nats", "KL(target || law of accepted tokens) over the stored tokens", True),
 )
 
+EXPERTS = (
+    Field("expert_load_max", "", "tokens of the busiest expert over the mean; 1 is even"),
+    Field("expert_entropy", "", "entropy of an expert drawn by its tokens over that of an even draw"),
+)
+
 SPEED = (
     Field(
         "tokens_per_s",
@@ -226,6 +232,7 @@ SPEED = (
 
 PHASES = (
     Field("generation", "s", "sampling the rollout batch"),
+    Field("sync", "s", "giving the engine the new weights"),
     Field("reward", "s", "verifying the answers"),
     Field("old_policy", "s", "no-gradient forward that records the old policy (objective.old=trainer)"),
     Field("reference", "s", "forward of the frozen reference model"),
@@ -236,7 +243,27 @@ PHASES = (
     Field("checkpoint", "s", "saving the step before, as far as training waits for it"),
 )
 
-PER_TOKEN = (*TOKEN, *ENERGY, *TROLL, *MASKS, *SEQUENCES, *REFERENCE, *CORRECTION)
+# rollout.engine=sglang
+ENGINE = (
+    Field(
+        "engine_kl",
+        "nats",
+        "KL(engine || trainer) at temperature 1 on fixed prompts after a sync, of the server that is "
+        "furthest off; what lies outside of its top 64 tokens is compared as one",
+        True,
+    ),
+)
+
+PARTS = {
+    "With SGLang servers (rollout.engine: sglang)": ENGINE,
+    "With observe.energy": ENERGY,
+    "With the TROLL trust region": TROLL,
+    "With a mask or a prefix weight": MASKS,
+    "With ratio dfpo": SEQUENCES,
+    "With a reference model": REFERENCE,
+    "With a correction for the rollout policy": CORRECTION,
+}
+PER_TOKEN = (*TOKEN, *(field for fields in PARTS.values() for field in fields))
 
 
 def documented(name: str) -> bool:
@@ -244,9 +271,11 @@ def documented(name: str) -> bool:
     base, _, suffix = name.partition("/")
     if base == "seconds" and suffix:
         return suffix in names(PHASES)
+    if suffix.startswith("layer_"):
+        return base in names(EXPERTS)
     if suffix:
         return base in names(PER_TOKEN) and suffix in REDUCTIONS
-    return base in names([*RUN, *PER_TOKEN, *SPEED])
+    return base in names([*RUN, *PER_TOKEN, *EXPERTS, *SPEED])
 
 
 def names(fields: Iterable[Field]) -> set[str]:
@@ -276,23 +305,12 @@ def markdown() -> str:
             "A token to which a field does not apply is left out of its reductions.",
             *_table(TOKEN),
             "",
-            "### With observe.energy",
-            *_table(ENERGY),
+            *(line for heading, fields in PARTS.items() for line in (f"### {heading}", *_table(fields), "")),
+            "## Experts",
             "",
-            "### With the TROLL trust region",
-            *_table(TROLL),
-            "",
-            "### With a mask or a prefix weight",
-            *_table(MASKS),
-            "",
-            "### With ratio dfpo",
-            *_table(SEQUENCES),
-            "",
-            "### With a reference model",
-            *_table(REFERENCE),
-            "",
-            "### With a correction for the rollout policy",
-            *_table(CORRECTION),
+            "Of the policy's training forwards, over every rank. The name alone is the least even layer;",
+            "`name/layer_N` is layer N, counted from 0.",
+            *_table(EXPERTS),
             "",
             "## Speed",
             *_table(SPEED),

@@ -22,6 +22,7 @@ CHANGEABLE = (
     "train.steps",
     "train.token_budget",
     "rollout.max_sequences",
+    "rollout.sglang.*",
     "models.*.layout.*",
     "models.*.recompute",
     "evaluation.every",
@@ -30,6 +31,7 @@ CHANGEABLE = (
     "checkpoint.*",
     "observe.*",
     "launch.*",
+    "serve.*",
 )
 ABSENT = "(absent)"
 

@@ -1,26 +1,23 @@
 """Who generates, and how a token is drawn."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-from transformers import PreTrainedTokenizerBase
+from urllib.parse import urlsplit
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.methods import find_class, known_methods
+from megatron_troll.config.serving import SGLang
 from megatron_troll.config.tree import RolloutConfig
-from megatron_troll.rollout.engine import Engine
-
-if TYPE_CHECKING:
-    from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.rollout.engine import Engine, Setup
 
 ENGINES = "megatron_troll.rollout.engines"
 
 
 def check(config: RolloutConfig, cp: int) -> None:
-    """Raises ConfigError for an unknown engine, and for one that cannot generate on `cp` context-parallel
-    ranks. A known one is not imported."""
+    """Raises ConfigError for an unknown engine, one that cannot generate on `cp` context-parallel ranks, and
+    servers that cannot be asked. A known engine is not imported."""
     if config.engine not in known_methods(ENGINES):
         find(config.engine)
+    if config.engine == "sglang":
+        _check_sglang(config.sglang)
     if config.engine == "inprocess" and cp > 1:
         raise ConfigError(
             f"rollout.engine: inprocess does not generate under context parallelism: set "
@@ -28,18 +25,25 @@ def check(config: RolloutConfig, cp: int) -> None:
         )
 
 
-def build(
-    config: RolloutConfig,
-    model: "MegatronModel",
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Sequence[int],
-    seed: int,
-) -> Engine:
-    """The engine that `config` names, made by calling its class with these arguments. Raises ConfigError."""
-    return find(config.engine)(config, model, tokenizer, tuple(stop_ids), seed)
+def _check_sglang(config: SGLang) -> None:
+    from megatron_troll.rollout.sglang.http import read_key
+
+    read_key(config.api_key_file)
+    for key, url in [("servers", url) for url in config.servers] + [("router", config.router)]:
+        place = urlsplit(url or "http://unset:1")
+        if place.scheme not in ("http", "https") or not place.hostname or place.path not in ("", "/"):
+            raise ConfigError(
+                f"rollout.sglang.{key}: {url!r} is not the URL of a server, such as http://127.0.0.1:30000"
+            )
 
 
-def find(name: str) -> Callable[..., Engine]:
+def build(setup: Setup) -> Engine:
+    """The engine that `setup.rollout` names. Blocks on all ranks. Raises ConfigError, and EngineError where
+    what the engine needs is not there."""
+    return find(setup.rollout.engine)(setup)
+
+
+def find(name: str) -> type[Engine]:
     """The class that `rollout.engine` names: that of a file in engines/, or of `package.module:Class`. Raises
     ConfigError for an unknown one."""
     return find_class(name, ENGINES, Engine, "rollout.engine")

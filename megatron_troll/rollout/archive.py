@@ -11,8 +11,8 @@ import numpy as np
 from megatron_troll.data.errors import DataError
 from megatron_troll.types import Prompt, Rollout, TokenTopK
 
-PER_TOKEN = ("response_ids", "mask", "logp", "uniform")
-PLAIN = ("group", "sample", "text", "finish", "version")
+PER_TOKEN = ("response_ids", "mask", "logp", "uniform", "versions")
+PLAIN = ("group", "sample", "text", "finish", "temperature")
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:

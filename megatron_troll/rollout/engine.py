@@ -1,16 +1,25 @@
 """What the loop asks of whoever generates: requests in, rollouts out."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config.tree import Config, RolloutConfig, Sampling
 from megatron_troll.data.chat import render_prompt
-from megatron_troll.types import Prompt, Rollout
+from megatron_troll.rollout.sampling import token_uniforms
+from megatron_troll.types import FinishReason, Prompt, Rollout, TokenTopK
+
+if TYPE_CHECKING:
+    from megatron_troll.mcore.model import MegatronModel
+
+
+class EngineError(RuntimeError):
+    """The engine cannot go on. Raised on every rank alike; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +33,75 @@ class Request:
     prompt_ids: np.ndarray
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """Draws one rollout per request under the newest weights. A response ends with one of `stop_ids`, which
-    hold the tokens of `sampling.stop`, or after `sampling.max_tokens`; its text lacks the stop token.
+@dataclass(frozen=True)
+class Answer:
+    """What was drawn for a request, the stop token included. ids, versions int64, logp float32 [T]; see
+    Rollout."""
 
-    The same requests, `sampling` and `round` give the same tokens on any layout: a token's uniform is keyed
-    by (seed, round, prompt id, sample, position). Every rank calls it with the same requests and receives
-    every rollout, in the order of the requests. Blocks on all ranks.
-    """
+    ids: np.ndarray
+    logp: np.ndarray
+    topk: TokenTopK | None
+    versions: np.ndarray
+    finish: FinishReason
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]: ...
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is built from. `model` is what it has to draw from, as it is at the last `sync`;
+    `prompts` are a few that the run asks, for an engine that tries itself on some."""
+
+    config: Config
+    model: "MegatronModel"
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    prompts: tuple[Prompt, ...] = ()
+
+    @property
+    def rollout(self) -> RolloutConfig:
+        return self.config.rollout
+
+
+class Engine(ABC):
+    """Draws one rollout per request. Built on every rank; every rank calls every method, with the same
+    arguments, and blocks until all have. Raises EngineError on all ranks or on none."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
+        """One rollout per request, in their order, all of them on every rank. A response ends with one of
+        `setup.stop_ids`, which hold the tokens of `sampling.stop`, or after `sampling.max_tokens`; its text
+        lacks the stop token. `round` sets the random numbers of one batch apart from those of another."""
+
+    def sync(self, version: int) -> dict[str, float]:
+        """From now on draw from the weights that the model has now; `version` is what rollouts call them.
+        Returns metrics. Called before `generate` wherever the model may have changed; the same version again
+        is nothing to do."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027
+        """Give back what the engine holds. Called once, also after an error, and maybe on some ranks only."""
+
+
+def rollout_of(setup: Setup, request: Request, answer: Answer, sampling: Sampling, round: int) -> Rollout:
+    """The record of an answer."""
+    ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
+    return Rollout(
+        prompt=request.prompt,
+        group=request.group,
+        sample=request.sample,
+        prompt_ids=request.prompt_ids,
+        response_ids=answer.ids,
+        mask=np.ones(len(answer.ids), dtype=np.float32),
+        logp=answer.logp,
+        uniform=token_uniforms(setup.config.seed, round, request.prompt.id, request.sample, len(answer.ids)),
+        topk=answer.topk,
+        text=str(setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
+        finish=answer.finish,
+        versions=answer.versions,
+        temperature=sampling.law_temperature,
+    )
 
 
 def requests_for(

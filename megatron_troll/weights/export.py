@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel.groups import Group
+from megatron_troll.weights.carried import carried_by
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import FolderWriter, check_target
 from megatron_troll.weights.placement import held_parameters, shard_group
-from megatron_troll.weights.table import Place, Table
+from megatron_troll.weights.stream import tensors_of
+from megatron_troll.weights.table import Place, Table, Tensors
 
 MAX_SHARD_BYTES = 5 * 2**30
 Names = tuple[str, ...]
@@ -37,16 +39,7 @@ def stream(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
     Megatron parameter at a time (for experts, one of each expert-parallel rank). A tensor may share memory
     with the parameter: copy what is kept. The order of experts depends on the layout. Blocks.
     """
-    table = table_of(model.shape)
-    mine = {
-        held.place.names: held.parameter
-        for held in held_parameters(model, table)
-        if not held.place.entry.copy
-    }
-    shards = _shards(mine, model.groups.pp)
-    for place in _local_places(table, model.groups.ep):
-        yield from _assemble(model, place, mine.get(place.names), shards[place.names])
-        model.progress()
+    yield from tensors_of(_parameters(model))
 
 
 def save(
@@ -56,7 +49,8 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `model` to `folder` in Hugging Face format: safetensors in files of at most `max_shard_bytes`
-    (one tensor at least), their index, and the config and tokenizer of `source_folder`. Rank 0 writes; an
+    (one tensor at least), their index, and what `source_folder` has of config, tokenizer and tensors that no
+    model of ours holds. Rank 0 writes; an
     earlier export at `folder` is replaced in one step once the new one is on disk. Rank 0 holds one file in
     memory. Blocks until it is done on every rank.
 
@@ -73,7 +67,24 @@ def save(
         with FolderWriter(Path(folder), Path(source_folder), max_shard_bytes) as writer:
             for name, tensor in stream(model):
                 writer.add(name, tensor)
+            carried = carried_by(Path(source_folder), table_of(model.shape))
+            for name in carried.names:
+                writer.add(name, carried.source.read(name))
     world.barrier()
+
+
+def _parameters(model: MegatronModel) -> Iterator[tuple[Place, Tensors]]:
+    """Every parameter of the whole model, as its full parts."""
+    table = table_of(model.shape)
+    mine = {
+        held.place.names: held.parameter
+        for held in held_parameters(model, table)
+        if not held.place.entry.copy
+    }
+    shards = _shards(mine, model.groups.pp)
+    for place in _local_places(table, model.groups.ep):
+        yield from _assemble(model, place, mine.get(place.names), shards[place.names])
+        model.progress()
 
 
 def _local_places(table: Table, ep: Group) -> Iterator[Place]:
@@ -94,19 +105,19 @@ def _shards(mine: dict[Names, nn.Parameter], pp: Group) -> dict[Names, Shard]:
 
 def _assemble(
     model: MegatronModel, place: Place, parameter: nn.Parameter | None, shard: Shard
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[Place, Tensors]]:
+    """One parameter, or that of each expert-parallel rank."""
     groups, entry = model.groups, place.entry
     if parameter is None:
         local = torch.empty(shard.shape, dtype=shard.dtype, device=device())
     else:
         local = parameter.detach()
     groups.pp.broadcast(local, shard.stage)
-    tensors = entry.unshard(shard_group(groups, entry).all_gather(local))
+    parts = entry.join(shard_group(groups, entry).all_gather(local))
     if place.expert is None:
-        yield from zip(place.names, tensors, strict=True)
+        yield place, parts
         return
     per_rank = model.shape.experts // groups.ep.size
-    for i, tensor in enumerate(tensors):
-        for rank, value in enumerate(groups.ep.all_gather(tensor)):
-            expert = rank * per_rank + place.expert % per_rank
-            yield entry.names(place.layer, expert)[i], value
+    gathered = zip(*(groups.ep.all_gather(part) for part in parts), strict=True)
+    for rank, parts in enumerate(gathered):
+        yield Place(entry, place.layer, rank * per_rank + place.expert % per_rank), parts

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -83,31 +84,13 @@ class FolderWriter:
 
     def _finish(self) -> None:
         self._write_pending()
-        self._write_index()
-        self._write_config()
-        for name in COMPANIONS:
-            if (self.source_folder / name).is_file():
-                shutil.copyfile(self.source_folder / name, self.part / name)
+        for i in range(len(self._files)):
+            (self.part / str(i)).rename(self.part / file_name(i, len(self._files)))
+        write_index(self.part, self._files, sum(self._dtypes.values()))
+        write_companions(self.part, self.source_folder, self._dtypes)
         for path in (*self.part.iterdir(), self.part):
             flush(path)
         self._put_in_place()
-
-    def _write_index(self) -> None:
-        weight_map = {}
-        for i, names in enumerate(self._files):
-            file = f"model-{i + 1:05d}-of-{len(self._files):05d}.safetensors"
-            (self.part / str(i)).rename(self.part / file)
-            weight_map |= dict.fromkeys(names, file)
-        total = sum(self._dtypes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _write_config(self) -> None:
-        """The source's config.json, with the dtype that was written."""
-        config = json.loads((self.source_folder / CONFIG).read_text())
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(max(self._dtypes, key=lambda dtype: self._dtypes[dtype])).removeprefix("torch.")
-        (self.part / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     def _put_in_place(self) -> None:
         old = self.folder.with_name(f".{self.folder.name}.old")
@@ -117,3 +100,26 @@ class FolderWriter:
         self.part.rename(self.folder)
         flush(self.folder.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def file_name(i: int, count: int) -> str:
+    """Of the i-th of `count` files, counted from 0."""
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, files: Sequence[Sequence[str]], total_bytes: int) -> None:
+    """The index of the files that hold tensors of these names."""
+    weight_map = {name: file_name(i, len(files)) for i, names in enumerate(files) for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_companions(folder: Path, source_folder: Path, dtypes: Mapping[torch.dtype, int]) -> None:
+    """Tokenizer and config of `source_folder`; the config names the dtype that has most of the bytes."""
+    config = json.loads((source_folder / CONFIG).read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = str(max(dtypes, key=lambda dtype: dtypes[dtype])).removeprefix("torch.")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    for name in COMPANIONS:
+        if (source_folder / name).is_file():
+            shutil.copyfile(source_folder / name, folder / name)

@@ -5,18 +5,19 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import BinaryIO, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.table import Table
+from megatron_troll.weights.tensor_file import Stored, TensorFileError, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DECAY_RATES = (0.01, 16.0)
 
 
 class Source(Protocol):
@@ -24,6 +25,8 @@ class Source(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, index: int | None = None) -> Tensor: ...
 
@@ -38,54 +41,75 @@ class TensorSource:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
     def read(self, name: str, index: int | None = None) -> Tensor:
         return self.tensors[name] if index is None else self.tensors[name][index]
 
 
 class FolderSource:
-    """The safetensors files of a Hugging Face folder, read lazily (memory-mapped, at most a tensor at a
-    time). Pickled checkpoints are never opened.
+    """The safetensors files of a Hugging Face folder, of which one tensor at a time is read into memory.
+    Pickled checkpoints are never opened.
 
     Raises FileNotFoundError without safetensors, or naming the files that the index lists and the folder
-    lacks; ValueError where the index and a file disagree.
+    lacks; ValueError naming every file that is none or cut short, and where the index and a file disagree.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._opened: tuple[str, Any] = ("", None)
-        self._files, self._shapes = self._scan()
+        self._opened: tuple[str, BinaryIO | None] = ("", None)
+        self._stored = self._scan()
+        self._shapes = {name: stored.shape for name, (_, stored) in self._stored.items()}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return [self.folder / file for file in self._listed()]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored[name][1].dtype
+
     def read(self, name: str, index: int | None = None) -> Tensor:
-        file = self._open(self._files[name])
-        return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        file, stored = self._stored[name]
+        try:
+            return read_tensor(self._open(file).fileno(), stored, index)
+        except OSError as error:
+            raise OSError(f"{name} cannot be read from {self.folder / file}: {error}") from error
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str) -> BinaryIO:
         """One file stays open: entries are read in an order that mostly stays inside one."""
-        if self._opened[0] != file:
-            try:
-                self._opened = (file, safe_open(self.folder / file, "pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{self.folder / file} is broken: {error}; download it again") from error
-        return self._opened[1]
+        name, opened = self._opened
+        if opened is None or name != file:
+            opened = open(self.folder / file, "rb", buffering=0)  # noqa: SIM115 - closed when it is replaced
+            self._opened = (file, opened)
+        return opened
 
-    def _scan(self) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-        files: dict[str, str] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
+    def _scan(self) -> dict[str, tuple[str, Stored]]:
+        stored: dict[str, tuple[str, Stored]] = {}
+        broken = []
         for file in self._listed():
-            opened = self._open(file)
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                files[name] = file
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
-        if absent := set(self._index) - set(files):
+            try:
+                header = read_header(self.folder / file)
+            except TensorFileError as error:
+                broken.append(str(error))
+                continue
+            # A tensor that is in two files is that of the index.
+            stored |= {
+                name: (file, tensor) for name, tensor in header.items() if self._index.get(name, file) == file
+            }
+        if broken:
+            raise ValueError("\n".join(broken))
+        if absent := sorted(set(self._index) - set(stored)):
             raise ValueError(
-                f"{self.folder / INDEX} lists tensors that their files lack: {_some(sorted(absent))}; "
-                "download the folder again"
+                f"{self.folder / INDEX} lists tensors that their files lack; download the folder again:\n  "
+                + "\n  ".join(absent)
             )
-        return files, shapes
+        return stored
 
     def _listed(self) -> list[str]:
         files = sorted(set(self._index.values())) or [SINGLE]
@@ -96,18 +120,25 @@ class FolderSource:
                 "other formats first), or use init=random"
             )
         if absent:
-            raise FileNotFoundError(f"{self.folder / INDEX} lists files that are missing: {_some(absent)}")
+            raise FileNotFoundError(
+                f"{self.folder / INDEX} lists files that are missing: {', '.join(absent)}"
+            )
         return files
 
     @cached_property
     def _index(self) -> dict[str, str]:
         path = self.folder / INDEX
-        return json.loads(path.read_text())["weight_map"] if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); download it again") from error
 
 
 class RandomSource:
     """A fresh model: every tensor drawn from a generator seeded by (seed, name), fp32, hence the same on
-    every layout. Norms are ones, the rest normal(0, init_std)."""
+    every layout, as `HFTensor.init` says."""
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         self.std, self.seed = shape.init_std, seed
@@ -117,14 +148,23 @@ class RandomSource:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
     def read(self, name: str, index: int | None = None) -> Tensor:
         tensor = self._tensors[name]
-        if tensor.init == "ones":
-            drawn = torch.ones(tensor.shape)
-        else:
-            digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-            drawn = torch.empty(tensor.shape).normal_(0.0, self.std, generator=generator)
+        drawn = torch.empty(tensor.shape)
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        match tensor.init:
+            case "normal":
+                drawn.normal_(0.0, self.std, generator=generator)
+            case "decay":
+                drawn.uniform_(*DECAY_RATES, generator=generator).log_()
+            case "ones":
+                drawn.fill_(1.0)
+            case "zeros":
+                drawn.zero_()
         return drawn if index is None else drawn[index]
 
 
@@ -143,6 +183,9 @@ class Unstacked:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source.dtype(self._inside[name][0] if name in self._inside else name)
+
     def read(self, name: str, index: int | None = None) -> Tensor:
         if name not in self._inside:
             return self.source.read(name, index)
@@ -152,7 +195,7 @@ class Unstacked:
 
     def _expand(self, name: str, pieces: tuple[str, ...], layer: int) -> None:
         """Leaves a tensor that cannot hold the pieces as it is, for the strict check to report."""
-        shape = self.source.shapes.get(name, ())
+        shape = self._shapes.get(name, ())
         if len(shape) < 2 or shape[1] % len(pieces):
             return
         del self._shapes[name]
@@ -161,7 +204,3 @@ class Unstacked:
                 single = piece.format(l=layer, e=expert)
                 self._inside[single] = (name, expert, i, len(pieces))
                 self._shapes[single] = (shape[1] // len(pieces), *shape[2:])
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

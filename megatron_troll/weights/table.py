@@ -26,11 +26,12 @@ def unchanged(tensors: Tensors) -> Tensors:
 @dataclass(frozen=True)
 class HFTensor:
     """One tensor of a checkpoint. `name` may hold {l} (layer) and {e} (expert); `init` is what a random
-    model starts from: normal(0, initializer_range) or ones."""
+    model starts from: normal(0, initializer_range), ones, zeros, or for the logarithm of a decay rate
+    log(uniform(0.01, 16))."""
 
     name: str
     shape: tuple[int, ...]
-    init: Literal["normal", "ones"] = "normal"
+    init: Literal["normal", "ones", "zeros", "decay"] = "normal"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Entry:
                 expert-tensor-parallel ranks, everything else over the tensor-parallel ranks
     padded      the axis is zero-padded to equal shards (vocabulary rows); the padding is never exported
     copy        a second home of tensors that another entry owns: loaded, neither exported nor counted
+    layer_type  the only type of layers that has it; None: every layer
     """
 
     hf: tuple[HFTensor, ...]
@@ -55,6 +57,11 @@ class Entry:
     axis: int | None = None
     padded: bool = False
     copy: bool = False
+    layer_type: str | None = None
+
+    def only(self, layer_type: str) -> "Entry":
+        """This entry, in layers of one type."""
+        return replace(self, layer_type=layer_type)
 
     @property
     def per_layer(self) -> bool:
@@ -81,13 +88,17 @@ class Entry:
     def unshard(self, shards: list[Tensor]) -> Tensors:
         """The parameters of all shards, in rank order -> full HF tensors, which may share memory with
         them."""
+        return self.from_parts(self.join(shards))
+
+    def join(self, shards: list[Tensor]) -> Tensors:
+        """The parameters of all shards, in rank order -> full parts."""
         if self.axis is None:
-            return self.from_parts((shards[0],))
+            return (shards[0],)
         axis, rows = self.axis, self._rows
         widths = [self._width(count, len(shards)) for count in rows]
         columns = zip(*(shard.split(widths, axis) for shard in shards), strict=True)
         parts = (torch.cat(column, axis) for column in columns)
-        return self.from_parts(tuple(p.narrow(axis, 0, count) for p, count in zip(parts, rows, strict=True)))
+        return tuple(part.narrow(axis, 0, count) for part, count in zip(parts, rows, strict=True))
 
     @cached_property
     def _rows(self) -> tuple[int, ...]:
@@ -136,18 +147,31 @@ class Place:
 
 @dataclass(frozen=True)
 class Table:
-    """One model family at one size."""
+    """One model family at one size. `layer_types`: of each layer in order. `carried`: what the names begin
+    with of tensors that belong to the checkpoint and to no model of ours."""
 
     entries: tuple[Entry, ...]
-    layers: int
+    layer_types: tuple[str, ...]
     experts: int
     stacked: tuple[Stacked, ...] = ()
+    carried: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        return len(self.layer_types)
+
+    def layers_of(self, entry: Entry) -> list[int | None]:
+        """The layers that have `entry`; [None] where it is outside the layers."""
+        if not entry.per_layer:
+            return [None]
+        return [layer for layer, kind in enumerate(self.layer_types) if entry.layer_type in (None, kind)]
 
     def places(self) -> Iterator[Place]:
         """Every parameter of the model once: those outside the layers, then layer by layer."""
+        layers = {id(entry): self.layers_of(entry) for entry in self.entries}
         for layer in (None, *range(self.layers)):
             for entry in self.entries:
-                if entry.per_layer == (layer is not None):
+                if layer in layers[id(entry)]:
                     for expert in range(self.experts) if entry.per_expert else (None,):
                         yield Place(entry, layer, expert)
 
@@ -182,9 +206,8 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 def parameters_of(table: Table) -> int:
     """Logical parameters of the table's model: each once, whatever the layout, without vocabulary padding."""
-    experts, layers = table.experts, table.layers
     return sum(
-        math.prod(tensor.shape) * (experts if entry.per_expert else 1) * (layers if entry.per_layer else 1)
+        math.prod(tensor.shape) * (table.experts if entry.per_expert else 1) * len(table.layers_of(entry))
         for entry in table.entries
         if not entry.copy
         for tensor in entry.hf

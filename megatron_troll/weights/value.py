@@ -34,5 +34,8 @@ class ValueSource:
         body = {name: shape for name, shape in self.model.shapes.items() if name != LM_HEAD}
         return {**body, VALUE_HEAD: (1, self.hidden)}
 
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name == VALUE_HEAD else self.model.dtype(name)
+
     def read(self, name: str, index: int | None = None) -> Tensor:
         return torch.zeros(1, self.hidden) if name == VALUE_HEAD else self.model.read(name, index)

@@ -12,14 +12,14 @@ from torch import Tensor
 from megatron_troll import rollout
 from megatron_troll.batching.build import Form
 from megatron_troll.batching.build import build as build_batch
-from megatron_troll.config.tree import Layout, Model, RolloutConfig, Sampling
+from megatron_troll.config.tree import Config, Layout, Model, Models, RolloutConfig, Sampling
 from megatron_troll.data.demo_model import END, character_tokenizer
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.rollout.engine import Engine, Request
+from megatron_troll.rollout.engine import Engine, Request, Setup
 from megatron_troll.types import MicroBatch, Prompt, Reads, Rollout, Support
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import FolderSource
@@ -88,13 +88,20 @@ def opened(sizes: Sizes, folder: str, dtype: Any = "fp32") -> Iterator[MegatronM
 
 
 def engine(model: MegatronModel, case: Case) -> Engine:
-    config = RolloutConfig(**{"top_k": TOP_K} | case.config)
-    return rollout.build(config, model, TOKENIZER, STOPS, case.seed)
+    config = Config(
+        name="run",
+        seed=case.seed,
+        models=Models(policy=Model(path="unused")),
+        rollout=RolloutConfig(**{"top_k": TOP_K} | case.config),
+    )
+    return rollout.build(Setup(config, model, TOKENIZER, STOPS))
 
 
 def generate(model: MegatronModel, case: Case) -> list[Rollout]:
     chosen = [requests()[i] for i in case.order]
-    return engine(model, case).generate(chosen, case.sampling, case.round)
+    drawing = engine(model, case)
+    drawing.sync(case.round + 1)
+    return drawing.generate(chosen, case.sampling, case.round)
 
 
 def generate_cases(sizes: Sizes, folder: str, cases: dict[str, Case], dtype: str = "fp32") -> Generated:
@@ -106,9 +113,9 @@ def generate_cases(sizes: Sizes, folder: str, cases: dict[str, Case], dtype: str
 
 def read_fully(model: MegatronModel, rollouts: Sequence[Rollout], sampling: Sampling) -> dict[str, Reading]:
     """This data-parallel rank's share of the rollouts, packed; nothing off the last stage."""
-    head = Head(model, sampling.temperature or 1.0)
+    head = Head(model, sampling.law_temperature)
     reads = Reads(logp=True, topk=Support("own", TOP_K, 0.0))
-    batches = packed(rollouts, model.groups)
+    batches = packed(rollouts, model.groups, sampling)
     readings: dict[str, Reading] = {}
 
     def read(i: int, hidden: Tensor) -> None:
@@ -128,9 +135,11 @@ def read_fully(model: MegatronModel, rollouts: Sequence[Rollout], sampling: Samp
     return readings
 
 
-def packed(rollouts: Sequence[Rollout], groups: Groups) -> list[MicroBatch]:
+def packed(
+    rollouts: Sequence[Rollout], groups: Groups, sampling: Sampling = Sampling()
+) -> list[MicroBatch]:
     """This data-parallel rank's share, in two micro-batches."""
-    form = Form(VOCAB, tp_size=groups.tp.size)
+    form = Form(VOCAB, tp_size=groups.tp.size, temperature=sampling.law_temperature)
     ones = [1.0] * len(rollouts)
     mine = range(groups.dp.rank, len(rollouts), groups.dp.size)
     return [build_batch(rollouts, ones, ones, chosen, form) for chosen in (mine[::2], mine[1::2])]

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from megatron_troll.config.tree import ObjectiveConfig, Optimizer, Slot
 from megatron_troll.types import FinishReason, Message, Prompt, Rollout, TokenTopK
-from tests.dist.tiny import DENSE, MOE, reference
+from tests.dist.tiny import DENSE, MOE, NEXT, logits_of, reference
 
 TEMPERATURE = 0.8
 # Layers that add little to a large residual keep rounding small beside the tolerance; the head is peaked
 # enough that delta, not k, ends some supports.
 SCALES = {"embed_tokens": 2.0, "o_proj": 0.5, "experts": 0.5, "mlp.gate": 0.5, "lm_head": 4.0}
+HYBRID_SCALES = SCALES | {"out_proj": 0.5, "shared_expert.": 0.5}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Kind:
 
 KINDS = {
     "moe": Kind(MOE, 6, SCALES),
+    "hybrid": Kind(NEXT, 3, HYBRID_SCALES),
     "tied-dense": Kind(DENSE | {"tie_word_embeddings": True}, 5, {"embed_tokens": 0.4, "o_proj": 0.5}),
+    "capped-dense": Kind(DENSE | {"final_logit_softcapping": 10.0}, 1, {"o_proj": 0.5, "lm_head": 8.0}),
 }
 Weights = dict[str, Tensor]
 
@@ -118,7 +121,7 @@ def _respond(
     """Sampled tokens [T], and a law [T, V] that differs from the model's as a rollout engine's does."""
     ids, laws = prompt, []
     for _ in range(length):
-        logits = model(ids[None]).logits[0, -1] / TEMPERATURE
+        logits = logits_of(model, ids[None])[0, -1] / TEMPERATURE
         ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)])
         laws.append((logits + 0.01 * torch.randn(logits.shape, generator=generator)).log_softmax(-1))
     return ids[len(prompt) :], torch.stack(laws)
@@ -139,5 +142,6 @@ def _rollout(i: int, prompt: np.ndarray, ids: Tensor, mask: np.ndarray, law: Ten
         topk=TokenTopK(top.indices.int().numpy(), top.values.numpy()),
         text="",
         finish=finish,
-        version=0,
+        versions=np.zeros(len(ids), dtype=np.int64),
+        temperature=TEMPERATURE,
     )

@@ -32,7 +32,7 @@ from tests.dist.layouts_batch import (
     K,
     Weights,
 )
-from tests.dist.tiny import MOE, reference
+from tests.dist.tiny import MOE, logits_of, reference
 from tests.unit.objectives.oracle import dense_sparsified, kl, projected
 
 Old = Literal["trainer", "engine"]
@@ -163,7 +163,7 @@ def read(model: nn.Module, rollouts: Sequence[Rollout]) -> Read:
     for rollout in rollouts:
         ids = torch.tensor([*rollout.prompt_ids, *rollout.response_ids])[:-1]
         with _routers_watched(model) as seen:
-            output = model(ids[None]).logits[0]
+            output = logits_of(model, ids[None])[0]
         start = len(rollout.prompt_ids) - 1
         logits.append(output[start:][torch.from_numpy(rollout.mask) > 0])
         routing.append(seen)

@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_troll import trainer as policy_trainer
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.plan import Capacity, Schedule, plan
 from megatron_troll.batching.weights import step_weights
@@ -72,9 +75,10 @@ class RankResult:
     change: Weights
 
 
-def run_cases(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
-    """Old readings at the weights `before`, gradients at the weights `now`."""
-    with started(config.layout) as groups:
+def run_cases(config: Model, batch: Batch, cases: Sequence[Case], bucket: int | None = None) -> RankResult:
+    """Old readings at the weights `before`, gradients at the weights `now`. `bucket`: numbers in a bucket of
+    gradients, by default Megatron's 40 million."""
+    with started(config.layout) as groups, buckets_of(bucket):
         model = mcore.build(config, shape_of(batch.config), groups)
         policy = trainable(model, config.optimizer, total_steps=1)
         micro_batches = [cut(batch, case, groups, config.layout) for case in cases]
@@ -88,6 +92,19 @@ def run_cases(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
         weights, grad_norm = streamed(model), policy.step()
         change = {name: tensor - weights[name] for name, tensor in streamed(model).items()}
         return RankResult(formed_groups(groups), shapes, outcomes, grad_norm, change)
+
+
+def run_probing_all(config: Model, batch: Batch, cases: Sequence[Case]) -> RankResult:
+    """`run_cases`, with full rows read at every position."""
+    with mock.patch.object(policy_trainer, "PROBED_POSITIONS", 10**6):
+        return run_cases(config, batch, cases)
+
+
+@contextmanager
+def buckets_of(size: int | None) -> Iterator[None]:
+    settings = partial(mcore.DistributedDataParallelConfig, bucket_size=size)
+    with mock.patch.object(mcore, "DistributedDataParallelConfig", settings):
+        yield
 
 
 def trainer(policy: Trainable, case: Case) -> PolicyTrainer:
@@ -106,6 +123,7 @@ def cut(batch: Batch, case: Case, groups: Groups, layout: Layout) -> list[MicroB
         cp_size=groups.cp.size,
         tp_size=groups.tp.size,
         topk=K if case.old == "engine" else 0,
+        temperature=TEMPERATURE,
     )
     step = plan(
         [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in batch.rollouts],

@@ -4,7 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_troll.arrange import Arranger
-from megatron_troll.config.tree import Config, Data, Layout, Model, Models, Optimizer, Train
+from megatron_troll.config.tree import (
+    Config,
+    Data,
+    Layout,
+    Model,
+    Models,
+    Optimizer,
+    RolloutConfig,
+    Sampling,
+    Train,
+)
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
@@ -66,6 +76,7 @@ def arrange(name: str, cut: Cut, batch: Batch, model: MegatronModel) -> list[Mic
         name=name,
         models=Models(policy=Model(path="none")),
         data=Data(files=("none",)),
+        rollout=RolloutConfig(sampling=Sampling(temperature=TEMPERATURE)),
         objective=objective,
         train=Train(updates=1, packing=cut.packed, token_budget=cut.token_budget),
     )

@@ -23,7 +23,7 @@ from tests.dist.checkpoint_run import (
     values_of,
 )
 from tests.dist.harness import RankPool
-from tests.dist.tiny import DENSE, MOE, reference, started
+from tests.dist.tiny import DENSE, MOE, NEXT, reference, started
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "alone": (1, {}),
@@ -125,6 +125,20 @@ def test_tied_embeddings_are_resharded(ranks1: RankPool, ranks2: RankPool, tmp_p
     run = Run(dict(reference(config).state_dict()), {"pp": 2}, config)
     uninterrupted = ranks2.run(save_then_continue, run, str(tmp_path))[0]
     resumed = ranks1.run(resume, replace(run, sizes={}), str(tmp_path))[0]
+    np.testing.assert_allclose(resumed, uninterrupted, rtol=1e-5)
+
+
+HYBRID_MOVES = [({"tp": 2, "ep": 2}, {}), ({"pp": 2}, {"tp": 2, "etp": 2}), ({"ep": 2}, {"pp": 2, "vpp": 2})]
+
+
+@pytest.mark.parametrize(("before", "after"), HYBRID_MOVES)
+def test_a_hybrid_continues_on_another_layout(
+    before: dict[str, int], after: dict[str, int], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Whose projections of linear attention are several matrices below each other, each cut apart."""
+    run = Run(dict(reference(NEXT).state_dict()), before, NEXT)
+    uninterrupted = on(request, 2).run(save_then_continue, run, str(tmp_path))[0]
+    resumed = on(request, 2 if after else 1).run(resume, replace(run, sizes=after), str(tmp_path))[0]
     np.testing.assert_allclose(resumed, uninterrupted, rtol=1e-5)
 
 

@@ -2,11 +2,10 @@
 
 import multiprocessing
 import os
-import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_troll.mcore.checkpoint_folder import path_of, steps
 from tests.dist.checkpoint_run import Run, fill, training, values_of
 from tests.dist.harness import RankPool
 from tests.dist.tiny import MOE, reference
+from tests.faults import file_size_limit
 
 # Forks from a server that has imported everything: a killed child is replaced in a second.
 SERVER = multiprocessing.get_context("forkserver")
@@ -157,17 +157,6 @@ def fill_the_disk(run: Run, folder: str, limit: int, asynchronous: bool) -> str:
 def save_now(checkpoints: Checkpoints, step: int) -> None:
     checkpoints.save(step, {"step": step})
     checkpoints.finish()
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Writing beyond `size` bytes of a file fails, in this process and its children."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_the_last_and_the_best_are_kept(alone: Run, ranks1: RankPool, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_samples_rounds_and_seeds_draw_apart(ranks1: RankPool, folder: str) -> N
     assert len(set(plain)) == len(plain)
     assert not set(plain) & set(tokens_of(rollouts["round"]))
     assert not set(plain) & set(tokens_of(rollouts["seed"]))
-    assert {rollout.version for rollout in rollouts["round"]} == {2}
+    assert {version for rollout in rollouts["round"] for version in rollout.versions.tolist()} == {3}
 
 
 def tokens_of(rollouts: list[Rollout]) -> list[tuple[str, ...]]:

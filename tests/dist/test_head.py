@@ -2,7 +2,7 @@
 and the gradients of hidden states and weight."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -29,6 +29,7 @@ from tests.dist.tiny import DENSE, started
 
 # Of 4 ranks the last has 5 tokens and 11 rows of padding; with FEW tokens, two ranks have padding alone.
 VOCAB, FEW, PADDED, SIZE, CHUNK = 53, 20, 64, 6, 3
+LAWS = ((1.0, None), (0.7, None), (0.7, 3.0))  # temperature, soft-cap
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,14 @@ class Case:
     ids: Tensor
     upstream: Tensor
     vocab: int
-    temperature: float
     main_grad: bool
+    temperature: float = 1.0
+    cap: float | None = None
+
+    def plain(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Logits [N, vocab]: the soft-cap first, then the temperature."""
+        logits = hidden @ weight[: self.vocab].T
+        return (logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)) / self.temperature
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Result:
     by_autograd: Tensor | None = None
 
 
-def make_case(n: int, vocab: int, temperature: float, main_grad: bool) -> Case:
+def make_case(n: int, vocab: int, main_grad: bool) -> Case:
     generator = torch.Generator().manual_seed(n + vocab)
 
     def normal(*shape: int) -> Tensor:
@@ -75,9 +82,7 @@ def make_case(n: int, vocab: int, temperature: float, main_grad: bool) -> Case:
     upstream = normal(n, 7)
     target = torch.randint(0, vocab, (n,), generator=generator)
     frozen_hidden = normal(n, SIZE)
-    return Case(
-        hidden, weight, frozen_hidden, frozen_weight, target, ids, upstream, vocab, temperature, main_grad
-    )
+    return Case(hidden, weight, frozen_hidden, frozen_weight, target, ids, upstream, vocab, main_grad)
 
 
 def world() -> Group:
@@ -88,13 +93,11 @@ def world() -> Group:
 def head_of(whole: Tensor, case: Case, main_grad: bool) -> HeadShard:
     """This rank's part of a head, whose weight is a leaf."""
     group = world()
-    weight = whole.chunk(group.size)[group.rank].clone().requires_grad_()
-    if main_grad:
-        weight.main_grad = torch.zeros_like(weight)  # pyright: ignore[reportAttributeAccessIssue]
+    weight = whole.chunk(group.size)[group.rank].clone().requires_grad_(not main_grad)
     first = group.rank * len(weight)
     width = min(max(case.vocab - first, 0), len(weight))
-    shard = kernels.Shard(width, CHUNK, Transform(case.temperature))
-    return HeadShard(weight, first, case.vocab, shard, group)
+    shard = kernels.Shard(width, CHUNK, Transform(case.temperature, case.cap))
+    return HeadShard(weight, torch.zeros_like(weight) if main_grad else None, first, case.vocab, shard, group)
 
 
 def rows_of_shard(head: HeadShard, hidden: Tensor, case: Case) -> tuple[Tensor, ...]:
@@ -126,7 +129,7 @@ def kl_of_shard(head: HeadShard, hidden: Tensor, case: Case) -> tuple[Tensor, ..
 
 
 def plain_kl(logits: Tensor, case: Case) -> tuple[Tensor, ...]:
-    reference = case.frozen_hidden @ case.frozen_weight[: case.vocab].T / case.temperature
+    reference = case.plain(case.frozen_hidden, case.frozen_weight)
     logp = logits.log_softmax(1)
     return ((logp.exp() * (logp - reference.log_softmax(1))).sum(1),)
 
@@ -168,7 +171,7 @@ def read_shard(read: Reading, case: Case) -> Result:
 def read_whole(read: Plain, case: Case) -> Result:
     """Oracle: autograd through plain torch on whole rows."""
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-    values = read(hidden @ weight[: case.vocab].T / case.temperature, case)
+    values = read(case.plain(hidden, weight), case)
     differentiate(values, case.upstream)
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -185,8 +188,8 @@ def ranks(request: pytest.FixtureRequest) -> RankPool:
 def test_values_and_gradients_equal_plain_torch(ranks: RankPool, reading: str, main_grad: bool) -> None:
     """With 0 rows, and with rows that neither ranks nor chunks divide."""
     of_shard, plain = READINGS[reading]
-    for n, vocab, temperature in product((0, 7), (VOCAB, FEW), (1.0, 0.7)):
-        case = make_case(n, vocab, temperature, main_grad)
+    for n, vocab, (temperature, cap) in product((0, 7), (VOCAB, FEW), LAWS):
+        case = replace(make_case(n, vocab, main_grad), temperature=temperature, cap=cap)
         oracle, results = read_whole(plain, case), ranks.run(read_shard, of_shard, case)
         for result in results:
             for value, same, expected in zip(result.values, results[0].values, oracle.values, strict=True):
@@ -212,7 +215,7 @@ def add_to_main_grad(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def test_main_grad_keeps_what_other_micro_batches_put_there(ranks2: RankPool) -> None:
-    for gained, alone in ranks2.run(add_to_main_grad, make_case(7, VOCAB, 1.0, main_grad=True)):
+    for gained, alone in ranks2.run(add_to_main_grad, make_case(7, VOCAB, main_grad=True)):
         assert alone.abs().max() > 0.1
         assert_close(gained, alone, rtol=1e-10, atol=1e-12)
 
@@ -232,7 +235,7 @@ def tied_case(n: int, vocab: int) -> Case:
     weight[vocab:] = 9.0
     target = torch.randint(0, vocab, (n,), generator=generator)
     none = hidden[:0]
-    return Case(hidden, weight, none, none, target, none, none, vocab, 0.5, main_grad=False)
+    return Case(hidden, weight, none, none, target, none, none, vocab, main_grad=False, temperature=0.5)
 
 
 @pytest.mark.parametrize("k", [0, 1, 6, 20, 53, 80])
@@ -240,7 +243,7 @@ def test_selection_is_the_same_for_every_shard_count(ranks: RankPool, k: int) ->
     """k beyond a shard's tokens, and beyond V."""
     for n, vocab in product((0, 7), (VOCAB, FEW)):
         case = tied_case(n, vocab)
-        logits = case.hidden @ case.weight[:vocab].T / case.temperature
+        logits = case.plain(case.hidden, case.weight)
         order = logits.sort(dim=1, descending=True, stable=True)
         for values, ids, *rows in ranks.run(select, case, k):
             assert torch.equal(ids, order.indices[:, :k])

@@ -5,14 +5,16 @@ layouts_batch.py has the batch, layouts_reference.py the plain autograd, layouts
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_troll.config.model_options import MoE
 from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import shape_of
@@ -33,8 +35,8 @@ from tests.dist.layouts_batch import (
     make_batch,
 )
 from tests.dist.layouts_reference import Expected, Old, Read, Reference
-from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases
-from tests.dist.tiny import MOE
+from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases, run_probing_all
+from tests.dist.tiny import MOE, NEXT
 
 CASES = (
     Case("clip", packed=True, token_budget=64, aux=0.0),
@@ -44,36 +46,77 @@ CASES = (
     Case("troll-old", packed=True, token_budget=1, aux=1.0),
     Case("troll-old", packed=False, token_budget=4096, aux=0.0),
 )
+HYBRID_CASES = (CASES[0], CASES[3])
 ENGINE = (
     Case("clip", packed=True, token_budget=64, aux=0.0, old="engine"),
     Case("troll-old", packed=True, token_budget=4096, aux=0.0, old="engine"),
 )
 
 
+# Of many micro-batches.
+SEVERAL = (CASES[0], CASES[3], CASES[4])
+SEVERAL_DENSE = (CASES[0], replace(CASES[4], aux=0.0))
+
+
 @dataclass(frozen=True)
 class Variant:
-    """What is not run on every layout."""
+    """What is not run on every layout. `bucket`: numbers in a bucket of gradients."""
 
     world: int
     sizes: Sizes
     cases: tuple[Case, ...] = CASES
     kind: str = "moe"
     fields: dict[str, Any] = field(default_factory=dict)
+    bucket: int | None = None
+
+
+def overlapped(
+    world: int, sizes: Sizes, kind: str = "moe", distributed: bool = False, cases: tuple[Case, ...] = SEVERAL
+) -> Variant:
+    """Gradients are reduced while backward runs, most weights in a bucket of their own."""
+    optimizer = OPTIMIZER.model_copy(update={"overlap_grad_reduce": True, "distributed": distributed})
+    return Variant(world, sizes, cases, kind, {"optimizer": optimizer}, bucket=2000)
 
 
 VARIANTS = {
     "full-recompute": Variant(2, {"tp": 2, "ep": 2}, fields={"recompute": "full"}),
     "selective-recompute": Variant(2, {"pp": 2}, fields={"recompute": "selective"}),
     "old-engine": Variant(2, {"cp": 2}, ENGINE),
+    "recomputed-experts": Variant(
+        2,
+        {"ep": 2},
+        CASES[:2],
+        fields={"recompute": "selective", "recompute_modules": ("core_attn", "moe")},
+    ),
+    "allgather": Variant(2, {"ep": 2}, fields={"moe": MoE(dispatcher="allgather")}),
+    "allgather-tp2-ep2": Variant(
+        4, {"tp": 2, "ep": 2}, CASES[2:], fields={"moe": MoE(dispatcher="allgather"), "recompute": "full"}
+    ),
     "distributed-optimizer": Variant(
         4,
         {"tp": 2, "ep": 2},
         CASES[-1:],
         fields={"optimizer": OPTIMIZER.model_copy(update={"distributed": True})},
     ),
+    "hybrid-full-recompute": Variant(
+        2, {"tp": 2, "ep": 2}, HYBRID_CASES, "hybrid", {"recompute": "full"}
+    ),
+    "hybrid-selective-recompute": Variant(2, {"cp": 2}, HYBRID_CASES, "hybrid", {"recompute": "selective"}),
     "tied-dense": Variant(4, {"tp": 2, "pp": 2}, (CASES[0], CASES[-1]), kind="tied-dense"),
+    "soft-cap": Variant(2, {"tp": 2}, (CASES[0], CASES[2], CASES[-1]), kind="capped-dense"),
+    "overlapped": overlapped(2, {}),
+    "overlapped-distributed": overlapped(4, {"tp": 2, "ep": 2}, distributed=True),
+    "overlapped-interleaved": overlapped(4, {"pp": 2, "vpp": 2}),
+    "overlapped-tied": overlapped(2, {}, "tied-dense", cases=SEVERAL_DENSE),
+    "overlapped-tied-stages": overlapped(4, {"pp": 2}, "tied-dense", cases=SEVERAL_DENSE),
 }
-REFERENCES: tuple[tuple[str, Old], ...] = (("moe", "trainer"), ("moe", "engine"), ("tied-dense", "trainer"))
+REFERENCES: tuple[tuple[str, Old], ...] = (
+    ("moe", "trainer"),
+    ("moe", "engine"),
+    ("tied-dense", "trainer"),
+    ("hybrid", "trainer"),
+    ("capped-dense", "trainer"),
+)
 References = dict[tuple[str, Old], Reference]
 # Which collectives an axis larger than 1 cannot do without.
 COLLECTIVES = {
@@ -130,9 +173,23 @@ def test_layout_gives_the_loss_and_gradients_of_plain_autograd(
     world, sizes = LAYOUTS[layout]
     results = run_on(world, model(sizes), batch, CASES, request)
     for result in results:
-        check_formed(result, world, sizes)
+        check_formed(result, world, sizes, MOE)
         check_expected(result, expected)
         check_equal(result, alone)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_gives_the_loss_and_gradients_of_plain_autograd_to_a_hybrid(
+    layout: str, batches: dict[str, Batch], references: References, request: pytest.FixtureRequest
+) -> None:
+    """Whose layers of linear attention carry a state: each sequence alone and unpadded is the reference."""
+    world, sizes = LAYOUTS[layout]
+    results = run_on(world, model(sizes), batches["hybrid"], HYBRID_CASES, request)
+    reference = references["hybrid", "trainer"]
+    expected = [reference.expected(case.objective, case.aux) for case in HYBRID_CASES]
+    for result in results:
+        check_formed(result, world, sizes, NEXT)
+        check_expected(result, expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -140,13 +197,14 @@ def test_variant_gives_the_loss_and_gradients_of_plain_autograd(
     name: str, batches: dict[str, Batch], references: References, request: pytest.FixtureRequest
 ) -> None:
     variant = VARIANTS[name]
-    results = run_on(
-        variant.world, model(variant.sizes, **variant.fields), batches[variant.kind], variant.cases, request
-    )
+    config, batch = model(variant.sizes, **variant.fields), batches[variant.kind]
+    results = run_on(variant.world, config, batch, variant.cases, request, variant.bucket)
     expected = [references[variant.kind, c.old].expected(c.objective, c.aux) for c in variant.cases]
     for result in results:
         assert result.groups == expected_groups(variant.world, variant.sizes)
         check_expected(result, expected)
+        if "allgather" in name:
+            assert all(("ep", "alltoall_base_") not in outcome.collectives for outcome in result.outcomes)
 
 
 def test_reported_fractions_and_mismatch_are_those_of_plain_autograd(
@@ -169,6 +227,25 @@ def test_reported_fractions_and_mismatch_are_those_of_plain_autograd(
         }
 
 
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2, "ep": 2}], ids=["one-rank", "tp2"])
+def test_what_a_sparse_record_cannot_show_is_measured_on_whole_rows(
+    sizes: Sizes, batch: Batch, reference: Reference, request: pytest.FixtureRequest
+) -> None:
+    """At every position: the mass that left the old support, and the true KL beside the sparse one."""
+    before, now = (read.logits.detach().log_softmax(1) for read in (reference.before, reference.now))
+    ids, kept = reference.kept_before
+    left = (before.exp() - now.exp()).gather(1, ids).where(kept, 0.0).sum(1)
+    true_kl = (now.exp() * (now - before)).sum(1)
+    pool = request.getfixturevalue(f"ranks{sizes.get('tp', 1)}")
+    for result in pool.run(run_probing_all, model(sizes), batch, CASES[-1:]):
+        metrics = result.outcomes[0].metrics
+        assert metrics["outside_mass"] == pytest.approx(float(left.mean()), abs=1e-6)
+        assert metrics["outside_mass/max"] == pytest.approx(float(left.max()), abs=1e-6)
+        assert metrics["true_kl"] == pytest.approx(float(true_kl.mean()), rel=1e-3)
+        assert metrics["sparse_kl"] == pytest.approx(metrics["kl_before"], rel=1e-6)
+    assert left.max() > 1e-3
+
+
 def test_tensor_parallelism_without_expert_parallelism_is_refused() -> None:
     with pytest.raises(ValueError, match="set ep or etp above 1"):
         check_layout(shape_of(MOE), Layout(tp=2))
@@ -188,42 +265,64 @@ def model(sizes: Sizes, **fields: Any) -> Model:
 
 
 def run_on(
-    world: int, config: Model, batch: Batch, cases: tuple[Case, ...], request: pytest.FixtureRequest
+    world: int,
+    config: Model,
+    batch: Batch,
+    cases: tuple[Case, ...],
+    request: pytest.FixtureRequest,
+    bucket: int | None = None,
 ) -> list[RankResult]:
-    return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, cases)
+    return request.getfixturevalue(f"ranks{world}").run(run_cases, config, batch, cases, bucket)
 
 
-def check_formed(result: RankResult, world: int, sizes: Sizes) -> None:
+def check_formed(result: RankResult, world: int, sizes: Sizes, config: dict[str, Any]) -> None:
     """No layout runs as another: group sizes, shard shapes, and the collectives of each axis."""
     size = expected_groups(world, sizes)
     assert result.groups == size
-    check_shards(result.shapes, size, sizes.get("vpp", 1))
+    check_shards(result.shapes, size, sizes.get("vpp", 1), config)
     for outcome in result.outcomes:
         for axis, operations in COLLECTIVES.items():
             seen = {operation for group, operation in outcome.collectives if group == axis}
             assert operations <= seen if size[axis] > 1 else not seen, (axis, seen)
 
 
-def check_shards(shapes: dict[str, tuple[int, ...]], size: Sizes, chunks: int) -> None:
-    hidden, width, ffn = MOE["hidden_size"], MOE["head_dim"], MOE["moe_intermediate_size"]
-    heads, groups = MOE["num_attention_heads"], MOE["num_key_value_heads"]
-    rows = -(-MOE["vocab_size"] // size["tp"])
+def check_shards(shapes: dict[str, tuple[int, ...]], size: Sizes, chunks: int, config: dict[str, Any]) -> None:
+    hidden, width, ffn = config["hidden_size"], config["head_dim"], config["moe_intermediate_size"]
+    heads, groups, tp = config["num_attention_heads"], config["num_key_value_heads"], size["tp"]
+    rows = -(-config["vocab_size"] // tp)
     expected = {
-        "linear_qkv.weight": ((heads + 2 * groups) * width // size["tp"], hidden),
-        "linear_proj.weight": (hidden, heads * width // size["tp"]),
-        "linear_fc1.weight": (2 * ffn // size["etp"], hidden),
-        "linear_fc2.weight": (hidden, ffn // size["etp"]),
+        "linear_proj.weight": (hidden, heads * width // tp),
         "word_embeddings.weight": (rows, hidden),
         "output_layer.weight": (rows, hidden),
     }
+    if config is NEXT:
+        gated, key = 2 * heads, NEXT["linear_num_key_heads"] * NEXT["linear_key_head_dim"]
+        linear_heads, shared = NEXT["linear_num_value_heads"], NEXT["shared_expert_intermediate_size"]
+        value = linear_heads * NEXT["linear_value_head_dim"]
+        expected |= {
+            "linear_qkv.weight": ((gated + 2 * groups) * width // tp, hidden),
+            "in_proj.weight": (2 * (key + value + linear_heads) // tp, hidden),
+            "conv1d.weight": ((2 * key + value) // tp, 1, NEXT["linear_conv_kernel_dim"]),
+            "A_log": (linear_heads // tp,),
+            "dt_bias": (linear_heads // tp,),
+            "out_norm.weight": (NEXT["linear_value_head_dim"],),
+            "out_proj.weight": (hidden, value // tp),
+            "shared_experts.linear_fc1.weight": (2 * shared // tp, hidden),
+            "shared_experts.linear_fc2.weight": (hidden, shared // tp),
+        }
+    else:
+        expected["linear_qkv.weight"] = ((heads + 2 * groups) * width // tp, hidden)
+    expected |= {
+        "linear_fc1.weight": (2 * ffn // size["etp"], hidden),
+        "linear_fc2.weight": (hidden, ffn // size["etp"]),
+    }
     for name, shape in shapes.items():
         assert shape == next((want for end, want in expected.items() if name.endswith(end)), shape), name
-    layers = MOE["num_hidden_layers"] // size["pp"]
-    assert sum(name.endswith("linear_qkv.weight") for name in shapes) == layers
-    assert (
-        sum(name.endswith("linear_fc2.weight") for name in shapes)
-        == layers * MOE["num_experts"] // size["ep"]
-    )
+    layers = config["num_hidden_layers"] // size["pp"]
+    counts = Counter(name.split(".")[-2] for name in shapes)
+    assert counts["linear_qkv"] + counts["in_proj"] == layers
+    experts = layers * config["num_experts"] // size["ep"]
+    assert counts["linear_fc2"] == experts + (layers if config is NEXT else 0)
     if chunks > 1:
         assert {name.split(".")[0] for name in shapes} == {str(i) for i in range(chunks)}
 

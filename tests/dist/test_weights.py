@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_troll.config.load import PRESETS
 from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel, build
@@ -26,9 +27,9 @@ from megatron_troll.weights.source import FolderSource, RandomSource
 from tests.dist.harness import RankPool
 from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups, formed_groups
 from tests.dist.parameters import parameters_by_name
-from tests.dist.tiny import DENSE, MOE, started, unpacked, write_reference
+from tests.dist.tiny import DENSE, MOE, NEXT, started, unpacked, write_reference
 
-QWEN3_30B_A3B = Path(__file__).parents[1] / "unit" / "weights" / "qwen3_30b_a3b.json"
+QWEN3_30B_A3B = PRESETS / "models" / "Qwen3-30B-A3B" / "config.json"
 
 DENSE_LAYOUTS = {"one-rank": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2})}
 
@@ -63,7 +64,7 @@ def tokens() -> Tensor:
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory, tokens: Tensor) -> dict[str, Reference]:
     written = {}
-    configs = {"moe": MOE, "dense": DENSE, "tied": MOE | {"tie_word_embeddings": True}}
+    configs = {"moe": MOE, "dense": DENSE, "tied": MOE | {"tie_word_embeddings": True}, "next": NEXT}
     for name, config in configs.items():
         folder = tmp_path_factory.mktemp(name)
         with torch.no_grad():
@@ -77,6 +78,14 @@ def test_moe_equals_hugging_face(
 ) -> None:
     world, sizes = LAYOUTS[layout]
     check_results(run_on(world, request, sizes, references["moe"], tokens), references["moe"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_next_equals_hugging_face(
+    layout: str, references: dict[str, Reference], tokens: Tensor, request: pytest.FixtureRequest
+) -> None:
+    world, sizes = LAYOUTS[layout]
+    check_results(run_on(world, request, sizes, references["next"], tokens), references["next"], 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dense", "tied"])
@@ -100,14 +109,14 @@ def run_on(
     return results
 
 
-def check_results(results: list[RankResult], reference: Reference) -> None:
+def check_results(results: list[RankResult], reference: Reference, tolerance: float = 1e-5) -> None:
     """Every tensor came back bit-equal, and every logit is Hugging Face's."""
     seen = torch.zeros(reference.logits.shape[:2], dtype=torch.bool)
     for result in results:
         assert result.differing == []
         for row, positions, values in result.logits:
             seen[row, positions] = True
-            torch.testing.assert_close(values, reference.logits[row, positions], rtol=0, atol=1e-5)
+            torch.testing.assert_close(values, reference.logits[row, positions], rtol=0, atol=tolerance)
     assert seen.all()
 
 

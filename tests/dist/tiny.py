@@ -1,4 +1,4 @@
-"""A tiny Qwen3 and Qwen3-MoE: their Hugging Face configs, and reference models with weights worth testing."""
+"""A tiny Qwen3, Qwen3-MoE and Qwen3-Next: their Hugging Face configs, and reference models with weights worth testing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +40,21 @@ MOE = DENSE | {
     "moe_intermediate_size": 24,
     "norm_topk_prob": True,
 }
+# Two layers of each kind, so that a pipeline of two stages has both kinds on each.
+NEXT = MOE | {
+    "model_type": "qwen3_next",
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    "shared_expert_intermediate_size": 56,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 14,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+STEEP = ("embed", "mlp.gate.weight", "conv1d")
 
 
 def reference(config: dict[str, Any], seed: int = 0) -> "PreTrainedModel":
@@ -51,15 +66,24 @@ def reference(config: dict[str, Any], seed: int = 0) -> "PreTrainedModel":
         AutoConfig.for_model(**config), attn_implementation="eager", dtype=torch.float32
     ).eval()
     generator = torch.Generator().manual_seed(seed)
+    zero_centred = config["model_type"] == "qwen3_next"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.1 * drawn)
+                centre = 0 if zero_centred and not name.endswith("linear_attn.norm.weight") else 1
+                parameter.copy_(centre + 0.1 * drawn)
+            elif name.endswith(("A_log", "dt_bias")):
+                parameter.copy_(drawn - 2)  # states that outlast a sequence, were they not cut
             else:
-                steep = "embed" in name or name.endswith("mlp.gate.weight")
-                parameter.copy_((0.5 if steep else 0.1) * drawn)
+                parameter.copy_((0.5 if any(part in name for part in STEEP) else 0.1) * drawn)
     return model
+
+
+def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """[b, s, V], with the soft-cap of `final_logit_softcapping`, which Hugging Face's Qwen3 has not."""
+    logits, cap = model(ids).logits, getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def write_reference(config: dict[str, Any], folder: Path, seed: int = 0) -> "PreTrainedModel":

@@ -20,7 +20,7 @@ VARIANTS = {
     ),
     "data-parallel-experts": (
         "models.policy.layout={tp: 1, ep: 2}",
-        "models.policy.aux_loss=0.01",
+        "models.policy.moe.aux_loss=0.01",
         "rollout.kv_cache=fp8_e4m3",
         "reward={name: exact}",
         "checkpoint.asynchronous=true",

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import bench_tables
 import pytest
 
 from megatron_troll.cli import parser
@@ -19,8 +20,9 @@ from tests.house.markdown import PAGES, ROOT, anchors, commands, configurations,
 from tools import config_reference
 
 GENERATED = {"metrics.md": fields.markdown, "configuration.md": config_reference.markdown}
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 OF_MAKE_TRAIN = re.findall(r"mtroll \w+ (examples/\S+\.yaml)", (ROOT / "Makefile").read_text())
+PYTHONS = (".venv/bin/python", ".venv-nemo/bin/python")
 TREES = ("megatron_troll/", "kernels/", "tests/", "tools/", "examples/", "docs/")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -36,8 +38,10 @@ def test_every_command_is_understood(page: Path, tmp_path: Path, monkeypatch: py
             assert set(words[1:]) <= TARGETS, words
         elif words[0] == "mtroll":
             check_mtroll(words[1:], runs, tmp_path)
+        elif words[1:3] == ["-m", "pytest"]:
+            assert all((ROOT / path).exists() for path in words[3:]), words
         else:
-            script = words[1] if words[0] == ".venv/bin/python" else words[0]
+            script = words[1] if words[0] in PYTHONS else words[0]
             assert (ROOT / script).is_file(), words
 
 
@@ -51,6 +55,8 @@ def check_mtroll(words: list[str], runs: dict[str, Config], place: Path) -> None
             source = place / "config.yaml"
         config = load(source, arguments.overrides)
         runs[f"{config.runs}/{config.name}"] = config
+    elif words[0] == "launch":
+        load(arguments.config, arguments.overrides)
     elif words[0] == "report":
         assert set(arguments.runs) <= runs.keys(), words
     elif words[0] == "rollouts":
@@ -90,6 +96,13 @@ def test_nothing_is_left_to_do(page: Path) -> None:
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_pages_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == GENERATED[name](), f"write docs/{name} again"
+
+
+def test_measured_tables_are_those_of_their_files() -> None:
+    text = bench_tables.PAGE.read_text()
+    assert bench_tables.page(text) == text, "run tools/bench_tables.py"
+    files = {file for _, file, _ in bench_tables.BLOCK.findall(text)}
+    assert files == {path.name for path in (ROOT / "docs").glob("bench_*.json")}
 
 
 def test_the_demo_is_described_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from megatron_troll.mcore.shape import read_shape
 from megatron_troll.objectives.compose import compose
 from megatron_troll.objectives.slots import Policy
 from megatron_troll.rewards.score import Scorer
-from megatron_troll.rollout.engine import requests_for
+from megatron_troll.rollout.engine import Setup, requests_for
 from megatron_troll.types import Message, Prompt, Rollout
 from megatron_troll.weights.table import parameters_of
 from tests.house.markdown import ROOT, blocks, configurations
@@ -56,7 +56,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answered(config: Config, base: Path) -> list[Rollout]:
     """Two rollouts of the page's engine."""
     tokenizer = load_tokenizer(base)
-    engine = rollout.build(config.rollout, None, tokenizer, stop_ids(tokenizer, base), seed=0)  # pyright: ignore[reportArgumentType]
+    engine = rollout.build(Setup(config, None, tokenizer, stop_ids(tokenizer, base)))  # pyright: ignore[reportArgumentType]
     return engine.generate(requests_for([PROMPT], 2, tokenizer), config.rollout.sampling, 1)
 
 

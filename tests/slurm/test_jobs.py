@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,10 +59,10 @@ def submit(cluster: Cluster, finished: Workplace) -> Iterator[Callable[..., Job]
     """Write a script for the run of tiny.yaml under another name, and hand it to sbatch."""
     jobs = []
 
-    def submit(name: str, *options: str) -> Job:
+    def submit(name: str, *settings: str) -> Job:
         script = f"{len(name)} {name.split()[0]}.sbatch"
         allocation = ("--slurm", "--nodes", "2", "--gpus", "0", "--time", "0:40:00")
-        overrides = (f"name={json.dumps(name)}", "launch.threads=1")
+        overrides = (f"name={json.dumps(name)}", "launch.threads=1", *settings)
         succeed(
             finished.mtroll(
                 "launch",
@@ -72,7 +73,6 @@ def submit(cluster: Cluster, finished: Workplace) -> Iterator[Callable[..., Job]
                 sys.executable,
                 "--output",
                 script,
-                *options,
             )
         )
         environment = {**cluster.environment, "PYTHONPATH": str(REPOSITORY)}
@@ -160,6 +160,15 @@ def test_a_second_job_on_a_run_folder_refuses(submit: Callable[..., Job], finish
     assert first.end() == "CANCELLED"
     assert first.cluster.state(first.number) == "CANCELLED"
     assert first.attempts == ["attempt_0", "attempt_1"]
+
+
+def test_what_the_nodes_lack_is_told_before_any_rank_starts(
+    submit: Callable[..., Job], finished: Workplace
+) -> None:
+    job = submit("wishful", "checkpoint.keep_last=1000000000")
+    assert job.end() == "FAILED"
+    assert re.search(r"disk: .* GiB free at .*, \d+\.\d needed; free some, lower", job.log.splitlines()[-1])
+    assert not job.rows
 
 
 def test_an_unknown_partition_is_sbatchs_to_refuse(

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_troll.checks import PROBLEMS, Task, demonstrations, prepare, smallest_world
 from megatron_troll.config.load import load
@@ -88,6 +90,20 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
 )
 def test_it_is_refused(config: Path, override: str, said: str) -> None:
     assert said in refusal(config, override)
+
+
+def test_more_kept_tokens_than_a_gpu_holds_are_refused_where_there_is_one(
+    config: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "wide")
+    described = json.loads((base / "config.json").read_text()) | {"vocab_size": 512}
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(described))
+    changes = f"models.policy.path={tmp_path / 'wide'}", "objective.trust_region.k=300", "rollout.top_k=300"
+    task(config, *changes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    task(config, *changes, "objective.trust_region.k=256")
+    said = "objective: k=300: the kernels of a GPU keep at most 256 tokens of a position"
+    assert said in refusal(config, *changes)
 
 
 def test_a_sparse_head_is_kept_or_refused_before_the_run(config: Path) -> None:
@@ -188,3 +204,14 @@ def test_a_warm_start_needs_demonstrations_that_fit(config: Path) -> None:
 )
 def test_the_smallest_world(layout: dict[str, int], ranks: int) -> None:
     assert smallest_world(Layout(**layout)) == ranks
+
+
+def test_biases_of_experts_stay_in_the_trainer(config: Path) -> None:
+    task(config, "models.policy.moe.bias_rate=1e-3", "checkpoint.export=false")
+    said = "models.policy.moe.bias_rate: checkpoint.export must be false, it is true"
+    assert said in refusal(config, "models.policy.moe.bias_rate=1e-3")
+
+
+def test_a_dispatcher_that_is_not_installed_is_refused(config: Path) -> None:
+    said = refusal(config, "models.policy.moe.dispatcher=deepep")
+    assert said == "models.policy: moe.dispatcher=deepep needs CUDA, and there is none here"

@@ -49,7 +49,8 @@ class Fake:
             topk=None,
             text="12" if right else "21",
             finish="stop",
-            version=round,
+            versions=np.full(1, round),
+            temperature=1.0,
         )
 
 
@@ -110,7 +111,7 @@ def test_groups_count_from_0_and_their_samples_stand_together(run: Callable[...,
     collected = collect(run(["always", "mixed", "mixed", "mixed"], prompts=3, refill=1), step=5)
     assert [rollout.group for rollout in collected.rollouts] == [0] * 4 + [1] * 4 + [2] * 4
     assert [rollout.sample for rollout in collected.rollouts] == [0, 1, 2, 3] * 3
-    assert {rollout.version for rollout in collected.rollouts} == {5}
+    assert {int(rollout.versions[0]) for rollout in collected.rollouts} == {5}
     assert len(collected.reward) == len(collected.rollouts)
 
 

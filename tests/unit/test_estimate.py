@@ -21,7 +21,7 @@ def rollout(sample: int, mask: list[float]) -> Rollout:
     logp = np.zeros(len(mask), dtype=np.float32)
     return Rollout(
         Prompt("p", (), ""), 0, sample, ids[:1], ids, np.array(mask, dtype=np.float32), logp, ids / 10,
-        None, "", "stop", 1,
+        None, "", "stop", ids, 1.0,
     )  # fmt: skip
 
 

@@ -26,7 +26,8 @@ def rollout(logp: list[float], mask: list[float], topk_logp: list[list[float]] |
         topk=topk,
         text="",
         finish="stop",
-        version=1,
+        versions=np.zeros(len(logp), dtype=np.int64),
+        temperature=1.0,
     )
 
 

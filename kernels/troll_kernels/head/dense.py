@@ -61,7 +61,8 @@ class _Dense(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, target, lse, mean = ctx.saved_tensors
         lse_grad = torch.zeros_like(lse) if lse_grad is None else lse_grad
-        sums = grad_sums(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        wanted = ctx.main_grad is not None or ctx.needs_input_grad[1]
+        sums = grad_sums(weight, ctx.main_grad) if wanted else None
         hidden_sum = torch.empty_like(hidden)
         for rows, logits in ctx.shard.chunks(hidden, weight):
             mean_part = None if mean_grad is None else mean_grad[rows]

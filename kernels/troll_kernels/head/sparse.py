@@ -24,8 +24,9 @@ def sparse_logits(
 
     hidden [N, H], weight [V_local, H]. `values` [N, W]: the logits, where the forward pass already has them;
     otherwise the K-column forward computes them. With `main_grad` [V_local, H], float32, rows contiguous, the
-    gradient of weight is added there as backward runs and autograd gets none for it; otherwise backward makes
-    a dense one. Saves the arguments; backward holds what `hidden_grad` and `add_weight_grad` do.
+    gradient of weight is added there as backward runs, whether or not weight requires one, and autograd gets
+    none for it; otherwise backward makes a dense one. Saves the arguments; backward holds what `hidden_grad`
+    and `add_weight_grad` do.
     """
     if values is None:
         values = logits_at(hidden, weight, columns)
@@ -52,7 +53,7 @@ class _SparseLogits(torch.autograd.Function):
         hidden_part = weight_part = None
         if ctx.needs_input_grad[0]:
             hidden_part = hidden_grad(upstream, columns, weight).to(hidden.dtype)
-        if ctx.needs_input_grad[1]:
+        if ctx.main_grad is not None or ctx.needs_input_grad[1]:
             sums = grad_sums(weight, ctx.main_grad)
             add_weight_grad(sums, upstream, columns, hidden)
             weight_part = sums.to(weight.dtype) if ctx.main_grad is None else None

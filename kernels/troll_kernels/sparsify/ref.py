@@ -62,12 +62,23 @@ def sparse_logp(logits: Tensor, count: Tensor, vocab: int, p_d: float) -> Tensor
     tokens have p' = p_d and their entry here is -inf. Differentiable in logits.
     Raises ValueError where (V - |S|) p_d >= 1: nothing would be left for the support.
     """
-    slots = torch.arange(logits.shape[1], device=logits.device)
-    kept = (slots < count[:, None]) & (logits != LOWEST)
-    outside = (vocab - kept.sum(1)).double()
-    # Only an absurd p_d can fail, so the usual call never waits for the device.
-    if (vocab - 1) * p_d >= 1 and bool((outside * p_d >= 1).any()):
-        raise ValueError(f"(V - |S|) * p_d >= 1 with V={vocab}, p_d={p_d}: choose a smaller p_d")
-    inside = torch.log1p(-outside * p_d).to(logits.dtype)
+    check_default(logits, count, vocab, p_d)
+    kept = _kept(logits, count)
+    inside = torch.log1p(-(vocab - kept.sum(1)).double() * p_d).to(logits.dtype)
     logp = torch.log_softmax(torch.where(kept, logits, LOWEST), dim=1)
     return logp + inside[:, None]
+
+
+def check_default(logits: Tensor, count: Tensor, vocab: int, p_d: float) -> None:
+    """Raises ValueError where `sparse_logp` says so. Only an absurd p_d can fail, so the usual call never
+    waits for the device."""
+    if (vocab - 1) * p_d < 1:
+        return
+    outside = (vocab - _kept(logits, count).sum(1)).double()
+    if bool((outside * p_d >= 1).any()):
+        raise ValueError(f"(V - |S|) * p_d >= 1 with V={vocab}, p_d={p_d}: choose a smaller p_d")
+
+
+def _kept(logits: Tensor, count: Tensor) -> Tensor:
+    slots = torch.arange(logits.shape[1], device=logits.device)
+    return (slots < count[:, None]) & (logits != LOWEST)

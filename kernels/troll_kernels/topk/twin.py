@@ -7,9 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from troll_kernels.build import ALIGNED, DTYPES, Build
+from troll_kernels.dispatch import LARGEST_K
 from troll_kernels.tiles import tile_size
-
-MAX_K = 256
 
 
 @triton.jit
@@ -84,8 +83,8 @@ def topk_kernel(
 
 def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tuple[Tensor, Tensor]:
     """See topk/ref.py."""
-    if k > MAX_K:
-        raise ValueError(f"k={k}: the Triton kernels hold at most {MAX_K} tokens a row")
+    if k > LARGEST_K:
+        raise ValueError(f"k={k}: the Triton kernels keep at most {LARGEST_K} tokens a row")
     rows, tiles = tile_max.shape
     values = logits.new_full((rows, k), float("-inf"), dtype=torch.float32)
     columns = torch.full_like(values, -1, dtype=torch.int64)

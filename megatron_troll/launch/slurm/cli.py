@@ -6,10 +6,14 @@ import sys
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
 from megatron_troll.files import write_atomic
+
+if TYPE_CHECKING:
+    from megatron_troll.launch.slurm.script import Allocation
 
 FAILED, REFUSED = 1, 2
 
@@ -23,6 +27,12 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     parser.add_argument("--slurm", action="store_true", required=True, help="the kind of cluster")
     parser.add_argument("--output", default=None, help="the script; default: NAME.sbatch")
     parser.add_argument("--submit", action="store_true", help="hand it to sbatch; else nothing is submitted")
+    add_allocation(parser)
+    parser.set_defaults(run=run)
+
+
+def add_allocation(parser: argparse.ArgumentParser) -> None:
+    """An option for each field of an Allocation."""
     asked = parser.add_argument_group("allocation")
     asked.add_argument("--nodes", type=int, required=True)
     asked.add_argument("--gpus", type=int, default=8, help="per node, a rank each (default 8)")
@@ -42,16 +52,21 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     asked.add_argument("--python", default=".venv/bin/python", help="on the nodes, or in the container")
     asked.add_argument("--interface", default=None, help="of the network; default: each node's own choice")
     asked.add_argument("--restarts", type=int, default=100, help="times it may be requeued (default 100)")
-    parser.set_defaults(run=run)
+
+
+def allocation_of(arguments: Namespace) -> "Allocation":
+    """What the options of `add_allocation` ask for."""
+    from megatron_troll.launch.slurm.script import Allocation
+
+    return Allocation(**{field.name: getattr(arguments, field.name) for field in fields(Allocation)})
 
 
 def run(arguments: Namespace) -> int:
-    from megatron_troll.launch.slurm.script import Allocation, write
+    from megatron_troll.launch.slurm.script import write
 
-    chosen = {field.name: getattr(arguments, field.name) for field in fields(Allocation)}
     try:
         config = load(arguments.config, arguments.overrides)
-        script = write(config, arguments.config, arguments.overrides, Allocation(**chosen))
+        script = write(config, arguments.config, arguments.overrides, allocation_of(arguments))
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED

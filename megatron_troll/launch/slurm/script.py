@@ -57,8 +57,13 @@ def check(config: Config, allocation: Allocation) -> None:
 
 def write(config: Config, path: str, overrides: Sequence[str], allocation: Allocation) -> str:
     """The whole script of `mtroll train PATH OVERRIDES`. Raises ConfigError."""
-    check(config, allocation)
     head = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in options(config.name, allocation))]
+    return "\n".join([*head, "", body(config, path, overrides, allocation)])
+
+
+def body(config: Config, path: str, overrides: Sequence[str], allocation: Allocation) -> str:
+    """What the batch shell does, in the folder it was submitted from. Raises ConfigError."""
+    check(config, allocation)
     network = [] if allocation.interface is None else ["--interface", allocation.interface]
     variables = {
         "run": quote(f"{config.runs}/{config.name}"),
@@ -68,8 +73,7 @@ def write(config: Config, path: str, overrides: Sequence[str], allocation: Alloc
         "network": f"({join(network)})",
         "restarts": str(allocation.restarts),
     }
-    lines = [*head, "", *(f"{name}={value}" for name, value in variables.items()), BODY.read_text()]
-    return "\n".join(lines)
+    return "\n".join([*(f"{name}={value}" for name, value in variables.items()), BODY.read_text()])
 
 
 def options(name: str, allocation: Allocation) -> list[str]:

@@ -8,20 +8,27 @@ until mkdir "$run/logs/attempt_$attempt" 2>/dev/null; do attempt=$((attempt + 1)
 logs=$run/logs/attempt_$attempt
 ln -sfn "attempt_$attempt" "$run/logs/latest"
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, attempt $attempt: every rank writes to $logs"
-
 echo "$SLURM_JOB_ID" >"$logs/job"
-
-srun --kill-on-bad-exit=1 "${container[@]}" "$python" -m megatron_troll.launch.slurm.task \
-  "${network[@]}" "$logs" "${command[@]}" &
-ranks=$!
 
 # USR1 comes before the time limit, TERM with a preemption: the ranks finish their step and save.
 asked=
-trap 'asked=yes; echo "asking the ranks to save and stop"; scancel --signal=USR1 "$SLURM_JOB_ID.0" || true' USR1 TERM
-code=0
-while kill -0 "$ranks" 2>/dev/null; do
-  if wait "$ranks"; then code=0; else code=$?; fi
-done
+trap 'asked=yes; echo "asking the ranks to save and stop"; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1 TERM
+
+# Runs a step to its end, through signals, and leaves its exit code in `code`.
+step() {
+  srun --kill-on-bad-exit=1 "${container[@]}" "$@" &
+  local step=$!
+  code=0
+  while kill -0 "$step" 2>/dev/null; do
+    if wait "$step"; then code=0; else code=$?; fi
+  done
+}
+task=("$python" -m megatron_troll.launch.slurm.task "${network[@]}")
+
+# The nodes first, a task each; then the ranks.
+step --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${task[@]}" "$logs/preflight" preflight "${command[@]:1}"
+if [[ $asked ]]; then code=1; fi
+if ((code == 0)); then step "${task[@]}" "$logs" "${command[@]}"; fi
 trap '' USR1 TERM
 
 # A run that was stopped goes on in the queue, unless the job was cancelled.
@@ -37,6 +44,11 @@ if [[ $run/stopped -nt $logs/job || ($asked && $code != 0) ]] && [[ $state == *=
   exit 1
 fi
 
-failures=("$logs"/failed/*)
-if [[ -e ${failures[0]} ]]; then cat "${failures[0]}"; fi
+# The first failure has the last word.
+for reason in "$logs"/{,preflight/}failed/*; do
+  if [[ -e $reason ]]; then
+    tail -n 1 "$reason"
+    break
+  fi
+done
 exit "$code"

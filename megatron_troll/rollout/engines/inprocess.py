@@ -2,45 +2,38 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.config.tree import RolloutConfig, Sampling
+from megatron_troll.config.tree import Sampling
 from megatron_troll.mcore.decode import Decoder, generation_mode
 from megatron_troll.mcore.head import Head
-from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.rollout.engine import Request
-from megatron_troll.rollout.sampling import draw, sample_key, token_uniforms, uniforms
+from megatron_troll.rollout.engine import Answer, Engine, Request, Setup, rollout_of
+from megatron_troll.rollout.sampling import draw, sample_key, uniforms
 from megatron_troll.types import Rollout, TokenTopK
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one sample drew. ids int64, logp float32 [T], the stop token included."""
-
-    ids: np.ndarray
-    logp: np.ndarray
-    topk: TokenTopK | None
-    finish: Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class InProcessEngine:
+class InProcessEngine(Engine):
     """Samples with KV caches on the training weights under TP, EP, PP and DP: each data-parallel rank draws
-    its share of the requests, `max_sequences` at a time, then all ranks gather everything."""
+    its share of the requests, `max_sequences` at a time, then all ranks gather everything. The same requests,
+    `sampling` and `round` give the same tokens on any layout: a token's uniform is keyed by (seed, round,
+    prompt id, sample, position)."""
 
-    config: RolloutConfig
-    model: MegatronModel
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: tuple[int, ...]
-    seed: int
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.config = setup.rollout
+        self.model = setup.model
+        self.seed = setup.config.seed
+        self._version = 0
+
+    def sync(self, version: int) -> dict[str, float]:
+        self._version = version
+        return {}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
         """See Engine. Each rank ends with every rollout's ids, log-probs and top-K in host memory."""
@@ -55,7 +48,7 @@ class InProcessEngine:
         answers = self.model.groups.pp.broadcast_object(answers, self.model.groups.pp.size - 1)
         shares = dp.all_gather_objects(answers)
         return [
-            self._rollout(request, shares[i % dp.size][i // dp.size], round)
+            rollout_of(self.setup, request, shares[i % dp.size][i // dp.size], sampling, round)
             for i, request in enumerate(requests)
         ]
 
@@ -63,7 +56,7 @@ class InProcessEngine:
         """One static batch to its end; the answers on the last pipeline stage, [] elsewhere. A rank without
         requests still decodes one padding row, since experts may be spread over data-parallel ranks."""
         keys = [sample_key(self.seed, round, r.prompt.id, r.sample) for r in requests] or [0]
-        stops = torch.tensor(self.stop_ids, device=device())
+        stops = torch.tensor(self.setup.stop_ids, device=device())
         tokens, padding = left_pad([r.prompt_ids for r in requests] or [np.zeros(1, dtype=np.int64)])
         decoder = Decoder(self.model, padding, tokens.shape[1] + sampling.max_tokens)
         done = torch.full((len(keys),), not requests, device=tokens.device)
@@ -77,7 +70,7 @@ class InProcessEngine:
                 break
         if not self.model.groups.is_last_stage:
             return []
-        return answers_of(steps, self.stop_ids)[: len(requests)]
+        return answers_of(steps, self.setup.stop_ids, self._version)[: len(requests)]
 
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` is true on some rank. Blocks on the world."""
@@ -92,7 +85,7 @@ class InProcessEngine:
             empty = torch.empty(len(keys), dtype=torch.long, device=device())
             return Step(pp.broadcast(empty, pp.size - 1), None, None, None)
         logits = torch.cat(tp.all_gather(Head(self.model).logits(hidden)), -1)[:, :size]
-        law = torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
+        law = torch.log_softmax(logits / sampling.law_temperature, -1)
         uniform = torch.from_numpy(uniforms(keys, position)).to(law.device)
         token = draw(law, uniform, sampling)
         pp.broadcast(token, pp.size - 1)
@@ -101,26 +94,6 @@ class InProcessEngine:
             return Step(token, logp, None, None)
         values, ids = vocab.topk(law, self.config.top_k, ALONE, size)
         return Step(token, logp, ids, values)
-
-    def _rollout(self, request: Request, answer: Answer, round: int) -> Rollout:
-        return Rollout(
-            prompt=request.prompt,
-            group=request.group,
-            sample=request.sample,
-            prompt_ids=request.prompt_ids,
-            response_ids=answer.ids,
-            mask=np.ones(len(answer.ids), dtype=np.float32),
-            logp=answer.logp,
-            uniform=token_uniforms(self.seed, round, request.prompt.id, request.sample, len(answer.ids)),
-            topk=answer.topk,
-            text=self._text(answer),
-            finish=answer.finish,
-            version=round,
-        )
-
-    def _text(self, answer: Answer) -> str:
-        ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
-        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
@@ -144,8 +117,8 @@ def left_pad(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return tokens.to(device()), padding.to(device())
 
 
-def answers_of(steps: Sequence[Step], stop_ids: Sequence[int]) -> list[Answer]:
-    """Rows of the steps, each cut after its first stop token."""
+def answers_of(steps: Sequence[Step], stop_ids: Sequence[int], version: int) -> list[Answer]:
+    """Rows of the steps, each cut after its first stop token, all drawn from the weights `version`."""
     ids, logp = _stack([step.token for step in steps]), _stack([step.logp for step in steps])
     topk = None
     if steps[0].topk_ids is not None:
@@ -159,6 +132,7 @@ def answers_of(steps: Sequence[Step], stop_ids: Sequence[int]) -> list[Answer]:
             ids=ids[row, :length],
             logp=logp[row, :length],
             topk=None if topk is None else TokenTopK(topk[0][row, :length], topk[1][row, :length]),
+            versions=np.full(length, version, dtype=np.int64),
             finish="stop" if ended[row] else "length",
         )
         for row, length in enumerate(lengths)

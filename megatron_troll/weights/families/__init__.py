@@ -1,10 +1,10 @@
 """The tables of the model families, by Hugging Face `model_type`."""
 
 from megatron_troll.mcore.shape import ModelShape
-from megatron_troll.weights.families import qwen3
+from megatron_troll.weights.families import qwen3, qwen3_next
 from megatron_troll.weights.table import Table, parameters_of
 
-FAMILIES = {"qwen3": qwen3.table, "qwen3_moe": qwen3.table}
+FAMILIES = {"qwen3": qwen3.table, "qwen3_moe": qwen3.table, "qwen3_next": qwen3_next.table}
 
 
 def table_of(shape: ModelShape) -> Table:

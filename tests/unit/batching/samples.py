@@ -30,7 +30,8 @@ def rollout(
         topk=topk,
         text="",
         finish="stop",
-        version=0,
+        versions=np.zeros(len(ids), dtype=np.int64),
+        temperature=1.0,
     )
 
 

@@ -152,6 +152,14 @@ def test_rollouts_without_loss_tokens_are_only_read() -> None:
     assert batch.rollouts == (0, 1)
 
 
+def test_log_probs_of_another_law_than_the_trainers_are_refused() -> None:
+    warm = Form(VOCAB, temperature=0.7)
+    with pytest.raises(ValueError, match=r"sample p#2: its log-probs are of temperature 1\.0, .* of 0\.7"):
+        build([rollout([1], [2, 3], sample=2)], [1], [0], [0], warm)
+    drawn_alike = dataclasses.replace(rollout([1], [2, 3]), temperature=0.7)
+    assert build([drawn_alike], [1], [0], [0], warm).target.tolist() == [2, 3]
+
+
 def test_bad_rollouts_are_named() -> None:
     broken = rollout([1], [2, 3], sample=7)
     broken.logp[1] = np.nan

@@ -30,7 +30,7 @@ def sample(number: int) -> Rollout:
     prompt = Prompt(f"p{number // 3}", (), "4")
     finish: Any = FINISH[number]
     return Rollout(
-        prompt, number // 3, number % 3, tokens, tokens, tokens, tokens, tokens, None, "", finish, 0
+        prompt, number // 3, number % 3, tokens, tokens, tokens, tokens, tokens, None, "", finish, tokens, 1.0
     )
 
 

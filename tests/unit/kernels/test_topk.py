@@ -76,5 +76,5 @@ def test_a_shard_of_padding_has_no_token(implementation):
 
 def test_more_than_registers_hold_is_refused():
     x = torch.zeros(1, 300)
-    with pytest.raises(ValueError, match="k=257: the Triton kernels hold at most 256"):
+    with pytest.raises(ValueError, match="k=257: the Triton kernels keep at most 256"):
         twin("topk").top_k(x, tile_max(x, 300, 32), 300, 257, 32)

@@ -46,7 +46,7 @@ def test_a_draft_sweeps_what_kills_left(tmp_path: Path) -> None:
 
 def test_the_manifest_lists_every_file_in_its_size(tmp_path: Path) -> None:
     save(tmp_path, 3, score=0.5)
-    assert read(tmp_path) == {"format": 1, "step": 3, "score": 0.5, "files": {"tensors/shard": 3}}
+    assert read(tmp_path) == {"format": 2, "step": 3, "score": 0.5, "files": {"tensors/shard": 3}}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,6 @@ def test_nothing_usable_is_said(tmp_path: Path) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     manifest = path_of(tmp_path, 1) / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
-    with pytest.raises(CheckpointError, match="has format 2, this version reads 1"):
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 3}))
+    with pytest.raises(CheckpointError, match="has format 3, this version reads 2"):
         read(tmp_path, 1)

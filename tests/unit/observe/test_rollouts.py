@@ -32,7 +32,8 @@ def rollout(sample: int, logp: list[float], mask: list[float] | None = None) -> 
         topk=None,
         text="".join(WORDS[i] for i in ids),
         finish="stop",
-        version=0,
+        versions=np.zeros(len(logp), dtype=np.int64),
+        temperature=1.0,
     )
 
 

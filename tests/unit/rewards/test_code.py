@@ -112,7 +112,17 @@ def test_through_the_workers():
     texts = [answer("print(2 * int(input()))"), answer("while True: pass"), "no"]
     asked = prompt(DOUBLE)
     rollouts = [
-        Rollout(asked, 0, i, *[nothing] * 5, topk=None, text=text, finish="stop", version=0)
+        Rollout(
+            asked,
+            0,
+            i,
+            *[nothing] * 5,
+            topk=None,
+            text=text,
+            finish="stop",
+            versions=nothing,
+            temperature=1.0,
+        )
         for i, text in enumerate(texts)
     ]
     asked_for = config(timeout_s=60.0, wall_s=5.0, limits={"cpu_s": 1})

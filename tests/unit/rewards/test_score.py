@@ -18,7 +18,7 @@ PLUGINS = "tests.unit.rewards.plugin_rewards"
 def rollout(text: str, answer: str = "12", finish="stop", sample: int = 0, **record) -> Rollout:
     empty = np.zeros(0)
     prompt = Prompt("p1", (), answer, record)
-    return Rollout(prompt, 0, sample, empty, empty, empty, empty, empty, None, text, finish, 0)
+    return Rollout(prompt, 0, sample, empty, empty, empty, empty, empty, None, text, finish, empty, 1.0)
 
 
 def score(texts, name=PLUGINS + ":Obeys", workers=2, **config):

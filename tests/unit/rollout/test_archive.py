@@ -28,7 +28,8 @@ def rollout(prompt: str, sample: int, length: int, k: int = 3) -> Rollout:
         topk=TokenTopK(ids, rng.standard_normal((length, k)).astype(np.float32)),
         text="13579 \N{SNOWMAN} \ud800",
         finish="length",
-        version=12,
+        versions=rng.integers(0, 12, length),
+        temperature=0.7,
     )
 
 

@@ -7,19 +7,17 @@ import pytest
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import RolloutConfig, Sampling
-from megatron_troll.rollout.engine import Request
+from megatron_troll.config.serving import SGLang
+from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, Sampling
+from megatron_troll.rollout.engine import Engine, Request, Setup
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
 from megatron_troll.types import Rollout
 
 HERE = "tests.unit.rollout.test_build"
 
 
-class Recorder:
-    """An engine outside the package that keeps what it was built with."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
+class Recorder(Engine):
+    """An engine outside the package."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
         return []
@@ -34,12 +32,18 @@ def test_inprocess_is_found_by_its_name() -> None:
 
 
 def test_an_engine_outside_the_package_is_built_by_its_import_path() -> None:
-    config: Any = RolloutConfig(engine=f"{HERE}:Recorder")
+    config = Config(
+        name="run",
+        models=Models(policy=Model(path="nowhere")),
+        rollout=RolloutConfig(engine=f"{HERE}:Recorder"),
+    )
     model: Any = object()
     tokenizer: Any = object()
-    engine = rollout.build(config, model, tokenizer, [3, 5], seed=7)
+    setup = Setup(config, model, tokenizer, (3, 5))
+    engine = rollout.build(setup)
     assert isinstance(engine, Recorder)
-    assert engine.arguments == (config, model, tokenizer, (3, 5), 7)
+    assert engine.setup is setup
+    assert engine.sync(3) == {}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,14 @@ def test_context_parallelism_is_refused_for_inprocess_only() -> None:
         rollout.check(RolloutConfig(), cp=2)
     rollout.check(RolloutConfig(), cp=1)
     rollout.check(RolloutConfig(engine=f"{HERE}:Recorder"), cp=2)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://host:1", "http://", "http://host:1/v1"])
+def test_what_is_no_servers_url_is_refused(url: str) -> None:
+    for named in (SGLang(servers=(url,)), SGLang(router=url)):
+        with pytest.raises(ConfigError, match="is not the URL of a server, such as"):
+            rollout.check(RolloutConfig(engine="sglang", sglang=named), cp=1)
+    rollout.check(RolloutConfig(engine="sglang", sglang=SGLang(servers=("http://[::1]:1",))), cp=2)
 
 
 def test_an_unknown_engine_is_refused_by_the_check() -> None:

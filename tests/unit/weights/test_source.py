@@ -1,6 +1,7 @@
 """Readers of full tensors, and the strict check of what they hold."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_troll.mcore.shape import shape_of
 from megatron_troll.weights.check import check
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.source import FolderSource, RandomSource, TensorSource, Unstacked
-from tests.dist.tiny import MOE
+from tests.dist.tiny import MOE, NEXT
 
 SHAPE = shape_of(MOE)
 TABLE = table_of(SHAPE)
@@ -35,6 +36,19 @@ def write_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def test_a_random_hybrid_starts_as_hugging_face_says() -> None:
+    """Zero-centred norms at 0, the norm inside linear attention at 1, decay rates spread over (0, 16)."""
+    source = RandomSource(shape_of(NEXT | {"linear_num_value_heads": 400}), seed=0)
+    layer = "model.layers.0."
+    assert (source.read(layer + "input_layernorm.weight") == 0).all()
+    assert (source.read("model.layers.1.self_attn.q_norm.weight") == 0).all()
+    assert (source.read(layer + "linear_attn.norm.weight") == 1).all()
+    assert (source.read(layer + "linear_attn.dt_bias") == 1).all()
+    rates = source.read(layer + "linear_attn.A_log").exp()
+    assert rates.mean().item() == pytest.approx(8, abs=1)
+    assert 0 < rates.min() < rates.max() < 16
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_folder_gives_back_its_tensors(tmp_path: Path, tensors: dict[str, Tensor], sharded: bool) -> None:
     if sharded:
@@ -55,12 +69,39 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 
 def test_a_missing_file_and_a_stale_index_are_named(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     write_sharded(tmp_path, tensors)
-    save_file({"model.norm.weight": tensors["model.norm.weight"]}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"lists tensors that their files lack: .* and .* more"):
+    lost = sorted(tensors)[0::2]
+    save_file({name: tensors[name] for name in lost[3:]}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="lists tensors that their files lack") as caught:
         FolderSource(tmp_path)
+    assert str(caught.value).split("\n  ")[1:] == lost[:3]
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lists files that are missing: b\.safetensors"):
         FolderSource(tmp_path)
+
+
+def test_every_broken_file_is_named(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_sharded(tmp_path, tensors)
+    os.truncate(tmp_path / "a.safetensors", 1000)
+    (tmp_path / "b.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(
+        ValueError, match=r"(?s)a\.safetensors is cut short.*b\.safetensors is a git-lfs pointer"
+    ):
+        FolderSource(tmp_path)
+
+
+def test_an_index_that_is_none_is_named(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_sharded(tmp_path, tensors)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ')
+    with pytest.raises(ValueError, match=r"index\.json cannot be read"):
+        FolderSource(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_that_of_the_index(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_sharded(tmp_path, tensors)
+    names = sorted(tensors)
+    other = {name: tensors[name] for name in names[1::2]} | {names[0]: torch.zeros_like(tensors[names[0]])}
+    save_file(other, tmp_path / "b.safetensors")
+    assert torch.equal(FolderSource(tmp_path).read(names[0]), tensors[names[0]])
 
 
 def test_random_tensors_depend_on_seed_and_name_alone() -> None:

@@ -1,19 +1,25 @@
-"""The Qwen3 table: names of both layer specs, and both directions of every entry."""
+"""The tables: names of both layer specs, and both directions of every entry."""
 
 import json
-from pathlib import Path
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_troll.config.load import PRESETS
 from megatron_troll.mcore.shape import ModelShape, shape_of
+from megatron_troll.weights.check import check
 from megatron_troll.weights.families import count_parameters, table_of
+from megatron_troll.weights.source import TensorSource
 from megatron_troll.weights.table import Entry, HFTensor, Table
-from tests.dist.tiny import DENSE, MOE
+from tests.dist.tiny import DENSE, MOE, NEXT
+from tests.unit.weights.recorded_names import MODELS, OUTSIDE
 
-QWEN3_30B_A3B = Path(__file__).with_name("qwen3_30b_a3b.json")
+QWEN3_30B_A3B = PRESETS / "models" / "Qwen3-30B-A3B" / "config.json"
+QWEN3_NEXT_80B_A3B = PRESETS / "models" / "Qwen3-Next-80B-A3B-Instruct" / "config.json"
 SHARDS = 4
 
 
@@ -21,19 +27,25 @@ SHARDS = 4
 def shapes(draw: st.DrawFn) -> ModelShape:
     """Any sizes that SHARDS divides where it must; any vocabulary."""
     groups = SHARDS * draw(st.integers(1, 2))
-    moe = draw(st.booleans())
+    config = draw(st.sampled_from([DENSE, MOE, NEXT]))
+    key_heads = SHARDS * draw(st.integers(1, 2))
     sizes = {
         "vocab_size": draw(st.integers(1, 40)),
         "hidden_size": draw(st.integers(1, 9)),
         "num_key_value_heads": groups,
         "num_attention_heads": groups * draw(st.integers(1, 3)),
-        "head_dim": draw(st.integers(1, 5)),
         "intermediate_size": SHARDS * draw(st.integers(1, 3)),
         "tie_word_embeddings": draw(st.booleans()),
+        "moe_intermediate_size": SHARDS * draw(st.integers(1, 3)),
+        "shared_expert_intermediate_size": SHARDS * draw(st.integers(1, 3)),
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * draw(st.integers(1, 3)),
+        "linear_key_head_dim": draw(st.integers(1, 5)),
+        "linear_value_head_dim": draw(st.integers(1, 5)),
+        "rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 1.0},
+        "head_dim": 2 * draw(st.integers(1, 3)),
     }
-    if moe:
-        sizes |= {"moe_intermediate_size": SHARDS * draw(st.integers(1, 3))}
-    return shape_of((MOE if moe else DENSE) | sizes)
+    return shape_of(config | sizes)
 
 
 @given(shapes(), st.sampled_from([1, 2, SHARDS]), st.integers(0, 2**31))
@@ -54,11 +66,13 @@ def entry_of(table: Table, name: str) -> Entry:
 
 
 def test_query_key_and_value_rows_are_grouped_and_sharded_by_query_group() -> None:
-    sizes = {"hidden_size": 1, "head_dim": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 1, "head_dim": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     entry = entry_of(table_of(shape_of(DENSE | sizes)), "decoder.layers.0.self_attention.linear_qkv.weight")
-    query, key, value = (torch.tensor(rows)[:, None] for rows in ([1, 2, 3, 4], [10, 20], [100, 200]))
-    assert entry.shard((query, key, value), 0, 1)[:, 0].tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
-    assert entry.shard((query, key, value), 1, 2)[:, 0].tolist() == [3, 4, 20, 200]
+    rows = (range(1, 9), [10, 11, 20, 21], [100, 101, 200, 201])
+    query, key, value = (torch.tensor(list(row))[:, None] for row in rows)
+    first, second = [1, 2, 3, 4, 10, 11, 100, 101], [5, 6, 7, 8, 20, 21, 200, 201]
+    assert entry.shard((query, key, value), 0, 1)[:, 0].tolist() == first + second
+    assert entry.shard((query, key, value), 1, 2)[:, 0].tolist() == second
 
 
 def test_gate_and_up_are_cut_apart() -> None:
@@ -69,6 +83,52 @@ def test_gate_and_up_are_cut_apart() -> None:
         [1, 2, 10, 20],
         [3, 4, 30, 40],
     ]
+
+
+def test_query_heads_and_their_gates_are_grouped_by_query_group() -> None:
+    sizes = {"hidden_size": 1, "head_dim": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 1.0}}
+    entry = entry_of(table_of(shape_of(NEXT | sizes)), "decoder.layers.0.self_attention.linear_qkv.weight")
+    heads = [[h, h + 1, -h, -h - 1] for h in (1, 3, 5, 7)]  # query rows, then gate rows
+    query = torch.tensor(heads).reshape(-1, 1)
+    key, value = (torch.tensor(rows)[:, None] for rows in ([10, 11, 20, 21], [100, 101, 200, 201]))
+    first, second = (entry.shard((query, key, value), rank, 2)[:, 0].tolist() for rank in (0, 1))
+    assert first == [1, 2, 3, 4, -1, -2, -3, -4, 10, 11, 100, 101]
+    assert second == [5, 6, 7, 8, -5, -6, -7, -8, 20, 21, 200, 201]
+
+
+def test_projections_of_linear_attention_are_sorted_by_kind_and_each_is_cut_by_heads() -> None:
+    sizes = {"hidden_size": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    sizes |= {"linear_key_head_dim": 1, "linear_value_head_dim": 1}
+    entry = entry_of(table_of(shape_of(NEXT | sizes)), "decoder.layers.0.self_attention.in_proj.weight")
+    # For each of two key heads: q, k, then v and z of its two value heads; b and a of them.
+    qkvz = torch.tensor([1, 10, 100, 101, 1000, 1001, 2, 20, 200, 201, 2000, 2001])[:, None]
+    ba = torch.tensor([-1, -2, -10, -20, -3, -4, -30, -40])[:, None]
+    first, second = (entry.shard((qkvz, ba), rank, 2)[:, 0].tolist() for rank in (0, 1))
+    assert first == [1, 10, 100, 101, 1000, 1001, -1, -2, -10, -20]
+    assert second == [2, 20, 200, 201, 2000, 2001, -3, -4, -30, -40]
+
+
+def test_each_layer_of_a_hybrid_has_the_tensors_of_its_type() -> None:
+    names = table_of(shape_of(NEXT)).tensors()
+    for layer, kind in enumerate(NEXT["layer_types"]):
+        mine = {name.split(".")[3] for name in names if name.startswith(f"model.layers.{layer}.")}
+        attention = "linear_attn" if kind == "linear_attention" else "self_attn"
+        assert mine == {attention, "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "carried"),
+    [(NEXT, "mtp.fc.weight", True), (NEXT, "mtpx.weight", False), (MOE, "mtp.fc.weight", False)],
+)
+def test_only_the_multi_token_prediction_of_a_hybrid_is_carried(
+    config: dict[str, Any], extra: str, carried: bool
+) -> None:
+    table = table_of(shape_of(config))
+    source = {name: torch.zeros(tensor.shape) for name, tensor in table.tensors().items()}
+    unused = pytest.raises(ValueError, match=rf"unused: {extra} \(3,\)")
+    with nullcontext() if carried else unused:
+        check(TensorSource(source | {extra: torch.zeros(3)}), table, tied=False)
 
 
 def test_the_vocabulary_is_padded_with_zero_rows_that_do_not_come_back() -> None:
@@ -87,27 +147,19 @@ def test_an_axis_that_does_not_divide_is_an_error() -> None:
         entry.shard((torch.zeros(5, 2),), 0, 2)
 
 
-# The same parameter in the local spec and in Transformer Engine's.
-NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "mlp.experts.local_experts.7.linear_fc1.weight": "mlp.experts.linear_fc1.weight7",
-    "mlp.experts.local_experts.7.linear_fc2.weight": "mlp.experts.linear_fc2.weight7",
-}
-
-
-@pytest.mark.parametrize("local", NAMES)
-def test_both_layer_specs_lead_to_the_same_tensors(local: str) -> None:
-    table = table_of(shape_of(MOE))
-    found = [table.find(f"decoder.layers.31.{name}") for name in (local, NAMES[local])]
-    assert found[0] is not None
-    assert found[0] == found[1]
-    assert (found[0].layer, found[0].expert) == (31, 7 if "experts" in local else None)
-
-
-def test_the_dense_norm_before_the_mlp_has_its_transformer_engine_name() -> None:
-    place = table_of(shape_of(DENSE)).find("decoder.layers.2.mlp.linear_fc1.layer_norm_weight")
-    assert place is not None
-    assert place.names == ("model.layers.2.post_attention_layernorm.weight",)
+@pytest.mark.parametrize("name", MODELS)
+def test_on_transformer_engine_every_tensor_is_that_of_one_parameter(name: str) -> None:
+    config, layers = MODELS[name]
+    table = table_of(shape_of(config))
+    named = list(OUTSIDE)
+    for layer, kind in enumerate(table.layer_types):
+        for parameter in layers[kind]:
+            experts = range(table.experts) if "{e}" in parameter else [0]
+            named += [f"decoder.layers.{layer}.{parameter.format(e=expert)}" for expert in experts]
+    places = [table.find(each) for each in named]
+    assert [each for each, place in zip(named, places) if place is None] == []
+    tensors = [tensor for place in places if place for tensor in place.names]
+    assert sorted(tensors) == sorted(table.tensors())
 
 
 @pytest.mark.parametrize(
@@ -125,6 +177,7 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 def test_published_sizes() -> None:
     assert count_parameters(shape_of(json.loads(QWEN3_30B_A3B.read_text()))) == 30_532_122_624
+    assert count_parameters(shape_of(json.loads(QWEN3_NEXT_80B_A3B.read_text()))) == 79_674_391_296
     qwen3_0_6b = DENSE | {
         "vocab_size": 151936,
         "hidden_size": 1024,

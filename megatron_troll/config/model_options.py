@@ -1,0 +1,38 @@
+"""Options of a model's experts and of its optimizer's state."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_troll.config.node import Node, NonNegative
+
+RecomputeModule = Literal["core_attn", "moe_act", "moe", "mlp"]
+
+
+class MoE(Node):
+    """How the experts of a mixture-of-experts model are chosen, balanced and reached."""
+
+    dispatcher: Literal["alltoall", "allgather", "deepep"] = Field(
+        default="alltoall",
+        description="how tokens reach their experts: exchanged, or gathered by every rank (few experts for "
+        "their top-k); deepep needs that package",
+    )
+    aux_loss: NonNegative = Field(
+        default=0.0, description="coefficient of the load-balancing loss, global over a step"
+    )
+    bias_rate: NonNegative = Field(
+        default=0.0,
+        description="balancing without a loss: after each optimizer step every expert's bias, added to its "
+        "softmax score for the choice, moves by this towards the mean load; 0: no bias",
+    )
+    freeze_router: bool = Field(default=False, description="routers keep their weights")
+
+
+class PrecisionAware(Node):
+    """How Transformer Engine's Adam keeps its moments; the fp32 weights are kept as what they add to the bf16
+    ones, 16 bits each."""
+
+    exp_avg: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
+        default="bf16", description="first moment; fp8: with a scale per tensor"
+    )
+    exp_avg_sq: Literal["fp32", "bf16", "fp16", "fp8"] = Field(default="bf16", description="second moment")

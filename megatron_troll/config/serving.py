@@ -1,0 +1,110 @@
+"""What a run says of its SGLang servers: how they are asked (rollout.sglang) and started (serve)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_troll.config.node import Natural, Node, Positive, PositiveFloat
+
+
+class WeightSync(Node):
+    """How new weights reach SGLang's servers, each time the policy has been trained."""
+
+    via: Literal["disk", "tensor", "distributed"] = Field(
+        default="disk",
+        description="disk: safetensors that servers read; tensor: shared memory of one machine; distributed: "
+        "a process group of trainer and servers (NCCL, gloo on CPU)",
+    )
+    folder: str | None = Field(
+        default=None, description="of `disk`, on trainer and servers alike; default: runs/<name>/weights"
+    )
+    address: str | None = Field(
+        default=None, description="of `distributed`: where servers reach rank 0; default: its host name"
+    )
+    bucket_mib: Positive = Field(default=512, description="MiB sent at once; twice that is held beside")
+    timeout_s: PositiveFloat = Field(default=600.0, description="for any one reply of a server meanwhile")
+
+
+class Probe(Node):
+    """After each sync: the servers' log-probs beside the trainer's, on prompts of the run."""
+
+    prompts: Natural = Field(default=8, description="prompts compared; 0: no probe")
+    tokens: Positive = Field(default=64, description="the last so many of each prompt")
+    max_kl: PositiveFloat = Field(
+        default=0.05, description="nats, mean over the tokens; above it the run ends: KL(engine || trainer)"
+    )
+
+
+class SGLang(Node):
+    """The servers that `rollout.engine: sglang` asks."""
+
+    servers: tuple[str, ...] = Field(
+        default=(), description="URLs; default: those that `mtroll serve` started for this run"
+    )
+    router: str | None = Field(default=None, description="URL of a sglang-router to ask in their place")
+    api_key_file: str | None = Field(
+        default=None, description="file of the servers' API key, readable by its owner only"
+    )
+    concurrency: Positive = Field(default=64, description="requests under way at one server")
+    deadline_s: PositiveFloat = Field(
+        default=300.0,
+        description="for one request; what there is of the answer is then continued at another server",
+    )
+    attempts: Positive = Field(default=8, description="failures of one request in a row that end the run")
+    patience_s: PositiveFloat = Field(
+        default=300.0, description="that there is no usable server before the run ends"
+    )
+    sync: WeightSync = WeightSync()
+    probe: Probe = Probe()
+
+
+class Mamba(Node):
+    """The state cache of a model with linear attention (Qwen3-Next)."""
+
+    ssm_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="of the states"
+    )
+    cache_strategy: Literal["auto", "no_buffer", "extra_buffer", "extra_buffer_lazy"] = Field(
+        default="auto", description="how prefixes share states (SGLang's --mamba-radix-cache-strategy)"
+    )
+    memory_ratio: PositiveFloat = Field(default=0.9, description="memory of states over that of the KV cache")
+
+
+class Serve(Node):
+    """The server processes of `mtroll serve`. The model is models.policy, its dtype included."""
+
+    servers: Positive = Field(default=1, description="server processes on this machine")
+    host: str = Field(
+        default="127.0.0.1", description="address they listen on; any but loopback needs an API key"
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(
+        default=30000, description="of the first; the others count up from it"
+    )
+    python: str = Field(
+        default=".venv-sglang/bin/python", description="interpreter that has SGLang installed"
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        default="auto", description="auto: cuda where there is a GPU; cpu needs `make sglang-env`"
+    )
+    tp: Positive = Field(default=1, description="GPUs of one server")
+    ep: Positive = Field(default=1, description="expert-parallel size, among those")
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="of GPU memory for weights and caches; default: SGLang's"
+    )
+    kv_scales: str | None = Field(
+        default=None,
+        description="file of tools/calibrate_fp8_kv.py, for rollout.kv_cache fp8_e4m3",
+    )
+    force_unscaled_kv: bool = Field(
+        default=False, description="serve an FP8 cache without calibrated scales: all scales are 1"
+    )
+    deterministic: bool = Field(
+        default=False, description="answers that do not depend on what else is under way; slower, GPU only"
+    )
+    routed_experts: bool = Field(default=False, description="return which experts each token was routed to")
+    mamba: Mamba | None = Field(default=None, description="Qwen3-Next only; default: SGLang's")
+    flags: dict[str, str | int | float | bool] = Field(
+        default={}, description="more flags of SGLang's server, without dashes in front; true: a bare flag"
+    )
+    start_timeout_s: PositiveFloat = Field(default=900.0, description="until every server is healthy")
+    restarts: Natural = Field(default=3, description="times that a server that died is started again")

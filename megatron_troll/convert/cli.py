@@ -1,0 +1,131 @@
+"""`mtroll convert`: hf2mcore, mcore2hf."""
+
+import argparse
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_troll.convert.plan import Conversion, Options
+    from megatron_troll.parallel.groups import Group
+
+FAILED, REFUSED = 1, 2
+DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_to(commands: "argparse._SubParsersAction") -> None:
+    """The command's own sub-commands."""
+    about = "checkpoints from Hugging Face to Megatron-Core, and back"
+    convert = commands.add_parser("convert", help=about, description=about)
+    kinds = convert.add_subparsers(required=True, metavar="hf2mcore|mcore2hf")
+    into = kinds.add_parser("hf2mcore", help="a Hugging Face folder to a checkpoint that any layout loads")
+    into.add_argument("source", metavar="SRC", help="folder with config.json and safetensors")
+    into.set_defaults(run=hf2mcore)
+    back = kinds.add_parser("mcore2hf", help="a checkpoint of any layout to a Hugging Face folder")
+    back.add_argument("source", metavar="SRC", help="what hf2mcore wrote, or runs/NAME/checkpoints/step_N")
+    back.add_argument(
+        "--like",
+        metavar="HF",
+        help="folder with config.json and tokenizer; default: SRC, or the folder that the run began with",
+    )
+    back.add_argument(
+        "--leave-out",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="tensors that Hugging Face's format has no place for, by the end of their keys",
+    )
+    back.set_defaults(run=mcore2hf)
+    for kind in (into, back):
+        kind.add_argument("target", metavar="DST", help="folder that is not there yet, or empty")
+        kind.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights (default: keep)")
+        kind.add_argument(
+            "--shard-gib",
+            type=float,
+            default=4.0,
+            help="size of a file, the unit of resuming (default: 4)",
+        )
+        kind.add_argument(
+            "--verify", action="store_true", help="then compare the logits of both; loads each model whole"
+        )
+
+
+def hf2mcore(arguments: Namespace) -> int:
+    def prepare(options: "Options") -> "Conversion":
+        from megatron_troll.convert.to_megatron import ToMegatron
+
+        return ToMegatron(Path(arguments.source), options)
+
+    return _convert(arguments, prepare)
+
+
+def mcore2hf(arguments: Namespace) -> int:
+    def prepare(options: "Options") -> "Conversion":
+        from megatron_troll.convert.to_hugging_face import ToHuggingFace, companions_of
+
+        source = Path(arguments.source)
+        like = Path(arguments.like) if arguments.like else companions_of(source)
+        return ToHuggingFace(source, like, options, tuple(arguments.leave_out))
+
+    return _convert(arguments, prepare)
+
+
+def _convert(arguments: Namespace, prepare: "Callable[[Options], Conversion]") -> int:
+    from megatron_troll.convert.draft import ConversionError
+    from megatron_troll.convert.run import joined
+    from megatron_troll.mcore.checkpoint_folder import CheckpointError
+
+    with joined() as world:
+        try:
+            conversion = prepare(_options(arguments, world))
+            _run(conversion, Path(arguments.target), world)
+            return _verify(conversion, arguments) if arguments.verify else 0
+        except ConversionError as error:
+            return _tell(error, FAILED)
+        except (CheckpointError, ValueError, OSError) as error:
+            return _tell(error, REFUSED)
+
+
+def _options(arguments: Namespace, world: "Group") -> "Options":
+    import torch
+
+    from megatron_troll.convert.plan import Options
+
+    if arguments.verify and world.size > 1:
+        raise ValueError(
+            "--verify loads each model whole, in one process: leave it out here, and give the same command "
+            "with it and without torchrun when this one is done; what is converted is not converted again"
+        )
+    name = DTYPES[arguments.dtype]
+    return Options(None if name is None else getattr(torch, name), int(arguments.shard_gib * 2**30))
+
+
+def _run(conversion: "Conversion", target: Path, world: "Group") -> None:
+    from rich.console import Console
+
+    from megatron_troll.convert.progress import open_progress
+    from megatron_troll.convert.run import convert
+
+    written = convert(conversion, target, world, open_progress(Console(), world.rank))
+    if world.rank == 0:
+        _say(f"wrote {target}" if written else f"{target} is there already, of this very conversion")
+
+
+def _verify(conversion: "Conversion", arguments: Namespace) -> int:
+    from megatron_troll.convert.verify import compare
+
+    found = compare(conversion.sides(Path(arguments.target)), conversion.options.dtype)
+    _say(str(found))
+    return 0 if found.equal else FAILED
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _tell(error: Exception, code: int) -> int:
+    sys.stderr.write(f"{error}\n")
+    return code

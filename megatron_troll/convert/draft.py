@@ -1,0 +1,233 @@
+"""A folder that is written file by file and survives kills: what is finished is not done again.
+
+The target appears under its name, whole, in one step. Until then everything lies in `.NAME.part` beside it:
+files are written under another name, flushed to disk and renamed, and `records/` holds what is known of each.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+from megatron_troll.files import flush, write_atomic
+
+IDENTITY = "conversion.json"
+SUMS = "SHA256SUMS"
+RECORDS = "records"
+LOCK = "lock"
+UNFINISHED = ".part"
+BLOCK_BYTES = 2**22
+Fill = Callable[[BinaryIO], Any]
+
+
+class ConversionError(RuntimeError):
+    """A conversion was stopped; says by what, and what to do."""
+
+
+class TargetError(ValueError):
+    """The target cannot be had."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The folder that is to become `target`. `identity` (JSON) says what goes into it: only a draft of the
+    same identity is continued."""
+
+    target: Path
+    identity: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        target = self.target.absolute()
+        return target.with_name(f".{target.name}{UNFINISHED}")
+
+    def is_complete(self) -> bool:
+        """Whether the target is there already, of this very identity. Raises TargetError where it holds
+        anything else."""
+        if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
+            return False
+        if self.target.is_dir() and _read(self.target / IDENTITY) == self.identity:
+            return True
+        raise TargetError(f"{self.target} is not empty: choose another folder, or delete it")
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Own the draft until the block ends, a new one or what an earlier conversion left.
+
+        Raises TargetError where another process owns it, or it is of another identity.
+        """
+        try:
+            (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / RECORDS / LOCK, "w")  # noqa: SIM115 - held until the end
+        except OSError as error:
+            raise self._failed(self.folder, error) from error
+        with lock:
+            self._take(lock)
+            yield
+
+    def known(self, name: str) -> dict[str, Any] | None:
+        """`bytes`, `sha256` and `record` of a finished file; None when it has to be written."""
+        path, known = self.folder / name, _read(self._record(name))
+        if known is None or not path.is_file() or path.stat().st_size != known["bytes"]:
+            return None
+        return known
+
+    def write(self, name: str, fill: Fill, progress: Callable[[int], object] = lambda count: None) -> None:
+        """Write a file by `fill`, whose result (JSON) is recorded once the file is on disk; `progress` is
+        told of the bytes. Raises ConversionError where that fails, and leaves no part of the file."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(path.name + UNFINISHED)
+        try:
+            with open(unfinished, "wb", buffering=0) as raw, Summed(raw, progress) as file:
+                record = file.filled(fill)
+                os.fsync(raw.fileno())
+            known = {"bytes": unfinished.stat().st_size, "sha256": file.hexdigest(), "record": record}
+            write_atomic(self._record(name), json.dumps(known))
+            os.rename(unfinished, path)
+            flush(path.parent)
+        except OSError as error:
+            raise self._failed(path, error) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def publish(self, names: list[str], complete: Callable[[Path], None]) -> None:
+        """Let `complete` write the small files beside `names`, which `write` wrote, add the sums of all, and
+        give the folder its name. Raises ConversionError where that fails."""
+        try:
+            for leftover in self.folder.rglob(f"*{UNFINISHED}"):
+                leftover.unlink()
+            complete(self.folder)
+            self._write_sums({name: known["sha256"] for name in names if (known := self.known(name))})
+            os.rename(self.folder, self.target)
+            flush(self.target.parent)
+        except OSError as error:
+            raise self._failed(self.target, error) from error
+        self.tidy()
+
+    def _write_sums(self, sums: dict[str, str]) -> None:
+        """In the form of `sha256sum`, with the sums of what is not in `sums`; everything is on disk then."""
+        for path in sorted(self.folder.rglob("*")):
+            name = str(path.relative_to(self.folder))
+            if path.is_dir() or (path.parent != self.folder / RECORDS and name not in (*sums, SUMS)):
+                flush(path)
+                if path.is_file():
+                    sums[name] = _sum(path)
+        write_atomic(self.folder / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+        flush(self.folder)
+
+    def tidy(self) -> None:
+        """Remove from the target what only an unfinished one needs."""
+        shutil.rmtree(self.target / RECORDS, ignore_errors=True)
+
+    def _take(self, lock: IO[str]) -> None:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TargetError(f"{self.target} is being written by another process ({error})") from error
+        there = _read(self.folder / IDENTITY)
+        if there is None:
+            try:
+                write_atomic(self.folder / IDENTITY, _text(self.identity))
+            except OSError as error:
+                raise self._failed(self.folder / IDENTITY, error) from error
+        elif there != self.identity:
+            changed = [key for key in self.identity if there.get(key) != self.identity[key]]
+            raise TargetError(
+                f"{self.folder} holds an unfinished conversion that differs in {', '.join(changed)}: finish "
+                "it with the command that began it, or delete it"
+            )
+
+    def _record(self, name: str) -> Path:
+        return self.folder / RECORDS / f"{name.replace('/', '_')}.json"
+
+    def _failed(self, path: Path, error: OSError) -> ConversionError:
+        there = next(folder for folder in self.folder.parents if folder.exists())
+        free = shutil.disk_usage(there).free / 2**30
+        return ConversionError(
+            f"writing {path} failed: {error} ({free:.1f} GiB are free there). What is finished is kept in "
+            f"{self.folder}: the same command continues"
+        )
+
+
+class Summed:
+    """A file that is written from start to end, and its SHA-256. Only as much of a file as is needed to
+    write: large blocks are summed while the system writes them."""
+
+    def __init__(self, file: io.FileIO, progress: Callable[[int], object]) -> None:
+        self._file = file
+        self._progress = progress
+        self._sum = hashlib.sha256()
+        self._at = 0
+        self._failure: OSError | None = None
+        self._pool = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "Summed":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def filled(self, fill: Fill) -> Any:
+        """What `fill` returns. Raises OSError where a write failed, also when `fill` hides that."""
+        try:
+            return fill(cast("BinaryIO", self))
+        except RuntimeError as error:
+            # torch.save raises its own after it could not write.
+            if self._failure is None:
+                raise
+            raise self._failure from error
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if len(view) < BLOCK_BYTES:
+            self._sum.update(view)
+            self._write(view)
+        else:
+            summed = self._pool.submit(self._sum.update, view)
+            try:
+                self._write(view)
+            finally:
+                summed.result()
+        return len(view)
+
+    def _write(self, view: memoryview) -> None:
+        done = 0
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self._failure = error
+            raise
+        self._at += done
+        self._progress(done)
+
+    def tell(self) -> int:
+        return self._at
+
+    def flush(self) -> None: ...
+
+    def hexdigest(self) -> str:
+        return self._sum.hexdigest()
+
+
+def _sum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _read(path: Path) -> Any:
+    """The JSON in a file; None without it."""
+    return json.loads(path.read_text()) if path.is_file() else None

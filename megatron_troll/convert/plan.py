@@ -1,0 +1,127 @@
+"""What a conversion writes into which file."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import torch
+
+from megatron_troll.weights.carried import Carried
+from megatron_troll.weights.megatron_keys import part_shapes
+from megatron_troll.weights.table import Place, Table
+from megatron_troll.weights.tensor_file import TensorFileWriter, nbytes
+
+FORMAT = 1
+T = TypeVar("T")
+DtypeOf = Callable[[Place], torch.dtype]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What goes into one file of the target: parameters, or carried tensors; about `nbytes` bytes."""
+
+    places: tuple[Place, ...]
+    carried: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both directions can be told: the dtype of parameters (None keeps theirs), and the size that a file
+    of the target may have (one parameter at least)."""
+
+    dtype: torch.dtype | None = None
+    shard_bytes: int = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The same model in both formats, and a folder with its config.json."""
+
+    hugging_face: Path
+    megatron: Path
+    like: Path
+
+
+class Conversion(Protocol):
+    """From the folder of one format to that of the other. Nothing is written before `write`.
+
+    options    what it was told
+    identity   what the target depends on (JSON)
+    shards     the files of the target by their names in it
+    """
+
+    @property
+    def options(self) -> Options: ...
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def shards(self) -> Mapping[str, Shard]: ...
+
+    def write(self, shard: Shard, file: BinaryIO) -> Any:
+        """Fill a file; what `complete` must know of it (JSON)."""
+        ...
+
+    def complete(self, folder: Path, records: dict[str, Any]) -> None:
+        """Write the small files beside the shards, given what `write` returned for each."""
+        ...
+
+    def sides(self, target: Path) -> Sides:
+        """The two folders once `target` is complete."""
+        ...
+
+
+def identity_of(kind: str, options: Options, sources: Iterable[Path]) -> dict[str, Any]:
+    """Two conversions of equal identity write the same: `sources` are the files that are read."""
+    return {
+        "format": FORMAT,
+        "conversion": kind,
+        "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
+        "shard_bytes": options.shard_bytes,
+        "sources": {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in sources},
+    }
+
+
+def cut_parameters(table: Table, dtype: DtypeOf, limit: int) -> list[Shard]:
+    """Every parameter of a model, in files of at most `limit` bytes (one parameter at least)."""
+    places = (place for place in table.places() if not place.entry.copy)
+    sized = ((place, elements(place) * dtype(place).itemsize) for place in places)
+    return [Shard(places, (), size) for places, size in cut(sized, limit)]
+
+
+def cut_carried(carried: Carried, limit: int) -> list[Shard]:
+    """Carried tensors, those of larger elements first."""
+    source = carried.source
+    names = sorted(carried.names, key=lambda name: -source.dtype(name).itemsize)
+    sized = ((name, nbytes(source.dtype(name), source.shapes[name])) for name in names)
+    return [Shard((), names, size) for names, size in cut(sized, limit)]
+
+
+def cut(sized: Iterable[tuple[T, int]], limit: int) -> Iterator[tuple[tuple[T, ...], int]]:
+    """Items in their order, in groups of at most `limit` bytes (one item at least), with the size of each."""
+    group: list[T] = []
+    total = 0
+    for item, size in sized:
+        if group and total + size > limit:
+            yield tuple(group), total
+            group, total = [], 0
+        group.append(item)
+        total += size
+    if group:
+        yield tuple(group), total
+
+
+def elements(place: Place) -> int:
+    return sum(prod(shape) for shape in part_shapes(place.entry))
+
+
+def write_carried(carried: Carried, names: tuple[str, ...], file: BinaryIO) -> None:
+    """A safetensors file with carried tensors."""
+    source = carried.source
+    writer = TensorFileWriter(file, {name: (source.dtype(name), source.shapes[name]) for name in names})
+    for name in names:
+        writer.write(name, source.read(name))

@@ -1,0 +1,104 @@
+"""Carry out a conversion: which rank writes what, what is done already, and how far it is."""
+
+import datetime
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_troll.convert.draft import ConversionError, Draft, TargetError
+from megatron_troll.convert.plan import Conversion
+from megatron_troll.convert.progress import Silent
+from megatron_troll.parallel.groups import ALONE, Group
+
+T = TypeVar("T")
+# Ranks wait for the one that has most to write.
+TIMEOUT = datetime.timedelta(days=7)
+PROBLEMS = (ConversionError, TargetError, ValueError, OSError)
+
+
+@contextmanager
+def joined() -> Iterator[Group]:
+    """The ranks that torchrun or srun started, or this process alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def convert(conversion: Conversion, target: Path, world: Group, progress: Silent) -> bool:
+    """Write `target`, the shards spread over the ranks of `world`; False where it is there already. Blocks.
+
+    What is finished is never written again, whatever kills the processes. Raises TargetError, before anything
+    is written, or ConversionError, on every rank.
+    """
+    draft = Draft(target, conversion.identity)
+    with ExitStack() as owned:
+
+        def begin() -> bool:
+            if world.rank > 0:
+                return True
+            if draft.is_complete():
+                draft.tidy()
+                return False
+            owned.enter_context(draft.open())
+            _check_space(draft, conversion)
+            return True
+
+        if not _together(world, begin):
+            return False
+        _together(world, lambda: _write(draft, conversion, world, progress))
+        _together(world, lambda: world.rank > 0 or _finish(draft, conversion))
+    return True
+
+
+def _write(draft: Draft, conversion: Conversion, world: Group, progress: Silent) -> None:
+    mine = list(conversion.shards.items())[world.rank :: world.size]
+    finished = {name for name, _ in mine if draft.known(name) is not None}
+    sizes = {name: shard.nbytes for name, shard in mine}
+    with progress.counting(sum(sizes.values()), sum(sizes[name] for name in finished)):
+        for name, shard in mine:
+            if name not in finished:
+                draft.write(name, partial(conversion.write, shard), progress.advance)
+
+
+def _finish(draft: Draft, conversion: Conversion) -> None:
+    names = list(conversion.shards)
+
+    def complete(folder: Path) -> None:
+        known = {name: draft.known(name) for name in names}
+        conversion.complete(folder, {name: each["record"] for name, each in known.items() if each})
+
+    draft.publish(names, complete)
+
+
+def _check_space(draft: Draft, conversion: Conversion) -> None:
+    wanted = sum(shard.nbytes for name, shard in conversion.shards.items() if draft.known(name) is None)
+    free = shutil.disk_usage(draft.folder).free
+    if wanted > free:
+        raise TargetError(
+            f"{draft.target} needs {wanted / 2**30:.1f} GiB more and {free / 2**30:.1f} GiB are free there: "
+            "make room, or choose a folder on another disk"
+        )
+
+
+def _together(world: Group, action: Callable[[], T]) -> T:
+    """`action()` on every rank; rank 0's result, or the first rank's error, on all."""
+    result, problem = None, None
+    try:
+        result = action()
+    except PROBLEMS as error:
+        problem = error
+    for found in world.all_gather_objects(problem):
+        if found is not None:
+            raise found
+    return world.broadcast_object(result, 0)

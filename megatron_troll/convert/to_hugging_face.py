@@ -1,0 +1,91 @@
+"""From a Megatron checkpoint, converted or of a run of any layout, to a folder in Hugging Face format."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megatron_troll.config.load import load
+from megatron_troll.convert.plan import (
+    Options,
+    Shard,
+    Sides,
+    cut_carried,
+    cut_parameters,
+    elements,
+    identity_of,
+    write_carried,
+)
+from megatron_troll.mcore.shape import read_shape
+from megatron_troll.weights.carried import carried_by
+from megatron_troll.weights.checkpoint_source import checkpoint_of
+from megatron_troll.weights.folder import CONFIG, file_name, write_companions, write_index
+from megatron_troll.weights.stream import tensors_of
+from megatron_troll.weights.table import Place
+from megatron_troll.weights.tensor_file import TensorFileWriter
+
+
+class ToHuggingFace:
+    """Of the source only its index is read before `write`. `like` is a folder with config.json and tokenizer,
+    and the tensors that no model of ours has; keys that end in one of `left_out` are left out.
+
+    Raises FileNotFoundError or ValueError where the folder has no checkpoint of the model that config.json
+    describes, listing every tensor that is missing, superfluous or wrongly shaped.
+    """
+
+    def __init__(self, folder: Path, like: Path, options: Options, left_out: tuple[str, ...] = ()) -> None:
+        self.folder, self.like, self.options = folder, like, options
+        self.source = checkpoint_of(folder, read_shape(like), left_out)
+        self.identity = identity_of("mcore2hf", options, [like / CONFIG, *self.source.files])
+        self.carried = carried_by(like, self.source.table)
+        parameters = cut_parameters(self.source.table, self._dtype, options.shard_bytes)
+        shards = parameters + cut_carried(self.carried, options.shard_bytes)
+        self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
+
+    def write(self, shard: Shard, file: BinaryIO) -> Any:
+        if shard.carried:
+            return write_carried(self.carried, shard.carried, file)
+        places = sorted(shard.places, key=lambda place: -self._dtype(place).itemsize)
+        layout = {
+            name: (self._dtype(place), tensor.shape)
+            for place in places
+            for name, tensor in zip(place.names, place.entry.hf, strict=True)
+        }
+        writer = TensorFileWriter(file, layout)
+        for name, tensor in tensors_of((place, self.source.parts(place)) for place in places):
+            writer.write(name, tensor.to(layout[name][0]))
+        return None
+
+    def complete(self, folder: Path, records: dict[str, Any]) -> None:
+        shards = self.shards.values()
+        names = [[name for place in shard.places for name in place.names] for shard in shards]
+        names = [[*own, *shard.carried] for own, shard in zip(names, shards, strict=True)]
+        write_index(folder, names, sum(shard.nbytes for shard in shards))
+        sizes: Counter[torch.dtype] = Counter()
+        for place in (place for shard in shards for place in shard.places):
+            sizes[self._dtype(place)] += elements(place) * self._dtype(place).itemsize
+        write_companions(folder, self.like, sizes)
+
+    def sides(self, target: Path) -> Sides:
+        return Sides(hugging_face=target, megatron=self.folder, like=self.like)
+
+    def _dtype(self, place: Place) -> torch.dtype:
+        return self.options.dtype or self.source.dtype_of(place)
+
+
+def companions_of(folder: Path) -> Path:
+    """Where config.json and tokenizer of a checkpoint are: beside it, or what its run began with. Raises
+    FileNotFoundError where neither has one."""
+    if (folder / CONFIG).is_file():
+        return folder
+    wanted = "give --like, the folder with the model's config and tokenizer"
+    run = folder.absolute().parent.parent / "config.yaml"
+    if not run.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: {wanted}")
+    began_with = Path(load(run).policy.path)
+    if not (began_with / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{began_with}, which the run of {folder} began with, has no {CONFIG}: {wanted}"
+        )
+    return began_with

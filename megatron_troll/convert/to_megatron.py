@@ -1,0 +1,119 @@
+"""From a Hugging Face folder to one with a Megatron checkpoint, which every layout can load."""
+
+from collections import Counter, defaultdict
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megatron_troll.convert.plan import (
+    Options,
+    Shard,
+    Sides,
+    cut_carried,
+    cut_parameters,
+    identity_of,
+    write_carried,
+)
+from megatron_troll.mcore.shape import read_shape
+from megatron_troll.weights.carried import CARRIED, carried_by
+from megatron_troll.weights.check import check
+from megatron_troll.weights.checkpoint_source import TENSORS
+from megatron_troll.weights.families import table_of
+from megatron_troll.weights.folder import CONFIG, file_name, write_companions
+from megatron_troll.weights.folder import write_index as write_carried_index
+from megatron_troll.weights.megatron_keys import Keys, Size, written_keys
+from megatron_troll.weights.source import FolderSource, Source, Unstacked
+from megatron_troll.weights.table import Place
+from megatron_troll.weights.torch_dist import Chunk, Saved, write_chunk, write_index
+
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ToMegatron:
+    """Of the source only headers are read before `write`.
+
+    Raises FileNotFoundError or ValueError where the folder has no model that we know, listing every tensor
+    that is missing, superfluous or wrongly shaped.
+    """
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        shape = read_shape(folder)
+        files, table = FolderSource(folder), table_of(shape)
+        self.folder, self.options = folder, options
+        self.identity = identity_of("hf2mcore", options, [folder / CONFIG, *files.files])
+        self.source = Unstacked(files, table)
+        check(self.source, table, tied=shape.tied)
+        self.keys = written_keys(table)
+        self.tensors = _tensors(self.keys, self.source, options.dtype)
+        self.carried = carried_by(folder, table)
+        parameters = cut_parameters(table, self._dtype, options.shard_bytes)
+        carried = cut_carried(self.carried, options.shard_bytes)
+        self.shards = {f"{TENSORS}/shard_{i + 1:05d}.distcp": shard for i, shard in enumerate(parameters)}
+        self.shards |= {f"{CARRIED}/{file_name(i, len(carried))}": shard for i, shard in enumerate(carried)}
+
+    def write(self, shard: Shard, file: BinaryIO) -> Any:
+        """Records each chunk: key, start, shape, offset and length in the file."""
+        if shard.carried:
+            return write_carried(self.carried, shard.carried, file)
+        return [chunk for place in shard.places for chunk in self._write_parameter(place, file)]
+
+    def complete(self, folder: Path, records: dict[str, Any]) -> None:
+        chunks: dict[str, list[Chunk]] = defaultdict(list)
+        for name, record in records.items():
+            for key, start, shape, offset, length in record or ():
+                chunk = Chunk(tuple(start), tuple(shape), Path(name).name, offset, length)
+                chunks[key].append(chunk)
+        write_index(
+            folder / TENSORS,
+            {key: Saved(*self.tensors[key], tuple(found)) for key, found in chunks.items()},
+        )
+        sizes: Counter[torch.dtype] = Counter()
+        for dtype, whole in self.tensors.values():
+            sizes[dtype] += prod(whole) * dtype.itemsize
+        write_companions(folder, self.folder, sizes)
+        if carried := [shard for shard in self.shards.values() if shard.carried]:
+            names, total = [shard.carried for shard in carried], sum(shard.nbytes for shard in carried)
+            write_carried_index(folder / CARRIED, names, total)
+
+    def sides(self, target: Path) -> Sides:
+        return Sides(hugging_face=self.folder, megatron=target, like=self.folder)
+
+    def _write_parameter(self, place: Place, file: BinaryIO) -> list[tuple[str, Size, Size, int, int]]:
+        written = []
+        parts = place.entry.to_parts(tuple(self.source.read(name) for name in place.names))
+        for region, part in zip(self.keys.regions(place), parts, strict=True):
+            tensor = part.to(self._dtype(place)).reshape(region.shape)
+            where = write_chunk(file, tensor)
+            written.append((region.key, region.start, region.shape, *where))
+        return written
+
+    def _dtype(self, place: Place) -> torch.dtype:
+        return self.tensors[self.keys.regions(place)[0].key][0]
+
+
+def _tensors(keys: Keys, source: Source, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, Size]]:
+    """The dtype and shape of each tensor of the checkpoint; of the layers and experts that one holds, all
+    have to be of one dtype."""
+    shapes: dict[str, Size] = {}
+    dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
+    for place in keys.table.places():
+        if not place.entry.copy:
+            for region in keys.regions(place):
+                shapes[region.key] = region.whole
+                dtypes[region.key] |= {source.dtype(name) for name in place.names}
+    problems = [f"{key}: {_names(found)}" for key, found in dtypes.items() if not found <= set(WEIGHTS)]
+    if problems:
+        raise ValueError("quantised weights are not supported:\n  " + "\n  ".join(problems))
+    problems = [f"{key}: {_names(found)}" for key, found in dtypes.items() if len(found) > 1]
+    if problems and dtype is None:
+        raise ValueError(
+            "weights that Megatron keeps in one tensor are of several dtypes, choose one (--dtype):\n  "
+            + "\n  ".join(problems)
+        )
+    return {key: (dtype or next(iter(dtypes[key])), shape) for key, shape in shapes.items()}
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

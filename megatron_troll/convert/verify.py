@@ -1,0 +1,102 @@
+"""Whether two folders are the same model: logits of Hugging Face's implementation and of Megatron's."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_troll.config.tree import Layout, Model
+from megatron_troll.convert.plan import Sides
+from megatron_troll.launch.local import free_port, rank_environment
+from megatron_troll.mcore import parallel
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import build
+from megatron_troll.mcore.shape import read_shape
+from megatron_troll.parallel.groups import Groups
+from megatron_troll.weights.checkpoint_source import checkpoint_of
+from megatron_troll.weights.load import load
+
+PROMPTS, LENGTH, SEED = 4, 32, 0
+# fp32, of the largest logit. The scan of linear attention adds in another order than Hugging Face's.
+TOLERANCE, TOLERANCE_LINEAR = 1e-5, 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest difference of two logits, the largest logit, and how much may differ."""
+
+    difference: float
+    largest: float
+    tolerance: float
+
+    @property
+    def equal(self) -> bool:
+        return self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "the same model" if self.equal else "NOT the same model"
+        return (
+            f"{verdict}: logits of {PROMPTS} prompts of {LENGTH} tokens differ by at most "
+            f"{self.difference:.1e} (allowed {self.tolerance:.1e}; the largest is {self.largest:.1f})"
+        )
+
+
+def compare(sides: Sides, dtype: torch.dtype | None) -> Comparison:
+    """Compute with both in fp32, one after the other, on prompts of fixed token ids. `dtype`: what the
+    weights were rounded to on the way. Each model is held whole in fp32."""
+    shape = read_shape(sides.like)
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(0, shape.vocab, (PROMPTS, LENGTH), generator=generator)
+    there, here = _hugging_face(sides, tokens, dtype), _megatron(sides, tokens, dtype)
+    largest = float(there.abs().max())
+    relative = TOLERANCE if shape.linear is None else TOLERANCE_LINEAR
+    return Comparison(float((here - there).abs().max()), largest, relative * max(largest, 1.0))
+
+
+@torch.no_grad()
+def _hugging_face(sides: Sides, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        sides.hugging_face, dtype=torch.float32, attn_implementation="eager"
+    )
+    _round(model, dtype)
+    return model.eval()(tokens).logits
+
+
+@torch.no_grad()
+def _megatron(sides: Sides, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+    shape = read_shape(sides.like)
+    config = Model(path=str(sides.like), dtype="fp32", spec="local")
+    with _alone() as groups:
+        model = build(config, shape, groups, trained=False)
+        load(model, checkpoint_of(sides.megatron, shape))
+        _round(model.chunks[0], dtype)
+        model.train(False)
+        device = parallel.device()
+        positions = torch.arange(LENGTH, device=device).expand(PROMPTS, LENGTH)
+        padding = torch.zeros(PROMPTS, LENGTH, dtype=torch.bool, device=device)
+        hidden = model.chunks[0](tokens.to(device), positions, None, padding_mask=padding)
+        logits = Head(model).logits(hidden.transpose(0, 1).reshape(PROMPTS * LENGTH, -1))
+        return logits.view(PROMPTS, LENGTH, -1).cpu()
+
+
+def _round(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """What a conversion to `dtype` does to the weights of one side, done to both."""
+    for parameter in model.parameters() if dtype is not None else ():
+        parameter.copy_(parameter.to(dtype))
+
+
+@contextmanager
+def _alone() -> Iterator[Groups]:
+    """The groups of this process alone."""
+    threads = torch.get_num_threads()
+    os.environ |= rank_environment(0, 1, free_port(), threads)
+    groups = parallel.start(Layout(), SEED)
+    try:
+        yield groups
+    finally:
+        parallel.stop()

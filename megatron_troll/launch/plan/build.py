@@ -1,0 +1,219 @@
+"""The plan of a configuration: every quantity, for each pipeline stage on the rank that holds the most."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_troll.config.tree import Config
+from megatron_troll.launch.plan import communication, head
+from megatron_troll.launch.plan.activations import activations_of, between_stages, flow_of, working_set
+from megatron_troll.launch.plan.models import Planned, models_of
+from megatron_troll.launch.plan.parameters import carried_parameters
+from megatron_troll.launch.plan.pipeline import Work, work_of
+from megatron_troll.launch.plan.saved.layers import MODES
+from megatron_troll.launch.plan.servers import BF16, Server, servers_of
+from megatron_troll.mcore.layout import Cut, cuts, smallest_world
+from megatron_troll.objectives.compose import compose, resolve
+from megatron_troll.objectives.objective import Objective
+from megatron_troll.weights.table import parameters_of
+
+GIB = 2**30
+# Of one token, on the device of every stage: id, position, padding; of those that carry loss: where, target,
+# sequence, position, weight, advantage, log-prob, uniform.
+TOKEN, LOSS_TOKEN = 17, 52
+ENTRY = 12  # of the engine's top-K
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of a model: total, each once, without padding; mtp, layers of the checkpoint that are neither
+    built nor trained; padding, rows of the vocabulary that stand for no token, over one replica; per_rank,
+    padding included, of each stage."""
+
+    model: str
+    total: int
+    mtp: int
+    padding: int
+    per_rank: list[int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes on the rank of a pipeline stage that holds the most, by what they are; host: in the memory of the
+    machine; activations: of the policy, by how much is recomputed."""
+
+    stage: int
+    rank: int
+    bytes: dict[str, int]
+    host: int
+    in_flight: int
+    activations: dict[str, int]
+    experts: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All bytes are of one rank but for `sync`, which is what each server gets."""
+
+    config: Config
+    world: int
+    te: bool
+    checks: list[Cut]
+    parameters: list[Parameters]
+    work: Work
+    stages: list[Stage]
+    logits: head.Logits
+    traffic: communication.Traffic
+    servers: list[Server]
+    sync: int
+    limit: int
+
+    @property
+    def worst(self) -> Stage:
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.worst.total <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        policy = self.parameters[0]
+        return {
+            "config": self.config.model_dump(mode="json", by_alias=True),
+            "world": self.world,
+            "layers": "te" if self.te else "local",
+            "checks": [asdict(check) | {"fits": check.fits} for check in self.checks],
+            "parameters": asdict(policy),
+            "models": [asdict(model) for model in self.parameters],
+            "work": asdict(self.work),
+            "stages": [asdict(stage) | {"total": stage.total} for stage in self.stages],
+            "worst": asdict(self.worst) | {"total": self.worst.total},
+            "logits": asdict(self.logits),
+            "traffic": asdict(self.traffic),
+            "servers": [asdict(server) for server in self.servers],
+            "sync": self.sync,
+            "limit": self.limit,
+            "fits": self.fits,
+        }
+
+
+def plan(config: Config) -> Plan:
+    """Raises ConfigError naming the key that does not fit. Needs config.json of the models, or a published
+    model's name (plan/models.py), and nothing else."""
+    objective = compose(config.objective)
+    config = config.model_copy(update={"objective": resolve(config.objective)})
+    world = config.launch.ranks or smallest_world(config.policy.layout)
+    models = models_of(config, world)
+    policy = models[0]
+    work, flow = work_of(config, policy.ranks), flow_of(policy, work_of(config, policy.ranks))
+    parameters = [_parameters(planned) for planned in models]
+    launch = config.launch
+    return Plan(
+        config=config,
+        world=world,
+        te=flow.te,
+        checks=cuts(policy.shape, policy.model.layout),
+        parameters=parameters,
+        work=work,
+        stages=[_stage(config, models, objective, work, stage) for stage in range(policy.model.layout.pp)],
+        logits=head.logits_of(flow, objective),
+        traffic=_traffic(config, policy, objective, work),
+        servers=servers_of(policy.shape, parameters[0].total, work.tokens, _limit(launch.device_gib * 0.85)),
+        sync=BF16 * parameters[0].total,
+        limit=_limit(launch.device_gib - launch.reserve_gib),
+    )
+
+
+def _limit(gib: float) -> int:
+    return round(gib * GIB)
+
+
+def _parameters(planned: Planned) -> Parameters:
+    ranks, layout = planned.ranks, planned.ranks.layout
+    chunks = [
+        parameter
+        for stage in range(layout.pp)
+        for chunk in range(ranks.chunks)
+        for parameter in planned.holding.of_chunk(stage, chunk)
+    ]
+    first = [stage * (ranks.world // layout.pp) for stage in range(layout.pp)]
+    return Parameters(
+        model=planned.name,
+        total=parameters_of(planned.holding.table),
+        mtp=carried_parameters(planned.holding.table, planned.shape) if planned.name == "policy" else 0,
+        padding=sum(parameter.padding for parameter in chunks),
+        per_rank=[planned.states(rank).parameters for rank in first],
+    )
+
+
+def _stage(config: Config, models: Sequence[Planned], objective: Objective, work: Work, stage: int) -> Stage:
+    """The rank of this stage that holds the most; another model may be cut into other stages."""
+    policy = models[0]
+    size = policy.ranks.world // policy.model.layout.pp
+    states = {
+        rank: [planned.states(rank) for planned in models] for rank in range(stage * size, (stage + 1) * size)
+    }
+    rank = max(states, key=lambda r: sum(s.weights + s.gradients + s.optimizer for s in states[r]))
+    modes = {mode: activations_of(policy, work, stage, mode) for mode in MODES}
+    used = modes[policy.model.recompute]
+    held = {
+        "weights": sum(s.weights for s in states[rank]),
+        "gradients": sum(s.gradients for s in states[rank]),
+        "optimizer": sum(s.optimizer for s in states[rank]),
+        "activations": used.kept,
+        **_beside(config, policy, objective, work, stage, used.in_flight),
+    }
+    return Stage(
+        stage=stage,
+        rank=rank,
+        bytes=held,
+        host=sum(s.host for s in states[rank]),
+        in_flight=used.in_flight,
+        activations={mode: found.kept for mode, found in modes.items()},
+        experts=used.experts,
+    )
+
+
+def _beside(
+    config: Config, policy: Planned, objective: Objective, work: Work, stage: int, flying: int
+) -> dict[str, int]:
+    """What is held beside states and activations."""
+    flow, layout = flow_of(policy, work), policy.model.layout
+    last = stage == layout.pp - 1
+    tokens = work.responses * work.tokens // layout.cp
+    answers = work.responses * config.rollout.sampling.max_tokens // layout.cp
+    entries = config.rollout.top_k if config.objective.old == "engine" else 0
+    return {
+        "head": head.saved_by_head(flow, objective) if last else 0,
+        "logits": head.logits_of(flow, objective).used if last else 0,
+        "records": head.records_of(answers, flow, objective) if last else 0,
+        "batch": config.train.epochs * (TOKEN * tokens + (LOSS_TOKEN + ENTRY * entries) * answers),
+        "pipeline": between_stages(policy, flow, stage, flying),
+        "working set": working_set(flow),
+    }
+
+
+def _traffic(config: Config, policy: Planned, objective: Objective, work: Work) -> communication.Traffic:
+    """Of the stage that sends the most. Forwards without gradient: that of the old policy, and one of every
+    update where the objective or the balancing loss needs numbers over all of it."""
+    ranks, flow, train = policy.ranks, flow_of(policy, work), config.train
+    surveyed = objective.needs_statistics or policy.model.moe.aux_loss > 0
+    forwards = (config.objective.old == "trainer") + train.epochs * surveyed
+    micro = work.responses * work.tokens / work.micro_tokens
+
+    def of_stage(stage: int) -> communication.Traffic:
+        chunks = [ranks.layers(stage, chunk, policy.shape.layers) for chunk in range(ranks.chunks)]
+        kinds = [policy.shape.layer_types[layer] for layers in chunks for layer in layers]
+        there = communication.forward(flow, kinds)
+        between = communication.between_stages(flow, ranks, stage)
+        both = there + communication.backward(flow, kinds) + between
+        step = communication.of_step(flow, ranks, policy.buffers[stage])
+        passes = there.times(forwards) + between.times(forwards / 2) + both.times(train.epochs)
+        return passes.times(micro) + step.times(train.updates)
+
+    return max((of_stage(stage) for stage in range(ranks.layout.pp)), key=lambda t: sum(asdict(t).values()))

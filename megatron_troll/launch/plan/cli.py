@@ -1,0 +1,42 @@
+"""`mtroll plan`: what a run asks of every rank, before a GPU is touched."""
+
+import argparse
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_troll.config import ConfigError
+from megatron_troll.config.load import load
+
+DOES_NOT_FIT, REFUSED = 1, 2
+
+
+def add_to(commands: "argparse._SubParsersAction") -> None:
+    """The command's own options."""
+    about = "memory and traffic of every rank, and whether it fits; needs no GPU and no weights"
+    parser = commands.add_parser("plan", help=about, description=about)
+    parser.add_argument("config", help="YAML file, or a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--json", action="store_true", help="the same as JSON, all sizes in bytes")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: Namespace) -> int:
+    """0: it fits; 1: it does not; 2: refused."""
+    from rich.console import Console
+
+    from megatron_troll.launch.plan.build import plan
+    from megatron_troll.launch.plan.table import tables
+
+    path = Path(arguments.config)
+    try:
+        planned = plan(load(path / "config.yaml" if path.is_dir() else path, arguments.overrides))
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return REFUSED
+    if arguments.json:
+        sys.stdout.write(json.dumps(planned.as_dict(), indent=2) + "\n")
+    else:
+        Console().print(tables(planned))
+    return 0 if planned.fits else DOES_NOT_FIT

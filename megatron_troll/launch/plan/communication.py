@@ -1,0 +1,112 @@
+"""Bytes that one rank sends in one rollout batch, by what they are sent for.
+
+Of a collective over n ranks on S bytes in all, a rank sends (n - 1) / n of S: gathering, scattering sums and
+exchanging alike; summing where everyone keeps the result is both of the first. Messages of a few numbers (how
+many tokens go where, how long a micro-batch is) are left out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from megatron_troll.launch.plan.ranks import Ranks
+from megatron_troll.launch.plan.saved.flow import FLOAT, Flow
+from megatron_troll.launch.plan.states import WIDTHS, Buffers
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """tensor: all-gathers and reduce-scatters of sequence parallelism. expert: tokens to their experts and
+    back (alltoall, or all-gather and reduce-scatter). expert_tensor: the same over the ranks that share an
+    expert. context: keys and values, or heads of linear attention. pipeline: hidden states and their
+    gradients between stages. gradients: summed over data-parallel ranks; weights: gathered again after the
+    optimizer's step."""
+
+    tensor: float = 0
+    expert: float = 0
+    expert_tensor: float = 0
+    context: float = 0
+    pipeline: float = 0
+    gradients: float = 0
+    weights: float = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Traffic)))
+
+    def times(self, factor: float) -> "Traffic":
+        return Traffic(*(factor * getattr(self, f.name) for f in fields(Traffic)))
+
+
+def share(ranks: int) -> float:
+    """Of what a group of ranks holds together, what each sends."""
+    return (ranks - 1) / ranks
+
+
+def forward(flow: Flow, kinds: Iterable[str]) -> Traffic:
+    """One micro-batch through layers of these kinds."""
+    return sum((_layer(flow, kind, backward=False) for kind in kinds), Traffic())
+
+
+def backward(flow: Flow, kinds: Iterable[str]) -> Traffic:
+    """The same backwards, and what is computed again for it."""
+    kinds = list(kinds)
+    again = forward(flow, kinds) if flow.model.recompute == "full" else Traffic()
+    return sum((_layer(flow, kind, backward=True) for kind in kinds), again)
+
+
+def _layer(flow: Flow, kind: str, *, backward: bool) -> Traffic:
+    layout, shape = flow.model.layout, flow.shape
+    # Two all-gathers or reduce-scatters a block; backward gathers what the first matrix read once more.
+    blocks = 1 + bool(shape.shared_expert_ffn) if shape.experts else 2
+    sequence = share(layout.tp) * flow.hidden(flow.tokens) * blocks * (3 if backward else 2)
+    between = _keys(flow, backward) if kind == "full_attention" else _heads(flow)
+    experts = _experts(flow) if shape.experts else Traffic()
+    return Traffic(tensor=sequence, context=between) + experts
+
+
+def _keys(flow: Flow, backward: bool) -> float:
+    """Keys and values, gathered; their gradients, scattered. Transformer Engine passes keys on in both."""
+    layout, shape = flow.model.layout, flow.shape
+    keys = 2 * flow.width * flow.tokens * layout.cp * shape.kv_heads // layout.tp * shape.head_dim
+    return share(layout.cp) * keys * (2 if backward and flow.te else 1)
+
+
+def _heads(flow: Flow) -> float:
+    """What the delta rule reads, to the rank of its heads; what it gives, back."""
+    layout, linear = flow.model.layout, flow.shape.linear
+    assert linear is not None
+    numbers = 2 * linear.key_width + 2 * linear.value_width + 2 * linear.value_heads
+    return share(layout.cp) * flow.width * flow.tokens * numbers // layout.tp
+
+
+def _experts(flow: Flow) -> Traffic:
+    layout, hidden = flow.model.layout, flow.shape.hidden
+    there, weight, back = flow.width * hidden, FLOAT, flow.width * hidden
+    if flow.model.moe.dispatcher == "allgather":
+        ranks, rows = layout.ep * layout.etp, flow.shard
+        sent = there + (FLOAT + 1) * flow.shape.experts + FLOAT * hidden
+        return Traffic(expert=share(ranks) * ranks * rows * sent)
+    sent = share(layout.ep) * flow.routed * (there + weight + back)
+    # Sums over the ranks that share an expert are formed in fp32.
+    shared = share(layout.etp) * flow.received * (there + weight + FLOAT * hidden)
+    return Traffic(expert=sent, expert_tensor=shared)
+
+
+def between_stages(flow: Flow, ranks: Ranks, stage: int) -> Traffic:
+    """Hidden states to the next stage and gradients to the one before, of one micro-batch."""
+    if ranks.layout.pp == 1:
+        return Traffic()
+    sends = ranks.chunks * 2 - (stage == ranks.layout.pp - 1) - (stage == 0)
+    return Traffic(pipeline=sends * flow.hidden(flow.shard))
+
+
+def of_step(flow: Flow, ranks: Ranks, chunks: Iterable[Buffers]) -> Traffic:
+    """Sums of gradients, and new weights, of one optimizer step."""
+    model, total = flow.model, Traffic()
+    for chunk in chunks:
+        for buffer, size in ((chunk.dense, ranks.dp_cp), (chunk.expert, ranks.expert_dp)):
+            numbers = share(size) * buffer.numel
+            if model.optimizer.distributed:
+                total += Traffic(gradients=FLOAT * numbers, weights=WIDTHS[model.dtype] * numbers)
+            else:
+                total += Traffic(gradients=2 * FLOAT * numbers)
+    return total

@@ -1,0 +1,71 @@
+"""What the LM head holds on the last stage, whichever way its gradient goes (mcore/head.py). Bytes."""
+
+from dataclasses import asdict, dataclass
+
+from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow
+from megatron_troll.objectives.objective import Objective
+from megatron_troll.types import Reads
+
+GPU_CHUNK = 2048
+STATISTICS = 3 * FLOAT  # logsumexp, entropy, logit of the sampled token
+SHORT = INDEX + FLOAT  # an id and its logit
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Of one micro-batch, every token of which carries loss.
+
+    whole     all logits at once, which no mode holds: what plain PyTorch would
+    dense     a chunk of whole rows, for methods that differentiate the full softmax
+    own       a chunk of whole rows, and the record of the kept columns
+    old       the record alone: `support: old`
+    used      the one of this objective
+    mode      its name
+    """
+
+    whole: int
+    dense: int
+    own: int
+    old: int
+    used: int
+    mode: str
+
+    def by_mode(self) -> dict[str, int]:
+        return {name: value for name, value in asdict(self).items() if name not in ("used", "mode")}
+
+
+def logits_of(flow: Flow, objective: Objective) -> Logits:
+    rows = flow.shape.padded_vocab(flow.model.layout.tp) // flow.model.layout.tp
+    chunk = flow.width * min(GPU_CHUNK, flow.tokens) * rows
+    record = flow.tokens * SHORT * max(1, _kept(objective.reads))
+    statistics = flow.tokens * STATISTICS
+    modes = {"dense": chunk + statistics, "own": chunk + statistics + record, "old": record}
+    mode = _mode(objective.reads)
+    return Logits(FLOAT * flow.tokens * rows, **modes, used=modes[mode], mode=mode)
+
+
+def saved_by_head(flow: Flow, objective: Objective) -> int:
+    """Hidden states at the tokens that carry loss, and the numbers of every record."""
+    hidden = flow.hidden(flow.tokens)
+    return hidden + flow.tokens * (STATISTICS + SHORT * _kept(objective.reads))
+
+
+def records_of(tokens: int, flow: Flow, objective: Objective) -> int:
+    """What is kept of `tokens` tokens from before the update until the rollout batch is done: readings of the
+    old policy and of the reference model, beside which its hidden states are read again."""
+    kept = tokens * (STATISTICS + SHORT * _kept(objective.reads_old))
+    if objective.needs_reference:
+        again = bool(objective.reads_reference.supports) or objective.reads_reference.reference_kl
+        kept += tokens * FLOAT * 2 + (flow.hidden(tokens) if again else 0)
+    return kept
+
+
+def _kept(reads: Reads) -> int:
+    """Columns of every record: the K kept and the sampled token."""
+    return sum(support.k + 1 for support in reads.supports)
+
+
+def _mode(reads: Reads) -> str:
+    if reads.full_softmax:
+        return "dense"
+    return "own" if reads.own else "old"

@@ -1,0 +1,91 @@
+"""The models of a run as a plan sees them: shape, weight table, who holds what."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.load import PRESETS
+from megatron_troll.config.tree import Config, Model
+from megatron_troll.launch.plan.parameters import Holding
+from megatron_troll.launch.plan.ranks import Ranks
+from megatron_troll.launch.plan.states import Buffers, States, buffers_of, frozen_states, trained_states
+from megatron_troll.mcore.layout import check_layout, check_world
+from megatron_troll.mcore.options import check_options
+from megatron_troll.mcore.shape import ModelShape, read_shape
+from megatron_troll.weights.families import table_of
+from megatron_troll.weights.value import value_table
+
+PUBLISHED = PRESETS / "models"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """`name`: policy, critic or reference. Only a `trained` one has gradients and optimizer state."""
+
+    name: str
+    model: Model
+    shape: ModelShape
+    holding: Holding
+    trained: bool = True
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.holding.ranks
+
+    @cached_property
+    def buffers(self) -> list[list[Buffers]]:
+        return buffers_of(self.model, self.holding)
+
+    def states(self, rank: int) -> States:
+        if self.trained:
+            return trained_states(self.model, self.ranks, self.buffers, rank)
+        return frozen_states(self.model, self.holding, self.ranks.stage(rank))
+
+
+def models_of(config: Config, world: int) -> list[Planned]:
+    """The policy first. Raises ConfigError naming the key that does not fit."""
+    policy = _from_path("policy", config.policy, world)
+    found = [policy]
+    if config.models.reference is not None:
+        found.append(replace(policy, name="reference", trained=False))
+    if config.models.critic is not None:
+        found.append(_from_path("critic", config.models.critic, world))
+    return found
+
+
+def _from_path(name: str, model: Model, world: int) -> Planned:
+    return planned_of(name, model, shape_at(f"models.{name}.path", model.path), world)
+
+
+def shape_at(key: str, path: str) -> ModelShape:
+    """The shape in the folder `path`; where there is none, the published one of a model of that name. Raises
+    ConfigError."""
+    published = PUBLISHED / Path(path).name
+    folder = published if not Path(path).is_dir() and published.is_dir() else path
+    try:
+        return read_shape(folder)
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(file.name for file in PUBLISHED.iterdir()))
+        raise ConfigError(f"{key}: {error}, or be named as one of those known here: {known}") from error
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def planned_of(name: str, model: Model, shape: ModelShape, world: int) -> Planned:
+    """A model of `shape` on `world` ranks. Raises ConfigError naming the key that does not fit."""
+    key = f"models.{name}.layout"
+    try:
+        check_layout(shape, model.layout)
+        check_world(model.layout, world)
+        key = f"models.{name}"
+        check_options(shape, model)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    # A critic has no head, so nothing to tie.
+    shape = replace(shape, tied=shape.tied and name != "critic")
+    table = table_of(shape)
+    if name == "critic":
+        table = value_table(table, shape.hidden)
+    holding = Holding(table, Ranks(model.layout, world), shape.tied, model.moe.freeze_router)
+    return Planned(name, model, shape, holding)

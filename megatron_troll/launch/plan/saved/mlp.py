@@ -1,0 +1,49 @@
+"""What the feed-forward half of a layer keeps for backward, its norm included. Bytes."""
+
+from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow, Saved
+
+# Of a gated MLP: gate and up (one tensor), silu(gate), up + 0, and what the second matrix reads.
+GATED = 5
+
+
+def before_mlp(flow: Flow) -> int:
+    """The norm, and what it gives."""
+    return flow.norm(flow.shard, flow.shape.hidden) + flow.hidden(flow.shard)
+
+
+def dense(flow: Flow) -> Saved:
+    inside = GATED * flow.width * flow.tokens * flow.shape.ffn // flow.model.layout.tp
+    return Saved(before_mlp(flow) + inside, 0, 0)
+
+
+def experts(flow: Flow) -> Saved:
+    chosen = (INDEX + FLOAT) * flow.routed
+    routed = _routed(flow)
+    return Saved(before_mlp(flow) + chosen + _dispatch(flow) + _shared(flow) + routed, 0, routed)
+
+
+def of_activation(flow: Flow) -> int:
+    """Of the experts, all but what their first matrix reads and gives."""
+    return (GATED - 1) * flow.width * flow.received * flow.shape.expert_ffn // flow.model.layout.etp
+
+
+def _dispatch(flow: Flow) -> int:
+    """Which tokens go where, and with what weight."""
+    rows = flow.shard
+    if flow.model.moe.dispatcher == "allgather":
+        rows *= flow.model.layout.ep * flow.model.layout.etp
+    return (1 + FLOAT) * rows * flow.shape.experts + INDEX * flow.routed
+
+
+def _routed(flow: Flow) -> int:
+    """As GATED, and the product with the router's weight."""
+    ffn = flow.shape.expert_ffn // flow.model.layout.etp
+    return flow.received * (flow.width * (flow.shape.hidden + (GATED + 1) * ffn) + FLOAT)
+
+
+def _shared(flow: Flow) -> int:
+    shape = flow.shape
+    if not shape.shared_expert_ffn:
+        return 0
+    inside = GATED * flow.width * flow.tokens * shape.shared_expert_ffn // flow.model.layout.tp
+    return inside + flow.hidden(flow.shard) + flow.width * flow.shard

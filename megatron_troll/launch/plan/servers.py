@@ -1,0 +1,69 @@
+"""What generation holds: weights and caches on the servers' GPUs. Bytes."""
+
+from dataclasses import dataclass
+
+from megatron_troll.launch.plan.saved.flow import FLOAT
+from megatron_troll.mcore.shape import ModelShape
+
+BF16, FP8 = 2, 1
+SIZES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server of `tp` GPUs, on each of them.
+
+    weights      of the model, in bf16
+    token_bf16   of keys and values of one token; token_fp8: in FP8
+    sequence     recurrent state of one sequence (linear attention), whatever its length
+    sequences_bf16, sequences_fp8   as long as they may be, that fit beside the weights
+    """
+
+    tp: int
+    weights: int
+    token_bf16: int
+    token_fp8: int
+    sequence: int
+    sequences_bf16: int
+    sequences_fp8: int
+
+
+def servers_of(shape: ModelShape, parameters: int, longest: int, memory: int) -> list[Server]:
+    """Servers of 1 to 8 GPUs, for sequences of `longest` tokens and `memory` bytes a GPU for weights and
+    caches. None where the weights do not fit, or where the heads cannot be cut so."""
+    found = []
+    for tp in SIZES:
+        weights = BF16 * parameters // tp
+        if shape.heads % tp or weights >= memory:
+            continue
+        values = _values_of_token(shape, tp)
+        state = _state(shape, tp)
+        room = memory - weights
+        found.append(
+            Server(
+                tp=tp,
+                weights=weights,
+                token_bf16=BF16 * values,
+                token_fp8=FP8 * values,
+                sequence=state,
+                sequences_bf16=room // (BF16 * values * longest + state),
+                sequences_fp8=room // (FP8 * values * longest + state),
+            )
+        )
+    return found
+
+
+def _values_of_token(shape: ModelShape, tp: int) -> int:
+    """Keys and values; a head of them is copied where there are more GPUs than heads."""
+    heads = max(1, shape.kv_heads // tp)
+    return 2 * shape.layer_types.count("full_attention") * heads * shape.head_dim
+
+
+def _state(shape: ModelShape, tp: int) -> int:
+    """The matrix of each value head in fp32, and what the convolution must see again."""
+    linear = shape.linear
+    if linear is None:
+        return 0
+    matrices = FLOAT * linear.value_heads * linear.key_dim * linear.value_dim
+    seen = BF16 * (linear.conv - 1) * (2 * linear.key_width + linear.value_width)
+    return shape.layer_types.count("linear_attention") * (matrices + seen) // tp

@@ -1,0 +1,232 @@
+"""SGLang servers as processes of this one: started, watched, started again, stopped."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import yaml
+
+from megatron_troll.launch.interrupts import Interrupts
+from megatron_troll.launch.sglang_flags import Flags
+
+POLL_S = 0.2
+STOP_S = 30.0
+TAIL_LINES = 30
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class ServerFailed(RuntimeError):
+    """A server does not start, or keeps dying."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One server: what starts it, its flags, and where its log and its configuration go. `key` is written to
+    the configuration only, which nobody else may read, and taken out of the log."""
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+    flags: Flags
+    folder: Path
+    key: str | None
+
+    @property
+    def port(self) -> int:
+        return int(self.flags["port"])
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it."""
+        host = str(self.flags["host"])
+        return _url(socket.getfqdn() if host in WILDCARDS else host, self.port)
+
+    @property
+    def local_url(self) -> str:
+        """Where this machine reaches it."""
+        host = str(self.flags["host"])
+        return _url(WILDCARDS.get(host, host), self.port)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"server_{self.port}.log"
+
+
+class Process:
+    """One running server, the leader of a session of its own."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        arguments = plan.folder / f"server_{plan.port}.yaml"
+        arguments.unlink(missing_ok=True)
+        key = {} if plan.key is None else {"api-key": plan.key}
+        with open(os.open(arguments, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            yaml.safe_dump(plan.flags | key, file)
+        self.popen = subprocess.Popen(
+            [*plan.argv, "--config", str(arguments)],
+            env=plan.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        self._writer = threading.Thread(target=self._write_log, daemon=True)
+        self._writer.start()
+
+    def _write_log(self) -> None:
+        """SGLang logs its arguments, the key among them."""
+        assert self.popen.stdout is not None
+        secret = None if self.plan.key is None else self.plan.key.encode()
+        with open(self.plan.log, "ab") as log:
+            for line in self.popen.stdout:
+                log.write(line if secret is None else line.replace(secret, b"(key)"))
+                log.flush()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.popen.poll()
+
+    def healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.plan.local_url}/health", timeout=5.0, trust_env=False).is_success
+        except httpx.TransportError:
+            return False
+
+    def end(self, patience_s: float) -> None:
+        """Wait for it to stop, then kill it and every process it started."""
+        with suppress(subprocess.TimeoutExpired):
+            self.popen.wait(patience_s)
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+        self._writer.join(5.0)
+
+    def last_words(self) -> str:
+        lines = self.plan.log.read_text(errors="replace").splitlines()
+        return "\n".join(line[:300] for line in lines[-TAIL_LINES:])
+
+
+@dataclass
+class Slot:
+    """A place that a server has: the process there now, and how often it was started again."""
+
+    plan: Plan
+    process: Process
+    restarts: int = 0
+    healthy: bool = False
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """Keeps servers running. `announce(plan, pid)` is called when one is healthy, with None when it is not
+    any longer; `say` is told what happens. One that dies is started again, `restarts` times at most."""
+
+    start_timeout_s: float
+    restarts: int
+    announce: Callable[[Plan, int | None], object]
+    say: Callable[[str], object]
+
+    def run(self, plans: Sequence[Plan], interrupts: Interrupts) -> None:
+        """Until asked to stop; every server is stopped then. Raises ServerFailed, after that, where one does
+        not get healthy in time or dies once too often."""
+        for plan in plans:
+            _check_port(plan)
+        deadline = time.monotonic() + self.start_timeout_s
+        slots = [Slot(plan, Process(plan)) for plan in plans]
+        try:
+            while not interrupts.asked:
+                for slot in slots:
+                    self._look_after(slot, deadline)
+                time.sleep(POLL_S)
+        finally:
+            self._stop(slots)
+
+    def _look_after(self, slot: Slot, deadline: float) -> None:
+        plan, process = slot.plan, slot.process
+        if process.exit_code is not None:
+            self._replace(slot)
+        elif not slot.healthy and process.healthy():
+            slot.healthy = True
+            self.announce(plan, process.popen.pid)
+            self.say(f"{plan.url} is healthy; its log is {plan.log}")
+        elif not slot.healthy and slot.restarts == 0 and time.monotonic() > deadline:
+            raise ServerFailed(
+                f"{plan.url} is not healthy after {self.start_timeout_s:g} s (serve.start_timeout_s). The "
+                f"end of {plan.log}:\n{process.last_words()}"
+            )
+
+    def _replace(self, slot: Slot) -> None:
+        """A new process in the place of one that has ended."""
+        plan, process = slot.plan, slot.process
+        self.announce(plan, None)
+        process.end(0.0)
+        ended = f"the server at {plan.url} ended with code {process.exit_code}"
+        if not slot.healthy or slot.restarts == self.restarts:
+            when = f"after {slot.restarts} restarts" if slot.healthy else "before it was healthy"
+            raise ServerFailed(f"{ended} {when}. The end of {plan.log}:\n{process.last_words()}")
+        self.say(f"{ended}; starting it again")
+        slot.process, slot.healthy, slot.restarts = Process(plan), False, slot.restarts + 1
+
+    def _stop(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            self.announce(slot.plan, None)
+            slot.process.popen.terminate()
+        deadline = time.monotonic() + STOP_S
+        for slot in slots:
+            slot.process.end(max(0.0, deadline - time.monotonic()))
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _check_port(plan: Plan) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in str(plan.flags["host"]) else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((str(plan.flags["host"]), plan.port))
+        except OSError as error:
+            raise ServerFailed(
+                f"{plan.flags['host']} port {plan.port}: {error.strerror}; set serve.port or serve.host"
+            ) from error
+
+
+def _die_with_parent() -> None:
+    """SIGKILL for the server when this process dies, however that happens; its children follow it."""
+    LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def environment(device: str, threads: int) -> dict[str, str]:
+    """What servers find in theirs: this process's, without what is for its own Python."""
+    theirs = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    theirs |= {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # /health is asked often, and is otherwise answered by generating a token.
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+    }
+    if device == "cpu":
+        theirs |= {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "SGLANG_CPU_OMP_THREADS_BIND": "all",
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+        }
+    return theirs
+
+
+def command(python: str, device: str) -> tuple[str, ...]:
+    """What starts a server, but for its flags."""
+    return (python, "-m", "sglang_cpu.serve" if device == "cpu" else "sglang.launch_server")

@@ -1,0 +1,128 @@
+"""From a configuration to the flags of its SGLang servers."""
+
+import ipaddress
+from pathlib import Path
+
+from megatron_troll.config import ConfigError
+from megatron_troll.config.serving import Mamba, Serve
+from megatron_troll.config.tree import Config
+from megatron_troll.launch.kv_scales import check_scales
+from megatron_troll.mcore.shape import ModelShape
+
+Flags = dict[str, str | int | float | bool]
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# Families whose SGLang 0.5.23 model reads a file of KV scales; the others refuse to start with one.
+READS_SCALES = ("qwen3",)
+HAS_MAMBA = ("qwen3_next",)
+# What has no kernel without CUDA, and what would take all of a machine's memory.
+ON_CPU: Flags = {
+    "device": "cpu",
+    "attention-backend": "torch_native",
+    "sampling-backend": "pytorch",
+    "cuda-graph-backend-decode": "disabled",
+    "cuda-graph-backend-prefill": "disabled",
+    "disable-overlap-schedule": True,
+    "skip-server-warmup": True,
+    "sleep-on-idle": True,
+    "max-total-tokens": 32768,
+    "max-running-requests": 32,
+}
+
+
+def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Flags:
+    """The flags of server `number` on "cuda" or "cpu", without its API key. Raises ConfigError for what a
+    server would refuse, or do in silence."""
+    serve, policy = config.serve, config.policy
+    flags: Flags = {
+        "model-path": str(Path(policy.path).absolute()),
+        "host": serve.host,
+        "port": serve.port + number,
+        "dtype": DTYPES[policy.dtype],
+        "grammar-backend": "none",
+        "random-seed": config.seed + number,
+    }
+    if policy.init == "random":
+        flags["load-format"] = "dummy"
+    if device == "cpu":
+        flags |= _on_cpu(serve)
+    else:
+        flags |= {"tp-size": serve.tp, "ep-size": serve.ep, "base-gpu-id": number * serve.tp}
+    if serve.memory_fraction is not None:
+        flags["mem-fraction-static"] = serve.memory_fraction
+    if serve.deterministic:
+        flags["enable-deterministic-inference"] = True
+    if serve.routed_experts:
+        flags["enable-return-routed-experts"] = True
+    flags |= _kv_cache(config, shape)
+    flags |= _mamba(serve.mamba, shape)
+    return _with_own(flags, serve.flags)
+
+
+def check_address(serve: Serve, key_file: str | None) -> None:
+    """Raises ConfigError where others could reach a server that asks for no key."""
+    if key_file is None and not _is_loopback(serve.host):
+        raise ConfigError(
+            f"serve.host={serve.host}: a server that other machines reach needs an API key: put one in a "
+            "file of mode 600 and name it in rollout.sglang.api_key_file"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _on_cpu(serve: Serve) -> Flags:
+    if serve.tp > 1 or serve.ep > 1:
+        raise ConfigError(f"serve.tp={serve.tp}, serve.ep={serve.ep}: a server on CPU has one rank")
+    if serve.deterministic:
+        raise ConfigError("serve.deterministic: SGLang has no deterministic attention on CPU")
+    return ON_CPU
+
+
+def _kv_cache(config: Config, shape: ModelShape) -> Flags:
+    if config.rollout.kv_cache == "auto":
+        return {}
+    flags: Flags = {"kv-cache-dtype": config.rollout.kv_cache}
+    serve = config.serve
+    if serve.force_unscaled_kv:
+        return flags
+    if shape.family not in READS_SCALES:
+        raise ConfigError(
+            f"rollout.kv_cache={config.rollout.kv_cache}: SGLang 0.5.23 reads calibrated scales for "
+            f"{', '.join(READS_SCALES)} only, not for {shape.family}: leave the cache in the weights' "
+            "dtype, or accept scales of 1 with serve.force_unscaled_kv=true"
+        )
+    if serve.kv_scales is None:
+        raise ConfigError(
+            f"rollout.kv_cache={config.rollout.kv_cache}: without calibrated scales SGLang takes 1 for "
+            "all of them and says nothing: make some with tools/calibrate_fp8_kv.py and name the file in "
+            "serve.kv_scales, or accept that with serve.force_unscaled_kv=true"
+        )
+    check_scales(Path(serve.kv_scales), shape, serve.tp)
+    return flags | {"quantization-param-path": str(Path(serve.kv_scales).absolute())}
+
+
+def _mamba(mamba: Mamba | None, shape: ModelShape) -> Flags:
+    if mamba is None:
+        return {}
+    if shape.family not in HAS_MAMBA:
+        raise ConfigError(f"serve.mamba: {shape.family} has no linear attention")
+    return {
+        "mamba-ssm-dtype": mamba.ssm_dtype,
+        "mamba-radix-cache-strategy": mamba.cache_strategy,
+        "mamba-full-memory-ratio": mamba.memory_ratio,
+    }
+
+
+def _with_own(flags: Flags, own: Flags) -> Flags:
+    """`serve.flags` may set what is chosen for a device, nothing that the rest of the configuration says."""
+    named = {key.lstrip("-").replace("_", "-"): value for key, value in own.items()}
+    taken = sorted(named.keys() & (flags.keys() - ON_CPU.keys()))
+    if taken:
+        raise ConfigError(f"serve.flags: {', '.join(taken)} follow from other keys of the configuration")
+    if {"api-key", "admin-api-key", "config"} & named.keys():
+        raise ConfigError("serve.flags: keys belong in the file of rollout.sglang.api_key_file")
+    return flags | named

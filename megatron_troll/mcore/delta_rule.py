@@ -1,0 +1,184 @@
+"""The gated delta rule (Gated Delta Networks, arXiv:2412.06464), in chunks and step by step.
+
+With log-decay g_t <= 0, keys and queries of length 1 and 0 < beta_t < 1, each value head keeps a matrix S:
+
+    S_t = e^{g_t} S_{t-1} + beta_t k_t (v_t - (e^{g_t} S_{t-1})^T k_t)^T        o_t = S_t^T q_t / sqrt(d_k)
+
+`chunked` says the same for C positions at once. With G the sum of g from the chunk's start, the values
+u_i that are written solve a triangular system (the WY form of the products of I - beta k k^T):
+
+    u_i = beta_i (v_i - e^{G_i} S^T k_i - sum_{j<i} e^{G_i - G_j} (k_i . k_j) u_j)
+
+so that only the state passes from chunk to chunk. No exponent is positive.
+
+Shapes: query and key [B, L, Hk, Dk]; value [B, L, Hv, Dv], where Hv / Hk neighbouring value heads share a key
+head; decay and beta [B, L, Hv]; state [B, Hv, Dk, Dv] in fp32 or wider, None for zeros. Both return the
+output [B, L, Hv, Dv] in the dtype of `value` and the state after the last position.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+NORM_EPS = 1e-6
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The two forms of the rule, by one implementation."""
+
+    chunked: Rule
+    recurrent: Rule
+
+
+def delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """flash-linear-attention's kernels where they are installed and take `value` (CUDA, not fp32); the exact
+    rule in torch elsewhere. A decode step is recurrent, all else chunked: the recurrent kernel has no
+    backward."""
+    fused = flash_linear_attention() if takes_kernels(value.device, value.dtype) else None
+    kernels = fused or Kernels(chunked, recurrent)
+    decoding = value.shape[1] == 1 and not torch.is_grad_enabled()
+    rule = kernels.recurrent if decoding else kernels.chunked
+    return rule(query, key, value, decay, beta, state)
+
+
+def implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """Which one `delta_rule` takes, and why, in words."""
+    if not takes_kernels(device, dtype):
+        return "linear attention: the exact rule in torch; flash-linear-attention is for CUDA and bf16"
+    if flash_linear_attention() is None:
+        return (
+            "linear attention: the exact rule in torch, which is slow; `pip install flash-linear-attention` "
+            "brings kernels"
+        )
+    return "linear attention: flash-linear-attention's kernels"
+
+
+def takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype != torch.float32
+
+
+@functools.cache
+def flash_linear_attention() -> Kernels | None:
+    """Its kernels; None where it is not installed."""
+    if importlib.util.find_spec("fla") is None:
+        return None
+    from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
+        chunk_gated_delta_rule,
+        fused_recurrent_gated_delta_rule,
+    )
+
+    def adapted(kernel: Callable[..., tuple[Tensor, Tensor]]) -> Rule:
+        def rule(
+            query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            return kernel(
+                query.to(value.dtype),
+                key.to(value.dtype),
+                value,
+                g=decay,
+                beta=beta,
+                initial_state=state,
+                output_final_state=True,
+            )
+
+        return rule
+
+    return Kernels(adapted(chunk_gated_delta_rule), adapted(fused_recurrent_gated_delta_rule))
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """`vectors` over their length along the last axis, in fp32 at least."""
+    vectors = wide(vectors)
+    return vectors * torch.rsqrt(vectors.pow(2).sum(-1, keepdim=True) + NORM_EPS)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def chunked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    size: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Chunks of `size` positions. Holds 4 x B x Hv x L x size beside a few copies of the inputs, and for
+    backward one state per chunk."""
+    length, heads = value.shape[1], key.shape[2]
+    size = min(size, length)
+    q, k, v = (_in_chunks(_grouped(tensor, heads), size) for tensor in (query, key, value))
+    g, b = (_in_chunks(_grouped(tensor[..., None], heads), size) for tensor in (decay, beta))
+    q, since = q * q.shape[-1] ** -0.5, g.cumsum(-2)
+    later = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1)
+    between = (since - since.mT).masked_fill(later, float("-inf")).exp()
+    system, inside = (b * k) @ k.mT * between, q @ k.mT * between
+    # What is written, were the state before the chunk zero, and what each position takes back of that state.
+    written, taken = torch.linalg.solve_triangular(
+        system, torch.cat([b * v, b * k * since.exp()], -1), upper=False, unitriangular=True
+    ).split([v.shape[-1], k.shape[-1]], -1)
+    across, kept = q * since.exp(), since[..., -1:, :].exp()
+    stored = k * (since[..., -1:, :] - since).exp()
+    memory, outputs = _start(state, k, v), []
+    # Unbound at once: in backward, each index would make a tensor of all chunks.
+    chunks = (tensor.unbind(3) for tensor in (written, taken, across, inside, kept, stored))
+    for write, take, read, mix, keep, store in zip(*chunks, strict=True):
+        new = write - take @ memory
+        outputs.append(read @ memory + mix @ new)
+        memory = keep * memory + store.mT @ new
+    output = _ungrouped(torch.cat(outputs, 3))[:, :length]
+    return output.to(value.dtype), memory.flatten(1, 2)
+
+
+def recurrent(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Position by position."""
+    heads = key.shape[2]
+    q, k, v = (_grouped(tensor, heads) for tensor in (query, key, value))
+    g, b = (_grouped(tensor[..., None], heads) for tensor in (decay, beta))
+    q = q * q.shape[-1] ** -0.5
+    memory, outputs = _start(state, k, v), []
+    for i in range(v.shape[3]):
+        at = slice(i, i + 1)
+        memory = g[:, :, :, at].exp() * memory
+        new = b[:, :, :, at] * (v[:, :, :, at] - k[:, :, :, at] @ memory)
+        memory = memory + k[:, :, :, at].mT @ new
+        outputs.append(q[:, :, :, at] @ memory)
+    return _ungrouped(torch.cat(outputs, 3)).to(value.dtype), memory.flatten(1, 2)
+
+
+def _grouped(tensor: Tensor, key_heads: int) -> Tensor:
+    """[B, L, H, D] -> [B, Hk, H / Hk, L, D], in fp32 at least."""
+    return wide(tensor).unflatten(2, (key_heads, -1)).movedim(1, 3)
+
+
+def _ungrouped(output: Tensor) -> Tensor:
+    """[B, Hk, Hv / Hk, L, D] -> [B, L, Hv, D]."""
+    return output.movedim(3, 1).flatten(2, 3)
+
+
+def _in_chunks(tensor: Tensor, size: int) -> Tensor:
+    """[.., L, D] -> [.., N, size, D]. The padding decays nothing and writes nothing."""
+    return F.pad(tensor, (0, 0, 0, -tensor.shape[3] % size)).unflatten(3, (-1, size))
+
+
+def _start(state: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
+    """The state [B, Hk, Hv / Hk, Dk, Dv] before the first position."""
+    batch, heads, group = value.shape[:3]
+    if state is None:
+        return value.new_zeros(batch, heads, group, key.shape[-1], value.shape[-1])
+    return state.to(value.dtype).unflatten(1, (heads, group))

@@ -1,0 +1,246 @@
+"""The Gated DeltaNet layer of Qwen3-Next: linear attention whose state is a matrix per head.
+
+Megatron's own layer takes neither packed sequences nor generation nor context parallelism; this one takes all
+three. Heads are cut over the tensor-parallel ranks. Sequences go through the causal convolution and the delta
+rule as the rows of a dense batch, so nothing can pass from one to the next. Under context parallelism each
+rank has, there, every position of its share of the heads.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_troll.mcore.delta_rule import delta_rule, unit, wide
+from megatron_troll.mcore.head_exchange import HeadExchange
+from megatron_troll.mcore.packing import Bucket, PackedSequences
+from megatron_troll.mcore.sharding import cut_rows
+from megatron_troll.parallel.groups import Group
+
+
+@dataclass(frozen=True)
+class GatedDeltaNetSubmodules:
+    """in_proj  column-parallel, [query, key, value, z, b, a], each cut over the ranks by heads
+    out_norm    over one head, not zero-centred
+    out_proj    row-parallel
+    """
+
+    in_proj: ModuleSpec | type
+    out_norm: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What generation keeps of the positions so far.
+
+    inputs  [B, conv - 1, channels] the newest inputs of the convolution
+    state   [B, Hv, Dk, Dv] fp32
+    """
+
+    inputs: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels of each kind."""
+
+    query: int
+    key: int
+    value: int
+    z: int
+    b: int
+    a: int
+
+    @property
+    def convolved(self) -> tuple[int, int, int]:
+        return self.query, self.key, self.value
+
+    @property
+    def projected(self) -> tuple[int, ...]:
+        return (*self.convolved, self.z, self.b, self.a)
+
+
+def widths_of(config: TransformerConfig, ranks: int) -> Widths:
+    """On one of the `ranks` that the heads are cut over."""
+    sizes: Any = config  # Megatron's type allows None
+    heads = sizes.linear_num_value_heads // ranks
+    key = sizes.linear_num_key_heads // ranks * sizes.linear_key_head_dim
+    value = heads * sizes.linear_value_head_dim
+    return Widths(query=key, key=key, value=value, z=value, b=heads, a=heads)
+
+
+class GatedDeltaNet(MegatronModule):
+    """Takes the place of self-attention in a Megatron layer: [s, b, h] to [s, b, h] (and no bias)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedDeltaNetSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.recomputed = config.recompute_granularity == "selective"
+        sizes: Any = config  # Megatron's type allows None
+        self.key_head = (-1, sizes.linear_key_head_dim)
+        self.value_head = (-1, sizes.linear_value_head_dim)
+        tp, cp = pg_collection.tp, pg_collection.cp
+        self.tp = Group(tp, tp.rank(), tp.size())
+        self.exchange = HeadExchange(Group(cp, cp.rank(), cp.size()))
+        self.widths = widths_of(config, tp.size())
+        self.mine = widths_of(config, tp.size() * cp.size())
+        everything = widths_of(config, 1)
+        linear = {"config": config, "bias": False, "is_expert": False, "tp_group": tp}
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            sum(everything.projected),
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
+            **linear,
+        )
+        self._add_own_parameters(config)
+        self.out_norm = build_module(
+            submodules.out_norm,
+            config=config,
+            hidden_size=sizes.linear_value_head_dim,
+            eps=config.layernorm_epsilon,
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            everything.value,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            **linear,
+        )
+
+    def _add_own_parameters(self, config: TransformerConfig) -> None:
+        channels, heads, width = sum(self.widths.convolved), self.widths.b, config.linear_conv_kernel_dim
+        assert width is not None
+        self.conv1d = nn.Conv1d(
+            channels, channels, width, groups=channels, bias=False, dtype=config.params_dtype
+        )
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+        for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        inference_context: Any = None,
+        packed_seq_params: PackedSequences | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """`attention_mask` and `inference_context` are those of generation (decode.py)."""
+        projected, _bias = self.in_proj(hidden_states)
+        *convolved, z, b, a = projected.split(self.widths.projected, -1)
+        rows = self.exchange.to_heads([*convolved, b, a])
+        if inference_context is not None:
+            assert attention_mask is not None
+            mixed = self._extend(rows, attention_mask, inference_context.key_value_memory_dict)
+        elif packed_seq_params is not None:
+            mixed = self._packed(rows, packed_seq_params.buckets)
+        else:
+            mixed = self._padded(rows)
+        gated = self._gated(self.exchange.to_positions(mixed), z)
+        output, _bias = self.out_proj(gated)
+        return output, None
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """Rows [cp x s, b, w] of sequences padded on the right, which no earlier position sees."""
+        order = self.exchange.order(rows.shape[0], rows.device)
+        return self._whole(rows[order.argsort()].transpose(0, 1)).transpose(0, 1)[order]
+
+    def _packed(self, rows: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
+        """Rows [cp x t, 1, w]. Positions of no sequence come out as zeros."""
+        mixed = rows.new_zeros(rows.shape[0], self.mine.value)
+        for bucket in buckets:
+            sequences = self._whole(rows[bucket.key, 0])
+            mixed = mixed.index_put((bucket.key[bucket.real],), sequences[bucket.real])
+        return mixed[:, None]
+
+    def _extend(self, rows: Tensor, hidden: Tensor, memories: dict[int, Memory]) -> Tensor:
+        """Positions [s, b, w] after those of `memories`. `hidden` [b, 1, s, end] hides from the last position
+        nothing but padding, which is on the left and leaves no trace."""
+        padding = hidden[:, 0, -1, -rows.shape[0] :]
+        mixed, memories[self.layer_number] = self._mix(
+            rows.transpose(0, 1).masked_fill(padding[..., None], 0), memories.get(self.layer_number)
+        )
+        return mixed.transpose(0, 1)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """Whole sequences [B, L, w]. Selective recomputation forms everything in here again, as it does in
+        core attention."""
+        if not (self.recomputed and self.training):
+            return self._mix(rows, None)[0]
+        run = checkpoint(self._mix, rows, None, use_reentrant=False, preserve_rng_state=False)
+        assert run is not None
+        return run[0]
+
+    def _mix(self, rows: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """Whole sequences [B, L, w], or what follows `memory`, through convolution and delta rule to
+        [B, L, heads x Dv], over this rank's heads."""
+        inputs, b, a = rows.split([sum(self.mine.convolved), self.mine.b, self.mine.a], -1)
+        weight = self._convolution()
+        before = inputs.new_zeros(len(rows), weight.shape[-1] - 1, inputs.shape[-1])
+        seen = torch.cat([before if memory is None else memory.inputs, inputs], 1)
+        convolved = F.silu(F.conv1d(seen.mT, weight, groups=inputs.shape[-1])).mT
+        query, key, value = convolved.split(self.mine.convolved, -1)
+        rate, bias = self.exchange.share(self.A_log), self.exchange.share(self.dt_bias)
+        mixed, state = delta_rule(
+            unit(query.unflatten(-1, self.key_head)),
+            unit(key.unflatten(-1, self.key_head)),
+            value.unflatten(-1, self.value_head),
+            -wide(rate).exp() * F.softplus(wide(a) + wide(bias)),
+            wide(b).sigmoid(),
+            None if memory is None else memory.state,
+        )
+        return mixed.flatten(2), Memory(seen[:, rows.shape[1] :], state)
+
+    def _convolution(self) -> Tensor:
+        """[channels, 1, conv] of this rank's heads."""
+        kinds = self.conv1d.weight.split(self.widths.convolved)
+        return torch.cat([self.exchange.share(kind.movedim(0, -1)) for kind in kinds], -1).movedim(-1, 0)
+
+    def _gated(self, mixed: Tensor, z: Tensor) -> Tensor:
+        """norm(mixed) * silu(z) for each head."""
+        normed = self.out_norm(mixed.unflatten(-1, self.value_head))
+        return (normed * F.silu(wide(z.unflatten(-1, self.value_head)))).to(mixed.dtype).flatten(-2)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Each kind of rows is a tensor of its own in a checkpoint, so that any layout can read it."""
+        assert not sharded_offsets, "layers of several types are not stacked"
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        replica = state[f"{prefix}in_proj.weight"].replica_id
+        projected = ("query", "key", "value", "z", "b", "a")
+        for name, kinds, rows in (
+            ("in_proj.weight", projected, self.widths.projected),
+            ("conv1d.weight", projected[:3], self.widths.convolved),
+            ("dt_bias", ("heads",), (self.widths.b,)),
+            ("A_log", ("heads",), (self.widths.a,)),
+        ):
+            key = f"{prefix}{name}"
+            data = self.get_parameter(name)
+            state[key] = cut_rows(key, data, dict(zip(kinds, rows, strict=True)), self.tp, replica)
+        return state

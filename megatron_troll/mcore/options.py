@@ -1,0 +1,62 @@
+"""What a model's options rule out: by themselves, and on a machine. Megatron-Core is not imported."""
+
+import importlib.util
+
+import torch
+
+from megatron_troll.config.model_options import MoE
+from megatron_troll.config.tree import Model
+from megatron_troll.mcore.layout import uses_te
+from megatron_troll.mcore.shape import ModelShape
+
+
+def check_options(shape: ModelShape, model: Model) -> None:
+    """Raise ValueError naming the first option that has no meaning for this model, or beside another."""
+    if not shape.experts and model.moe != MoE():
+        changed = model.moe.model_dump(exclude_defaults=True)
+        raise ValueError(f"moe={changed} needs a model with experts; this is {shape.family}: leave it out")
+    unfit = {"mlp"} if shape.experts else {"moe", "moe_act"}
+    for module in (module for module in model.recompute_modules if module in unfit):
+        kind = "with" if shape.experts else "without"
+        raise ValueError(f"recompute_modules: {module} is not part of a model {kind} experts; leave it out")
+    if model.moe.dispatcher == "deepep" and model.layout.ep * model.layout.etp == 1:
+        raise ValueError("moe.dispatcher=deepep needs layout.ep or layout.etp above 1; use alltoall")
+    optimizer = model.optimizer
+    special = {"offload": optimizer.offload > 0, "precision_aware": optimizer.precision_aware is not None}
+    for name in (name for name, wanted in special.items() if wanted):
+        if not optimizer.distributed:
+            raise ValueError(f"optimizer.{name} needs optimizer.distributed=true")
+        if model.dtype != "bf16":
+            raise ValueError(f"optimizer.{name} needs dtype=bf16; it is {model.dtype}")
+    if all(special.values()):
+        raise ValueError(
+            "optimizer.precision_aware and optimizer.offload exclude each other: Megatron keeps an offloaded "
+            "state in fp32; leave one out"
+        )
+
+
+def check_machine(model: Model) -> None:
+    """Raise ValueError naming the first option that this machine lacks something for, and what to install."""
+    cuda = torch.cuda.is_available()
+    if "moe_act" in model.recompute_modules and model.recompute == "selective" and not uses_te(model.spec):
+        raise ValueError(
+            "recompute_modules: moe_act needs Transformer Engine's grouped experts; recompute moe instead"
+        )
+    needs = {
+        "moe.dispatcher=deepep": (
+            model.moe.dispatcher == "deepep",
+            "deep_ep",
+            "DeepEP (https://github.com/deepseek-ai/DeepEP), or use moe.dispatcher=alltoall",
+        ),
+        "optimizer.precision_aware": (
+            model.optimizer.precision_aware is not None,
+            "transformer_engine",
+            "Transformer Engine, whose Adam it is, or leave it out",
+        ),
+        "optimizer.offload": (model.optimizer.offload > 0, None, ""),
+    }
+    for option, (wanted, package, what) in needs.items():
+        if wanted and not cuda:
+            raise ValueError(f"{option} needs CUDA, and there is none here")
+        if wanted and package is not None and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{option} needs the package {package}: install {what}")

@@ -1,0 +1,38 @@
+"""What a node has: GPUs, disk, a name."""
+
+import shutil
+import socket
+from pathlib import Path
+
+import torch
+
+from megatron_troll.preflight.finding import Finding, failed, passed
+
+GIB = 2**30
+
+
+def gpus(wanted: int) -> Finding:
+    """GPUs of this node; 0: none are asked for."""
+    count = torch.cuda.device_count()
+    if count < wanted:
+        return failed("gpus", f"{count}, of {wanted} asked for", "ask Slurm for them: --gpus-per-node")
+    return passed("gpus", ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)})) or "none")
+
+
+def disk(folder: Path, wanted: int) -> Finding:
+    """Space for what a run keeps, where it keeps it."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    text = f"{free / GIB:.1f} GiB free at {there}, {wanted / GIB:.1f} needed"
+    if free < wanted:
+        return failed("disk", text, "free some, lower checkpoint.keep_last, or set `runs` to another disk")
+    return passed("disk", text)
+
+
+def names() -> Finding:
+    """Whether this node can look up its own name, which some libraries need."""
+    name = socket.gethostname()
+    try:
+        return passed("name", f"{name} is {socket.gethostbyname(name)}")
+    except OSError as error:
+        return failed("name", f"{name} cannot be resolved: {error}", "add it to DNS or /etc/hosts")

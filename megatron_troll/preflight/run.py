@@ -1,0 +1,92 @@
+"""All checks on this node, those that need the others included, and the verdict that every node shares."""
+
+import datetime
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_troll.parallel.groups import ALONE, Group
+from megatron_troll.preflight import node, packages, together
+from megatron_troll.preflight.finding import Finding
+
+TIMEOUT = datetime.timedelta(seconds=120)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs of each node: `disk_bytes` at `folder`, GPUs (0: it runs without)."""
+
+    folder: Path
+    disk_bytes: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one node found."""
+
+    node: str
+    findings: tuple[Finding, ...]
+
+
+def examine(needs: Needs) -> list[Report]:
+    """One report a node, in rank order, on every rank: one process runs on each node, with RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT in its environment; without RANK this node is alone. Blocks.
+
+    Raises torch.distributed.DistError where the nodes cannot reach each other.
+    """
+    with _world() as world:
+        findings = (*_alone(needs), *_together(needs, world))
+        return world.all_gather_objects(Report(_name(), findings))
+
+
+def _alone(needs: Needs) -> Iterator[Finding]:
+    yield from packages.findings(needs.gpus > 0)
+    yield node.gpus(needs.gpus)
+    yield node.disk(needs.folder, needs.disk_bytes)
+    yield node.names()
+
+
+def _together(needs: Needs, world: Group) -> Iterator[Finding]:
+    yield together.shared_folder(world, needs.folder)
+    yield together.clock(world)
+    group, device = world, torch.device("cpu")
+    if needs.gpus and world.size > 1:
+        handle, device = dist.new_group(backend="nccl"), torch.device("cuda", 0)
+        assert isinstance(handle, dist.ProcessGroup)
+        group = Group(handle, world.rank, world.size)
+    yield from together.all_reduce(
+        group, device, os.environ.get("NCCL_SOCKET_IFNAME", "the default interface")
+    )
+
+
+@contextmanager
+def _world() -> Iterator[Group]:
+    if "RANK" not in os.environ:
+        yield ALONE
+        return
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def _name() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def failures(reports: Sequence[Report]) -> list[str]:
+    """A line for each failed check."""
+    return [
+        f"{report.node}: {finding.check}: {finding.text}; {finding.advice}"
+        for report in reports
+        for finding in report.findings
+        if finding.level == "failed"
+    ]

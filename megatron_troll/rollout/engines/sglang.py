@@ -1,0 +1,135 @@
+"""The engine that asks SGLang servers over HTTP."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_troll.config.tree import Sampling
+from megatron_troll.data.chat import render_prompt
+from megatron_troll.rollout.engine import Answer, Engine, EngineError, Request, Setup, rollout_of
+from megatron_troll.rollout.sampling import sample_key
+from megatron_troll.rollout.sglang import diagnosis, weights
+from megatron_troll.rollout.sglang.client import Question
+from megatron_troll.rollout.sglang.desk import Desk, open_desk
+from megatron_troll.rollout.sglang.errors import Mismatch
+from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
+from megatron_troll.rollout.sglang.registry import weights_folder
+from megatron_troll.rollout.sglang.servers import OutOfDate
+from megatron_troll.rollout.sglang.weights import Agreed
+from megatron_troll.rollout.sglang.wire import Ask
+from megatron_troll.types import Rollout
+
+
+class SGLangEngine(Engine):
+    """Rank 0 asks, all ranks get the answers by a broadcast: there is one view of which servers are there,
+    and one place where each question is answered once. All ranks hold every rollout of a batch."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Waits until a server is healthy and the policy's."""
+        super().__init__(setup)
+        self._version: int | None = None
+        rendered = [render_prompt(prompt.messages, setup.tokenizer) for prompt in setup.prompts]
+        probe = setup.rollout.sglang.probe
+        self._probed = sequences(rendered, probe.tokens)[: probe.prompts]
+        self._desk: Desk | None = None
+        self._agreed = Agreed(setup.model, None)
+        self._open()
+
+    def _open(self) -> None:
+        world, problem = self.setup.model.groups.world, None
+        if world.rank == 0:
+            try:
+                self._desk = open_desk(self.setup)
+            except EngineError as error:
+                problem = error
+        problem = world.broadcast_object(problem, 0)
+        if problem is not None:
+            raise problem
+        self._agreed = Agreed(self.setup.model, self._desk)
+
+    def sync(self, version: int) -> dict[str, float]:
+        """See weights.sync; then the probe. Raises Mismatch where a server is too far from the trainer."""
+        if version == self._version:
+            return {}
+        reached = weights.sync(self._agreed, version)
+        self._version = version
+        return {"servers": float(len(reached)), **self._probe(reached)}
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
+        """See Engine. Which tokens are drawn is up to the servers, unless they are deterministic. Where all
+        servers were replaced meanwhile, the new ones are given the weights and go on."""
+        questions = [self._question(request, sampling, round) for request in requests]
+        answers: dict[int, Answer] = {}
+        while not self._agreed.on_first(lambda desk: _asked(desk, questions, answers)):
+            assert self._version is not None
+            weights.sync(self._agreed, self._version)
+        drawn = self._agreed.on_first(lambda desk: [answers[i] for i in range(len(questions))])
+        return [
+            rollout_of(self.setup, request, answer, sampling, round)
+            for request, answer in zip(requests, drawn, strict=True)
+        ]
+
+    def close(self) -> None:
+        if self._desk is not None:
+            self._desk.close()
+
+    def _question(self, request: Request, sampling: Sampling, round: int) -> Question:
+        vocab = self.setup.model.shape.vocab
+        ask = Ask(
+            ids=request.prompt_ids.tolist(),
+            max_tokens=sampling.max_tokens,
+            sampling=sampling,
+            stop_ids=self.setup.stop_ids,
+            # A server dies of more entries than its vocabulary has.
+            top_k=min(self.setup.rollout.top_k, vocab),
+            vocab=vocab,
+            # SGLang takes seeds of 63 bits.
+            seed=sample_key(self.setup.config.seed, round, request.prompt.id, request.sample) >> 1,
+        )
+        return Question(f"{request.prompt.id}#{request.sample}", ask)
+
+    def _probe(self, urls: Sequence[str]) -> dict[str, float]:
+        if not self._probed:
+            return {}
+        vocab = self.setup.model.shape.vocab
+        ids = [one.ids.tolist() for one in self._probed]
+        served = self._agreed.on_first(
+            lambda desk: desk.background.run(desk.client.score(urls, ids, min(TOP_K, vocab), vocab))
+        )
+        found = gaps(self.setup.model, self._probed, served)
+        self._judge(found)
+        return {
+            "engine_kl": max(gap.mean for gap in found.values()),
+            "engine_kl/p99": max(gap.p99 for gap in found.values()),
+        }
+
+    def _judge(self, found: dict[str, Gap]) -> None:
+        url, worst = max(found.items(), key=lambda item: np.nan_to_num(item[1].mean, nan=np.inf))
+        limit = self.setup.rollout.sglang.probe.max_kl
+        if not worst.mean <= limit:
+            raise Mismatch(
+                f"{url} is {worst.mean:.2g} nats from the trainer, 99 % of tokens within {worst.p99:.2g} "
+                f"(rollout.sglang.probe.max_kl={limit:g}). {self._diagnosis(url)}"
+            )
+
+    def _diagnosis(self, url: str) -> str:
+        config = self.setup.config
+        folder = weights_folder(config)
+        return diagnosis.told(
+            self._agreed, url, Path(config.policy.path), folder.with_name(f"{folder.name}-diagnosis")
+        )
+
+
+def _asked(desk: Desk, questions: Sequence[Question], answers: dict[int, Answer]) -> bool:
+    """Add what is missing to `answers`. False where servers need a sync first; what came is kept."""
+    missing = [i for i in range(len(questions)) if i not in answers]
+
+    def answered(place: int, answer: Answer) -> None:
+        answers[missing[place]] = answer
+
+    try:
+        desk.background.run(desk.client.draw([questions[i] for i in missing], answered))
+    except OutOfDate:
+        return False
+    return True

@@ -1,0 +1,144 @@
+"""Weights by broadcast: rank 0 of the trainer and every rank of the servers in one process group."""
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from megatron_troll.rollout.sglang.background import Background
+from megatron_troll.rollout.sglang.control import Control
+from megatron_troll.rollout.sglang.errors import Unreachable
+from megatron_troll.rollout.sglang.transport import Failed, Tensors, in_session, quietly
+from megatron_troll.weights.buckets import Bucket
+
+POLL_S = 0.001
+# For a group to form, and for one bucket.
+PATIENCE = timedelta(seconds=120)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A process group that this process, as rank 0, and the servers `urls` are in."""
+
+    name: str
+    urls: tuple[str, ...]
+    handle: dist.ProcessGroup
+    store: dist.TCPStore
+
+
+@dataclass
+class Broadcast:
+    """The group is made at the first sync and whenever the servers are others than in the last one; a server
+    that is lost meanwhile breaks it for all. `address` is where servers reach this process."""
+
+    background: Background
+    control: Control
+    max_bytes: int
+    address: str
+    run: str
+    backend: str
+    _group: Joined | None = None
+    _numbers: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    def deliver(self, tensors: Tensors, urls: Sequence[str], version: str) -> Failed:
+        try:
+            group = self._joined(tuple(urls))
+
+            async def send(bucket: Bucket) -> None:
+                await self._send(group, bucket)
+
+            return in_session(self, tensors, urls, send, {})
+        except BaseException:
+            self.close()
+            raise
+
+    async def _send(self, group: Joined, bucket: Bucket) -> None:
+        """A server that answers before the broadcast is through has refused it: nobody waits for it then."""
+        asked = [
+            asyncio.create_task(self.control.take_broadcast(url, group.name, bucket)) for url in group.urls
+        ]
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        work = group.handle.broadcast([bucket.flat], options)
+        try:
+            while not work.is_completed():
+                for task in asked:
+                    if task.done():
+                        task.result()
+                await asyncio.sleep(POLL_S)
+            work.wait()
+            await asyncio.gather(*asked)
+        except RuntimeError as error:
+            raise Unreachable(f"the broadcast to {', '.join(group.urls)} broke off: {error}") from error
+        finally:
+            for task in asked:
+                task.cancel()
+
+    def _joined(self, urls: tuple[str, ...]) -> Joined:
+        if self._group is not None and self._group.urls != urls:
+            self.close()
+        if self._group is None:
+            self._group = self.background.run(self._join(urls))
+        return self._group
+
+    async def _join(self, urls: tuple[str, ...]) -> Joined:
+        """Every server joins while this process does. Raises what the first one that cannot says."""
+        ranks = await asyncio.gather(*(self.control.ranks(url) for url in urls))
+        first = dict(zip(urls, itertools.accumulate((1, *ranks[:-1]))))
+        world, name = 1 + sum(ranks), f"{self.run}-{next(self._numbers)}"
+        store = dist.TCPStore(
+            self.address, 0, world, is_master=True, timeout=PATIENCE, wait_for_workers=False
+        )
+
+        async def join(url: str) -> None:
+            await self.control.join_group(
+                url,
+                {
+                    "master_address": self.address,
+                    "master_port": store.port,
+                    "rank_offset": first[url],
+                    "world_size": world,
+                    "group_name": name,
+                    "backend": self.backend,
+                },
+            )
+
+        mine = asyncio.create_task(asyncio.to_thread(_form, name, world, self.backend, store))
+        await asyncio.gather(*(join(url) for url in urls))
+        try:
+            return Joined(name, urls, await mine, store)
+        except RuntimeError as error:
+            raise Unreachable(f"no process group with {', '.join(urls)}: {error}") from error
+
+    def close(self) -> None:
+        """Leave the group, and let the servers leave it."""
+        group, self._group = self._group, None
+        if group is not None:
+            dist.destroy_process_group(group.handle)
+            self.background.run(quietly(group.urls, lambda url: self.control.leave_group(url, group.name)))
+
+
+def _form(name: str, world: int, backend: str, store: dist.TCPStore) -> dist.ProcessGroup:
+    """The group apart from this process's own world, which torch has no public call for: SGLang does the
+    same on its side, and both have to name the store's keys alike."""
+    handle, _ = c10d._new_process_group_helper(
+        world,
+        0,
+        [],
+        backend,
+        dist.PrefixStore(name, store),
+        group_name=c10d.GroupName(name),
+        timeout=PATIENCE,
+    )
+    assert isinstance(handle, dist.ProcessGroup)
+    c10d._world.pg_group_ranks[handle] = {rank: rank for rank in range(world)}
+    return handle
+
+
+def backend_for(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"

@@ -1,0 +1,139 @@
+"""What a server is told beside questions: to pause, to take weights, to say what it has."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_troll.rollout.sglang.errors import (
+    BadReply,
+    Passing,
+    Refused,
+    UpdateRefused,
+    VersionMissing,
+)
+from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.weights.buckets import Bucket
+
+# What becomes of requests under way: handed back with what they have; put back in the server's queue, their
+# caches thrown away; or left as they are, caches of the old weights included.
+Pause = Literal["abort", "retract", "in_place"]
+
+
+@dataclass(frozen=True)
+class Control:
+    """`timeout_s` is for any one reply."""
+
+    http: Http
+    timeout_s: float
+
+    async def pause(self, url: str, mode: Pause) -> None:
+        await self._post(url, "/pause_generation", {"mode": mode})
+
+    async def resume(self, url: str) -> None:
+        await self._post(url, "/continue_generation", {})
+
+    async def open_update(self, url: str) -> None:
+        """One that is open already was broken off, and is closed first."""
+        try:
+            await self._update(url, "/begin_weight_update", {})
+        except UpdateRefused:
+            await self.close_update(url)
+            await self._update(url, "/begin_weight_update", {})
+
+    async def close_update(self, url: str) -> None:
+        await self._update(url, "/end_weight_update", {})
+
+    async def load(self, url: str, folder: str, version: str) -> None:
+        """All weights from a Hugging Face folder, which the server can read."""
+        body = {"model_path": folder, "weight_version": version, "flush_cache": True}
+        await self._update(url, "/update_weights_from_disk", body)
+
+    async def take_tensors(self, url: str, payload: str, ranks: int) -> None:
+        """A bucket in memory that the server shares; `ranks` are the server's."""
+        body = {
+            "serialized_named_tensors": [payload] * ranks,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        await self._update(url, "/update_weights_from_tensor", body)
+
+    async def take_broadcast(self, url: str, group: str, bucket: Bucket) -> None:
+        """A bucket that rank 0 of `group` broadcasts; answers once it has come, or at once where the server
+        refuses."""
+        body = {
+            "names": [piece.name for piece in bucket.pieces],
+            "dtypes": [str(piece.dtype).removeprefix("torch.") for piece in bucket.pieces],
+            "shapes": [list(piece.shape) for piece in bucket.pieces],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        await self._update(url, "/update_weights_from_distributed", body)
+
+    async def join_group(self, url: str, body: dict[str, Any]) -> None:
+        await self._update(url, "/init_weights_update_group", body)
+
+    async def leave_group(self, url: str, group: str) -> None:
+        await self._update(url, "/destroy_weights_update_group", {"group_name": group})
+
+    async def name_weights(self, url: str, version: str) -> None:
+        """Throw away the caches of the old weights, and call the new ones `version`."""
+        await self._update(url, "/flush_cache", {})
+        await self._update(
+            url, "/update_weight_version", {"new_version": version, "abort_all_requests": False}
+        )
+
+    async def verify(self, url: str, version: str) -> None:
+        """Raises VersionMissing where the server calls its weights something else than `version`."""
+        there = (await self._field(await self.http.get(url, "/model_info"), "weight_version", url)) or None
+        if there != version:
+            raise VersionMissing(
+                f"{url} was given weights {version!r} and says that it has {there!r}: something else "
+                "updates it too, or it is not SGLang 0.5.23; restart it"
+            )
+
+    async def ranks(self, url: str) -> int:
+        """Tensor-parallel ranks of the server."""
+        return int(await self._field(await self.http.get(url, "/server_info"), "tp_size", url))
+
+    async def checksums(self, url: str) -> dict[str, str]:
+        """A hash of each of the server's parameters, by SGLang's names; those of all ranks together."""
+        reply = await self._post(url, "/weights_checker", {"action": "checksum"})
+        sums: dict[str, str] = {}
+        for rank in await self._field(reply, "ranks", url):
+            for name, value in rank["checksums"].items():
+                sums[name] = sums.get(name, "") + value
+        return sums
+
+    async def _field(self, reply: Any, name: str, url: str) -> Any:
+        if not isinstance(reply, dict) or name not in reply:
+            raise BadReply(f"{url} says nothing of {name}: {str(reply)[:200]}; is it SGLang 0.5.23?")
+        return reply[name]
+
+    async def _update(self, url: str, path: str, body: dict[str, Any]) -> None:
+        try:
+            reply = await self._post(url, path, body)
+        except Refused as error:
+            raise UpdateRefused(
+                f"{error}\nThe server does not take the new weights; it may hold parts of them. Restart it: "
+                "is it of the policy's shape, and SGLang 0.5.23?"
+            ) from error
+        if isinstance(reply, dict) and reply.get("success") is False:
+            raise UpdateRefused(f"{url}{path}: {reply.get('message')}; restart the server")
+
+    async def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
+        return await self.http.post(url, path, body, self.timeout_s)
+
+
+async def each(urls: Collection[str], do: Callable[[str], Awaitable[object]]) -> dict[str, Passing]:
+    """`do(url)` for all at once. Returns what failed in passing, by URL; raises what no other attempt mends,
+    once all are done."""
+    results = await asyncio.gather(*(do(url) for url in urls), return_exceptions=True)
+    failed: dict[str, Passing] = {}
+    for url, result in zip(urls, results):
+        if isinstance(result, Passing):
+            failed[url] = result
+        elif isinstance(result, BaseException):
+            raise result
+    return failed

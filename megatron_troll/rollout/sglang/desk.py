@@ -1,0 +1,106 @@
+"""What rank 0 holds to speak with servers; the other ranks hold nothing."""
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron_troll.data.chat import render_prompt
+from megatron_troll.mcore.parallel import device
+from megatron_troll.rollout.engine import Setup
+from megatron_troll.rollout.sglang.background import Background
+from megatron_troll.rollout.sglang.broadcast import Broadcast, backend_for
+from megatron_troll.rollout.sglang.client import Client
+from megatron_troll.rollout.sglang.control import Control
+from megatron_troll.rollout.sglang.http import Http, read_key
+from megatron_troll.rollout.sglang.identity import Identity
+from megatron_troll.rollout.sglang.registry import registered, servers_folder, weights_folder
+from megatron_troll.rollout.sglang.router import Router
+from megatron_troll.rollout.sglang.servers import Servers
+from megatron_troll.rollout.sglang.transport import Disk, Shared, Transport
+from megatron_troll.rollout.sglang.versions import Versions
+
+MIB = 2**20
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# For a run whose prompts are not known: the law is then checked after the first token of the vocabulary.
+NO_PROMPT = "1 + 1 = "
+
+
+@dataclass(frozen=True)
+class Desk:
+    """One event loop and what lives on it."""
+
+    background: Background
+    http: Http
+    servers: Servers
+    client: Client
+    control: Control
+    transport: Transport
+    versions: Versions
+
+    def close(self) -> None:
+        self.transport.close()
+        self.background.run(self.http.close())
+        self.background.close()
+
+
+def open_desk(setup: Setup) -> Desk:
+    """Waits until a server is healthy and the policy's. Raises EngineError."""
+    config, background = setup.rollout.sglang, Background(setup.model.progress)
+    versions = Versions(setup.config.name)
+
+    async def assemble() -> tuple[Http, Servers, Client]:
+        http = Http(read_key(config.api_key_file))
+        identity = _identity(setup)
+        router = None if config.router is None else Router(config.router, http)
+        servers = Servers(config, _discover(setup), lambda url: identity.check(http, url), router)
+        client = Client(config, http, servers, versions, setup.model.progress)
+        await servers.ready()
+        return http, servers, client
+
+    try:
+        http, servers, client = background.run(assemble())
+    except BaseException:
+        background.close()
+        raise
+    control = Control(http, config.sync.timeout_s)
+    transport = _transport(setup, background, control, versions)
+    if isinstance(transport, Disk):
+        servers.catch_up = transport.catch_up
+    return Desk(background, http, servers, client, control, transport, versions)
+
+
+def _discover(setup: Setup) -> Callable[[], Sequence[str]]:
+    named, folder = setup.rollout.sglang.servers, servers_folder(setup.config)
+    return (lambda: named) if named else (lambda: registered(folder))
+
+
+def _identity(setup: Setup) -> Identity:
+    text = setup.prompts[0].messages[-1].content if setup.prompts else NO_PROMPT
+    ids = render_prompt(setup.prompts[0].messages, setup.tokenizer) if setup.prompts else [0]
+    return Identity(
+        setup.model.shape,
+        setup.tokenizer,
+        text,
+        [int(token) for token in ids],
+        setup.rollout.sampling.law_temperature,
+    )
+
+
+def _transport(setup: Setup, background: Background, control: Control, versions: Versions) -> Transport:
+    sync = setup.rollout.sglang.sync
+    max_bytes = sync.bucket_mib * MIB
+    if sync.via == "disk":
+        source = Path(setup.config.policy.path)
+        return Disk(background, control, weights_folder(setup.config), source, max_bytes)
+    if sync.via == "tensor":
+        return Shared(background, control, max_bytes)
+    address = sync.address or _own_address(setup.rollout.sglang.servers)
+    return Broadcast(background, control, max_bytes, address, versions.run, backend_for(device()))
+
+
+def _own_address(servers: Sequence[str]) -> str:
+    """Loopback where all servers are there, otherwise the name of this host."""
+    hosts = {urlsplit(url).hostname for url in servers}
+    return "127.0.0.1" if hosts <= set(LOOPBACK) else socket.getfqdn()

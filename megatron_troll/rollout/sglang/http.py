@@ -1,0 +1,109 @@
+"""HTTP to servers, with their failures told apart."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from megatron_troll.config import ConfigError
+from megatron_troll.rollout.sglang.errors import (
+    BadReply,
+    Refused,
+    ServerFault,
+    Unauthorized,
+    Unreachable,
+)
+
+CONNECT_S = 10.0
+# For everything but answers, syncs and health, which have limits of their own.
+QUICK_S = 60.0
+
+
+class Http:
+    """A connection pool of one event loop. `key` goes with every request and into no message."""
+
+    def __init__(self, key: str | None) -> None:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        # Proxies of the environment are for the internet, not for servers in the next rack.
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        )
+
+    async def get(self, url: str, path: str, timeout: float = QUICK_S) -> Any:
+        return await self._call("GET", url, path, None, timeout)
+
+    async def post(self, url: str, path: str, body: Any, timeout: float | None = QUICK_S) -> Any:
+        """The JSON of the answer; its text where it is none, None where it is empty. Raises Unreachable,
+        ServerFault (429 and 5xx), Unauthorized, Refused (any other 4xx)."""
+        return await self._call("POST", url, path, body, timeout)
+
+    async def delete(self, url: str, path: str) -> Any:
+        return await self._call("DELETE", url, path, None, QUICK_S)
+
+    async def _call(self, method: str, url: str, path: str, body: Any, timeout: float | None) -> Any:
+        limits = httpx.Timeout(timeout, connect=CONNECT_S)
+        try:
+            reply = await self._client.request(method, url + path, json=body, timeout=limits)
+        except httpx.TransportError as error:
+            what = str(error) or type(error).__name__
+            raise Unreachable(f"{url}{path}: {what}") from error
+        except httpx.DecodingError as error:
+            raise BadReply(f"{url}{path}: {error}") from error
+        if reply.is_success:
+            return _content(reply)
+        raise _failure(reply, url + path)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+def _content(reply: httpx.Response) -> Any:
+    if not reply.content:
+        return None
+    try:
+        return reply.json()
+    except ValueError:
+        return reply.text
+
+
+def _failure(reply: httpx.Response, where: str) -> Exception:
+    said = f"{where} answered {reply.status_code}: {_message(reply)}"
+    if reply.status_code in (401, 403):
+        return Unauthorized(
+            f"{said}; put the server's key in a file and name it in rollout.sglang.api_key_file"
+        )
+    if reply.status_code == 429 or reply.status_code >= 500:
+        return ServerFault(said)
+    return Refused(said)
+
+
+def _message(reply: httpx.Response) -> str:
+    """What the server says is wrong, in whichever of its forms."""
+    try:
+        body = reply.json()
+    except ValueError:
+        return reply.text[:300]
+    if isinstance(body, dict) and isinstance(body.get("error"), dict):
+        body = body["error"]
+    said = body.get("message") if isinstance(body, dict) else None
+    return str(said or json.dumps(body))[:1000]
+
+
+def read_key(file: str | None) -> str | None:
+    """The key in `rollout.sglang.api_key_file`. Raises ConfigError where it cannot be had, or others may read
+    the file."""
+    if file is None:
+        return None
+    path = Path(file)
+    try:
+        readable, key = path.stat().st_mode & 0o077, path.read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"rollout.sglang.api_key_file: {file}: {error.strerror}") from error
+    if readable:
+        raise ConfigError(f"rollout.sglang.api_key_file: others may read {file}: chmod 600 {file}")
+    if not key or not key.isascii() or len(key.split()) != 1:
+        raise ConfigError(f"rollout.sglang.api_key_file: {file} does not hold one word of ASCII")
+    return key

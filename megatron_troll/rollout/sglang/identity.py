@@ -1,0 +1,118 @@
+"""Whether a server serves the policy's model, with its tokenizer, and says the law that it draws from."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_troll.mcore.shape import ModelShape, read_shape
+from megatron_troll.rollout.sglang.errors import (
+    BadReply,
+    Refused,
+    ServerFault,
+    WrongLaw,
+    WrongModel,
+    WrongTokenizer,
+    WrongVocabulary,
+)
+from megatron_troll.rollout.sglang.http import Http
+
+HEALTH_S = 20.0
+# Log-probs are float32 sums over the vocabulary.
+LAW_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a server has to agree with. `text` is tokenized by both; `ids` are a prompt; `temperature` is that
+    of the run's samples."""
+
+    shape: ModelShape
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    ids: Sequence[int]
+    temperature: float
+
+    async def check(self, http: Http, url: str) -> str:
+        """What the server calls its weights. Raises Unreachable or ServerFault where it is not healthy,
+        WrongModel, WrongVocabulary, WrongTokenizer or WrongLaw where it is not this run's."""
+        await http.get(url, "/health", HEALTH_S)
+        info = await http.get(url, "/model_info", HEALTH_S)
+        if not isinstance(info, dict) or not isinstance(info.get("weight_version"), str):
+            raise BadReply(f"{url}/model_info names no weight_version: {str(info)[:200]}; is it SGLang?")
+        self._check_model(url, info)
+        await self._check_tokenizer(http, url)
+        if self.temperature != 1.0:
+            await self._check_law(http, url)
+        return info["weight_version"]
+
+    def _check_model(self, url: str, info: dict[str, Any]) -> None:
+        if info.get("model_type") != self.shape.family:
+            raise WrongModel(
+                f"{url} serves a model of type {info.get('model_type')!r}, the policy is "
+                f"{self.shape.family!r}: start the server from models.policy.path, or name another server"
+            )
+        folder = Path(str(info.get("model_path")))
+        if not (folder / "config.json").is_file():
+            return  # it lies on another machine: a sync of other shapes is refused, and the probe compares
+        served = read_shape(folder)
+        if served.vocab != self.shape.vocab:
+            raise WrongVocabulary(
+                f"{url} serves {folder} with a vocabulary of {served.vocab}, the policy's has "
+                f"{self.shape.vocab}: start the server from models.policy.path"
+            )
+        ours, theirs = asdict(self.shape), asdict(served)
+        differing = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key]]
+        if differing:
+            raise WrongModel(
+                f"{url} serves {folder} with {'; '.join(differing)}: start the server from models.policy.path"
+            )
+
+    async def _check_tokenizer(self, http: Http, url: str) -> None:
+        body = {"prompt": self.text, "add_special_tokens": False}
+        try:
+            reply = await http.post(url, "/tokenize", body, HEALTH_S)
+        except (Refused, ServerFault):
+            return  # started with --skip-tokenizer-init: ids go in and out, there is nothing to differ
+        there = reply.get("tokens") if isinstance(reply, dict) else None
+        here = self.tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        if there != here:
+            raise WrongTokenizer(
+                f"{url} has another tokenizer: {self.text!r:.60} is {str(there)[:100]} there, "
+                f"{str(here)[:100]} here; start the server from models.policy.path"
+            )
+
+    async def _check_law(self, http: Http, url: str) -> None:
+        """At temperature T, two log-probs of a position differ by 1/T of what they do at temperature 1. A
+        server may be set to give those of temperature 1 in any case."""
+        plain = await self._first_token(http, url, 1.0, 0)
+        tempered = await self._first_token(http, url, self.temperature, 1)
+        (first, at_first), *others = plain.items()
+        for token, logp in others:
+            if token in tempered and first in tempered:
+                expected = (logp - at_first) / self.temperature
+                found = tempered[token] - tempered[first]
+                if not math.isclose(expected, found, rel_tol=LAW_TOLERANCE, abs_tol=LAW_TOLERANCE):
+                    raise WrongLaw(
+                        f"{url} gives log-probs that are not of temperature {self.temperature}: unset "
+                        "SGLANG_RETURN_ORIGINAL_LOGPROB where the server is started"
+                    )
+
+    async def _first_token(self, http: Http, url: str, temperature: float, tokens: int) -> dict[int, float]:
+        """The likeliest tokens after `ids`, with their log-probs. Without a token to draw, a server gives
+        those of temperature 1."""
+        sampling = {"max_new_tokens": tokens, "temperature": temperature, "ignore_eos": True}
+        body = {
+            "input_ids": list(self.ids),
+            "return_logprob": True,
+            "top_logprobs_num": min(8, self.shape.vocab),
+            "sampling_params": sampling,
+        }
+        reply = await http.post(url, "/generate", body, HEALTH_S)
+        try:
+            return {token: logp for logp, token, _ in reply["meta_info"]["output_top_logprobs"][0]}
+        except (TypeError, ValueError, LookupError):
+            raise BadReply(f"{url} gives no log-probs of a first token: {str(reply)[:200]}") from None

@@ -1,0 +1,104 @@
+"""The servers' log-probs beside the trainer's, on fixed prompts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_troll.batching.build import Form, build
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.mcore.parallel import device
+from megatron_troll.mcore.schedule import infer
+from megatron_troll.objectives.divergence import topk as divergence
+from megatron_troll.parallel.vocab import gather_logits
+from megatron_troll.types import NO_ID, MicroBatch, Prompt, Rollout, TokenTopK
+
+# Entries of a server's law; the rest of it is compared as one.
+TOP_K = 64
+
+
+@dataclass(frozen=True)
+class Gap:
+    """KL(engine || trainer) over the probed tokens, nats; `merged`, so at most the full one."""
+
+    mean: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Token ids [n], of which the last `scored` are compared."""
+
+    ids: np.ndarray
+    scored: int
+
+
+def gaps(
+    model: MegatronModel, probed: Sequence[Probed], served: Mapping[str, Sequence[TokenTopK]]
+) -> dict[str, Gap]:
+    """The gap of each server, from its laws [n - 1, k] of every sequence. Every rank calls with the same;
+    all return the same. Holds whole rows of the scored tokens, tokens x V / tp, on the last stage."""
+    batches = [_batch(one, model) for one in probed]
+    # The interleaved schedule takes multiples of its stages.
+    spare = -len(batches) % model.groups.pp.size
+    rows = infer(model, batches + batches[:1] * spare, lambda i, hidden: Head(model).log_probs(hidden))
+    found = {
+        url: _numbers(model, probed, batches, rows[: len(batches)], laws) for url, laws in served.items()
+    }
+    return {url: Gap(float(kl.mean()), float(np.quantile(kl, 0.99))) for url, kl in found.items()}
+
+
+def _numbers(
+    model: MegatronModel,
+    probed: Sequence[Probed],
+    batches: Sequence[MicroBatch],
+    rows: Sequence[Tensor],
+    laws: Sequence[TokenTopK],
+) -> np.ndarray:
+    """The KL of every scored token, of all context-parallel ranks, on every rank."""
+    groups = model.groups
+    parts = [_kl(model, one, batch, logp, law) for one, batch, logp, law in zip(probed, batches, rows, laws)]
+    mine = torch.cat(parts).cpu().numpy() if parts else np.zeros(0)
+    whole = np.concatenate(groups.cp.all_gather_objects(mine))
+    return groups.pp.broadcast_object(whole, groups.pp.size - 1)
+
+
+def _kl(model: MegatronModel, one: Probed, batch: MicroBatch, logp: Tensor, law: TokenTopK) -> Tensor:
+    """[N] of this rank's scored tokens of one sequence, from the trainer's rows [N, V / tp]."""
+    at = len(law.ids) - one.scored + batch.position.cpu().numpy()
+    ids = torch.from_numpy(law.ids[at]).long().to(logp.device)
+    engine = torch.from_numpy(law.logp[at]).to(logp.device)
+    trainer = gather_logits(logp, ids, model.groups.tp)
+    return divergence(engine, trainer, ids != NO_ID, model.shape.vocab, "topk_kl")
+
+
+def _batch(one: Probed, model: MegatronModel) -> MicroBatch:
+    """A sequence as one micro-batch whose loss tokens are the scored ones."""
+    groups, nothing = model.groups, np.zeros(one.scored, dtype=np.float32)
+    rollout = Rollout(
+        prompt=Prompt("probe", (), ""),
+        group=0,
+        sample=0,
+        prompt_ids=one.ids[: -one.scored],
+        response_ids=one.ids[-one.scored :],
+        mask=np.ones(one.scored, dtype=np.float32),
+        logp=nothing,
+        uniform=np.zeros(one.scored),
+        topk=None,
+        text="",
+        finish="stop",
+        versions=np.zeros(one.scored, dtype=np.int64),
+        temperature=1.0,
+    )
+    form = Form(
+        vocab=model.shape.vocab, cp_rank=groups.cp.rank, cp_size=groups.cp.size, tp_size=groups.tp.size
+    )
+    return build([rollout], [0.0], [0.0], [0], form).to(device())
+
+
+def sequences(prompts: Sequence[np.ndarray], tokens: int) -> list[Probed]:
+    """The last `tokens` of each prompt that has more than one."""
+    return [Probed(ids, min(tokens, len(ids) - 1)) for ids in prompts if len(ids) > 1]

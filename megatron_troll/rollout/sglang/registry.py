@@ -1,0 +1,44 @@
+"""Which servers a run has: those that its configuration names, or those that `mtroll serve` has written down
+in the run's folder, where any machine that shares the folder adds its own."""
+
+import json
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron_troll.config.tree import Config
+from megatron_troll.files import write_atomic
+
+
+def servers_folder(config: Config) -> Path:
+    """Where servers of a run are written down."""
+    return Path(config.runs) / config.name / "servers"
+
+
+def weights_folder(config: Config) -> Path:
+    """Where servers of a run read weights."""
+    return Path(config.rollout.sglang.sync.folder or Path(config.runs) / config.name / "weights")
+
+
+def registered(folder: Path) -> tuple[str, ...]:
+    """URLs of the servers in `folder`, sorted. A file that is being written or removed is left out."""
+    urls = set()
+    for file in folder.glob("*.json"):
+        try:
+            urls.add(str(json.loads(file.read_text())["url"]))
+        except (OSError, ValueError, LookupError):
+            continue
+    return tuple(sorted(urls))
+
+
+def register(folder: Path, url: str, pid: int) -> None:
+    """Add a server, started as process `pid` of this machine."""
+    write_atomic(_file(folder, url), json.dumps({"url": url, "pid": pid}))
+
+
+def unregister(folder: Path, url: str) -> None:
+    _file(folder, url).unlink(missing_ok=True)
+
+
+def _file(folder: Path, url: str) -> Path:
+    place = urlsplit(url)
+    return folder / f"{place.hostname}-{place.port}.json".replace(":", "_")

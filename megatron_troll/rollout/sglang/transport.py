@@ -1,0 +1,188 @@
+"""How a stream of tensors reaches servers. Runs on rank 0 only, beside what the stream does on all ranks."""
+
+import asyncio
+import base64
+import io
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Protocol
+
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from megatron_troll.rollout.sglang.background import Background
+from megatron_troll.rollout.sglang.control import Control, each
+from megatron_troll.rollout.sglang.errors import Passing
+from megatron_troll.weights.buckets import Bucket, buckets
+from megatron_troll.weights.folder import FolderWriter
+
+Tensors = Iterator[tuple[str, Tensor]]
+Failed = dict[str, Passing]
+
+
+class Transport(Protocol):
+    """Gives servers the tensors of a stream."""
+
+    def deliver(self, tensors: Tensors, urls: Sequence[str], version: str) -> Failed:
+        """Every server at `urls` has all tensors when this returns, but for those it returns, which are lost.
+        The servers are paused. Raises UpdateRefused, and Passing where none has them. Blocks."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Hugging Face folders under `folder`, which the servers see too; the newest one stays."""
+
+    background: Background
+    control: Control
+    folder: Path
+    source_folder: Path
+    max_bytes: int
+
+    def deliver(self, tensors: Tensors, urls: Sequence[str], version: str) -> Failed:
+        target = self.place(version)
+        with FolderWriter(target, self.source_folder, self.max_bytes) as writer:
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+        failed = self.background.run(each(urls, lambda url: self.control.load(url, str(target), version)))
+        for old in self.folder.iterdir():
+            if old != target:
+                shutil.rmtree(old)
+        return failed
+
+    def place(self, version: str) -> Path:
+        return self.folder.absolute() / version
+
+    async def catch_up(self, url: str, version: str) -> None:
+        """Give the weights of the last sync to a server that came later."""
+        await self.control.load(url, str(self.place(version)), version)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Buckets in memory that the servers map: shared memory between processes of one machine on CPU, CUDA IPC
+    on GPUs."""
+
+    background: Background
+    control: Control
+    max_bytes: int
+
+    def __post_init__(self) -> None:
+        _start_sharing()
+
+    def deliver(self, tensors: Tensors, urls: Sequence[str], version: str) -> Failed:
+        ranks = {url: self.background.run(self.control.ranks(url)) for url in urls}
+        failed: Failed = {}
+
+        async def send(bucket: Bucket) -> None:
+            payload = shared_payload(bucket)
+            there = [url for url in urls if url not in failed]
+            failed.update(await each(there, lambda url: self.control.take_tensors(url, payload, ranks[url])))
+
+        return in_session(self, tensors, urls, send, failed)
+
+    def close(self) -> None:
+        pass
+
+
+def _start_sharing() -> None:
+    """Torch's manager of shared memory lives for as long as a server that has mapped some. It is not to hold
+    this process's stderr open, which a terminal or a pipe waits for."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with _by_file_name():
+            torch.zeros(1).share_memory_()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+@contextmanager
+def _by_file_name() -> Iterator[None]:
+    """Memory is shared by file name: a file descriptor cannot go through HTTP."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+def shared_payload(bucket: Bucket) -> str:
+    """Where the bucket's memory is and what it holds, as SGLang unpickles it: base64 text of some hundred
+    bytes a tensor. The memory is the sender's: it has to stay until the server has answered."""
+    pieces = [
+        SimpleNamespace(
+            name=piece.name,
+            shape=piece.shape,
+            dtype=piece.dtype,
+            start_idx=piece.start,
+            end_idx=piece.end,
+            numel=piece.end - piece.start,
+        )
+        for piece in bucket.pieces
+    ]
+    buffer = io.BytesIO()
+    with _by_file_name():
+        ForkingPickler(buffer).dump({"flattened_tensor": bucket.flat, "metadata": pieces})
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+class Bucketed(Protocol):
+    """What sending bucket by bucket needs."""
+
+    @property
+    def background(self) -> Background: ...
+    @property
+    def control(self) -> Control: ...
+    @property
+    def max_bytes(self) -> int: ...
+
+
+def in_session(
+    way: Bucketed,
+    tensors: Tensors,
+    urls: Sequence[str],
+    send: Callable[[Bucket], Awaitable[None]],
+    failed: Failed,
+) -> Failed:
+    """Bucket by bucket between the opening and closing of an update, the next one filled while one is under
+    way. `failed` grows as `send` loses servers."""
+    run = way.background.run
+    failed.update(run(each(urls, way.control.open_update)))
+    under_way: Future[None] | None = None
+    for bucket in buckets(tensors, way.max_bytes):
+        if under_way is not None:
+            way.background.result(under_way)
+        if bucket.flat.is_cuda:
+            torch.cuda.synchronize(bucket.flat.device)
+        under_way = way.background.start(_awaited(send, bucket))
+    if under_way is not None:
+        way.background.result(under_way)
+    left = [url for url in urls if url not in failed]
+    failed.update(run(each(left, way.control.close_update)))
+    return failed
+
+
+async def _awaited(send: Callable[[Bucket], Awaitable[None]], bucket: Bucket) -> None:
+    await send(bucket)
+
+
+async def quietly(urls: Sequence[str], do: Callable[[str], Awaitable[object]]) -> None:
+    """`do` where it can be done: after a failure, for servers that may be in any state."""
+    await asyncio.gather(*(do(url) for url in urls), return_exceptions=True)

@@ -1,0 +1,120 @@
+"""New weights to every server, while all ranks stream them; checked afterwards."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.rollout.engine import EngineError
+from megatron_troll.rollout.sglang.control import Pause, each
+from megatron_troll.rollout.sglang.desk import Desk
+from megatron_troll.rollout.sglang.errors import NoServers, Passing
+from megatron_troll.rollout.sglang.transport import Failed, Tensors, quietly
+from megatron_troll.weights.export import stream
+
+T = TypeVar("T")
+# Syncs that lose all their servers, before the run ends.
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """Acts of rank 0 whose results, or errors, all ranks have. `desk` is rank 0's."""
+
+    model: MegatronModel
+    desk: Desk | None
+
+    def on_first(self, act: Callable[[Desk], T]) -> T:
+        """`act` on rank 0; its result on all ranks. Raises its EngineError on all ranks; a full disk and the
+        like are one."""
+        outcome: tuple[T | None, EngineError | None] | None = None
+        if self.desk is not None:
+            try:
+                outcome = act(self.desk), None
+            except EngineError as error:
+                outcome = None, error
+            except OSError as error:
+                outcome = None, EngineError(f"{type(error).__name__}: {error}")
+        value, error = self.model.groups.world.broadcast_object(outcome, 0)
+        if error is not None:
+            raise error
+        return value
+
+
+def sync(agreed: Agreed, number: int, pause: Pause = "retract") -> list[str]:
+    """Give the weights that the model has now to every healthy server, which then calls them `number`; URLs
+    of those that have them. Requests under way are dealt with by `pause`. Blocks on all ranks, which all
+    stream the weights to the end whatever rank 0 meets.
+
+    Raises UpdateRefused, VersionMissing, and NoServers where servers are lost each time.
+    """
+    for _ in range(ATTEMPTS):
+        if reached := _attempt(agreed, number, pause):
+            return reached
+    raise NoServers(f"every server was lost during a sync, {ATTEMPTS} times in a row: see the servers' logs")
+
+
+def _attempt(agreed: Agreed, number: int, pause: Pause) -> list[str]:
+    urls = agreed.on_first(lambda desk: _paused(desk, pause))
+
+    def send(desk: Desk, tensors: Tensors) -> Failed:
+        return desk.transport.deliver(tensors, urls, desk.versions.called(number))
+
+    lost = delivered(agreed, urls, send)
+    return agreed.on_first(lambda desk: _resumed(desk, urls, lost, number))
+
+
+def _paused(desk: Desk, pause: Pause) -> list[str]:
+    """URLs of the servers that wait for weights."""
+
+    async def stop_asking() -> list[str]:
+        await desk.servers.want(None)
+        await desk.servers.ready()
+        urls = desk.servers.healthy
+        lost = await each(urls, lambda url: desk.control.pause(url, pause))
+        return [url for url in urls if url not in lost]
+
+    return desk.background.run(stop_asking())
+
+
+def delivered(agreed: Agreed, urls: Sequence[str], send: Callable[[Desk, Tensors], Failed]) -> Failed:
+    """Rank 0 sends what all ranks stream; the servers of `urls` that were lost, on all ranks."""
+    tensors = stream(agreed.model)
+
+    def deliver(desk: Desk) -> Failed:
+        try:
+            return send(desk, tensors)
+        except Passing as error:
+            return dict.fromkeys(urls, error)
+        except BaseException:
+            desk.background.run(quietly(urls, desk.control.resume))
+            raise
+        finally:
+            _drain(tensors)
+
+    if agreed.desk is None:
+        _drain(tensors)
+    return agreed.on_first(deliver)
+
+
+def _drain(tensors: Iterator[object]) -> None:
+    for _ in tensors:
+        pass
+
+
+def _resumed(desk: Desk, urls: Sequence[str], lost: Failed, number: int) -> list[str]:
+    """Servers at work again with their weights named and verified; the lost ones are left to be checked."""
+    version = desk.versions.called(number)
+
+    async def finish() -> list[str]:
+        reached = [url for url in urls if url not in lost]
+        try:
+            for step in (desk.control.name_weights, desk.control.verify):
+                failed = await each(reached, lambda url, step=step: step(url, version))
+                reached = [url for url in reached if url not in failed]
+        finally:
+            await quietly(urls, desk.control.resume)
+        await desk.servers.want(version if reached else None)
+        return reached
+
+    return desk.background.run(finish())

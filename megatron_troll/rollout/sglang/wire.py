@@ -1,0 +1,168 @@
+"""One request to a server's /generate and its answer: token ids out, tokens with log-probs and top-K back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_troll.config.tree import Sampling
+from megatron_troll.rollout.sglang.errors import BadReply, NotFinite, ServerFault
+from megatron_troll.rollout.sglang.topk import LOWEST, Size, field, floats, topk_of
+from megatron_troll.types import FinishReason, TokenTopK
+
+FINISHED: tuple[FinishReason, ...] = ("stop", "length", "abort")
+ALL_TOKENS = -1
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One answer, or the rest of one that was cut off.
+
+    ids         prompt and what there is of the answer
+    max_tokens  what the answer may still have
+    top_k       entries of the law per position, at most the size of the vocabulary; 0: none
+    seed        of a server in deterministic mode; others draw as they like
+    """
+
+    ids: Sequence[int]
+    max_tokens: int
+    sampling: Sampling
+    stop_ids: Sequence[int]
+    top_k: int
+    vocab: int
+    seed: int
+
+    def body(self, rid: str) -> dict[str, Any]:
+        """The JSON of the request. A server aborts by prefix of `rid`."""
+        sampling = self.sampling
+        body: dict[str, Any] = {
+            "rid": rid,
+            "input_ids": list(self.ids),
+            "return_logprob": True,
+            "sampling_params": {
+                "max_new_tokens": self.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k or ALL_TOKENS,
+                "min_p": sampling.min_p,
+                "stop_token_ids": list(self.stop_ids),
+                "sampling_seed": self.seed,
+                "skip_special_tokens": False,
+            },
+        }
+        if self.top_k:
+            body["top_logprobs_num"] = self.top_k
+            body["return_flat_raw_output_top_logprobs"] = True
+            body["return_flat_raw_top_logprobs_b64"] = True
+        return body
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) of a part were drawn from the weights that the server calls `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one request gave: ids int64, logp float32 [T], top-K and the weights behind each token."""
+
+    ids: np.ndarray
+    logp: np.ndarray
+    topk: TokenTopK | None
+    spans: tuple[Span, ...]
+    finish: FinishReason
+
+
+def score_body(ids: Sequence[int], top_k: int) -> dict[str, Any]:
+    """The JSON of a request for the law after every token of `ids`, of temperature 1; nothing is drawn."""
+    return {
+        "input_ids": list(ids),
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": top_k,
+        "return_flat_raw_top_logprobs": True,
+        "return_flat_raw_top_logprobs_b64": True,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+    }
+
+
+def score_of(reply: Any, length: int, top_k: int, vocab: int) -> TokenTopK:
+    """The laws [length - 1, top_k] after each but the last of `length` tokens. Raises BadReply."""
+    return topk_of(field(reply, "meta_info", dict), "input", Size(length - 1, top_k, vocab))
+
+
+def part_of(reply: Any, ask: Ask) -> Part:
+    """The answer in a reply's JSON. Raises BadReply where it is not one to `ask`, ServerFault where the
+    server gave up."""
+    ids = _ids(field(reply, "output_ids", list), ask.vocab)
+    meta = field(reply, "meta_info", dict)
+    finish = _finish(meta, ids, ask)
+    return Part(
+        ids=ids,
+        logp=_logp(meta, ids),
+        topk=topk_of(meta, "output", Size(len(ids), ask.top_k, ask.vocab)) if ask.top_k else None,
+        spans=_spans(meta, len(ids)),
+        finish=finish,
+    )
+
+
+def _ids(values: list[Any], vocab: int) -> np.ndarray:
+    if not all(type(value) is int for value in values):
+        raise BadReply(f"output_ids are not token ids: {str(values)[:200]}")
+    ids = np.array(values, dtype=np.int64)
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab):
+        raise BadReply(f"token {ids.max()} is outside of the policy's vocabulary of {vocab}: another model?")
+    return ids
+
+
+def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: Ask) -> FinishReason:
+    reason = field(meta, "finish_reason", dict)
+    finish, last = reason.get("type"), int(ids[-1]) if len(ids) else None
+    if finish == "abort" and (reason.get("status_code") or 0) >= 400:
+        raise ServerFault(f"the server gave up: {reason.get('message')}")
+    if finish not in FINISHED:
+        raise BadReply(f"finish_reason {reason} is none of {', '.join(FINISHED)}")
+    if finish == "stop" and last not in ask.stop_ids:
+        raise BadReply(
+            f"the answer stops at token {last}, which ends none here: the server's model folder names "
+            "another end of sequence; serve the policy's folder, or add the token to rollout.sampling.stop"
+        )
+    if len(ids) > ask.max_tokens or (finish == "length" and len(ids) < ask.max_tokens):
+        raise BadReply(f"{len(ids)} tokens, finished by {finish}; asked for {ask.max_tokens}")
+    return finish
+
+
+def _logp(meta: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    """The first number of each triple [log-prob, token id, text]."""
+    triples = field(meta, "output_token_logprobs", list)
+    try:
+        values = [triple[0] for triple in triples]
+        tokens = [triple[1] for triple in triples]
+    except (TypeError, LookupError):
+        raise BadReply(f"output_token_logprobs are not triples: {str(triples)[:200]}") from None
+    if tokens != ids.tolist():
+        raise BadReply("output_token_logprobs are of other tokens than output_ids")
+    logp = floats(values)
+    bad = np.flatnonzero(~np.isfinite(logp) | (logp <= LOWEST))
+    if bad.size:
+        raise NotFinite(
+            f"the log-prob of response token {bad[0]} (id {ids[bad[0]]}) is {values[bad[0]]}: the server's "
+            "weights or its arithmetic are broken; restart it, and where it comes back, serve another dtype"
+        )
+    return logp
+
+
+def _spans(meta: Mapping[str, Any], length: int) -> tuple[Span, ...]:
+    try:
+        spans = tuple(Span(s["version"], s["start"], s["end"]) for s in field(meta, "weight_versions", list))
+    except (TypeError, LookupError):
+        raise BadReply(f"weight_versions are not spans: {str(meta['weight_versions'])[:200]}") from None
+    edges = [0, *(span.end for span in spans)]
+    if not spans or [span.start for span in spans] != edges[:-1] or edges[-1] != length:
+        raise BadReply(f"weight_versions do not cover the {length} tokens: {str(spans)[:200]}")
+    return spans

@@ -1,0 +1,68 @@
+"""`mtroll serve`: the servers of a configuration, written down for the runs that ask them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_troll.config import ConfigError
+from megatron_troll.config.tree import Config
+from megatron_troll.launch.interrupts import Interrupts
+from megatron_troll.launch.servers import Plan, Supervisor, command, environment
+from megatron_troll.launch.sglang_flags import check_address, flags_of
+from megatron_troll.mcore.shape import read_shape
+from megatron_troll.rollout.sglang.http import read_key
+from megatron_troll.rollout.sglang.registry import register, servers_folder, unregister
+from megatron_troll.weights.check import check_folder
+
+
+def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) -> None:
+    """Start serve.servers servers, and keep them running until asked to stop. Those that are healthy are
+    written down in runs/<name>/servers. Raises one of checks.PROBLEMS before anything is started, and
+    ServerFailed."""
+    plans, folder = plans_of(config), servers_folder(config)
+
+    def announce(plan: Plan, pid: int | None) -> None:
+        if pid is None:
+            unregister(folder, plan.url)
+        else:
+            register(folder, plan.url, pid)
+
+    for plan in plans:
+        unregister(folder, plan.url)
+    say(f"starting {len(plans)} SGLang servers; Ctrl-C stops them")
+    Supervisor(config.serve.start_timeout_s, config.serve.restarts, announce, say).run(plans, interrupts)
+
+
+def plans_of(config: Config) -> list[Plan]:
+    """What would be started. Raises one of checks.PROBLEMS."""
+    serve, policy, key_file = config.serve, config.policy, config.rollout.sglang.api_key_file
+    check_address(serve, key_file)
+    key, shape = read_key(key_file), read_shape(policy.path)
+    if policy.init == "pretrained":
+        check_folder(policy.path, shape)
+    # An absolute path, but no resolved one: the interpreter of a virtual environment is a link.
+    python, device = Path(serve.python).absolute(), device_of(serve.device)
+    if not python.is_file():
+        raise ConfigError(
+            f"serve.python: {python} not found: run `make sglang-env` on a machine without a GPU, or install "
+            "SGLang 0.5.23 in an environment of its own and name its interpreter"
+        )
+    threads = max(1, (os.cpu_count() or 1) // serve.servers)
+    return [
+        Plan(
+            argv=command(str(python), device),
+            environment=environment(device, threads),
+            flags=flags_of(config, shape, number, device),
+            folder=servers_folder(config).with_name("logs"),
+            key=key,
+        )
+        for number in range(serve.servers)
+    ]
+
+
+def device_of(named: str) -> str:
+    if named == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return named

@@ -1,0 +1,74 @@
+"""A stream of tensors as a few large byte tensors, with bounded memory."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a bucket: bytes [start, end) of its `flat`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors of one dtype end to end: flat uint8 [bytes], without gaps."""
+
+    pieces: tuple[Piece, ...]
+    flat: Tensor
+
+
+def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Bucket]:
+    """Copies of `tensors`, at most `max_bytes` at once (a larger one has a bucket for itself), on their
+    device.
+
+    A bucket's memory is used again for the one after the next: whoever still reads it when asking for that
+    one reads other tensors. Two buckets are held.
+    """
+    memory = _Memory(max_bytes)
+    pieces: list[Piece] = []
+    flat: Tensor | None = None
+    for name, tensor in tensors:
+        start = pieces[-1].end if pieces else 0
+        fits = flat is not None and start + tensor.nbytes <= flat.numel()
+        if pieces and not (fits and tensor.dtype == pieces[0].dtype):
+            assert flat is not None
+            yield Bucket(tuple(pieces), flat[:start])
+            pieces, start, flat = [], 0, None
+        if flat is None:
+            flat = memory.take(tensor)
+        end = start + tensor.nbytes
+        flat[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        pieces.append(Piece(name, tuple(tensor.shape), tensor.dtype, start, end))
+    if pieces:
+        assert flat is not None
+        yield Bucket(tuple(pieces), flat[: pieces[-1].end])
+
+
+class _Memory:
+    """Two buffers in turn, as large as the largest bucket so far."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._buffers: list[Tensor | None] = [None, None]
+        self._turn = 0
+
+    def take(self, first: Tensor) -> Tensor:
+        """A buffer that holds `first` at least."""
+        self._turn = 1 - self._turn
+        size = max(self._size, math.prod(first.shape) * first.itemsize)
+        buffer = self._buffers[self._turn]
+        if buffer is None or buffer.numel() < size:
+            self._buffers[self._turn] = None
+            buffer = torch.empty(size, dtype=torch.uint8, device=first.device)
+            self._buffers[self._turn] = buffer if size == self._size else None
+        return buffer

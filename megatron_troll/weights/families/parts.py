@@ -1,0 +1,79 @@
+"""The parts that Qwen3 models have in common."""
+
+from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.weights.table import Entry, HFTensor, Stacked
+
+HF = "model.layers.{l}."
+MEGATRON = "decoder.layers.{l}."
+
+STACKED = (
+    Stacked(
+        HF + "mlp.experts.gate_up_proj",
+        (HF + "mlp.experts.{e}.gate_proj.weight", HF + "mlp.experts.{e}.up_proj.weight"),
+    ),
+    Stacked(HF + "mlp.experts.down_proj", (HF + "mlp.experts.{e}.down_proj.weight",)),
+)
+
+
+def embeddings(shape: ModelShape) -> tuple[Entry, ...]:
+    rows = (shape.vocab, shape.hidden)
+    embedding = HFTensor("model.embed_tokens.weight", rows)
+    head = embedding if shape.tied else HFTensor("lm_head.weight", rows)
+    return (
+        Entry((embedding,), ("embedding.word_embeddings.weight",), axis=0, padded=True),
+        norm(shape, "model.norm.weight", shape.hidden, "decoder.final_layernorm.weight"),
+        # A tied head is a parameter of its own only where another pipeline stage holds the embedding.
+        Entry((head,), ("output_layer.weight",), axis=0, padded=True, copy=shape.tied),
+    )
+
+
+def norm(shape: ModelShape, hf: str, size: int, *megatron: str) -> Entry:
+    start = "zeros" if shape.zero_centred_norms else "ones"
+    return Entry((HFTensor(hf, (size,), init=start),), megatron)
+
+
+def layer_norms(shape: ModelShape) -> tuple[Entry, ...]:
+    """The two of a layer; Transformer Engine keeps each in the linear layer that follows it."""
+    attention = MEGATRON + "self_attention."
+    return (
+        norm(
+            shape,
+            HF + "input_layernorm.weight",
+            shape.hidden,
+            MEGATRON + "input_layernorm.weight",
+            attention + "linear_qkv.layer_norm_weight",
+            attention + "in_proj.layer_norm_weight",
+        ),
+        norm(
+            shape,
+            HF + "post_attention_layernorm.weight",
+            shape.hidden,
+            MEGATRON + "pre_mlp_layernorm.weight",
+            MEGATRON + "mlp.linear_fc1.layer_norm_weight",
+        ),
+    )
+
+
+def dense(shape: ModelShape) -> tuple[Entry, ...]:
+    first, second = (f"{MEGATRON}mlp.{layer}.weight" for layer in ("linear_fc1", "linear_fc2"))
+    return gated(HF + "mlp.", (first,), (second,), shape.hidden, shape.ffn)
+
+
+def experts(shape: ModelShape) -> tuple[Entry, ...]:
+    prefix = MEGATRON + "mlp.experts."
+    router = HFTensor(HF + "mlp.gate.weight", (shape.experts, shape.hidden))
+    first, second = (
+        (f"{prefix}local_experts.{{e}}.{layer}.weight", f"{prefix}{layer}.weight{{e}}")
+        for layer in ("linear_fc1", "linear_fc2")
+    )
+    each = gated(HF + "mlp.experts.{e}.", first, second, shape.hidden, shape.expert_ffn)
+    return (Entry((router,), (MEGATRON + "mlp.router.weight",)), *each)
+
+
+def gated(
+    hf: str, first: tuple[str, ...], second: tuple[str, ...], hidden: int, ffn: int
+) -> tuple[Entry, Entry]:
+    """down(silu(gate x) * up x); Megatron keeps gate and up in one matrix."""
+    gate, up = (HFTensor(f"{hf}{name}_proj.weight", (ffn, hidden)) for name in ("gate", "up"))
+    down = HFTensor(hf + "down_proj.weight", (hidden, ffn))
+    return Entry((gate, up), first, axis=0), Entry((down,), second, axis=1)

@@ -1,0 +1,152 @@
+"""What a rank of a tiny model really holds: bytes of weights, gradients, optimizer state and saved tensors."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_troll.batching.build import Form, build
+from megatron_troll.config.tree import Model
+from megatron_troll.mcore import model as mcore
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.optimizer import Trainable, trainable
+from megatron_troll.mcore.schedule import accumulate
+from megatron_troll.mcore.shape import shape_of
+from megatron_troll.types import Message, MicroBatch, Prompt, Reads, Rollout
+from megatron_troll.weights.load import load
+from megatron_troll.weights.source import RandomSource
+from tests.dist.tiny import started
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes. saved: the most that autograd kept at once for backward, parameters excluded."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    saved: int
+
+
+def measure(config: Model, sizes: dict[str, Any], tokens: int, micro_batches: int, reads: Reads) -> Held:
+    """One optimizer step of micro-batches of `tokens` tokens in two sequences, over all context-parallel
+    ranks."""
+    shape = shape_of(sizes)
+    with started(config.layout) as groups:
+        model = mcore.build(config, shape, groups)
+        load(model, RandomSource(shape, 0))
+        policy = trainable(model, config.optimizer, total_steps=1)
+        form = Form(shape.vocab, cp_rank=groups.cp.rank, cp_size=groups.cp.size, tp_size=groups.tp.size)
+        batches = [packed(tokens, shape.vocab, form, seed) for seed in range(micro_batches)]
+        head = Head(model)
+
+        def loss(i: int, hidden: Tensor) -> tuple[Tensor, None]:
+            readings = head.read(hidden, batches[i].target, reads)
+            values = readings.logp if readings.topk is None else readings.topk.logits.logsumexp(1)
+            assert values is not None
+            return (batches[i].weight * values).sum(), None
+
+        with SavedTensors(kept_anyway(model, batches)) as saved:
+            accumulate(model, batches, loss)
+        policy.step()
+        return Held(weights_of(model), gradients_of(model), optimizer_of(policy), saved.peak)
+
+
+def packed(tokens: int, vocab: int, form: Form, seed: int) -> MicroBatch:
+    """Two responses that fill `tokens` together, a quarter and the rest."""
+    generator = np.random.default_rng(seed)
+    responses = [response(generator.integers(0, vocab, n)) for n in (tokens // 4, tokens - tokens // 4)]
+    return build(responses, [1.0, 1.0], [1.0 / tokens] * 2, [0, 1], form)
+
+
+def response(ids: np.ndarray) -> Rollout:
+    """All of it carries loss but the prompt, its first token."""
+    n = len(ids)
+    return Rollout(
+        prompt=Prompt("p", (Message("user", "?"),), answer=""),
+        group=0,
+        sample=0,
+        prompt_ids=ids[:1],
+        response_ids=ids,
+        mask=np.ones(n, np.float32),
+        logp=np.zeros(n, np.float32),
+        uniform=np.zeros(n),
+        topk=None,
+        text="",
+        finish="stop",
+        version=0,
+    )
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of storages that autograd keeps, each once, while it keeps them; not those in
+    `excluded`."""
+
+    def __init__(self, excluded: set[int]) -> None:
+        super().__init__(self._pack, lambda kept: kept.tensor if isinstance(kept, Kept) else kept)
+        self.excluded = excluded
+        self.users: Counter[int] = Counter()
+        self.bytes = self.peak = 0
+
+    def _pack(self, tensor: Tensor) -> Any:
+        return tensor if storage(tensor) in self.excluded else Kept(self, tensor)
+
+    def take(self, tensor: Tensor) -> None:
+        self.users[storage(tensor)] += 1
+        if self.users[storage(tensor)] == 1:
+            self.bytes += tensor.untyped_storage().nbytes()
+            self.peak = max(self.peak, self.bytes)
+
+    def leave(self, tensor: Tensor) -> None:
+        self.users[storage(tensor)] -= 1
+        if self.users[storage(tensor)] == 0:
+            self.bytes -= tensor.untyped_storage().nbytes()
+
+
+class Kept:
+    """A saved tensor, for as long as the graph holds it."""
+
+    def __init__(self, counter: SavedTensors, tensor: Tensor) -> None:
+        self.counter, self.tensor = counter, tensor
+        counter.take(tensor)
+
+    def __del__(self) -> None:
+        self.counter.leave(self.tensor)
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def kept_anyway(model: mcore.MegatronModel, batches: Sequence[MicroBatch]) -> set[int]:
+    """Storages of weights, gradients and micro-batches."""
+    tensors = [tensor for stage in model.stages for tensor in (*stage.parameters(), *stage.buffers())]
+    tensors += [parameter.main_grad for parameter in tensors if hasattr(parameter, "main_grad")]
+    tensors += [value for batch in batches for value in vars(batch).values() if torch.is_tensor(value)]
+    return {storage(tensor) for tensor in tensors}
+
+
+def weights_of(model: mcore.MegatronModel) -> int:
+    """Each storage once: a distributed optimizer keeps parameters in buffers."""
+    found = {storage(p): p.untyped_storage().nbytes() for chunk in model.chunks for p in chunk.parameters()}
+    return sum(found.values())
+
+
+def gradients_of(model: mcore.MegatronModel) -> int:
+    chunks: Any = model.chunks
+    buffers = [b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    return sum(buffer.grad_data.nbytes for buffer in buffers)
+
+
+def optimizer_of(policy: Trainable) -> int:
+    """Moments, and the fp32 weights where the model's are not; not the step counters."""
+    parts: Any = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    adams = [part.optimizer for part in parts if part.optimizer is not None]
+    parameters = {storage(p) for chunk in policy.model.chunks for p in chunk.parameters()}
+    masters = [p for adam in adams for group in adam.param_groups for p in group["params"]]
+    state = [t for adam in adams for entry in adam.state.values() for name, t in entry.items() if name != "step"]
+    return sum(t.nbytes for t in state) + sum(p.nbytes for p in masters if storage(p) not in parameters)

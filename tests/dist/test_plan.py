@@ -1,0 +1,76 @@
+"""`mtroll plan` against what ranks of tiny models really hold: states to the byte, saved tensors within 10 %."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from megatron_troll.config.tree import Layout, Model, ObjectiveConfig, Slot
+from megatron_troll.launch.plan.activations import activations_of, flow_of
+from megatron_troll.launch.plan.head import saved_by_head
+from megatron_troll.launch.plan.models import Planned, planned_of
+from megatron_troll.launch.plan.pipeline import Work
+from megatron_troll.mcore.shape import shape_of
+from megatron_troll.objectives.compose import compose
+from tests.dist.plan_worker import Held, measure
+from tests.dist.tiny import DENSE, MOE, NEXT
+
+TOKENS = 256
+CLIP = compose(ObjectiveConfig(trust_region=Slot(name="clip")))
+TROLL = compose(ObjectiveConfig(trust_region=Slot.model_validate({"name": "troll", "k": 16})))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model on `world` ranks; what else its configuration says."""
+
+    world: int
+    layout: dict[str, int]
+    sizes: dict[str, Any] = field(default_factory=lambda: MOE)
+    fields: dict[str, Any] = field(default_factory=dict)
+    micro_batches: int = 1
+
+
+BF16 = {"dtype": "bf16"}
+CASES = {
+    "one-rank": Case(1, {}),
+    "one-rank-bf16": Case(1, {}, fields=BF16),
+    "dense-tied-pp2": Case(2, {"pp": 2}, DENSE | {"tie_word_embeddings": True}, BF16, 3),
+    "tp2-etp2": Case(2, {"tp": 2, "etp": 2}, fields=BF16 | {"recompute": "full"}),
+    "ep2-no-distributed-optimizer": Case(2, {"ep": 2}, fields={"optimizer": {"distributed": False}}),
+    "ep2-frozen-routers": Case(2, {"ep": 2}, fields=BF16 | {"moe": {"freeze_router": True}}),
+    "cp2": Case(2, {"cp": 2}, fields={"recompute": "selective"}),
+    "pp2-interleaved": Case(2, {"pp": 2, "vpp": 2}, fields=BF16, micro_batches=4),
+    "tp2-pp2-ep2": Case(4, {"tp": 2, "pp": 2, "ep": 2}, fields=BF16, micro_batches=3),
+    "tp2-ep2-dp2": Case(4, {"tp": 2, "ep": 2}, fields=BF16 | {"recompute": "selective", "recompute_modules": ("moe",)}),
+    "hybrid": Case(1, {}, NEXT, BF16),
+    "hybrid-tp2-cp2-ep2": Case(4, {"tp": 2, "cp": 2, "ep": 2}, NEXT),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_is_what_ranks_hold(name: str, request: pytest.FixtureRequest) -> None:
+    case = CASES[name]
+    planned = plan_of(case)
+    arguments = (planned.model, case.sizes, TOKENS, case.micro_batches, CLIP.reads)
+    ranks = request.getfixturevalue(f"ranks{case.world}")
+    for rank, held in enumerate(ranks.run(measure, *arguments)):
+        states = planned.states(rank)
+        assert (held.weights, held.gradients, held.optimizer) == (states.weights, states.gradients, states.optimizer)
+        assert saved(planned, case, rank) == pytest.approx(held.saved, rel=0.1), f"rank {rank}"
+
+
+def plan_of(case: Case) -> Planned:
+    model = Model.model_validate(
+        {"path": "none", "dtype": "fp32", "spec": "local", "layout": Layout(**case.layout)} | case.fields
+    )
+    return planned_of("policy", model, shape_of(case.sizes), case.world)
+
+
+def saved(planned: Planned, case: Case, rank: int) -> int:
+    ranks = planned.ranks
+    stage, layout = ranks.stage(rank), ranks.layout
+    work = Work(TOKENS, 2, case.micro_batches, TOKENS)
+    kept = activations_of(planned, work, stage, planned.model.recompute).kept
+    last = stage == layout.pp - 1
+    return kept + (saved_by_head(flow_of(planned, work), CLIP) if last else 0)

@@ -1,0 +1,88 @@
+"""Every version is written once, or agrees with where else it is written."""
+
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from megatron_troll.mcore.cpu.patches import MCORE_VERSION
+from tests.house.markdown import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DOCKERFILE, CPU = (ROOT / "Dockerfile").read_text(), (ROOT / "Dockerfile.cpu").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+PIN = re.compile(r"([\w.-]+)==([\w.]+)")
+
+
+def pins(name: str) -> dict[str, Version]:
+    """Package -> version, from a list in which every line pins one."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    found = [PIN.fullmatch(line) for line in lines]
+    assert all(found), [line for line, pin in zip(lines, found) if pin is None]
+    return {canonicalize_name(pin[1]): Version(pin[2]) for pin in found if pin}
+
+
+PINS, NEMO = pins("constraints.txt"), pins("examples/nemo_run/requirements.txt")
+
+
+def test_what_the_project_requires_is_pinned_within_its_range() -> None:
+    asked = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+    asked = [one for one in asked if one.name != "triton"]
+    missing = [one.name for one in asked if canonicalize_name(one.name) not in PINS]
+    assert missing == [], "add them to constraints.txt"
+    outside = [str(one) for one in asked if PINS[canonicalize_name(one.name)] not in one.specifier]
+    assert outside == []
+
+
+def test_the_environment_is_the_pinned_one() -> None:
+    found = {}
+    for name, pinned in PINS.items():
+        try:
+            installed = Version(version(name))
+        except PackageNotFoundError:  # what only a GPU needs
+            continue
+        if installed.base_version != pinned.base_version:
+            found[name] = f"{installed}, and not {pinned}: make env"
+    assert found == {}
+
+
+def test_megatron_core_is_the_one_that_is_patched() -> None:
+    assert f"megatron-core=={MCORE_VERSION}" in PROJECT["dependencies"]
+    assert PINS["megatron-core"] == Version(MCORE_VERSION)
+    assert f"pinned to {MCORE_VERSION} " in (ROOT / "docs" / "megatron-core.md").read_text()
+
+
+def test_what_only_a_gpu_needs_is_in_megatron_cores_own_range() -> None:
+    own = [Requirement(text) for text in requires("megatron-core") or []]
+    ranges = {one.name: one.specifier for one in own if one.marker and one.marker.evaluate({"extra": "dev"})}
+    assert PINS["flash-linear-attention"] in ranges["flash-linear-attention"]
+    assert Version(argument("TRANSFORMER_ENGINE")) in ranges["transformer-engine"]
+
+
+def argument(name: str) -> str:
+    """The default of an argument of the Dockerfile, which every one of the first stage has."""
+    found = re.search(rf"^ARG {name}=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert found, name
+    return found[1]
+
+
+def test_sources_are_pinned_too() -> None:
+    assert re.fullmatch(r"[0-9a-f]{40}", argument("APEX"))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", argument("SGLANG"))
+    assert re.findall(r"git\+\S+@(\S+)\"", DOCKERFILE) == ["v${TRANSFORMER_ENGINE}", "${APEX}"]
+
+
+def test_nemo_run_is_the_one_that_is_described() -> None:
+    assert f"nemo-run {NEMO['nemo-run']} " in (ROOT / "docs" / "nemo-run.md").read_text()
+
+
+def test_the_cpu_image_installs_what_ci_does() -> None:
+    """CI's checkout is clean: `make check` makes the environment there, as the image does."""
+    assert re.findall(r"^RUN (.*)$", CPU, re.MULTILINE)[1:] == ["make env"]
+    assert "\nmake check\n" in (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^check: env$", MAKEFILE, re.MULTILINE)
+    (python,) = re.findall(r"^FROM python:(\d+\.\d+)\.\d+-", CPU, re.MULTILINE)
+    assert f"\nPYTHON ?= python{python}\n" in MAKEFILE

@@ -1,0 +1,29 @@
+"""The model that the test servers serve: tiny, with every weight away from trivial, and K = 64 of its law."""
+
+from pathlib import Path
+
+from megatron_troll.data.demo_model import END, character_tokenizer
+from megatron_troll.data.tokenizer import load_tokenizer, stop_ids
+from megatron_troll.types import Message, Prompt
+from tests.dist.tiny import DENSE, MOE, write_reference
+
+TOKENIZER = character_tokenizer()
+END_ID = TOKENIZER.convert_tokens_to_ids(END)
+VOCAB = 64
+CONFIG = MOE | {"vocab_size": VOCAB, "eos_token_id": END_ID}
+PROMPTS = tuple(
+    Prompt(f"p{i}", (Message("user", text),), "")
+    for i, text in enumerate(("sort 3142", "add 17 and 25", "hello", "what is 9*9?", "abc", "x" * 40))
+)
+
+
+def write_model(folder: Path, seed: int = 0, **changes: object) -> Path:
+    """A model folder with its tokenizer. `changes` are to its configuration."""
+    base = DENSE if changes.get("model_type") == "qwen3" else CONFIG
+    write_reference({**base, "eos_token_id": END_ID, **changes}, folder, seed)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def ends(folder: Path) -> tuple[int, ...]:
+    return stop_ids(load_tokenizer(folder), folder)

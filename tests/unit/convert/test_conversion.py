@@ -1,0 +1,223 @@
+"""Whole conversions of tiny models, both ways. Real Megatron checkpoints: tests/dist/test_conversion.py."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_troll.convert.plan import Options
+from megatron_troll.convert.to_hugging_face import ToHuggingFace, companions_of
+from megatron_troll.convert.to_megatron import ToMegatron
+from megatron_troll.mcore.shape import read_shape, shape_of
+from megatron_troll.weights.checkpoint_source import open_source
+from megatron_troll.weights.torch_dist import Chunk, Saved, SavedTensors, write_chunk, write_index
+from tests.dist.tiny import DENSE, MOE, NEXT
+from tests.unit.convert.tiny_folders import (
+    MODELS,
+    MTP,
+    SMALL,
+    assert_equal,
+    read_all,
+    run,
+    tensors_of,
+    to_hugging_face,
+    to_megatron,
+    write_folder,
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_bit_equal(name: str, tmp_path: Path) -> None:
+    tensors = tensors_of(MODELS[name])
+    source = write_folder(MODELS[name], tmp_path / "hf", tensors)
+    there = to_megatron(source, tmp_path / "mcore")
+    back = to_hugging_face(there, tmp_path / "back")
+    assert len(list((there / "tensors").glob("*.distcp"))) > 3
+    assert len(list(back.glob("*.safetensors"))) > 3
+    assert_equal(read_all(back), tensors)
+    for folder in (there, back):
+        assert json.loads((folder / "config.json").read_text()) == MODELS[name] | {"dtype": "float32"}
+        assert (folder / "tokenizer.json").read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize("folder", ["mcore", "back"])
+def test_sums_are_those_of_every_file(folder: str, tmp_path: Path) -> None:
+    source = write_folder(NEXT, tmp_path / "hf", tensors_of(NEXT))
+    to_hugging_face(to_megatron(source, tmp_path / "mcore"), tmp_path / "back")
+    target = tmp_path / folder
+    listed = [line.split("  ")[1] for line in (target / "SHA256SUMS").read_text().splitlines()]
+    files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    assert sorted([*listed, "SHA256SUMS"]) == files
+    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=target, check=True)
+
+
+def mixed(config: dict[str, Any]) -> dict[str, Tensor]:
+    """bf16, but for the router and what else a model keeps in fp32."""
+    kept = ("mlp.gate.weight", "A_log", "layers.1.input_layernorm.weight")
+    return {
+        name: tensor if name.endswith(kept) or name in MTP else tensor.bfloat16()
+        for name, tensor in tensors_of(config).items()
+    }
+
+
+def test_dtypes_are_kept_where_layers_agree(tmp_path: Path) -> None:
+    tensors = mixed(NEXT)
+    source = write_folder(NEXT, tmp_path / "hf", tensors)
+    back = to_hugging_face(to_megatron(source, tmp_path / "mcore"), tmp_path / "back", Options())
+    assert_equal(read_all(back), tensors)
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_layers_that_share_a_tensor_must_agree_on_its_dtype(tmp_path: Path) -> None:
+    source = write_folder(MOE, tmp_path / "hf", mixed(MOE))
+    with pytest.raises(ValueError, match=r"several dtypes, choose one \(--dtype\)") as caught:
+        ToMegatron(source, SMALL)
+    (key,) = str(caught.value).splitlines()[1:]
+    assert key == "  decoder.layers.self_attention.linear_qkv.layer_norm_weight: bfloat16, float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_dtype_can_be_chosen_in_either_direction(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = mixed(NEXT)
+    source = write_folder(NEXT, tmp_path / "hf", tensors)
+    chosen = Options(dtype, SMALL.shard_bytes)
+    first = to_hugging_face(to_megatron(source, tmp_path / "a", chosen), tmp_path / "b")
+    second = to_hugging_face(to_megatron(source, tmp_path / "c"), tmp_path / "d", chosen)
+    expected = {name: tensor if name in MTP else tensor.to(dtype) for name, tensor in tensors.items()}
+    assert_equal(read_all(first), expected)
+    assert_equal(read_all(second), expected)
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    name = "model.layers.2.self_attn.o_proj.weight"
+    tensors = tensors_of(MOE)
+    source = write_folder(MOE, tmp_path / "hf", tensors | {name: tensors[name].to(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match="quantised") as caught:
+        ToMegatron(source, SMALL)
+    assert "linear_proj.weight: float32, float8_e4m3fn" in str(caught.value)
+
+
+def test_the_trainer_reads_a_converted_folder_like_the_original(tmp_path: Path) -> None:
+    source = write_folder(MOE, tmp_path / "hf", tensors_of(MOE))
+    there = open_source(to_megatron(source, tmp_path / "mcore"), read_shape(source))
+    original = open_source(source, read_shape(source))
+    assert there.shapes == original.shapes
+    assert {there.dtype(name) for name in there.shapes} == {torch.float32}
+    assert all(torch.equal(there.read(name), original.read(name)) for name in original.shapes)
+    norm = "model.layers.1.mlp.gate.weight"
+    assert torch.equal(there.read(norm, 3), original.read(norm)[3])
+
+
+def test_tensors_that_do_not_fit_are_all_listed_and_nothing_is_written(tmp_path: Path) -> None:
+    tensors = tensors_of(MOE)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
+    tensors["lm_head.weight"] = torch.zeros(7, 7)
+    source = write_folder(MOE, tmp_path / "hf", tensors)
+    with pytest.raises(ValueError, match=r"do not fit config\.json") as caught:
+        ToMegatron(source, SMALL)
+    assert str(caught.value).split("\n  ")[1:] == [
+        "missing: model.norm.weight (48,)",
+        "unused: model.layers.0.self_attn.q_proj.bias (3,)",
+        "wrong shape: lm_head.weight (7, 7), the config says (131, 48)",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_mtp_of_a_model_that_has_none_is_not_dropped_silently(tmp_path: Path) -> None:
+    source = write_folder(MOE, tmp_path / "hf", tensors_of(MOE) | MTP)
+    with pytest.raises(ValueError, match=r"unused: mtp\.fc\.weight"):
+        ToMegatron(source, SMALL)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    source = write_folder(DENSE | {"model_type": "llama"}, tmp_path / "hf", tensors_of(DENSE))
+    with pytest.raises(ValueError, match="model_type 'llama' is not supported"):
+        ToMegatron(source, SMALL)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_every_difference(tmp_path: Path) -> None:
+    there = to_megatron(write_folder(MOE, tmp_path / "hf", tensors_of(MOE)), tmp_path / "mcore")
+    other = MOE | {"vocab_size": 140, "num_key_value_heads": 8}
+    like = write_folder(other, tmp_path / "like", {})
+    with pytest.raises(ValueError, match="does not hold the model") as caught:
+        ToHuggingFace(there, like, SMALL)
+    assert str(caught.value).split("\n  ")[1:] == [
+        "wrong shape: embedding.word_embeddings.weight (131, 48), the config says (140, 48)",
+        "wrong shape: output_layer.weight (131, 48), the config says (140, 48)",
+        "wrong shape: decoder.layers.self_attention.linear_qkv.weight (4, 256, 48), "
+        "the config says (4, 384, 48)",
+    ]
+    dense = write_folder(DENSE, tmp_path / "dense", {})
+    with pytest.raises(ValueError, match=r"missing: decoder\.layers\.mlp\.linear_fc1\.weight") as caught:
+        ToHuggingFace(there, dense, SMALL)
+    assert "unused: decoder.layers.mlp.router.weight (4, 8, 48)" in str(caught.value)
+
+
+def test_a_folder_without_checkpoint_or_config_is_told_what_to_give(tmp_path: Path) -> None:
+    like = write_folder(MOE, tmp_path / "hf", tensors_of(MOE))
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"give one step of a run, .* or a folder that `mtroll convert hf2mcore` wrote",
+    ):
+        ToHuggingFace(like, like, SMALL)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json: give --like"):
+        companions_of(tmp_path)
+
+
+def test_what_a_run_began_with_is_its_companion(tmp_path: Path) -> None:
+    step = tmp_path / "runs" / "x" / "checkpoints" / "step_000010"
+    step.mkdir(parents=True)
+    model = tmp_path / "model"
+    config = f"name: x\nmodels: {{policy: {{path: {model}}}}}\n"
+    (tmp_path / "runs" / "x" / "config.yaml").write_text(config)
+    with pytest.raises(FileNotFoundError, match=f"{model}, which the run of .* began with, .*give --like"):
+        companions_of(step)
+    write_folder(MOE, model, {})
+    assert companions_of(step) == model
+
+
+def test_a_model_of_every_size_is_planned_from_headers() -> None:
+    from megatron_troll.convert.plan import cut_parameters
+    from megatron_troll.weights.families import table_of
+
+    config = json.loads((Path(__file__).parents[1] / "weights" / "qwen3_30b_a3b.json").read_text())
+    shards = cut_parameters(table_of(shape_of(config)), lambda place: torch.bfloat16, 4 * 2**30)
+    assert sum(shard.nbytes for shard in shards) == 2 * 30_532_122_624
+    assert max(shard.nbytes for shard in shards) <= 4 * 2**30
+    assert len(shards) == 15
+
+
+def with_bias(folder: Path) -> str:
+    """Add a tensor to a checkpoint that Hugging Face's format has no place for; its key."""
+    key, bias = "decoder.layers.mlp.router.expert_bias", torch.ones(4, 8)
+    with open(folder / "bias.distcp", "wb") as file:
+        offset, length = write_chunk(file, bias)
+    chunk = Chunk((0, 0), (4, 8), "bias.distcp", offset, length)
+    write_index(folder, {**SavedTensors(folder).tensors, key: Saved(bias.dtype, (4, 8), (chunk,))})
+    return key
+
+
+def test_what_has_no_place_is_left_out_only_by_name(tmp_path: Path) -> None:
+    tensors = tensors_of(MOE)
+    there = to_megatron(write_folder(MOE, tmp_path / "hf", tensors), tmp_path / "mcore")
+    key = with_bias(there / "tensors")
+    with pytest.raises(ValueError, match=re.escape(f"unused: {key} (4, 8)")):
+        ToHuggingFace(there, there, SMALL)
+    run(ToHuggingFace(there, there, SMALL, ("router.expert_bias",)), tmp_path / "back")
+    assert_equal(read_all(tmp_path / "back"), tensors)
+
+
+def test_a_checkpoint_of_another_program_needs_a_config_beside_it(tmp_path: Path) -> None:
+    tensors = tensors_of(MOE)
+    source = write_folder(MOE, tmp_path / "hf", tensors)
+    iteration = to_megatron(source, tmp_path / "mcore") / "tensors"
+    with pytest.raises(FileNotFoundError, match="give --like"):
+        companions_of(iteration)
+    run(ToHuggingFace(iteration, source, SMALL), tmp_path / "back")
+    assert_equal(read_all(tmp_path / "back"), tensors)

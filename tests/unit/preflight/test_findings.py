@@ -1,0 +1,63 @@
+"""Each check tells what is there, and what to do where it is not enough."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from megatron_troll.preflight import node, packages
+from megatron_troll.preflight.finding import Finding
+from megatron_troll.preflight.run import Report, failures
+from megatron_troll.preflight.table import grouped
+
+TIB = 2**40
+
+
+def test_the_pinned_megatron_core_is_asked_for() -> None:
+    found = {finding.check: finding for finding in packages.findings(cuda=False)}
+    assert found["megatron-core"] == Finding("megatron-core", "ok", packages.pinned())
+    assert found["torch"].text == version("torch")
+
+
+def test_another_megatron_core_is_refused() -> None:
+    finding = packages.core("0.15.0", "0.16.1")
+    assert (finding.level, finding.text) == ("failed", "0.15.0")
+    assert finding.advice.startswith("install megatron-core==0.16.1")
+
+
+def test_pypis_apex_is_told_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packages.apex().level == "warning"
+    (tmp_path / "apex.py").touch()
+    assert packages.apex().level == "failed"
+    assert "is not NVIDIA's" in packages.apex().text
+    (tmp_path / "amp_C.py").touch()
+    assert packages.apex().level == "ok"
+
+
+def test_a_disk_that_is_too_small_says_where_and_how_much(tmp_path: Path) -> None:
+    assert node.disk(tmp_path / "not" / "yet", 1).level == "ok"
+    finding = node.disk(tmp_path / "not" / "yet", 10**6 * TIB)
+    assert finding.level == "failed"
+    assert f"free at {tmp_path}, 1024000000.0 needed" in finding.text
+
+
+def test_gpus_that_are_not_there() -> None:
+    assert node.gpus(1000).level == "failed"
+    assert node.gpus(1000).text.endswith("of 1000 asked for")
+    assert node.gpus(0).level == "ok"
+
+
+def test_nodes_that_agree_share_a_row() -> None:
+    torch, small, large = (
+        Finding("torch", "ok", "2.13.0"),
+        Finding("disk", "failed", "1 GiB", "free some"),
+        Finding("disk", "ok", "9 GiB"),
+    )
+    reports = [
+        Report("vn0", (torch, large)),
+        Report("vn1", (torch, small)),
+        Report("vn2", (torch, large)),
+    ]
+    assert grouped(reports) == [(torch, ["vn0", "vn1", "vn2"]), (large, ["vn0", "vn2"]), (small, ["vn1"])]
+    assert failures(reports) == ["vn1: disk: 1 GiB; free some"]

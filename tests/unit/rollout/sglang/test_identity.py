@@ -1,0 +1,120 @@
+"""A server that is not the policy's is told from one that is."""
+
+import asyncio
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_troll.mcore.shape import shape_of
+from megatron_troll.rollout.sglang.errors import (
+    BadReply,
+    ServerFault,
+    WrongLaw,
+    WrongModel,
+    WrongTokenizer,
+    WrongVocabulary,
+)
+from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.identity import Identity
+from tests.sglang.model import CONFIG, TOKENIZER
+from tests.sglang.recordings import PROMPT
+from tests.unit.rollout.sglang.fake import RECORDED, Fake, fakes
+
+TEXT = "sort 3142"
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[Fake]:
+    with fakes(1) as servers:
+        serve(servers[0], tmp_path, CONFIG)
+        yield servers[0]
+
+
+def serve(fake: Fake, folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    fake.model_info = {"model_type": config["model_type"], "model_path": str(folder)}
+
+
+def check(fake: Fake, temperature: float = 1.0) -> str:
+    identity = Identity(shape_of(CONFIG), TOKENIZER, TEXT, PROMPT, temperature)
+
+    async def run() -> str:
+        http = Http(None)
+        try:
+            return await identity.check(http, fake.url)
+        finally:
+            await http.close()
+
+    return asyncio.run(run())
+
+
+def test_the_policys_own_server(fake: Fake) -> None:
+    assert check(fake) == "default"
+
+
+def test_a_folder_on_another_machine_is_not_looked_for(fake: Fake) -> None:
+    fake.model_info["model_path"] = "/on/another/machine"
+    assert check(fake) == "default"
+
+
+def test_another_model(fake: Fake, tmp_path: Path) -> None:
+    serve(fake, tmp_path, CONFIG | {"num_hidden_layers": 2})
+    with pytest.raises(WrongModel, match=r"layers 2, not 4: start the server from models\.policy\.path"):
+        check(fake)
+
+
+def test_another_family(fake: Fake) -> None:
+    fake.model_info["model_type"] = "llama"
+    with pytest.raises(WrongModel, match="of type 'llama', the policy is 'qwen3_moe'"):
+        check(fake)
+
+
+def test_another_vocabulary(fake: Fake, tmp_path: Path) -> None:
+    serve(fake, tmp_path, CONFIG | {"vocab_size": 1000})
+    with pytest.raises(WrongVocabulary, match="vocabulary of 1000"):
+        check(fake)
+
+
+def test_another_tokenizer(fake: Fake) -> None:
+    fake.overrides["/tokenize"] = (200, {"tokens": [1, 2, 3], "count": 3})
+    with pytest.raises(WrongTokenizer, match=r"'sort 3142' is \[1, 2, 3\] there"):
+        check(fake)
+
+
+def test_a_server_without_a_tokenizer_has_none_to_differ(fake: Fake) -> None:
+    fake.overrides["/tokenize"] = (400, {"error": {"message": "no tokenizer"}})
+    assert check(fake) == "default"
+
+
+def test_what_is_not_sglang(fake: Fake) -> None:
+    fake.overrides["/model_info"] = (200, "<html>")
+    with pytest.raises(BadReply, match="is it SGLang"):
+        check(fake)
+
+
+def test_a_server_that_is_not_healthy(fake: Fake) -> None:
+    fake.overrides["/health"] = (503, {"message": "loading"})
+    with pytest.raises(ServerFault, match="answered 503: loading"):
+        check(fake)
+
+
+def test_log_probs_of_temperature_1_in_any_case(fake: Fake) -> None:
+    """What SGLANG_RETURN_ORIGINAL_LOGPROB=1 makes of a server; the recording is of temperature 1."""
+    with pytest.raises(WrongLaw, match=r"not of temperature 0\.5: unset SGLANG_RETURN_ORIGINAL_LOGPROB"):
+        check(fake, temperature=0.5)
+
+
+def test_log_probs_of_the_temperature_asked_for(fake: Fake) -> None:
+    plain = RECORDED["first_law"]["content"]
+    tempered = copy.deepcopy(plain)
+    for entry in tempered["meta_info"]["output_top_logprobs"][0]:
+        entry[0] = 2 * entry[0] - 0.25  # any constant: the law's own normaliser
+    replies = iter([plain, tempered])
+    fake.reply = lambda path, body, reply=fake.reply: (  # pyright: ignore[reportAttributeAccessIssue]
+        (200, next(replies)) if path == "/generate" else reply(path, body)
+    )
+    assert check(fake, temperature=0.5) == "default"

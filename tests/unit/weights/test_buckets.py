@@ -1,0 +1,63 @@
+"""Tensors come out of buckets as they went in, within the memory that was promised."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_troll.weights.buckets import Bucket, buckets
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3).map(tuple)
+
+
+def unpacked(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    """As a receiver reads it, without gaps."""
+    start = 0
+    for piece in bucket.pieces:
+        assert piece.start == start
+        start = piece.end
+        yield piece.name, bucket.flat[piece.start : piece.end].view(piece.dtype).view(piece.shape).clone()
+    assert start == len(bucket.flat)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), max_size=12), st.integers(1, 200))
+def test_everything_comes_through(sizes: list[tuple[tuple[int, ...], torch.dtype]], max_bytes: int) -> None:
+    sent = [(f"t{i}", torch.randn(shape).to(dtype)) for i, (shape, dtype) in enumerate(sizes)]
+    found = []
+    for bucket in buckets(iter(sent), max_bytes):
+        assert len({piece.dtype for piece in bucket.pieces}) == 1
+        not_empty = [piece for piece in bucket.pieces if piece.end > piece.start]
+        assert bucket.flat.nbytes <= max_bytes or len(not_empty) == 1
+        found += unpacked(bucket)
+    assert [name for name, _ in found] == [name for name, _ in sent]
+    for (_, before), (_, after) in zip(sent, found):
+        assert before.dtype == after.dtype
+        assert torch.equal(before.float(), after.float())
+
+
+def test_two_buffers_are_held() -> None:
+    pieces = [(f"t{i}", torch.full((100,), float(i))) for i in range(40)]
+    seen = [bucket.flat.data_ptr() for bucket in buckets(iter(pieces), 1000)]
+    assert len(seen) == 20
+    assert len(set(seen)) == 2
+
+
+def test_one_bucket_is_readable_while_the_next_is_filled() -> None:
+    pieces = [(f"t{i}", torch.full((100,), float(i))) for i in range(6)]
+    before: Bucket | None = None
+    for i, bucket in enumerate(buckets(iter(pieces), 400)):
+        if before is not None:
+            assert before.flat.view(torch.float32).tolist() == [float(i - 1)] * 100
+        before = bucket
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_that_is_not_contiguous(dtype: torch.dtype) -> None:
+    tensor = torch.arange(12.0).view(3, 4).to(dtype).t()
+    (bucket,) = buckets([("t", tensor)], 1)
+    assert torch.equal(next(unpacked(bucket))[1].float(), tensor.float())
