@@ -28,7 +28,7 @@ from tests.dist.harness import RankPool
 from tests.dist.layouts_batch import Weights
 from tests.dist.methods_batch import Batch, make_methods_batch, model_of
 from tests.dist.methods_worker import Cut
-from tests.dist.test_layouts import global_norm, worst_gradient
+from tests.dist.layouts_checks import global_norm, worst_gradient
 from tests.dist.tiny import MOE, reference
 
 TOLERANCE = 1e-5

@@ -15,7 +15,7 @@ from tests.dist.methods_batch import Batch, make_methods_batch
 from tests.dist.methods_oracle import Expected, Oracle
 from tests.dist.methods_table import METHODS
 from tests.dist.methods_worker import Cut, Outcome, run_methods
-from tests.dist.test_layouts import check_metrics, worst_gradient
+from tests.dist.layouts_checks import check_metrics, worst_gradient
 from tests.dist.tiny import MOE, reference
 
 TOLERANCE = 1e-5

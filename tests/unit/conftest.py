@@ -1,8 +1,16 @@
-"""What several unit tests start from."""
+"""What several unit tests start from.
 
+Triton kernels run here in Triton's interpreter, on CPU tensors: forward, backward and values are tested,
+speed and anything that only a GPU compiler does are not. It has to be asked for before anything imports
+triton, as megatron.core does.
+"""
+
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"
 
 from megatron_troll.data.demo_model import write_base
 
