@@ -29,6 +29,7 @@ PINNED = (
     "megatron.core.tensor_parallel.random._get_cuda_rng_state",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
     "torch.distributed.all_gather",
+    "ProcessGroupGloo.__init__",
 )
 ABSENT = object()
 

@@ -8,6 +8,7 @@ where CUDA exists.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -88,6 +89,18 @@ def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _on_one_device(original: Callable[..., None]) -> Callable[..., None]:
+    gloo: Any = dist.ProcessGroupGloo  # its options are not in the stubs
+    device = functools.cache(gloo.create_default_device)
+
+    def init(self: Any, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = gloo._Options()
+        options._devices, options._timeout = [device()], timeout
+        original(self, store, rank, size, options)
+
+    return init
+
+
 def patches() -> tuple[Patch, ...]:
     """The list, in the order it is applied. Imports the Megatron modules it touches."""
     import megatron.core.tensor_parallel.random as mcore_random
@@ -118,6 +131,8 @@ def patches() -> tuple[Patch, ...]:
               "the call, and with it the state, until CUDA starts", lambda _: lambda *_, **__: None),
         Patch(dist, "all_gather", "gloo has no all_gather of unequal lists (ETP with EP)",
               _uneven_all_gather),
+        Patch(dist.ProcessGroupGloo, "__init__", "each of some 25 groups of a layout would have a device, "
+              "whose thread wakes 100 times a second", _on_one_device),
     )  # fmt: skip
 
 
