@@ -71,6 +71,7 @@ def prepare(config: Config) -> Task:
         _check_kept(objective, shape)
     _check_models(config, objective, shape)
     _check_bias(config)
+    _check_replay(config, shape)
     _check_rollout(config, objective, shape)
     answer = config.rollout.sampling.max_tokens
     check_length(
@@ -235,6 +236,25 @@ def _check_bias(config: Config) -> None:
                 f"{str(value).lower()}: the Hugging Face format has no place for the biases, without which "
                 "the model would choose other experts"
             )
+
+
+def _check_replay(config: Config, shape: ModelShape) -> None:
+    """Raises ConfigError where there is nothing to repeat."""
+    replay = config.train.replay
+    if replay == "none":
+        return
+    if not shape.experts:
+        raise ConfigError(f"train.replay={replay} repeats choices of experts: {config.policy.path} has none")
+    if replay == "old" and config.objective.old == "engine":
+        raise ConfigError(
+            "train.replay=old repeats the experts of the old policy's forward, which objective.old=engine "
+            "leaves out; set objective.old=trainer, or train.replay=rollout"
+        )
+    if replay == "rollout" and not rollout.returns_experts(config):
+        raise ConfigError(
+            f"train.replay=rollout: the engine {config.rollout.engine} does not return the experts it chose; "
+            "use rollout.engine=inprocess, or train.replay=old"
+        )
 
 
 def _check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:

@@ -157,6 +157,7 @@ def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
         config.objective.old,
         reference,
         config.objective.aggregation,
+        config.train.replay,
     )
 
 
@@ -169,7 +170,13 @@ def open_arranger(task: Task, policy: Trainable) -> Arranger:
         or objective.reads.at_rollout
         or objective.reads_old.at_rollout
     )
-    return Arranger(config, policy.model, config.policy.layout, config.rollout.top_k if read else 0)
+    return Arranger(
+        config,
+        policy.model,
+        config.policy.layout,
+        config.rollout.top_k if read else 0,
+        replay=config.train.replay == "rollout",
+    )
 
 
 def open_checkpoints(session: Session, policy: Trainable, critic: Critic | None) -> Checkpoints:

@@ -270,6 +270,11 @@ class Train(Node):
     packing: bool = Field(
         default=True, description="sequences end to end in one row; false: a padded row each"
     )
+    replay: Literal["none", "old", "rollout"] = Field(
+        default="none",
+        description="experts that the policy's training forwards repeat: those of the old policy's forward "
+        "(R2), or those that the engine chose (R3); none: routers choose anew",
+    )
     shuffle_rewards: bool = Field(
         default=False, description="control experiment: rewards permuted over the batch"
     )

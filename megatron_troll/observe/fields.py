@@ -216,6 +216,11 @@ CORRECTION = (
 EXPERTS = (
     Field("expert_load_max", "", "tokens of the busiest expert over the mean; 1 is even"),
     Field("expert_entropy", "", "entropy of an expert drawn by its tokens over that of an even draw"),
+    Field(
+        "replay_changed",
+        "share",
+        "train.replay: choices that the router would have made otherwise; over all layers",
+    ),
 )
 
 SPEED = (
