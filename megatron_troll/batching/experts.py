@@ -59,4 +59,4 @@ def recorded(rollout: Rollout, routing: Routing) -> np.ndarray:
 
 def _ascending(experts: np.ndarray) -> np.ndarray:
     """[...], of [..., k]: whether each is larger than the one before."""
-    return (experts[..., 1:] > experts[..., :-1]).all(-1)
+    return np.all(experts[..., 1:] > experts[..., :-1], axis=-1)

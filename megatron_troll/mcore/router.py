@@ -200,10 +200,11 @@ def recording(chunks: list[nn.Module]) -> Iterator[dict[int, list[Tensor]]]:
     """What the routers on this rank choose in the block: layer, counted from 0 -> [n, k] uint8 or uint16,
     ascending, of each forward in order, on the device."""
     found = routers(chunks)
+    kept: dict[int, list[Tensor]] = {layer_of(router): [] for router in found}
     for router in found:
-        router.replay.recorded = []
+        router.replay.recorded = kept[layer_of(router)]
     try:
-        yield {layer_of(router): router.replay.recorded for router in found}
+        yield kept
     finally:
         for router in found:
             router.replay.recorded = None

@@ -78,7 +78,7 @@ class InProcessEngine(Engine):
             return []
         return answers_of(steps, self.setup.stop_ids, self._version, experts)[: len(requests)]
 
-    def _experts(self, chosen: Mapping[int, Sequence[Tensor]], padding: Tensor) -> list[np.ndarray] | None:
+    def _experts(self, chosen: Mapping[int, list[Tensor]], padding: Tensor) -> list[np.ndarray] | None:
         """Of each row [B] the experts [t, layers, k] of all tokens that were read, from those of each forward
         ([s * B, k], position by position). Blocks on the pipeline."""
         if not self._records:
