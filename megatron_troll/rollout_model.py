@@ -7,14 +7,18 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from megatron_troll.advantages import Advantage
 from megatron_troll.arrange import Arranger
 from megatron_troll.batching.build import Advantages
 from megatron_troll.checks import Task
 from megatron_troll.config.model_options import Distill
+from megatron_troll.config.tree import Config
+from megatron_troll.config.tree import RolloutModel as RolloutModelConfig
 from megatron_troll.learner import combine, finite, split
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.objectives.correction.none import NoCorrection
@@ -138,9 +142,21 @@ def open_rollout_model(task: Task, policy: MegatronModel, phases: Phases) -> Rol
     groups = policy.groups if model.layout == config.policy.layout else parallel.also(model.layout)
     updates = config.train.steps * config.train.updates
     trained = open_policy(model, read_shape(model.path), groups, config.seed, updates, policy.progress)
+    return assembled(config, model, trained, policy, task.objective.advantage, phases)
+
+
+def assembled(
+    config: Config,
+    model: RolloutModelConfig,
+    trained: Trainable,
+    policy: MegatronModel,
+    advantage: Advantage,
+    phases: Phases,
+) -> RolloutModel:
+    """From the built `model` and its teacher."""
     temperature = config.rollout.sampling.temperature
     objective = Objective(
-        advantage=task.objective.advantage,
+        advantage=advantage,
         ratio=Token(),
         trust_region=Clip(),
         kl=Distillation(coef=model.distill.weight, k=model.distill.k),
