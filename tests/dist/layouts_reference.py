@@ -75,7 +75,7 @@ class Reference:
 
     def __init__(self, batch: Batch, old: Old, replay: Replay = "none") -> None:
         self.batch = batch
-        self.tokens = _tokens(batch)
+        self.tokens = tokens_of(batch)
         self.model = reference(batch.config).double()
         if "num_experts" in batch.config:
             self.model.set_experts_implementation("eager")  # the grouped one has no float64
@@ -222,7 +222,7 @@ def balancing_loss(read: Read) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def _tokens(batch: Batch) -> Tokens:
+def tokens_of(batch: Batch) -> Tokens:
     lengths = [int(rollout.mask.sum()) for rollout in batch.rollouts]
     spread = torch.tensor(lengths)
     filled = sum(length > 0 for length in lengths)
