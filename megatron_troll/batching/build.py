@@ -82,8 +82,7 @@ def build(
     picked = [rollouts[i] for i in chosen]
     for rollout in picked:
         _check(rollout, form)
-    nothing = torch.empty(0, dtype=torch.int64)
-    inputs = [_input(rollout) for rollout in picked] or [(nothing, nothing)]
+    inputs = [_input(rollout) for rollout in picked] or [(torch.empty(0, dtype=torch.int64),) * 2]
     lengths = _padded_lengths([len(tokens) for tokens, _ in inputs], form)
     rows = [_local(tokens, step, length, form) for (tokens, step), length in zip(inputs, lengths)]
     whole = _Row(*(torch.cat(column) for column in zip(*rows)))
@@ -110,14 +109,15 @@ def build(
         rollouts=tuple(chosen),
         groups=tuple(rollout.group for rollout in picked),
         batch_size=len(rollouts),
-        experts=None if form.routing is None else _experts(picked, rows, form, form.routing),
+        experts=_experts(picked, rows, form),
     )
 
 
-def _experts(
-    picked: Sequence[Rollout], rows: Sequence[_Row], form: Form, routing: Routing
-) -> dict[int, Tensor]:
+def _experts(picked: Sequence[Rollout], rows: Sequence[_Row], form: Form) -> dict[int, Tensor] | None:
     """`MicroBatch.experts`; zeros on padding."""
+    routing = form.routing
+    if routing is None:
+        return None
     held = [
         np.zeros((len(row.tokens), routing.model_layers, routing.per_token), routing.dtype) for row in rows
     ]
