@@ -8,23 +8,27 @@ import torch
 from torch import Tensor
 
 from megatron_troll.batching.build import Advantages, Form, build
+from megatron_troll.batching.experts import Routing
 from megatron_troll.batching.plan import Capacity, Schedule, Step, plan
 from megatron_troll.batching.weights import step_weights
 from megatron_troll.config.tree import Config, Layout
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
+from megatron_troll.mcore.router import layer_of, routers
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch, Rollout
 
 
 @dataclass(frozen=True)
 class Arranger:
-    """Cuts rollout batches for `model`. topk: entries of the engine's record that are packed; 0: none."""
+    """Cuts rollout batches for `model`. topk: entries of the engine's record that are packed; 0: none.
+    replay: the experts of the rollouts are packed, for the routers of this rank."""
 
     config: Config
     model: MegatronModel
     layout: Layout
     topk: int = 0
+    replay: bool = False
 
     def updates(
         self, rollouts: Sequence[Rollout], advantages: Advantages, step: int
@@ -64,7 +68,20 @@ class Arranger:
             tp_size=groups.tp.size,
             topk=self.topk,
             temperature=self.config.rollout.sampling.temperature,
+            routing=routing_of(self.model) if self.replay else None,
         )
+
+
+def routing_of(model: MegatronModel) -> Routing:
+    """The routers of this rank."""
+    shape = model.shape
+    return Routing(
+        layers=tuple(layer_of(router) for router in routers(model.chunks)),
+        model_layers=shape.layers,
+        experts=shape.experts,
+        per_token=shape.experts_per_token,
+        tp_rank=model.groups.tp.rank,
+    )
 
 
 def frequencies(rollouts: Sequence[Rollout], vocab: int) -> Tensor:

@@ -27,6 +27,8 @@ from megatron_troll.rewards import reward as verifiers
 from megatron_troll.types import Rollout
 from megatron_troll.weights.check import check_folder
 
+# The axes of a layout that say which tokens a rank has, and where a pipeline ends.
+CUT_ALIKE = ("tp", "pp", "vpp", "cp")
 PROBLEMS = (ConfigError, DataError, ValueError, OSError)
 
 
@@ -70,12 +72,17 @@ def prepare(config: Config) -> Task:
         objective.check(shape.vocab)
         _check_kept(objective, shape)
     _check_models(config, objective, shape)
-    _check_bias(config)
+    _check_rollout_model(config, shape)
+    _check_bias(config, "policy", config.policy)
+    if config.models.rollout is not None:
+        _check_bias(config, "rollout", config.models.rollout)
+    _check_replay(config, shape)
     _check_rollout(config, objective, shape)
     answer = config.rollout.sampling.max_tokens
-    check_length(
-        {"data.max_prompt_tokens": data.max_prompt_tokens, "rollout.sampling.max_tokens": answer}, shape
-    )
+    lengths = {"data.max_prompt_tokens": data.max_prompt_tokens, "rollout.sampling.max_tokens": answer}
+    check_length(lengths, shape)
+    if config.models.rollout is not None:
+        check_length(lengths, read_shape(config.models.rollout.path))
     _check_observe(config.observe)
     tokenizer = tokenizer_of(config.policy, shape)
     stops = stop_ids(tokenizer, config.policy.path, config.rollout.sampling.stop)
@@ -152,7 +159,10 @@ def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
 def _check_kept(objective: Objective, shape: ModelShape) -> None:
     """Raises ValueError where a record keeps more tokens than the kernels of a GPU do."""
     supports = (*objective.reads.supports, *objective.reads_old.supports)
-    k = max((min(kept.k, shape.vocab) for kept in supports), default=0)
+    _check_k(max((min(kept.k, shape.vocab) for kept in supports), default=0))
+
+
+def _check_k(k: int) -> None:
     if k > LARGEST_K and torch.cuda.is_available():
         raise ValueError(f"k={k}: the kernels of a GPU keep at most {LARGEST_K} tokens of a position")
 
@@ -221,9 +231,46 @@ def _check_models(config: Config, objective: Objective, shape: ModelShape) -> No
     _check_model("critic", critic, body, world_size(config))
 
 
-def _check_bias(config: Config) -> None:
+def _check_rollout_model(config: Config, shape: ModelShape) -> None:
+    model = config.models.rollout
+    if model is None:
+        return
+    other = read_shape(model.path)
+    _check_model("rollout", model, other, world_size(config))
+    mine, policys = ({axis: getattr(m.layout, axis) for axis in CUT_ALIKE} for m in (model, config.policy))
+    if mine != policys:
+        raise ConfigError(
+            f"models.rollout.layout: {mine} must be those of the policy, {policys}, so that a micro-batch of "
+            "one is one of the other; ep and etp may differ"
+        )
+    if other.vocab != shape.vocab or _tokens(model) != _tokens(config.policy):
+        raise ConfigError(
+            f"models.rollout: {model.path} has other tokens than the policy {config.policy.path}; both learn "
+            "from the same token ids"
+        )
+    for key, value, reason in (
+        ("rollout.engine=sglang", config.rollout.engine == "sglang", "its servers are held to the policy"),
+        ("objective.old=engine", config.objective.old == "engine", "the old policy would be another model"),
+        ("train.replay=rollout", config.train.replay == "rollout", "its experts are another model's"),
+    ):
+        if value:
+            raise ConfigError(f"{key} does not go with models.rollout: {reason}")
+    with _about("models.rollout.distill"):
+        _check_k(min(model.distill.k, shape.vocab))
+    low, high = model.distill.limits
+    if low > high or not (model.distill.weight == 0 or low <= model.distill.weight <= high):
+        raise ConfigError(
+            f"models.rollout.distill.weight={model.distill.weight:g} is outside of limits [{low:g}, {high:g}]"
+        )
+
+
+def _tokens(model: Model) -> dict[str, int]:
+    return load_tokenizer(model.path).get_vocab()
+
+
+def _check_bias(config: Config, name: str, model: Model) -> None:
     """Expert biases live in the trainer and its checkpoints: Qwen3's format has no place for them."""
-    if not config.policy.moe.bias_rate:
+    if not model.moe.bias_rate:
         return
     for key, value, allowed in (
         ("rollout.engine", config.rollout.engine, "inprocess"),
@@ -231,10 +278,29 @@ def _check_bias(config: Config) -> None:
     ):
         if value != allowed:
             raise ConfigError(
-                f"models.policy.moe.bias_rate: {key} must be {str(allowed).lower()}, it is "
+                f"models.{name}.moe.bias_rate: {key} must be {str(allowed).lower()}, it is "
                 f"{str(value).lower()}: the Hugging Face format has no place for the biases, without which "
                 "the model would choose other experts"
             )
+
+
+def _check_replay(config: Config, shape: ModelShape) -> None:
+    """Raises ConfigError where there is nothing to repeat."""
+    replay = config.train.replay
+    if replay == "none":
+        return
+    if not shape.experts:
+        raise ConfigError(f"train.replay={replay} repeats choices of experts: {config.policy.path} has none")
+    if replay == "old" and config.objective.old == "engine":
+        raise ConfigError(
+            "train.replay=old repeats the experts of the old policy's forward, which objective.old=engine "
+            "leaves out; set objective.old=trainer, or train.replay=rollout"
+        )
+    if replay == "rollout" and not rollout.returns_experts(config):
+        raise ConfigError(
+            f"train.replay=rollout: the engine {config.rollout.engine} does not return the experts it chose; "
+            "use rollout.engine=inprocess, or train.replay=old"
+        )
 
 
 def _check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:

@@ -49,7 +49,8 @@ class Learner:
         kept = self._references(every)
         rows = [self.trainer.mismatch(every, old.readings)]
         broken: set[int] = set()
-        for update, readings, references in zip(updates, split(old.readings, updates), split(kept, updates)):
+        parts = (split(each, updates) for each in (old.batches, old.readings, kept))
+        for update, readings, references in zip(*parts):
             with self.phases("forward_backward"):
                 gradients = self.trainer.accumulate(update, readings, references)
             with self.phases("optimizer"):

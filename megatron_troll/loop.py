@@ -71,6 +71,10 @@ def train_step(run: Run, standing: Standing) -> Standing:
     learned = run.learner.learn(rollouts, estimated.advantages, step)
     if run.critic is not None:
         learned.metrics.update(run.critic.learn(rollouts, estimated.targets, step))
+    if run.rollout_model is not None:
+        taught = run.rollout_model.learn(rollouts, estimated.advantages, step, standing.distill_weight)
+        learned.metrics.update(taught.metrics)
+        standing = replace(standing, distill_weight=taught.weight)
     standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
     metrics = {
         **batch.metrics,

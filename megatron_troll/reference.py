@@ -1,7 +1,7 @@
 """The frozen reference model: one forward of every rollout batch, read again at each update."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -40,7 +40,8 @@ class Reference:
             logp, frozen = self.head.freeze(hidden, batches[i].target)
             return Kept(logp, frozen if again else None)
 
-        return infer(self.model, batches, read)
+        # Replayed experts are the policy's: its reference has routers of its own.
+        return infer(self.model, [replace(batch, experts=None) for batch in batches], read)
 
     def beside(self, kept: Kept, new: Readings, reads: Reads) -> Readings:
         """The reference's side of what was `reads` of the new policy: log-probs, and records at the same

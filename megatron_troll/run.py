@@ -25,14 +25,17 @@ from megatron_troll.policy import open_policy
 from megatron_troll.reference import open_reference
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine
+from megatron_troll.rollout_model import RolloutModel, open_rollout_model
 from megatron_troll.session import Session, open_session
 from megatron_troll.trainer import PolicyTrainer
+from megatron_troll.weights.export import save as export
 
 
 @dataclass(frozen=True)
 class Standing:
     """Where a run stands: rollout batches trained on, prompts drawn, seconds spent, consecutive batches
-    with skipped updates, held-out success at the start and last."""
+    with skipped updates, held-out success at the start and last; the weight of the rollout model's
+    distillation at the next batch, None: that of the configuration."""
 
     step: int = 0
     position: int = 0
@@ -40,18 +43,20 @@ class Standing:
     skipped: int = 0
     before: float | None = None
     after: float | None = None
+    distill_weight: float | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the loop works with. `policy` is what is trained; `engine` draws from its weights of
-    the last `sync`."""
+    """Everything the loop works with. `policy` is what is trained; `engine` draws from its weights of the
+    last `sync`, or from those of the `rollout_model` where there is one."""
 
     task: Task
     session: Session
     policy: Trainable
     learner: Learner
     critic: Critic | None
+    rollout_model: RolloutModel | None
     engine: Engine
     scorer: Scorer
     evaluator: Evaluator
@@ -81,9 +86,13 @@ class Run:
             self.checkpoints.save(standing.step, asdict(standing), score, self.pending.write)
 
     def sync(self, step: int) -> dict[str, float]:
-        """Let the engine draw from the policy as it is after `step`. Blocks on all ranks."""
+        """Let the engine draw from its model as it is after `step`, and evaluations from the policy. Blocks
+        on all ranks."""
         with self.session.phases("sync"):
-            return self.engine.sync(step)
+            metrics = self.engine.sync(step)
+            if self.evaluator.engine is not self.engine:
+                self.evaluator.engine.sync(step)
+            return metrics
 
     def since(self, standing: Standing, began: float) -> Standing:
         """`standing` with the clock and the prompt position of now."""
@@ -102,6 +111,9 @@ class Run:
         self.checkpoints.finish()
         said = remarks(self.task.config.objective, self.task.objective)
         summary = Summary(standing.before, standing.after, standing.seconds, self.task.config.seed, said)
+        config = self.task.config
+        if self.rollout_model is not None and config.models.rollout is not None and config.checkpoint.export:
+            export(self.rollout_model.model, self.session.folder.hf_rollout, config.models.rollout.path)
         self.session.complete(self.policy.model, summary)
 
 
@@ -125,19 +137,27 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             session.progress.say(line)
         trainer = open_trainer(task, policy)
         critic = None if config.models.critic is None else open_critic(config, policy.model, session.phases)
-        engine = stack.enter_context(closing(open_engine(task, policy.model)))
+        rollout_model, drawn = None, policy.model
+        if config.models.rollout is not None:
+            rollout_model = open_rollout_model(task, policy.model, session.phases)
+            drawn = rollout_model.model
+        engine = stack.enter_context(closing(open_engine(task, drawn)))
+        judged = engine
+        if rollout_model is not None:
+            judged = stack.enter_context(closing(open_engine(task, policy.model)))
         yield Run(
             task=task,
             session=session,
             policy=policy,
             learner=Learner(trainer, open_arranger(task, policy), session.phases),
             critic=critic,
+            rollout_model=rollout_model,
             engine=engine,
             scorer=scorer,
-            evaluator=Evaluator(task, session, engine, scorer),
+            evaluator=Evaluator(task, session, judged, scorer),
             order=PromptOrder(len(task.prompts.train), config.seed, data_of(config).shuffle),
             store=RolloutStore(session.folder.rollouts, task.token_text),
-            checkpoints=open_checkpoints(session, policy, critic),
+            checkpoints=open_checkpoints(session, policy, critic, rollout_model),
             pending=Pending(config.rollout.staleness, config.train.steps),
         )
 
@@ -157,6 +177,7 @@ def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
         config.objective.old,
         reference,
         config.objective.aggregation,
+        config.train.replay,
     )
 
 
@@ -169,14 +190,26 @@ def open_arranger(task: Task, policy: Trainable) -> Arranger:
         or objective.reads.at_rollout
         or objective.reads_old.at_rollout
     )
-    return Arranger(config, policy.model, config.policy.layout, config.rollout.top_k if read else 0)
+    return Arranger(
+        config,
+        policy.model,
+        config.policy.layout,
+        config.rollout.top_k if read else 0,
+        replay=config.train.replay == "rollout",
+    )
 
 
-def open_checkpoints(session: Session, policy: Trainable, critic: Critic | None) -> Checkpoints:
-    checkpoint = session.config.checkpoint
+def open_checkpoints(
+    session: Session, policy: Trainable, critic: Critic | None, rollout_model: RolloutModel | None
+) -> Checkpoints:
+    checkpoint, trained = session.config.checkpoint, {"policy": policy}
+    if critic is not None:
+        trained["critic"] = critic.trained
+    if rollout_model is not None:
+        trained["rollout"] = rollout_model.trainer.trainable
     return Checkpoints(
         session.folder.checkpoints,
-        {"policy": policy} | ({} if critic is None else {"critic": critic.trained}),
+        trained,
         keep_last=checkpoint.keep_last,
         keep_best=checkpoint.keep_best,
         asynchronous=checkpoint.asynchronous,

@@ -19,13 +19,14 @@ def speed(
     config: Config, shape: ModelShape, rollouts: Sequence[Rollout], seconds: float, devices: int
 ) -> dict[str, float]:
     """`tokens_per_s` over prompt and answer tokens; `mfu` too for bf16 where the device's peak is known (its
-    name, or observe.peak_tflops). Generation and the old-policy pass count as one forward each."""
+    name, or observe.peak_tflops) and the policy itself draws. Generation and the old-policy pass count as one
+    forward each."""
     lengths = np.array([len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts])
     tokens = int(lengths.sum())
     figures = {"tokens_per_s": tokens / seconds}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     peak = peak_tflops(name, config.observe.peak_tflops)
-    if peak is not None and config.policy.dtype == "bf16":
+    if peak is not None and config.policy.dtype == "bf16" and config.models.rollout is None:
         forwards = 2 if config.objective.old == "trainer" else 1
         context = float((lengths**2).sum() / (2 * tokens))
         flops = cost_of(shape).flops(forwards * tokens, config.train.epochs * tokens, context)

@@ -1,7 +1,7 @@
 """One policy under one objective: old records, batch statistics, gradients, optimizer steps."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from megatron_troll.mcore.head import Beside, Head
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
-from megatron_troll.mcore.router import expert_loads, routers
+from megatron_troll.mcore.router import expert_loads, recording, replay_changes, routers
 from megatron_troll.mcore.schedule import accumulate, infer, survey
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Diagnostics, Statistics
 from megatron_troll.objectives.supervised import Supervised
-from megatron_troll.observe.experts import expert_metrics
+from megatron_troll.observe.experts import expert_metrics, replay_metrics
 from megatron_troll.observe.metrics import Reducer
 from megatron_troll.parallel.divergence import kl
 from megatron_troll.parallel.segments import segments
@@ -46,10 +46,12 @@ class Gradients:
 @dataclass(frozen=True)
 class OldReadings:
     """readings: one per micro-batch on the last stage, [] elsewhere. broken: rollouts, on any rank, with a
-    log-prob that is NaN or infinite; their readings cannot be trained on."""
+    log-prob that is NaN or infinite; their readings cannot be trained on. batches: the micro-batches to train
+    on, with the experts of this pass where it recorded them."""
 
     readings: list[Readings]
     broken: tuple[int, ...]
+    batches: list[MicroBatch]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class PolicyTrainer:
     takes the rollout engine's record. Old readings stay on the last stage's device until the batch is done:
     12 bytes x (K + 1) per loss token and record, on every tensor-parallel rank; those of a `reference` beside
     them, with the hidden state of each token where its rows are read again. `aggregation`: how the weights of
-    the micro-batches average tokens."""
+    the micro-batches average tokens. `replay: old` repeats the experts of the old policy's forward in all
+    that follow, which keeps layers x k numbers a token of this rank; `rollout` those of the micro-batches."""
 
     trainable: Trainable
     objective: Objective | Supervised
@@ -66,6 +69,7 @@ class PolicyTrainer:
     old: Literal["trainer", "engine"] = "trainer"
     reference: Reference | None = None
     aggregation: str | None = None
+    replay: Literal["none", "old", "rollout"] = "none"
 
     def old_readings(self, batches: Sequence[MicroBatch]) -> OldReadings:
         """Readings of the policy before its update, one per micro-batch. Blocks on every rank."""
@@ -80,8 +84,13 @@ class PolicyTrainer:
             broken.extend(rollouts_of(batches[i], ~finite))
             return readings
 
-        readings = self._read_old(batches, prepared)
-        return OldReadings(readings, self.agree_on(broken))
+        if self.replay == "old":
+            with recording(self.trainable.model.chunks) as chosen:
+                readings = self._read_old(batches, prepared)
+            batches = with_experts(batches, chosen)
+        else:
+            readings = self._read_old(batches, prepared)
+        return OldReadings(readings, self.agree_on(broken), list(batches))
 
     def _read_old(
         self, batches: Sequence[MicroBatch], prepared: Callable[[int, Readings], Readings]
@@ -153,6 +162,8 @@ class PolicyTrainer:
             for i in rollouts_of(batch, ~torch.isfinite(values))
         }
         metrics = self._from_last_stage(reducer) | expert_metrics(loads)
+        if self.replay != "none":
+            metrics |= replay_metrics(replay_changes(model.chunks, model.groups.pp), loads)
         return Gradients(float(total), metrics, tuple(sorted(broken)))
 
     def _probed(self, hidden: Tensor, inputs: ObjectiveInputs, terms: LossTerms) -> dict[str, Tensor]:
@@ -236,6 +247,14 @@ def engine_readings(batch: MicroBatch) -> Readings:
     """The rollout engine's record in the place of the old policy's."""
     topk = batch.rollout_topk
     return Readings(batch.rollout_logp, topk, None, at_rollout=None if topk is None else topk.logits)
+
+
+def with_experts(batches: Sequence[MicroBatch], chosen: Mapping[int, Sequence[Tensor]]) -> list[MicroBatch]:
+    """The micro-batches with what the routers chose for them in one forward each."""
+    return [
+        replace(batch, experts={layer: of_batch[i] for layer, of_batch in chosen.items()})
+        for i, batch in enumerate(batches)
+    ]
 
 
 def probed_rows(n: int) -> Tensor:

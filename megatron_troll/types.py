@@ -54,6 +54,8 @@ class Rollout:
     versions   int64 [T], of the weights that drew each token: rollout batches they had been trained on
     temperature  what divided the logits under logp and topk, filters not applied: the trainer divides alike
     group      index of the prompt in its rollout batch; sample: which of the samples of that prompt
+    experts    uint8 or uint16 [P + T - 1, layers, k], ascending: the experts that the engine's model sent
+               each token to that it read (the last one drawn it did not); None: not recorded
     """
 
     prompt: Prompt
@@ -69,6 +71,7 @@ class Rollout:
     finish: FinishReason
     versions: np.ndarray
     temperature: float
+    experts: np.ndarray | None = None
 
     @property
     def name(self) -> str:
@@ -288,6 +291,9 @@ class MicroBatch:
     batch_size         responses in the whole rollout batch
     frequency          [N] float32, share of the rollout batch's loss tokens that are the same token;
                        None: not counted
+    experts            layer, counted from 0 -> [n, k] uint8 or uint16, for every layer with experts on this
+                       rank: what its router sends its n tokens to, in its order (sequence parallelism
+                       included); on padding it chooses itself. None: routers choose
     """
 
     tokens: Tensor
@@ -309,6 +315,7 @@ class MicroBatch:
     groups: tuple[int, ...]
     batch_size: int
     frequency: Tensor | None = None
+    experts: Mapping[int, Tensor] | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})
@@ -317,4 +324,6 @@ class MicroBatch:
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, TopK):
         return replace(value, **{name: _moved(part, device) for name, part in vars(value).items()})
+    if isinstance(value, Mapping):
+        return {name: _moved(part, device) for name, part in value.items()}
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

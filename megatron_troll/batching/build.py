@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_troll.batching.context import zigzag
 from megatron_troll.batching.engine_topk import engine_topk
+from megatron_troll.batching.experts import Routing, recorded
 from megatron_troll.types import NO_ID, MicroBatch, Rollout, TopK
 
 # Of each rollout: one number, or one per response token [T].
@@ -25,6 +26,7 @@ class Form:
     packed   sequences one after the other in [1, s]; otherwise one per row, right padded, in [b, s]
     topk     entries kept of the engine's record; 0: none
     temperature  what the trainer divides its logits by
+    routing  where the rollouts' experts are replayed; None: nowhere
     """
 
     vocab: int
@@ -34,6 +36,7 @@ class Form:
     tp_size: int = 1
     topk: int = 0
     temperature: float = 1.0
+    routing: Routing | None = None
 
     @property
     def align(self) -> int:
@@ -74,13 +77,12 @@ def build(
     runs: N = 0, `rollouts` is empty, and cu_seqlens has that one sequence.
 
     `rollout_topk` is None where `form.topk` is 0 or a rollout has no engine record. Raises ValueError naming
-    the sample where it is malformed, or its log-probs are not of the trainer's law.
+    the sample where it is malformed, lacks what is replayed, or its log-probs are not of the trainer's law.
     """
     picked = [rollouts[i] for i in chosen]
     for rollout in picked:
         _check(rollout, form)
-    nothing = torch.empty(0, dtype=torch.int64)
-    inputs = [_input(rollout) for rollout in picked] or [(nothing, nothing)]
+    inputs = [_input(rollout) for rollout in picked] or [(torch.empty(0, dtype=torch.int64),) * 2]
     lengths = _padded_lengths([len(tokens) for tokens, _ in inputs], form)
     rows = [_local(tokens, step, length, form) for (tokens, step), length in zip(inputs, lengths)]
     whole = _Row(*(torch.cat(column) for column in zip(*rows)))
@@ -107,7 +109,26 @@ def build(
         rollouts=tuple(chosen),
         groups=tuple(rollout.group for rollout in picked),
         batch_size=len(rollouts),
+        experts=_experts(picked, rows, form),
     )
+
+
+def _experts(picked: Sequence[Rollout], rows: Sequence[_Row], form: Form) -> dict[int, Tensor] | None:
+    """`MicroBatch.experts`; zeros on padding."""
+    routing = form.routing
+    if routing is None:
+        return None
+    held = [
+        np.zeros((len(row.tokens), routing.model_layers, routing.per_token), routing.dtype) for row in rows
+    ]
+    for rollout, row, into in zip(picked, rows, held):
+        real = ~row.padding.numpy()
+        into[real] = recorded(rollout, routing)[row.positions.numpy()[real]]
+    # Routers go through the tokens position by position.
+    whole = np.concatenate(held)[:, None] if form.packed else np.stack(held, axis=1)
+    mine = np.split(whole, form.tp_size)[routing.tp_rank]
+    shape = (-1, routing.per_token)
+    return {layer: torch.from_numpy(mine[:, :, layer].reshape(shape)) for layer in routing.layers}
 
 
 def _topk(picked: Sequence[Rollout], steps: Sequence[Tensor], form: Form) -> TopK | None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_troll.config.node import Node, NonNegative
+from megatron_troll.config.node import Node, NonNegative, Positive, PositiveFloat
 
 RecomputeModule = Literal["core_attn", "moe_act", "moe", "mlp"]
 
@@ -26,6 +26,24 @@ class MoE(Node):
         "softmax score for the choice, moves by this towards the mean load; 0: no bias",
     )
     freeze_router: bool = Field(default=False, description="routers keep their weights")
+
+
+class Distill(Node):
+    """How near a rollout model is held to the policy: beside PPO's its loss has weight x KL(policy || rollout
+    model), over the policy's top k and the sampled token, with all other tokens as one."""
+
+    k: Positive = Field(default=20, description="tokens of the policy's record, beside the sampled one")
+    weight: NonNegative = Field(default=1.0, description="of the KL, at the start; 0: never any")
+    target_kl: PositiveFloat | None = Field(
+        default=0.05, description="nats a token that the weight is moved to keep the KL at; null: it stays"
+    )
+    gain: PositiveFloat = Field(
+        default=0.2,
+        description="after a batch log(weight) moves by gain x log(KL / target_kl), at most by gain",
+    )
+    limits: tuple[PositiveFloat, PositiveFloat] = Field(
+        default=(0.01, 100.0), description="the weight is moved within these"
+    )
 
 
 class PrecisionAware(Node):

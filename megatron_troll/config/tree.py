@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from megatron_troll.config.model_options import MoE, PrecisionAware, RecomputeModule
+from megatron_troll.config.launching import Launch
+from megatron_troll.config.model_options import Distill, MoE, PrecisionAware, RecomputeModule
 from megatron_troll.config.node import (
     Files,
     Fraction,
@@ -120,12 +121,21 @@ class Critic(Model):
     optimizer: CriticOptimizer = CriticOptimizer()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
+class RolloutModel(Model):
+    """The model that draws the rollouts in the policy's place, usually a smaller one (Jackpot, arXiv
+    2602.06107). It learns from the same batches: PPO with the clip's defaults on what it drew, and the
+    policy's distribution."""
+
+    distill: Distill = Distill()
+
+
 class Models(Node):
     """The models of a run, each with its own weights; only the policy must be there."""
 
     policy: Model
     reference: Reference | None = Field(default=None, description="for objective.kl")
     critic: Critic | None = Field(default=None, description="for objective.advantage gae")
+    rollout: RolloutModel | None = Field(default=None, description="draws the rollouts; null: the policy")
 
 
 class PromptFiles(Node):
@@ -270,6 +280,11 @@ class Train(Node):
     packing: bool = Field(
         default=True, description="sequences end to end in one row; false: a padded row each"
     )
+    replay: Literal["none", "old", "rollout"] = Field(
+        default="none",
+        description="experts that the policy's training forwards repeat: those of the old policy's forward "
+        "(R2), or those that the engine chose (R3); none: routers choose anew",
+    )
     shuffle_rewards: bool = Field(
         default=False, description="control experiment: rewards permuted over the batch"
     )
@@ -346,21 +361,6 @@ class Observe(Node):
     )
     peak_tflops: PositiveFloat | None = Field(
         default=None, description="per device, for MFU; default: known devices"
-    )
-
-
-class Launch(Node):
-    """How many ranks `mtroll` starts by itself when nothing (srun, torchrun) has started it."""
-
-    ranks: Positive | None = Field(
-        default=None, description="default: the smallest world that holds the layouts"
-    )
-    threads: Positive | None = Field(default=None, description="CPU threads per rank; default: cores / ranks")
-    device_gib: PositiveFloat = Field(
-        default=139.0, description="memory of a GPU, for `mtroll plan`; default: an H200"
-    )
-    reserve_gib: NonNegative = Field(
-        default=10.0, description="of it, left to CUDA, NCCL and fragmentation; `mtroll plan`"
     )
 
 

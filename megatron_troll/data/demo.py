@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_troll.data.demo_model import write_base, write_hybrid
+from megatron_troll.data.demo_model import write_base, write_hybrid, write_small
 
 DIGITS = 5
 WARM, DEMONSTRATIONS, TRAIN, HELD_OUT = 2_000, 4, 8_000, 1_024
@@ -20,8 +20,8 @@ HELD_OUT_ANSWERS = 0.2
 
 
 def write_demo(folder: str | Path, seed: int) -> None:
-    """Write data/{warm,train,held_out}.jsonl and the untrained models base/ and hybrid/ under `folder`. The
-    same seed writes the same bytes.
+    """Write data/{warm,train,held_out}.jsonl and the untrained models base/, small/ and hybrid/ under
+    `folder`. The same seed writes the same bytes.
 
     The split is by the answer (the digits, whatever their order): no held-out answer occurs in training.
     """
@@ -33,6 +33,7 @@ def write_demo(folder: str | Path, seed: int) -> None:
     _write_lines(data / "train.jsonl", map(_prompt, train))
     _write_lines(data / "held_out.jsonl", map(_prompt, held_out))
     write_base(folder / "base")
+    write_small(folder / "small")
     write_hybrid(folder / "hybrid")
 
 

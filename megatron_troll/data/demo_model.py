@@ -1,5 +1,5 @@
-"""The untrained models of the demo in Hugging Face format, a tiny Qwen3-MoE and a tiny Qwen3-Next, and their
-tokenizer."""
+"""The untrained models of the demo in Hugging Face format, a tiny Qwen3-MoE, a smaller one and a tiny
+Qwen3-Next, and their tokenizer."""
 
 import json
 from pathlib import Path
@@ -27,6 +27,11 @@ def write_base(folder: Path) -> None:
 def write_hybrid(folder: Path) -> None:
     """The Qwen3-Next."""
     _write(folder, hybrid_config())
+
+
+def write_small(folder: Path) -> None:
+    """A Qwen3-MoE of a tenth of the parameters, to draw rollouts for the other."""
+    _write(folder, small_config())
 
 
 def _write(folder: Path, config: dict[str, Any]) -> None:
@@ -88,6 +93,17 @@ def model_config() -> dict[str, Any]:
         "torch_dtype": "float32",
         "use_cache": True,
         "vocab_size": VOCAB_SIZE,
+    }
+
+
+def small_config() -> dict[str, Any]:
+    """41k parameters in two layers."""
+    return model_config() | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_hidden_layers": 2,
     }
 
 

@@ -26,7 +26,7 @@ from megatron_troll.mcore.layout import check_layout, uses_te
 from megatron_troll.mcore.options import check_options
 from megatron_troll.mcore.packing import packed_sequences
 from megatron_troll.mcore.parallel import device, inside
-from megatron_troll.mcore.router import routers
+from megatron_troll.mcore.router import replaying, routers
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.mcore.transformer_config import transformer_config
 from megatron_troll.parallel.groups import Groups
@@ -181,17 +181,18 @@ def _data_parallel(
 
 def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor:
     """One chunk's forward of `batch`: hidden states [s, b, h] to the next stage or, on the last, the final
-    ones, each rank's slice under sequence parallelism."""
+    ones, each rank's slice under sequence parallelism. Routers repeat `batch.experts`, where it has them."""
     packed = None
     if batch.cu_seqlens is not None:
         packed = packed_sequences(batch.cu_seqlens, batch.max_seqlen, model.groups.cp)
-    hidden = chunk(
-        batch.tokens,
-        batch.positions,
-        None,
-        packed_seq_params=packed,
-        padding_mask=_padding_of_stage(model, chunk, batch.padding),
-    )
+    with replaying(chunk, batch.experts):
+        hidden = chunk(
+            batch.tokens,
+            batch.positions,
+            None,
+            packed_seq_params=packed,
+            padding_mask=_padding_of_stage(model, chunk, batch.padding),
+        )
     model.progress()
     return hidden
 

@@ -10,7 +10,9 @@ of the chosen; after every step it falls for experts with more than the mean loa
 Megatron has this for sigmoid scores only.
 """
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -18,6 +20,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from megatron_troll.config.model_options import MoE
+from megatron_troll.mcore.replay import Replay
 from megatron_troll.parallel.groups import Group, Groups
 
 
@@ -28,16 +31,22 @@ class StepBalancedRouter(TopKRouter):
     loads         [E] the same of the step's training forwards; after `share_loads` the total
     expert_bias   [E] float32, added to the softmax scores for the choice; part of checkpoints. None: no bias
     coefficient   of the loss; 0 adds nothing
+    replay        what is recorded and replayed (replay.py); loads and the loss go by the replayed choices
+    changed       [] choices of the step's training forwards that replay made other than the router's own;
+                  after `share_loads` the total
     """
 
     counts: Tensor
     loads: Tensor
+    changed: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer("counts", torch.zeros(self._experts, dtype=torch.int64), persistent=False)
         self.register_buffer("loads", torch.zeros(self._experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("changed", torch.zeros((), dtype=torch.int64), persistent=False)
         self.counting = False
+        self.replay = Replay()
         self.coefficient = 0.0
         self.bias_rate = 0.0
 
@@ -51,18 +60,25 @@ class StepBalancedRouter(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [s, b, E] float32; padding_mask [s, b], True on padding. Returns probs, map [s * b, E]."""
-        if self.expert_bias is None:
-            probs, routing_map = super().routing(logits, padding_mask=padding_mask)
-        else:
-            probs, routing_map = self._biased(logits.reshape(-1, self._experts))
-        real = torch.ones_like(routing_map[:, :1]) if padding_mask is None else ~padding_mask.reshape(-1, 1)
+        rows = logits.reshape(-1, self._experts)
+        real = torch.ones_like(rows[:, :1], dtype=torch.bool)
+        if padding_mask is not None:
+            real = ~padding_mask.reshape(-1, 1)
         # Recompute runs a forward without gradient first: what is counted with gradient is counted once.
         training = self.training and torch.is_grad_enabled()
+        given = self.replay.take()
+        if given is not None:
+            probs, routing_map = self._replayed(rows, given.long(), real, training)
+        elif self.expert_bias is None:
+            probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        else:
+            probs, routing_map = self._weighed(rows, self._own(rows))
+        self.replay.record(routing_map, self.topk)
         for wanted, tally in ((self.counting, self.counts), (training, self.loads)):
             if wanted:
                 tally += (routing_map & real).sum(0)
         if self.coefficient and training:
-            scores = torch.softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=-1) * real
+            scores = torch.softmax(rows.float(), dim=-1) * real
             probs = MoEAuxLossAutoScaler.apply(probs, self._loss(scores))
         return probs, routing_map
 
@@ -71,12 +87,24 @@ class StepBalancedRouter(TopKRouter):
         assert self.config.num_moe_experts is not None
         return self.config.num_moe_experts
 
-    def _biased(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [n, E] -> probs, which are those of Megatron's router for the same choice, and map."""
-        assert self.expert_bias is not None
-        scores = logits.softmax(-1)
-        chosen = (scores.detach() + self.expert_bias).topk(self.topk, dim=-1).indices
-        weights = scores.gather(1, chosen)
+    def _own(self, logits: Tensor) -> Tensor:
+        """The experts [n, k] that this router chooses from logits [n, E]."""
+        scores = logits.detach().softmax(-1)
+        if self.expert_bias is not None:
+            scores = scores + self.expert_bias
+        return scores.topk(self.topk, dim=-1).indices
+
+    def _replayed(self, logits: Tensor, given: Tensor, real: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """`given` [n, k] where `real` [n, 1], its own choice on padding. Returns like `_weighed`."""
+        own = self._own(logits)
+        if training:
+            self.changed += ((given[:, :, None] != own[:, None]).all(-1) & real).sum()
+        return self._weighed(logits, torch.where(real, given, own))
+
+    def _weighed(self, logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [n, E], chosen [n, k] -> probs, which are those of Megatron's router for the same choice,
+        and map."""
+        weights = logits.softmax(-1).gather(1, chosen)
         if not self.config.moe_router_pre_softmax:
             weights = logits.gather(1, chosen).softmax(-1)
         routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
@@ -111,9 +139,10 @@ def share_counts(chunks: list[nn.Module], tp: Group, dp_cp: Group) -> None:
 
 
 def start_loads(chunks: list[nn.Module]) -> None:
-    """Count the loads of training forwards from zero."""
+    """Count the loads of training forwards, and what replay changes of them, from zero."""
     for router in routers(chunks):
         router.loads.zero_()
+        router.changed.zero_()
 
 
 def share_loads(chunks: list[nn.Module], groups: Groups) -> None:
@@ -122,10 +151,11 @@ def share_loads(chunks: list[nn.Module], groups: Groups) -> None:
     found = routers(chunks)
     if not found:
         return
-    total = torch.stack([router.loads for router in found])
+    total = torch.stack([torch.cat([router.loads, router.changed[None]]) for router in found])
     groups.dp_cp.all_reduce(groups.tp.all_reduce(total))
-    for router, loads in zip(found, total):
-        router.loads.copy_(loads)
+    for router, row in zip(found, total):
+        router.loads.copy_(row[:-1])
+        router.changed.copy_(row[-1])
 
 
 def move_biases(chunks: list[nn.Module]) -> None:
@@ -140,9 +170,56 @@ def move_biases(chunks: list[nn.Module]) -> None:
 def expert_loads(chunks: list[nn.Module], pp: Group) -> dict[int, Tensor]:
     """Layer, counted from 0 -> loads [E] int64 on the host, of every layer on every rank. Blocks on the
     pipeline."""
-    mine = {}
-    for router in routers(chunks):
-        assert router.layer_number is not None
-        mine[router.layer_number - 1] = router.loads.to("cpu", copy=True)
-    stages = pp.all_gather_objects(mine)
-    return dict(sorted((layer, loads) for stage in stages for layer, loads in stage.items()))
+    mine = {layer_of(router): router.loads.to("cpu", copy=True) for router in routers(chunks)}
+    return over_stages(mine, pp)
+
+
+def replay_changes(chunks: list[nn.Module], pp: Group) -> dict[int, int]:
+    """Layer, counted from 0 -> choices of the step that replay changed, of every layer on every rank. Blocks
+    on the pipeline."""
+    return over_stages({layer_of(router): int(router.changed) for router in routers(chunks)}, pp)
+
+
+def layer_of(router: StepBalancedRouter) -> int:
+    """Counted from 0 over the whole model."""
+    assert router.layer_number is not None
+    return router.layer_number - 1
+
+
+Value = TypeVar("Value")
+
+
+def over_stages(mine: Mapping[int, Value], pp: Group) -> dict[int, Value]:
+    """What every stage has of its layers, in their order, on every rank. Blocks on the pipeline."""
+    stages = pp.all_gather_objects(dict(mine))
+    return dict(sorted((layer, value) for stage in stages for layer, value in stage.items()))
+
+
+@contextmanager
+def recording(chunks: list[nn.Module]) -> Iterator[dict[int, list[Tensor]]]:
+    """What the routers on this rank choose in the block: layer, counted from 0 -> [n, k] uint8 or uint16,
+    ascending, of each forward in order, on the device."""
+    found = routers(chunks)
+    kept: dict[int, list[Tensor]] = {layer_of(router): [] for router in found}
+    for router in found:
+        router.replay.recorded = kept[layer_of(router)]
+    try:
+        yield kept
+    finally:
+        for router in found:
+            router.replay.recorded = None
+
+
+@contextmanager
+def replaying(chunk: nn.Module, experts: Mapping[int, Tensor] | None) -> Iterator[None]:
+    """The routers of `chunk` send the tokens of the forward in the block to `experts`
+    (`MicroBatch.experts`), and again where that forward is recomputed."""
+    found = routers([chunk]) if experts is not None else []
+    for router in found:
+        assert experts is not None
+        router.replay.begin(experts[layer_of(router)])
+    try:
+        yield
+    finally:
+        for router in found:
+            router.replay.end()

@@ -30,3 +30,13 @@ def _entropy(load: Tensor) -> float:
     """Entropy of an expert drawn by load over that of an even draw: 1 is even, 0 a single expert."""
     share = load.double() / load.sum()
     return float(torch.special.entr(share).sum() / math.log(len(load))) if len(load) > 1 else 1.0
+
+
+def replay_metrics(changed: Mapping[int, int], loads: Mapping[int, Tensor]) -> dict[str, float]:
+    """Layer -> choices that replay changed, beside the loads of all choices, as shares."""
+    chosen = {layer: int(load.sum()) for layer, load in loads.items()}
+    shares = {layer: changed[layer] / max(1, chosen[layer]) for layer in changed}
+    return {
+        "replay_changed": sum(changed.values()) / max(1, sum(chosen.values())),
+        **{f"replay_changed/layer_{layer}": share for layer, share in shares.items()},
+    }

@@ -213,9 +213,33 @@ CORRECTION = (
     Field("jackpot_kl_post", "nats", "KL(target || law of accepted tokens) over the stored tokens", True),
 )
 
+# models.rollout; ALGORITHMS 5
+ROLLOUT_MODEL = (
+    Field(
+        "distill_kl",
+        "nats",
+        "KL(policy || rollout model) on the policy's kept tokens and the rest, the policy after its updates",
+        True,
+    ),
+    Field("distill_covered", "share", "probability of the policy's kept tokens", True),
+    Field("distill_weight", "", "weight of that KL in the rollout model's loss"),
+    Field("rollout_model_loss", "", "its loss, mean over the updates"),
+    Field("rollout_model_grad_norm", "", "its gradient norm before clipping, mean over the updates"),
+    Field("rollout_model_lr", "", "its learning rate after the batch"),
+    Field("rollout_model_skipped", "updates", "its updates that were left out because of NaN or Inf"),
+    Field("rollout_model_clipped", "share", "tokens whose ratio to what drew them was clipped"),
+    Field("rollout_model_approx_kl", "nats", "estimate of KL(what drew || rollout model) from these tokens"),
+    Field("rollout_model_entropy", "nats", "its entropy over the vocabulary"),
+)
+
 EXPERTS = (
     Field("expert_load_max", "", "tokens of the busiest expert over the mean; 1 is even"),
     Field("expert_entropy", "", "entropy of an expert drawn by its tokens over that of an even draw"),
+    Field(
+        "replay_changed",
+        "share",
+        "train.replay: choices that the router would have made otherwise; over all layers",
+    ),
 )
 
 SPEED = (
@@ -237,6 +261,7 @@ PHASES = (
     Field("old_policy", "s", "no-gradient forward that records the old policy (objective.old=trainer)"),
     Field("reference", "s", "forward of the frozen reference model"),
     Field("critic", "s", "the critic's values and its updates"),
+    Field("rollout_model", "s", "the rollout model's updates, and the policy's forward that they learn from"),
     Field("forward_backward", "s", "forward and backward of every update"),
     Field("optimizer", "s", "gradient reduction, clipping and the optimizer's steps"),
     Field("evaluation", "s", "sampling and verifying held-out prompts"),
@@ -262,6 +287,7 @@ PARTS = {
     "With ratio dfpo": SEQUENCES,
     "With a reference model": REFERENCE,
     "With a correction for the rollout policy": CORRECTION,
+    "With a rollout model (models.rollout)": ROLLOUT_MODEL,
 }
 PER_TOKEN = (*TOKEN, *(field for fields in PARTS.values() for field in fields))
 

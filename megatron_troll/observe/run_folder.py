@@ -96,6 +96,10 @@ class RunFolder:
         return self.root / "hf"
 
     @property
+    def hf_rollout(self) -> Path:
+        return self.root / "hf-rollout"
+
+    @property
     def heartbeat(self) -> Path:
         return self.root / "heartbeat"
 

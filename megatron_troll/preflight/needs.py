@@ -27,11 +27,12 @@ def needs_of(config: Config, environment: Mapping[str, str] = os.environ) -> Nee
 
 def disk_bytes(config: Config) -> int:
     """Of the checkpoints that are kept at once, one that is being written included, and of the export."""
-    trained = [config.policy] + ([config.models.critic] if config.models.critic else [])
+    models = config.models
+    trained = [model for model in (models.policy, models.critic, models.rollout) if model is not None]
     one = sum(parameters(model) * (WEIGHT_BYTES[model.dtype] + OPTIMIZER_BYTES) for model in trained)
     kept = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
-    export = parameters(config.policy) * WEIGHT_BYTES[config.policy.dtype] if config.checkpoint.export else 0
-    return kept * one + export
+    exported = [model for model in (models.policy, models.rollout) if model and config.checkpoint.export]
+    return kept * one + sum(parameters(model) * WEIGHT_BYTES[model.dtype] for model in exported)
 
 
 def parameters(model: Model) -> int:

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 from megatron_troll.config import ConfigError
 from megatron_troll.config.methods import find_class, known_methods
 from megatron_troll.config.serving import SGLang
-from megatron_troll.config.tree import RolloutConfig
+from megatron_troll.config.tree import Config, RolloutConfig
 from megatron_troll.rollout.engine import Engine, Setup
 
 ENGINES = "megatron_troll.rollout.engines"
@@ -35,6 +35,12 @@ def _check_sglang(config: SGLang) -> None:
             raise ConfigError(
                 f"rollout.sglang.{key}: {url!r} is not the URL of a server, such as http://127.0.0.1:30000"
             )
+
+
+def returns_experts(config: Config) -> bool:
+    """Whether the engine can tell which experts it chose. A known engine is not imported."""
+    name = config.rollout.engine
+    return name == "inprocess" or (name not in known_methods(ENGINES) and find(name).returns_experts)
 
 
 def build(setup: Setup) -> Engine:

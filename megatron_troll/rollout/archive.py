@@ -29,6 +29,12 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
             raise ValueError("some rollouts of a batch have a top-K of another size than the rest, or none")
         arrays["topk_ids"] = np.concatenate([record.ids for record in records])
         arrays["topk_logp"] = np.concatenate([record.logp for record in records])
+    experts = [rollout.experts for rollout in rollouts if rollout.experts is not None]
+    if experts:
+        if len(experts) < len(rollouts):
+            raise ValueError("some rollouts of a batch have no record of their experts")
+        arrays["experts"] = np.concatenate(experts)
+        arrays["experts_ends"] = np.cumsum([len(each) for each in experts], dtype=np.int64)
     np.savez(path.with_suffix(".npz"), allow_pickle=False, **arrays)
     plain = [
         {"prompt": rollout.prompt.id} | {name: getattr(rollout, name) for name in PLAIN}
@@ -44,12 +50,13 @@ def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
         arrays = {name: file[name] for name in file.files}
     questions = np.split(arrays["prompt_ids"], arrays["prompt_ends"][:-1])
     per_token = {name: np.split(arrays[name], arrays["ends"][:-1]) for name in PER_TOKEN}
-    records = _records(arrays, len(plain))
+    records, experts = _records(arrays, len(plain)), _experts(arrays, len(plain))
     return [
         Rollout(
             prompt=_prompt(fields.pop("prompt"), prompts, path),
             prompt_ids=questions[i],
             topk=records[i],
+            experts=experts[i],
             **{name: parts[i] for name, parts in per_token.items()},
             **fields,
         )
@@ -66,6 +73,12 @@ def _records(arrays: Mapping[str, np.ndarray], count: int) -> Sequence[TokenTopK
         return [None] * count
     ids, logp = (np.split(arrays[name], arrays["ends"][:-1]) for name in ("topk_ids", "topk_logp"))
     return [TokenTopK(*pair) for pair in zip(ids, logp)]
+
+
+def _experts(arrays: Mapping[str, np.ndarray], count: int) -> Sequence[np.ndarray | None]:
+    if "experts" not in arrays:
+        return [None] * count
+    return np.split(arrays["experts"], arrays["experts_ends"][:-1])
 
 
 def _prompt(name: Any, prompts: Mapping[str, Prompt], path: Path) -> Prompt:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -35,14 +35,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was drawn for a request, the stop token included. ids, versions int64, logp float32 [T]; see
-    Rollout."""
+    """What was drawn for a request, the stop token included. ids, versions int64, logp float32 [T]; experts,
+    where train.replay=rollout asks for them; see Rollout."""
 
     ids: np.ndarray
     logp: np.ndarray
     topk: TokenTopK | None
     versions: np.ndarray
     finish: FinishReason
+    experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ class Setup:
 
 class Engine(ABC):
     """Draws one rollout per request. Built on every rank; every rank calls every method, with the same
-    arguments, and blocks until all have. Raises EngineError on all ranks or on none."""
+    arguments, and blocks until all have. Raises EngineError on all ranks or on none.
+
+    returns_experts  whether rollouts have `experts` where train.replay=rollout asks for them
+    """
+
+    returns_experts: ClassVar[bool] = False
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -101,6 +107,7 @@ def rollout_of(setup: Setup, request: Request, answer: Answer, sampling: Samplin
         finish=answer.finish,
         versions=answer.versions,
         temperature=sampling.law_temperature,
+        experts=answer.experts,
     )
 
 

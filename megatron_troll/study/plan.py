@@ -17,7 +17,7 @@ from megatron_troll.config.tree import Config, Fraction, Natural, Node
 from megatron_troll.config.validate import validate
 
 Outcome = Literal["final_success", "steps_to_threshold", "jitter2", "entropy", "collapses"]
-PATHS = ("base", "warm_start")
+PATHS = ("base", "warm_start", "rollout_warm_start")
 # Keys whose values are parts of configurations.
 DELTAS = ("config", "settings", "methods")
 NOTHING = Entry({}, "")
@@ -46,6 +46,9 @@ class Study(Node):
         default=None,
         description="configuration of `mtroll sft`: each seed then has its own demo task and warm start, "
         "which all of its runs share; null: the data and models of the base",
+    )
+    rollout_warm_start: str | None = Field(
+        default=None, description="the same for models.rollout, on the seed's demo task; null: as it is there"
     )
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = Field(description="each with every method")
     threshold: Fraction = Field(default=0.7, description="held-out success of `steps_to_threshold`")
@@ -106,34 +109,42 @@ class Plan:
         config = assemble(parts)
         folder = self.folder(cell)
         changes = {"name": cell.method, "runs": str(folder.parent), "seed": cell.seed}
-        if self.study.warm_start is not None:
+        started = {"warm-start": ("policy", "reference", "critic"), "rollout-warm-start": ("rollout",)}
+        for name in self.warm_starts():
             changes |= self._data(cell.seed) | {
-                f"models.{model}.path": str(self.of_seed(cell.seed) / "warm-start" / "hf")
-                for model in ("policy", "reference", "critic")
+                f"models.{model}.path": str(self.of_seed(cell.seed) / name / "hf")
+                for model in started[name]
                 if getattr(config.models, model) is not None
             }
         return assemble(parts, _overrides(changes))
 
+    def warm_starts(self) -> dict[str, str]:
+        """Folder of each of a seed's warm starts -> the file that configures it."""
+        files = {"warm-start": self.study.warm_start, "rollout-warm-start": self.study.rollout_warm_start}
+        return {name: file for name, file in files.items() if file is not None}
+
     def digest(self, cell: Cell) -> str:
         """Names what the study's files say of a run, its seed and its warm start: 16 hexadecimal digits. A
         result with another digest is of another run."""
-        first = None if self.study.warm_start is None else read(Path(self.study.warm_start)).plain()
-        said = [cell.seed, first, overlay(self._parts(cell)).plain()]
+        plain = {name: read(Path(file)).plain() for name, file in self.warm_starts().items()}
+        said = [cell.seed, plain.get("warm-start"), overlay(self._parts(cell)).plain()]
+        if "rollout-warm-start" in plain:
+            said.append(plain["rollout-warm-start"])
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
-    def warm_start(self, seed: int) -> Config:
-        """The configuration of a seed's warm start. Raises ConfigError."""
-        assert self.study.warm_start is not None
-        folder = self.of_seed(seed)
+    def warm_start(self, seed: int, name: str) -> Config:
+        """The configuration of a seed's warm start, in the folder `name`; its model is the one of the same
+        name among the seed's demo models. Raises ConfigError."""
+        folder, parts = self.of_seed(seed), [read(Path(self.warm_starts()[name])), self.common]
         changes = self._data(seed) | {
-            "name": "warm-start",
+            "name": name,
             "runs": str(folder),
             "seed": seed,
             "checkpoint.export": True,
-            "models.policy.path": str(folder / "demo" / "base"),
+            "models.policy.path": str(folder / "demo" / Path(assemble(parts).policy.path).name),
             "sft.files": [str(folder / "demo" / "data" / "warm.jsonl")],
         }
-        return assemble([read(Path(self.study.warm_start)), self.common], _overrides(changes))
+        return assemble(parts, _overrides(changes))
 
     def _parts(self, cell: Cell) -> list[Entry]:
         of_cell = (self.settings[cell.setting], self.methods[cell.method])

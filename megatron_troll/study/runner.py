@@ -26,7 +26,7 @@ def run_study(
     found = gather(plan, results)
     missing = [cell for cell in plan.cells() if cell not in found]
     seeds = sorted({cell.seed for cell in missing if not prepared(plan, cell.seed)})
-    _run([warm_start(plan, seed) for seed in seeds], at_once, interrupts, say)
+    _run([job for seed in seeds for job in warm_starts(plan, seed)], at_once, interrupts, say)
     jobs = {training(plan, cell): cell for cell in missing if prepared(plan, cell.seed)}
 
     def record(job: Job) -> None:
@@ -40,16 +40,26 @@ def run_study(
 
 def prepared(plan: Plan, seed: int) -> bool:
     """Whether the seed has what its runs start from."""
-    return plan.study.warm_start is None or RunFolder(plan.of_seed(seed) / "warm-start").summary.exists()
+    return all(_warm(plan, seed, name) for name in plan.warm_starts())
 
 
-def warm_start(plan: Plan, seed: int) -> Job:
-    """Writes the seed's demo task. Deletes a warm start that was not finished, since none is resumed."""
-    folder = plan.of_seed(seed)
+def _warm(plan: Plan, seed: int, name: str) -> bool:
+    return RunFolder(plan.of_seed(seed) / name).summary.exists()
+
+
+def warm_starts(plan: Plan, seed: int) -> list[Job]:
+    """Those that are missing. Writes the seed's demo task. Deletes a warm start that was not finished, since
+    none is resumed."""
+    folder, jobs = plan.of_seed(seed), []
     write_demo(folder / "demo", seed)
-    if (folder / "warm-start").exists():
-        shutil.rmtree(folder / "warm-start")
-    return _job("sft", f"warm start of seed {seed}", plan.warm_start(seed), folder / "warm-start")
+    for name in plan.warm_starts():
+        if _warm(plan, seed, name):
+            continue
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+        said = f"{name.replace('-', ' ')} of seed {seed}"
+        jobs.append(_job("sft", said, plan.warm_start(seed, name), folder / name))
+    return jobs
 
 
 def training(plan: Plan, cell: Cell) -> Job:

@@ -17,7 +17,7 @@ from megatron_troll.mcore.shape import shape_of
 from megatron_troll.types import MicroBatch, Reads
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import TensorSource
-from tests.dist.layouts_batch import Batch, Weights
+from tests.dist.layouts_batch import TEMPERATURE, Batch, Weights
 from tests.dist.layouts_worker import streamed
 from tests.dist.tiny import started
 
@@ -42,7 +42,13 @@ def run_steps(config: Model, batch: Batch, steps: int) -> Routed:
         model = mcore.build(config, shape, groups)
         load(model, TensorSource(batch.now))
         policy = trainable(model, config.optimizer, total_steps=steps)
-        form = Form(shape.vocab, cp_rank=groups.cp.rank, cp_size=groups.cp.size, tp_size=groups.tp.size)
+        form = Form(
+            shape.vocab,
+            cp_rank=groups.cp.rank,
+            cp_size=groups.cp.size,
+            tp_size=groups.tp.size,
+            temperature=TEMPERATURE,
+        )
         batches = micro_batches(batch, form, groups.dp.rank, groups.dp.size)
         loads, biases, before = [], [], streamed(model)
         for _ in range(steps):
@@ -65,7 +71,7 @@ def micro_batches(batch: Batch, form: Form, rank: int, size: int) -> list[MicroB
 
 
 def loss_of(model: mcore.MegatronModel, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, None]:
-    logp = Head(model).read(hidden, batch.target, Reads(logp=True)).logp
+    logp = Head(model, TEMPERATURE).read(hidden, batch.target, Reads(logp=True)).logp
     assert logp is not None
     return -(batch.weight * logp).sum(), None
 

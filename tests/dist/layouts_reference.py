@@ -8,7 +8,7 @@ objectives of the package.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +36,17 @@ from tests.dist.tiny import MOE, logits_of, reference
 from tests.unit.objectives.oracle import dense_sparsified, kl, projected
 
 Old = Literal["trainer", "engine"]
+Replay = Literal["none", "old", "rollout"]
 
 
 @dataclass(frozen=True)
 class Read:
     """logits [N, V] after temperature where the N loss tokens are predicted; routing, per layer, the router's
-    logits [T, E] over every token of every sequence. float64."""
+    logits [T, E] over every token of every sequence, float64; experts [T, layers, k] that they went to."""
 
     logits: Tensor
     routing: list[Tensor]
+    experts: Tensor
 
 
 @dataclass(frozen=True)
@@ -68,29 +70,33 @@ class Expected:
 
 class Reference:
     """Loss and gradients of the batch at its weights `now`; `before` is what the model gives at the weights
-    `before`, or what the rollout engine gave."""
+    `before`, or what the rollout engine gave. `replay`: `now` goes to the experts of `before` (old), or both
+    to those of the rollouts."""
 
-    def __init__(self, batch: Batch, old: Old) -> None:
+    def __init__(self, batch: Batch, old: Old, replay: Replay = "none") -> None:
         self.batch = batch
-        self.tokens = _tokens(batch)
+        self.tokens = tokens_of(batch)
         self.model = reference(batch.config).double()
         if "num_experts" in batch.config:
             self.model.set_experts_implementation("eager")  # the grouped one has no float64
-        self.before = self._at_before() if old == "trainer" else Read(batch.law.double(), [])
+        engine = Read(batch.law.double(), [], torch.empty(0))
+        self.before = self._at_before(replay) if old == "trainer" else engine
         _fill(self.model, batch.now)
-        self.now = read(self.model, batch.rollouts)
+        given = {"none": None, "old": self.before.experts, "rollout": recorded(batch)}[replay]
+        self.now = read(self.model, batch.rollouts, given)
         self.kept_before = _support(self.before, self.tokens)
         self.kept_now = _support(self.now, self.tokens)
 
     @torch.no_grad()
-    def _at_before(self) -> Read:
+    def _at_before(self, replay: Replay) -> Read:
         _fill(self.model, self.batch.before)
-        return read(self.model, self.batch.rollouts)
+        given = recorded(self.batch) if replay == "rollout" else None
+        return read(self.model, self.batch.rollouts, given)
 
     def expected(self, objective: str, aux: float) -> Expected:
         """Of a named objective, plus the balancing loss with coefficient `aux` in the gradients."""
         loss = -self.value(objective)
-        total = loss + aux * balancing_loss(self.now.routing) if aux else loss
+        total = loss + aux * balancing_loss(self.now) if aux else loss
         self.model.zero_grad()
         total.backward(retain_graph=True)
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -157,46 +163,66 @@ def troll(p: Tensor, q: Tensor, tokens: Tokens) -> Tensor:
     return (pi.gather(1, at) / q.gather(1, at))[:, 0] * tokens.advantage - ALPHA * kl(p, pi.detach())
 
 
-def read(model: nn.Module, rollouts: Sequence[Rollout]) -> Read:
-    """Each sequence alone: prompt and response without the last token."""
-    logits, routing = [], []
+def read(model: nn.Module, rollouts: Sequence[Rollout], given: Tensor | None = None) -> Read:
+    """Each sequence alone: prompt and response without the last token; to the experts `given`
+    [T, layers, k], where there are any."""
+    logits, routing, start = [], [], 0
     for rollout in rollouts:
         ids = torch.tensor([*rollout.prompt_ids, *rollout.response_ids])[:-1]
-        with _routers_watched(model) as seen:
+        mine = None if given is None else given[start : start + len(ids)]
+        start += len(ids)
+        with _routers_watched(model, mine) as seen:
             output = logits_of(model, ids[None])[0]
-        start = len(rollout.prompt_ids) - 1
-        logits.append(output[start:][torch.from_numpy(rollout.mask) > 0])
+        first = len(rollout.prompt_ids) - 1
+        logits.append(output[first:][torch.from_numpy(rollout.mask) > 0])
         routing.append(seen)
-    return Read(torch.cat(logits) / TEMPERATURE, [torch.cat(layer) for layer in zip(*routing)])
+    layers = [torch.cat(layer) for layer in zip(*routing)]
+    own = [layer.topk(MOE["num_experts_per_tok"], 1).indices for layer in layers]
+    experts = given if given is not None or not own else torch.stack(own, 1)
+    return Read(torch.cat(logits) / TEMPERATURE, layers, torch.empty(0) if experts is None else experts)
+
+
+def recorded(batch: Batch) -> Tensor:
+    """[T, layers, k] of the rollouts; empty where they have none."""
+    found = [torch.from_numpy(r.experts).long() for r in batch.rollouts if r.experts is not None]
+    return torch.cat(found) if found else torch.empty(0)
 
 
 @contextmanager
-def _routers_watched(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The router logits [T, E] of each layer, computed from what the router is given."""
+def _routers_watched(model: nn.Module, given: Tensor | None) -> Iterator[list[Tensor]]:
+    """The router logits [T, E] of each layer, computed from what the router is given. With `given`
+    [T, layers, k] the tokens go there instead, with the probabilities that the router gives to it."""
     seen: list[Tensor] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda gate, inputs: seen.append(F.linear(inputs[0], gate.weight)))
-        for name, module in model.named_modules()
-        if name.endswith("mlp.gate")
-    ]
+
+    def watch(gate: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        layer, logits = len(seen), F.linear(inputs[0], gate.weight)
+        seen.append(logits)
+        if given is None:
+            return output
+        weights = logits.softmax(1).gather(1, given[:, layer])
+        if gate.norm_topk_prob:
+            weights = weights / weights.sum(1, keepdim=True)
+        return output[0], weights, given[:, layer]
+
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [gate.register_forward_hook(watch) for gate in gates]
     yield seen
     for hook in hooks:
         hook.remove()
 
 
-def balancing_loss(routing: Sequence[Tensor]) -> Tensor:
+def balancing_loss(read: Read) -> Tensor:
     """Switch Transformer's (arXiv:2101.03961, eq. 4) for top-k over all tokens, summed over the layers:
     E sum_e f_e P_e, f_e the fraction of choices that fell on expert e, P_e its mean probability."""
     losses = []
-    for logits in routing:
-        experts, chosen = logits.shape[1], MOE["num_experts_per_tok"]
-        picks = logits.topk(chosen, 1).indices.flatten()
+    for layer, logits in enumerate(read.routing):
+        experts, picks = logits.shape[1], read.experts[:, layer].flatten()
         fraction = torch.bincount(picks, minlength=experts) / len(picks)
         losses.append(experts * (fraction * logits.softmax(1).mean(0)).sum())
     return torch.stack(losses).sum()
 
 
-def _tokens(batch: Batch) -> Tokens:
+def tokens_of(batch: Batch) -> Tokens:
     lengths = [int(rollout.mask.sum()) for rollout in batch.rollouts]
     spread = torch.tensor(lengths)
     filled = sum(length > 0 for length in lengths)

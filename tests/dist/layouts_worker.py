@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_troll import trainer as policy_trainer
+from megatron_troll.arrange import routing_of
 from megatron_troll.batching.build import Form, build
+from megatron_troll.batching.experts import Routing
 from megatron_troll.batching.plan import Capacity, Schedule, plan
 from megatron_troll.batching.weights import step_weights
 from megatron_troll.config.tree import Layout, Model
@@ -23,8 +25,8 @@ from megatron_troll.mcore.router import routers
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives import compose
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.trainer import PolicyTrainer
-from megatron_troll.types import MicroBatch, Readings
+from megatron_troll.trainer import OldReadings, PolicyTrainer
+from megatron_troll.types import MicroBatch
 from megatron_troll.weights.export import stream
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
@@ -32,7 +34,7 @@ from megatron_troll.weights.placement import held_parameters
 from megatron_troll.weights.source import TensorSource
 from tests.dist.layout_table import AXES, Sizes, formed_groups
 from tests.dist.layouts_batch import OBJECTIVES, TEMPERATURE, Batch, K, Weights
-from tests.dist.layouts_reference import Old
+from tests.dist.layouts_reference import Old, Replay
 from tests.dist.parameters import main_gradient, parameters_by_name
 from tests.dist.tiny import started
 
@@ -40,13 +42,14 @@ from tests.dist.tiny import started
 @dataclass(frozen=True)
 class Case:
     """One accumulation: an objective by name, how the batch is cut, the balancing loss's coefficient, whose
-    log-probs are the old policy."""
+    log-probs are the old policy, whose experts are replayed."""
 
     objective: str
     packed: bool
     token_budget: int
     aux: float
     old: Old = "trainer"
+    replay: Replay = "none"
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,14 @@ def run_cases(config: Model, batch: Batch, cases: Sequence[Case], bucket: int | 
     with started(config.layout) as groups, buckets_of(bucket):
         model = mcore.build(config, shape_of(batch.config), groups)
         policy = trainable(model, config.optimizer, total_steps=1)
-        micro_batches = [cut(batch, case, groups, config.layout) for case in cases]
+        routing = routing_of(model)
+        micro_batches = [cut(batch, case, groups, config.layout, routing) for case in cases]
         load(model, TensorSource(batch.before))
-        old = [trainer(policy, case).old_readings(m).readings for case, m in zip(cases, micro_batches)]
+        old = [trainer(policy, case).old_readings(m) for case, m in zip(cases, micro_batches)]
         load(model, TensorSource(batch.now))
         policy.optimizer.reload_model_params()
         scattered = config.optimizer.distributed
-        outcomes = [accumulate(policy, *each, scattered) for each in zip(cases, micro_batches, old)]
+        outcomes = [accumulate(policy, *each, scattered) for each in zip(cases, old)]
         shapes = {name: tuple(p.shape) for name, p in parameters_by_name(model).items()}
         weights, grad_norm = streamed(model), policy.step()
         change = {name: tensor - weights[name] for name, tensor in streamed(model).items()}
@@ -111,10 +115,12 @@ def trainer(policy: Trainable, case: Case) -> PolicyTrainer:
     for router in routers(policy.model.chunks):
         router.coefficient = case.aux
     objective = compose(OBJECTIVES[case.objective])
-    return PolicyTrainer(policy, objective, Head(policy.model, TEMPERATURE), case.old)
+    return PolicyTrainer(policy, objective, Head(policy.model, TEMPERATURE), case.old, replay=case.replay)
 
 
-def cut(batch: Batch, case: Case, groups: Groups, layout: Layout) -> list[MicroBatch]:
+def cut(
+    batch: Batch, case: Case, groups: Groups, layout: Layout, routing: Routing | None = None
+) -> list[MicroBatch]:
     """This rank's micro-batches of one optimizer step over the whole batch."""
     form = Form(
         vocab=batch.config["vocab_size"],
@@ -124,6 +130,7 @@ def cut(batch: Batch, case: Case, groups: Groups, layout: Layout) -> list[MicroB
         tp_size=groups.tp.size,
         topk=K if case.old == "engine" else 0,
         temperature=TEMPERATURE,
+        routing=routing if case.replay == "rollout" else None,
     )
     step = plan(
         [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in batch.rollouts],
@@ -144,10 +151,8 @@ def cut(batch: Batch, case: Case, groups: Groups, layout: Layout) -> list[MicroB
     ]
 
 
-def accumulate(
-    policy: Trainable, case: Case, batches: Sequence[MicroBatch], old: Sequence[Readings], scattered: bool
-) -> Outcome:
-    learner = trainer(policy, case)
+def accumulate(policy: Trainable, case: Case, before: OldReadings, scattered: bool) -> Outcome:
+    learner, batches, old = trainer(policy, case), before.batches, before.readings
     mismatch = learner.mismatch(batches, old)
     with Collectives(policy.model.groups) as collectives:
         result = learner.accumulate(batches, old, [None] * len(batches))

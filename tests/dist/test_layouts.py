@@ -5,7 +5,6 @@ layouts_batch.py has the batch, layouts_reference.py the plain autograd, layouts
 layouts_checks.py what is held against what.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,8 +16,7 @@ from megatron_troll.config.model_options import MoE
 from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import shape_of
-from tests.dist.layout_table import LAYOUTS, Sizes
-from tests.dist.layouts_checks import check_equal, check_expected, check_formed
+from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups
 from tests.dist.layouts_batch import (
     BOUND,
     DELTA,
@@ -32,9 +30,10 @@ from tests.dist.layouts_batch import (
     K,
     make_batch,
 )
+from tests.dist.layouts_checks import check_equal, check_expected, check_formed
 from tests.dist.layouts_reference import Expected, Old, Read, Reference
 from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases, run_probing_all
-from tests.dist.tiny import MOE
+from tests.dist.tiny import MOE, NEXT
 
 CASES = (
     Case("clip", packed=True, token_budget=64, aux=0.0),

@@ -12,6 +12,7 @@ import torch
 from megatron_troll.checks import PROBLEMS, Task, demonstrations, prepare, smallest_world
 from megatron_troll.config.load import load
 from megatron_troll.config.tree import Layout
+from megatron_troll.rollout.engine import Engine
 from tests.unit.demo_task import write_config
 
 CONFIG = """
@@ -130,6 +131,34 @@ def test_dynamic_sampling_is_for_advantages_that_compare_samples(config: Path, b
     critic = f"models.critic={{path: {base}, init: random, layout: {{tp: 2, ep: 2}}}}"
     said = refusal(config, "rollout.refill=2", "objective.advantage.name=gae", critic)
     assert "advantage 'gae' learns from those too" in said
+
+
+def test_replay_needs_something_to_repeat(config: Path, tmp_path: Path) -> None:
+    for replay in ("old", "rollout"):
+        task(config, f"train.replay={replay}")
+    said = refusal(config, "train.replay=old", "objective.old=engine")
+    assert (
+        "train.replay=old repeats the experts of the old policy's forward, which objective.old=engine" in said
+    )
+    said = refusal(config, "train.replay=rollout", "rollout.engine=sglang")
+    assert "the engine sglang does not return the experts it chose" in said
+    said = refusal(config, "train.replay=rollout", "rollout.engine=tests.unit.test_checks:Forgetful")
+    assert "the engine tests.unit.test_checks:Forgetful does not return" in said
+    said = refusal(config, "train.replay=old", *dense_policy(config, tmp_path))
+    assert "train.replay=old repeats choices of experts: " in said
+
+
+class Forgetful(Engine):
+    """Tells nothing of its experts."""
+
+
+def dense_policy(config: Path, folder: Path) -> tuple[str, ...]:
+    """The overrides that make the policy a dense model of the same vocabulary."""
+    base = Path(load(config).policy.path)
+    shutil.copytree(base, folder / "dense")
+    described = json.loads((base / "config.json").read_text()) | {"model_type": "qwen3"}
+    (folder / "dense" / "config.json").write_text(json.dumps(described))
+    return f"models.policy.path={folder / 'dense'}", "models.policy.layout={ep: 1}"
 
 
 def test_training_needs_data(config: Path) -> None:

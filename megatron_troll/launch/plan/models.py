@@ -21,7 +21,7 @@ PUBLISHED = PRESETS / "models"
 
 @dataclass(frozen=True)
 class Planned:
-    """`name`: policy, critic or reference. Only a `trained` one has gradients and optimizer state."""
+    """`name`: policy, critic, rollout or reference. Only a `trained` one has gradients, optimizer state."""
 
     name: str
     model: Model
@@ -51,6 +51,8 @@ def models_of(config: Config, world: int) -> list[Planned]:
         found.append(replace(policy, name="reference", trained=False))
     if config.models.critic is not None:
         found.append(_from_path("critic", config.models.critic, world))
+    if config.models.rollout is not None:
+        found.append(_from_path("rollout", config.models.rollout, world))
     return found
 
 

@@ -45,7 +45,8 @@ class Allocation:
 
 def check(config: Config, allocation: Allocation) -> None:
     """Raises ConfigError where the allocation is not whole copies of the model's layout."""
-    for name, model in (("policy", config.policy), ("critic", config.models.critic)):
+    models = config.models
+    for name, model in (("policy", models.policy), ("critic", models.critic), ("rollout", models.rollout)):
         if model is None:
             continue
         try:

@@ -1,6 +1,6 @@
 """The engine that generates with the training model itself, in the trainer's processes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from megatron_troll.config.tree import Sampling
 from megatron_troll.mcore.decode import Decoder, generation_mode
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.parallel import device
+from megatron_troll.mcore.router import over_stages, recording
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
 from megatron_troll.rollout.engine import Answer, Engine, Request, Setup, rollout_of
@@ -24,12 +25,15 @@ class InProcessEngine(Engine):
     `sampling` and `round` give the same tokens on any layout: a token's uniform is keyed by (seed, round,
     prompt id, sample, position)."""
 
+    returns_experts = True
+
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.config = setup.rollout
         self.model = setup.model
         self.seed = setup.config.seed
         self._version = 0
+        self._records = setup.config.train.replay == "rollout"
 
     def sync(self, version: int) -> dict[str, float]:
         self._version = version
@@ -61,16 +65,32 @@ class InProcessEngine(Engine):
         decoder = Decoder(self.model, padding, tokens.shape[1] + sampling.max_tokens)
         done = torch.full((len(keys),), not requests, device=tokens.device)
         steps: list[Step] = []
-        for position in range(sampling.max_tokens):
-            step = self._step(decoder.extend(tokens), keys, position, sampling)
-            steps.append(step)
-            tokens = step.token[:, None]
-            done |= torch.isin(step.token, stops)
-            if not self._any_rank(not bool(done.all())):
-                break
+        with recording(self.model.chunks if self._records else []) as chosen:
+            for position in range(sampling.max_tokens):
+                step = self._step(decoder.extend(tokens), keys, position, sampling)
+                steps.append(step)
+                tokens = step.token[:, None]
+                done |= torch.isin(step.token, stops)
+                if not self._any_rank(not bool(done.all())):
+                    break
+        experts = self._experts(chosen, padding)
         if not self.model.groups.is_last_stage:
             return []
-        return answers_of(steps, self.setup.stop_ids, self._version)[: len(requests)]
+        return answers_of(steps, self.setup.stop_ids, self._version, experts)[: len(requests)]
+
+    def _experts(self, chosen: Mapping[int, list[Tensor]], padding: Tensor) -> list[np.ndarray] | None:
+        """Of each row [B] the experts [t, layers, k] of all tokens that were read, from those of each forward
+        ([s * B, k], position by position). Blocks on the pipeline."""
+        if not self._records:
+            return None
+        rows = len(padding)
+        mine = {
+            layer: torch.cat(of_forward).view(-1, rows, of_forward[0].shape[-1]).cpu().numpy()
+            for layer, of_forward in chosen.items()
+        }
+        layers = over_stages(mine, self.model.groups.pp)
+        whole = np.stack(list(layers.values()), axis=2)
+        return [whole[unread:, row] for row, unread in enumerate(padding.sum(1).tolist())]
 
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` is true on some rank. Blocks on the world."""
@@ -117,8 +137,15 @@ def left_pad(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return tokens.to(device()), padding.to(device())
 
 
-def answers_of(steps: Sequence[Step], stop_ids: Sequence[int], version: int) -> list[Answer]:
-    """Rows of the steps, each cut after its first stop token, all drawn from the weights `version`."""
+def answers_of(
+    steps: Sequence[Step],
+    stop_ids: Sequence[int],
+    version: int,
+    experts: Sequence[np.ndarray] | None = None,
+) -> list[Answer]:
+    """Rows of the steps, each cut after its first stop token, all drawn from the weights `version`. `experts`
+    [t, layers, k] of each row cover its prompt and all but the last of the steps."""
+    unread = len(steps) - 1
     ids, logp = _stack([step.token for step in steps]), _stack([step.logp for step in steps])
     topk = None
     if steps[0].topk_ids is not None:
@@ -134,6 +161,7 @@ def answers_of(steps: Sequence[Step], stop_ids: Sequence[int], version: int) -> 
             topk=None if topk is None else TokenTopK(topk[0][row, :length], topk[1][row, :length]),
             versions=np.full(length, version, dtype=np.int64),
             finish="stop" if ended[row] else "length",
+            experts=None if experts is None else experts[row][: len(experts[row]) - unread + length - 1],
         )
         for row, length in enumerate(lengths)
     ]

@@ -181,7 +181,7 @@ def test_a_run_without_a_policy_is_refused(tmp_path):
     path = write(tmp_path, "run.yaml", "name: x\nmodels: {actor: {path: p}}\ndata: {files: [f]}\n")
     missing, unknown = refusal(path).splitlines()
     assert missing.startswith("models.policy: missing")
-    assert unknown == f"models.actor: unknown key; known: critic, policy, reference ({path} line 2)"
+    assert unknown == f"models.actor: unknown key; known: critic, policy, reference, rollout ({path} line 2)"
 
 
 def test_every_wrong_key_is_reported_at_once(base):

@@ -36,6 +36,11 @@ def rollout(prompt: str, sample: int, length: int, k: int = 3) -> Rollout:
 BATCH = [rollout("a", 0, 5), rollout("a", 1, 0), rollout("b", 0, 7)]
 
 
+def with_experts(one: Rollout) -> Rollout:
+    tokens = max(0, len(one.prompt_ids) + len(one.response_ids) - 1)
+    return replace(one, experts=np.arange(tokens * 6).reshape(tokens, 3, 2).astype(np.uint8))
+
+
 def assert_same(one: Rollout, other: Rollout) -> None:
     for name, value in vars(one).items():
         there = getattr(other, name)
@@ -76,3 +81,15 @@ def test_a_prompt_that_has_gone_is_named(tmp_path: Path) -> None:
     archive.write(tmp_path / "batch", BATCH)
     with pytest.raises(DataError, match=r"batch\.json: prompt 'b' is not among"):
         archive.read(tmp_path / "batch", {"a": PROMPTS["a"]})
+
+
+def test_experts_come_back_to_the_bit(tmp_path: Path) -> None:
+    batch = [with_experts(one) for one in BATCH]
+    archive.write(tmp_path / "batch", batch)
+    for one, other in zip(batch, archive.read(tmp_path / "batch", PROMPTS), strict=True):
+        assert_same(one, other)
+
+
+def test_experts_of_some_rollouts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no record of their experts"):
+        archive.write(tmp_path / "batch", [with_experts(BATCH[0]), *BATCH[1:]])

@@ -54,7 +54,7 @@ def test_every_run_of(path: Path) -> None:
         check(config)
         objectives.add((cell.setting, config.objective.model_dump_json(), config.rollout.samples))
     assert len(objectives) == len(of_one_seed), "two methods are the same"
-    assert plan.warm_start(plan.study.seeds[0]).checkpoint.export
+    assert all(plan.warm_start(plan.study.seeds[0], name).checkpoint.export for name in plan.warm_starts())
 
 
 def test_the_study_has_its_methods_seeds_and_settings() -> None:
@@ -93,11 +93,28 @@ def test_a_method_lies_over_its_setting_over_the_common_part(tmp_path: Path) -> 
 def test_each_seed_has_its_own_task_and_warm_start(tmp_path: Path) -> None:
     warm = f"warm_start: {EXAMPLES}/configs/cpu_warm_start.yaml\n"
     plan = load_plan(write(tmp_path, SMALL + warm))
-    sft, config = plan.warm_start(4), plan.config(Cell("calm", "clip", 4))
+    sft, config = plan.warm_start(4, "warm-start"), plan.config(Cell("calm", "clip", 4))
     assert sft.seed == config.seed == 4
     assert config.policy.path == f"{sft.runs}/{sft.name}/hf"
     assert config.data == sft.data
     assert config.data.files == ("runs/small/seed-4/demo/data/train.jsonl",)
+
+
+def test_a_rollout_model_has_a_warm_start_of_its_own(tmp_path: Path) -> None:
+    warm = f"warm_start: {EXAMPLES}/configs/cpu_warm_start.yaml\n"
+    own = f"rollout_warm_start: {EXAMPLES}/configs/cpu_small_warm_start.yaml\n"
+    text = SMALL.replace("cpu_troll", "cpu_jackpot") + warm
+    shared, plan = load_plan(write(tmp_path, text)), load_plan(write(tmp_path, text + own, "own.yaml"))
+    cell = Cell("calm", "clip", 4)
+    sft, small = (plan.warm_start(4, name) for name in ("warm-start", "rollout-warm-start"))
+    rollout = plan.config(cell).models.rollout
+    assert rollout is not None
+    assert rollout.path == f"{small.runs}/{small.name}/hf"
+    assert plan.config(cell).policy.path == f"{sft.runs}/{sft.name}/hf" != rollout.path
+    assert (sft.policy.path, small.policy.path) == tuple(
+        f"runs/small/seed-4/demo/{name}" for name in ("base", "small")
+    )
+    assert plan.digest(cell) != shared.digest(cell)
 
 
 def test_an_extending_study_adds_to_the_common_part_and_replaces_the_rest(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Distillation of the policy into the model that draws its rollouts (Jackpot, arXiv 2602.06107, eq. 7)."""
+
+import torch
+from torch import Tensor, where
+
+from megatron_troll.objectives.records import log_probs
+from megatron_troll.objectives.slots import Diagnostics, Kl, Policy, Statistics, Term
+from megatron_troll.types import ObjectiveInputs, Reads, Support
+
+# Masses are sums of exponentials of float32: below this, what is left of 1 is rounding.
+REST = 1e-5
+
+
+class Distillation(Kl):
+    """K_t = KL(policy || rollout model) at the position of token t, the policy detached: exact on the kept
+    tokens of the policy's record, which stands where other objectives have their old policy's; all others
+    count as one token. At most the KL over the vocabulary (data processing), and at least 0.
+
+    coef  weight of K_t;  k  tokens of the record, beside the sampled one
+    """
+
+    coef: float
+    k: int
+
+    @property
+    def record(self) -> Support:
+        """What must be read of the policy."""
+        return Support("own", self.k, 0.0)
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(topk=Support("old", self.k, 0.0), full=True)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        return {"distill_kl": ("mean", "max"), "distill_covered": ("mean", "min")}
+
+    def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
+        teacher, student = inputs.old.topk, inputs.new.topk
+        if teacher is None or student is None:
+            raise ValueError("distillation reads the policy's record, and the model's own at its ids")
+        at_teacher = log_probs(teacher, "policy").detach()
+        value = kept_kl(at_teacher, log_probs(student, "rollout model"), teacher.valid)
+        covered = where(teacher.valid, at_teacher.exp(), 0.0).sum(1)
+        return Term(self.coef * value, {"distill_kl": value.detach(), "distill_covered": covered})
+
+
+def kept_kl(teacher: Tensor, student: Tensor, kept: Tensor) -> Tensor:
+    """sum_S p log(p / q) + p_R log(p_R / q_R) [N] from log-probs [N, W] on the kept slots S, with R the rest;
+    differentiable in the student. Without the last term where p_R is rounding."""
+    log_p, log_q = (where(kept, logp, 0.0).double() for logp in (teacher, student))
+    p, q = (where(kept, logp.exp(), 0.0) for logp in (log_p, log_q))
+    rest = 1.0 - p.sum(1)
+    left = rest.clamp(min=REST)
+    ratio = left.log() - (1.0 - q.sum(1)).clamp(min=REST).log()
+    value = (p * (log_p - log_q)).sum(1) + torch.where(rest > REST, left * ratio, 0.0)
+    return value.to(student.dtype)

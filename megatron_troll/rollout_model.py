@@ -1,0 +1,169 @@
+"""The model that draws rollouts in the policy's place, and how it learns to be like the policy (Jackpot,
+arXiv 2602.06107)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from megatron_troll.advantages import Advantage
+from megatron_troll.arrange import Arranger
+from megatron_troll.batching.build import Advantages
+from megatron_troll.checks import Task
+from megatron_troll.config.model_options import Distill
+from megatron_troll.config.tree import Config
+from megatron_troll.config.tree import RolloutModel as RolloutModelConfig
+from megatron_troll.learner import combine, finite, split
+from megatron_troll.mcore import parallel
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.mcore.optimizer import Trainable
+from megatron_troll.mcore.schedule import infer
+from megatron_troll.mcore.shape import read_shape
+from megatron_troll.objectives.correction.none import NoCorrection
+from megatron_troll.objectives.distill import Distillation
+from megatron_troll.objectives.objective import Objective
+from megatron_troll.objectives.ratio.token import Token
+from megatron_troll.objectives.trust_region.clip import Clip
+from megatron_troll.observe.phases import Phases
+from megatron_troll.policy import open_policy
+from megatron_troll.trainer import PolicyTrainer
+from megatron_troll.types import MicroBatch, Readings, Reads, Rollout, TopK
+
+# What is told of its updates, by the names of objectives.
+TOLD = ("clipped", "approx_kl", "entropy")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """metrics of a batch, and the weight that distillation has at the next."""
+
+    metrics: dict[str, float]
+    weight: float
+
+
+@dataclass(frozen=True)
+class RolloutModel:
+    """Its loss: PPO's on its own samples, old log-probs from the engine, plus the distillation, over the same
+    steps and token weights as the policy's. The policy is read once, after its updates of the batch: what
+    draws the next rollouts is drawn towards what they will train. Its records, 12 bytes x (k + 2) per loss
+    token, stay on the last stage until the batch is done. It is cut like the policy, so that a micro-batch of
+    one is one of the other."""
+
+    trainer: PolicyTrainer
+    teacher: Head
+    arranger: Arranger
+    distill: Distill
+    phases: Phases
+
+    @property
+    def model(self) -> MegatronModel:
+        return self.trainer.trainable.model
+
+    def learn(
+        self, rollouts: Sequence[Rollout], advantages: Advantages, step: int, weight: float | None
+    ) -> Taught:
+        """One optimizer step for each of the policy's; `weight` of the distillation, None: that of the
+        configuration. A step with NaN or Inf is left out and counted. Blocks on all ranks."""
+        weight = self.distill.weight if weight is None else weight
+        if not all(finite(rollout, 0) for rollout in rollouts):
+            return Taught({"rollout_model_skipped": float(self.arranger.config.train.updates)}, weight)
+        with self.phases("rollout_model"):
+            updates = self.arranger.updates(rollouts, advantages, step)
+            learner = with_weight(self.trainer, weight)
+            records = self._records([batch for update in updates for batch in update])
+            rows = [_step(learner, *parts) for parts in zip(updates, split(records, updates))]
+        taken = [row for row in rows if row]
+        metrics = combine(taken) | {
+            "rollout_model_skipped": float(len(rows) - len(taken)),
+            "rollout_model_lr": self.trainer.trainable.lr,
+            "distill_weight": weight,
+        }
+        return Taught(metrics, moved(self.distill, weight, metrics.get("distill_kl", math.nan)))
+
+    def _records(self, batches: Sequence[MicroBatch]) -> list[TopK]:
+        """The policy's, one per micro-batch on the last stage."""
+        reads = Reads(topk=_distillation(self.trainer).record)
+
+        def read(i: int, hidden: Tensor) -> TopK:
+            record = self.teacher.read(hidden, batches[i].target, reads).topk
+            assert record is not None
+            return record
+
+        return infer(self.teacher.model, batches, read)
+
+
+def _step(learner: PolicyTrainer, batches: Sequence[MicroBatch], records: Sequence[TopK]) -> dict[str, float]:
+    """{} where it was left out."""
+    old = [Readings(batch.rollout_logp, record, None) for batch, record in zip(batches, records)]
+    gradients = learner.accumulate(batches, old, [None] * len(batches))
+    if not learner.healthy(gradients):
+        return {}
+    told = {f"rollout_model_{name}": gradients.metrics[name] for name in TOLD if name in gradients.metrics}
+    distilled = {name: value for name, value in gradients.metrics.items() if name.startswith("distill_")}
+    return {
+        "rollout_model_loss": gradients.loss,
+        "rollout_model_grad_norm": learner.trainable.step(),
+        **told,
+        **distilled,
+    }
+
+
+def with_weight(trainer: PolicyTrainer, weight: float) -> PolicyTrainer:
+    """The same trainer, its distillation weighted by `weight`."""
+    objective = trainer.objective
+    assert isinstance(objective, Objective)
+    distillation = _distillation(trainer).model_copy(update={"coef": weight})
+    return replace(trainer, objective=replace(objective, kl=distillation))
+
+
+def _distillation(trainer: PolicyTrainer) -> Distillation:
+    assert isinstance(trainer.objective, Objective)
+    assert isinstance(trainer.objective.kl, Distillation)
+    return trainer.objective.kl
+
+
+def moved(distill: Distill, weight: float, kl: float) -> float:
+    """The weight after a batch with the mean `kl` over its tokens: an integral controller of its logarithm,
+    whose step is bounded. The same where there is no target, no weight, or no KL above 0."""
+    if distill.target_kl is None or weight == 0 or not (math.isfinite(kl) and kl > 0):
+        return weight
+    error = max(-1.0, min(1.0, math.log(kl / distill.target_kl)))
+    low, high = distill.limits
+    return max(low, min(high, weight * math.exp(distill.gain * error)))
+
+
+def open_rollout_model(task: Task, policy: MegatronModel, phases: Phases) -> RolloutModel:
+    """The model with its optimizer. It shares the groups of `policy`; a rollout model whose experts are cut
+    another way forms its own. Blocks on every rank."""
+    config, model = task.config, task.config.models.rollout
+    assert model is not None
+    groups = policy.groups if model.layout == config.policy.layout else parallel.also(model.layout)
+    updates = config.train.steps * config.train.updates
+    trained = open_policy(model, read_shape(model.path), groups, config.seed, updates, policy.progress)
+    return assembled(config, model, trained, policy, task.objective.advantage, phases)
+
+
+def assembled(
+    config: Config,
+    model: RolloutModelConfig,
+    trained: Trainable,
+    policy: MegatronModel,
+    advantage: Advantage,
+    phases: Phases,
+) -> RolloutModel:
+    """From the built `model` and its teacher."""
+    temperature = config.rollout.sampling.temperature
+    objective = Objective(
+        advantage=advantage,
+        ratio=Token(),
+        trust_region=Clip(),
+        kl=Distillation(coef=model.distill.weight, k=model.distill.k),
+        correction=NoCorrection(),
+    )
+    trainer = PolicyTrainer(
+        trained, objective, Head(trained.model, temperature), "engine", None, config.objective.aggregation
+    )
+    arranger = Arranger(config, trained.model, model.layout)
+    return RolloutModel(trainer, Head(policy, temperature), arranger, model.distill, phases)
