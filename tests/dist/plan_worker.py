@@ -1,4 +1,4 @@
-"""What a rank of a tiny model really holds: bytes of weights, gradients, optimizer state and saved tensors."""
+"""What a rank of a tiny model holds: bytes of weights, gradients, optimizer state and saved tensors."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +19,10 @@ from megatron_troll.mcore.shape import shape_of
 from megatron_troll.types import Message, MicroBatch, Prompt, Reads, Rollout
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import RandomSource
+from tests.dist.layouts_worker import buckets_of
 from tests.dist.tiny import started
+
+BUCKET = 5000
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class Held:
 
 def measure(config: Model, sizes: dict[str, Any], tokens: int, micro_batches: int, reads: Reads) -> Held:
     """One optimizer step of micro-batches of `tokens` tokens in two sequences, over all context-parallel
-    ranks."""
+    ranks. Gradients that are reduced during backward are so in buckets of BUCKET numbers."""
     shape = shape_of(sizes)
-    with started(config.layout) as groups:
+    with started(config.layout) as groups, buckets_of(BUCKET):
         model = mcore.build(config, shape, groups)
         load(model, RandomSource(shape, 0))
         policy = trainable(model, config.optimizer, total_steps=1)
@@ -50,7 +53,8 @@ def measure(config: Model, sizes: dict[str, Any], tokens: int, micro_batches: in
             assert values is not None
             return (batches[i].weight * values).sum(), None
 
-        with SavedTensors(kept_anyway(model, batches)) as saved:
+        saved = SavedTensors(kept_anyway(model, batches))
+        with saved:
             accumulate(model, batches, loss)
         policy.step()
         return Held(weights_of(model), gradients_of(model), optimizer_of(policy), saved.peak)
@@ -78,7 +82,8 @@ def response(ids: np.ndarray) -> Rollout:
         topk=None,
         text="",
         finish="stop",
-        version=0,
+        versions=np.zeros(n, np.int64),
+        temperature=1.0,
     )
 
 
@@ -148,5 +153,7 @@ def optimizer_of(policy: Trainable) -> int:
     adams = [part.optimizer for part in parts if part.optimizer is not None]
     parameters = {storage(p) for chunk in policy.model.chunks for p in chunk.parameters()}
     masters = [p for adam in adams for group in adam.param_groups for p in group["params"]]
-    state = [t for adam in adams for entry in adam.state.values() for name, t in entry.items() if name != "step"]
+    state = [
+        t for adam in adams for entry in adam.state.values() for name, t in entry.items() if name != "step"
+    ]
     return sum(t.nbytes for t in state) + sum(p.nbytes for p in masters if storage(p) not in parameters)

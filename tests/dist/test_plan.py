@@ -1,23 +1,23 @@
-"""`mtroll plan` against what ranks of tiny models really hold: states to the byte, saved tensors within 10 %."""
+"""`mtroll plan` against what ranks of tiny models hold: states to the byte, saved tensors within 10 %."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from megatron_troll.config.tree import Layout, Model, ObjectiveConfig, Slot
+from megatron_troll.launch.plan import buffers
 from megatron_troll.launch.plan.activations import activations_of, flow_of
 from megatron_troll.launch.plan.head import saved_by_head
 from megatron_troll.launch.plan.models import Planned, planned_of
 from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.compose import compose
-from tests.dist.plan_worker import Held, measure
+from tests.dist.plan_worker import BUCKET, measure
 from tests.dist.tiny import DENSE, MOE, NEXT
 
 TOKENS = 256
 CLIP = compose(ObjectiveConfig(trust_region=Slot(name="clip")))
-TROLL = compose(ObjectiveConfig(trust_region=Slot.model_validate({"name": "troll", "k": 16})))
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,32 @@ CASES = {
     "cp2": Case(2, {"cp": 2}, fields={"recompute": "selective"}),
     "pp2-interleaved": Case(2, {"pp": 2, "vpp": 2}, fields=BF16, micro_batches=4),
     "tp2-pp2-ep2": Case(4, {"tp": 2, "pp": 2, "ep": 2}, fields=BF16, micro_batches=3),
-    "tp2-ep2-dp2": Case(4, {"tp": 2, "ep": 2}, fields=BF16 | {"recompute": "selective", "recompute_modules": ("moe",)}),
+    "tp2-ep2-dp2": Case(
+        4, {"tp": 2, "ep": 2}, fields=BF16 | {"recompute": "selective", "recompute_modules": ("moe",)}
+    ),
+    "dp2-overlapped": Case(2, {}, fields=BF16 | {"optimizer": {"overlap_grad_reduce": True}}),
     "hybrid": Case(1, {}, NEXT, BF16),
     "hybrid-tp2-cp2-ep2": Case(4, {"tp": 2, "cp": 2, "ep": 2}, NEXT),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_plan_is_what_ranks_hold(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_plan_is_what_ranks_hold(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "BUCKET", BUCKET)
+    monkeypatch.setattr(buffers, "BUCKET_PER_RANK", 0)
     case = CASES[name]
     planned = plan_of(case)
     arguments = (planned.model, case.sizes, TOKENS, case.micro_batches, CLIP.reads)
     ranks = request.getfixturevalue(f"ranks{case.world}")
     for rank, held in enumerate(ranks.run(measure, *arguments)):
         states = planned.states(rank)
-        assert (held.weights, held.gradients, held.optimizer) == (states.weights, states.gradients, states.optimizer)
+        assert (held.weights, held.gradients, held.optimizer) == (
+            states.weights,
+            states.gradients,
+            states.optimizer,
+        )
         assert saved(planned, case, rank) == pytest.approx(held.saved, rel=0.1), f"rank {rank}"
 
 
