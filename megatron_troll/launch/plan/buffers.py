@@ -55,7 +55,7 @@ def layout_of(parameters: Sequence[Parameter], ranks: int, sharded: bool, bucket
         opened = buckets[-1][1]
         return opened
 
-    for parameter in (p for p in reversed(parameters) for _ in range(p.count) if p.trained):
+    for parameter in (p for p in reversed(parameters) if p.trained):
         alone = parameter.shared and sharded
         position = align(position, PARAMETER_ALIGN)
         if alone and position > opened:

@@ -59,7 +59,7 @@ def trained_states(model: Model, ranks: Ranks, stages: list[list[Buffers]], rank
 def frozen_states(model: Model, holding: Holding, stage: int) -> States:
     """What one rank of a stage holds of a model that is only read."""
     chunks = range(holding.ranks.chunks)
-    held = sum(p.numel * p.count for chunk in chunks for p in holding.of_chunk(stage, chunk))
+    held = sum(p.numel for chunk in chunks for p in holding.of_chunk(stage, chunk))
     return States(held, WIDTHS[model.dtype] * held, 0, 0, 0)
 
 
@@ -89,7 +89,7 @@ def buffers_of(model: Model, holding: Holding) -> list[list[Buffers]]:
         return Buffers(
             dense=layout_of(dense, ranks.dp_cp, optimizer.distributed, bucket),
             expert=layout_of(expert, ranks.expert_dp, optimizer.distributed, bucket),
-            untrained=sum(p.numel * p.count for p in held if not p.trained),
+            untrained=sum(p.numel for p in held if not p.trained),
         )
 
     return [[chunk(stage, i) for i in range(ranks.chunks)] for stage in range(ranks.layout.pp)]
