@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_troll import rollout
+from megatron_troll.checks import check_methods
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.plan import communication, head
+from megatron_troll.launch.plan import communication, generation, head
 from megatron_troll.launch.plan.activations import activations_of, between_stages, flow_of, working_set
 from megatron_troll.launch.plan.models import Planned, models_of
 from megatron_troll.launch.plan.parameters import carried_parameters
@@ -39,12 +41,15 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes on the rank of a pipeline stage that holds the most, by what they are; host: in the memory of the
-    machine; activations: of the policy, by how much is recomputed."""
+    """Bytes on the rank of a pipeline stage that holds the most, by what they are: always, while it trains,
+    and while it generates with the in-process engine. host: in the memory of the machine; activations: of
+    the policy, by how much is recomputed."""
 
     stage: int
     rank: int
-    bytes: dict[str, int]
+    states: dict[str, int]
+    training: dict[str, int]
+    generation: dict[str, int]
     host: int
     in_flight: int
     activations: dict[str, int]
@@ -52,7 +57,12 @@ class Stage:
 
     @property
     def total(self) -> int:
-        return sum(self.bytes.values())
+        return sum(self.states.values()) + max(sum(self.training.values()), sum(self.generation.values()))
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """What is held at once when the most is."""
+        return self.states | max(self.training, self.generation, key=lambda held: sum(held.values()))
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,8 @@ def plan(config: Config) -> Plan:
     world = config.launch.ranks or smallest_world(config.policy.layout)
     models = models_of(config, world)
     policy = models[0]
+    rollout.check(config.rollout, config.policy.layout.cp)
+    check_methods(config, objective, policy.shape)
     work, flow = work_of(config, policy.ranks), flow_of(policy, work_of(config, policy.ranks))
     parameters = [_parameters(planned) for planned in models]
     launch = config.launch
@@ -161,17 +173,17 @@ def _stage(config: Config, models: Sequence[Planned], objective: Objective, work
     rank = max(states, key=lambda r: sum(s.weights + s.gradients + s.optimizer for s in states[r]))
     modes = {mode: activations_of(policy, work, stage, mode) for mode in MODES}
     used = modes[policy.model.recompute]
-    held = {
-        "weights": sum(s.weights for s in states[rank]),
-        "gradients": sum(s.gradients for s in states[rank]),
-        "optimizer": sum(s.optimizer for s in states[rank]),
-        "activations": used.kept,
-        **_beside(config, policy, objective, work, stage, used.in_flight),
-    }
+    beside = _beside(config, policy, objective, work, stage, used.in_flight)
     return Stage(
         stage=stage,
         rank=rank,
-        bytes=held,
+        states={
+            "weights": sum(s.weights for s in states[rank]),
+            "gradients": sum(s.gradients for s in states[rank]),
+            "optimizer": sum(s.optimizer for s in states[rank]),
+        },
+        training={"activations": used.kept} | beside,
+        generation=generation.of_engine(config, policy, work, stage),
         host=sum(s.host for s in states[rank]),
         in_flight=used.in_flight,
         activations={mode: found.kept for mode, found in modes.items()},

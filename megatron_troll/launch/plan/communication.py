@@ -48,19 +48,32 @@ def forward(flow: Flow, kinds: Iterable[str]) -> Traffic:
 
 def backward(flow: Flow, kinds: Iterable[str]) -> Traffic:
     """The same backwards, and what is computed again for it."""
-    kinds = list(kinds)
-    again = forward(flow, kinds) if flow.model.recompute == "full" else Traffic()
-    return sum((_layer(flow, kind, backward=True) for kind in kinds), again)
+    return sum((_layer(flow, kind, backward=True) + _again(flow, kind) for kind in kinds), Traffic())
+
+
+def _again(flow: Flow, kind: str) -> Traffic:
+    mode, modules = flow.model.recompute, flow.model.recompute_modules
+    if mode == "full":
+        return _layer(flow, kind, backward=False)
+    if mode == "selective" and {"moe", "mlp"} & set(modules):
+        return Traffic(tensor=_tensor(flow, _feeding(flow), 2)) + _experts(flow)
+    return Traffic()
 
 
 def _layer(flow: Flow, kind: str, *, backward: bool) -> Traffic:
-    layout, shape = flow.model.layout, flow.shape
     # Two all-gathers or reduce-scatters a block; backward gathers what the first matrix read once more.
-    blocks = 1 + bool(shape.shared_expert_ffn) if shape.experts else 2
-    sequence = share(layout.tp) * flow.hidden(flow.tokens) * blocks * (3 if backward else 2)
+    sequence = _tensor(flow, 1 + _feeding(flow), 3 if backward else 2)
     between = _keys(flow, backward) if kind == "full_attention" else _heads(flow)
-    experts = _experts(flow) if shape.experts else Traffic()
-    return Traffic(tensor=sequence, context=between) + experts
+    return Traffic(tensor=sequence, context=between) + _experts(flow)
+
+
+def _feeding(flow: Flow) -> int:
+    """Feed-forward blocks of a layer that tensor-parallel ranks share."""
+    return int(bool(flow.shape.shared_expert_ffn)) if flow.shape.experts else 1
+
+
+def _tensor(flow: Flow, blocks: int, collectives: int) -> float:
+    return share(flow.model.layout.tp) * flow.hidden(flow.tokens) * blocks * collectives
 
 
 def _keys(flow: Flow, backward: bool) -> float:
@@ -79,6 +92,8 @@ def _heads(flow: Flow) -> float:
 
 
 def _experts(flow: Flow) -> Traffic:
+    if not flow.shape.experts:
+        return Traffic()
     layout, hidden = flow.model.layout, flow.shape.hidden
     there, weight, back = flow.width * hidden, FLOAT, flow.width * hidden
     if flow.model.moe.dispatcher == "allgather":

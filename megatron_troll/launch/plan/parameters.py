@@ -13,11 +13,10 @@ from megatron_troll.weights.table import Entry, Table
 
 EMBEDDING, ROUTER = "embedding.word_embeddings.weight", "mlp.router.weight"
 # The order of a layer's parameters in Megatron's local modules, which their buffers follow.
-ORDER = (
-    ("input_layernorm", "dt_bias", "A_log", "in_proj", "conv1d", "out_norm", "out_proj", "linear_proj")
-    + ("linear_qkv", "q_layernorm", "k_layernorm", "pre_mlp_layernorm", "router", "local_experts")
-    + ("gate_weight", "linear_fc1", "linear_fc2")
-)
+LINEAR = ("dt_bias", "A_log", "in_proj", "conv1d", "out_norm", "out_proj")
+FULL = ("linear_proj", "linear_qkv", "q_layernorm", "k_layernorm")
+FEEDING = ("pre_mlp_layernorm", "router", "local_experts", "gate_weight", "linear_fc1", "linear_fc2")
+ORDER = ("input_layernorm", *LINEAR, *FULL, *FEEDING)
 
 
 @dataclass(frozen=True)
