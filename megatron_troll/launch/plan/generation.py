@@ -1,4 +1,4 @@
-"""What the in-process engine (rollout/engines/inprocess.py) holds beside the states. Bytes on a stage's rank."""
+"""What the in-process engine (rollout/engines/inprocess.py) holds beside the states. Bytes on a rank."""
 
 from dataclasses import replace
 
