@@ -1,13 +1,17 @@
 """Bytes that one rank sends in one rollout batch, by what they are sent for.
 
 Of a collective over n ranks on S bytes in all, a rank sends (n - 1) / n of S: gathering, scattering sums and
-exchanging alike; summing where everyone keeps the result is both of the first. Messages of a few numbers (how
-many tokens go where, how long a micro-batch is) are left out.
+exchanging alike; summing where everyone keeps the result is both of the first. What is outside the layers
+(embedding, head) is left out, and so are messages of a few numbers.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 
+from megatron_troll.config.tree import Train
+from megatron_troll.launch.plan.activations import flow_of
+from megatron_troll.launch.plan.models import Planned
+from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.launch.plan.ranks import Ranks
 from megatron_troll.launch.plan.saved.flow import FLOAT, Flow
 from megatron_troll.launch.plan.states import WIDTHS, Buffers
@@ -125,3 +129,19 @@ def of_step(flow: Flow, ranks: Ranks, chunks: Iterable[Buffers]) -> Traffic:
             else:
                 total += Traffic(gradients=2 * FLOAT * numbers)
     return total
+
+
+def of_batch(planned: Planned, work: Work, train: Train, forwards: int) -> Traffic:
+    """One rollout batch with so many `forwards` without gradient, on the stage that sends the most."""
+    ranks, shape, flow = planned.ranks, planned.shape, flow_of(planned, work)
+    micro = work.responses * work.tokens / work.micro_tokens
+
+    def of_stage(stage: int) -> Traffic:
+        chunks = [ranks.layers(stage, chunk, shape.layers) for chunk in range(ranks.chunks)]
+        kinds = [shape.layer_types[layer] for layers in chunks for layer in layers]
+        there, between = forward(flow, kinds), between_stages(flow, ranks, stage)
+        both = there + backward(flow, kinds) + between
+        passes = there.times(forwards) + between.times(forwards / 2) + both.times(train.epochs)
+        return passes.times(micro) + of_step(flow, ranks, planned.buffers[stage]).times(train.updates)
+
+    return max(map(of_stage, range(ranks.layout.pp)), key=lambda sent: sum(astuple(sent)))
