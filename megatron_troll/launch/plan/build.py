@@ -112,15 +112,15 @@ class Plan:
         }
 
 
-def plan(config: Config) -> Plan:
-    """Raises ConfigError naming the key that does not fit. Needs config.json of the models, or a published
-    model's name (plan/models.py), and nothing else."""
+def plan(config: Config, ranks: int | None = None) -> Plan:
+    """On so many ranks, or as many as `config.launch` starts. Raises ConfigError naming the key that does not
+    fit. Needs config.json of the models, or a published model's name (plan/models.py), and nothing else."""
     objective = compose(config.objective)
     config = config.model_copy(update={"objective": resolve(config.objective)})
-    world = config.launch.ranks or smallest_world(config.policy.layout)
+    world = ranks or config.launch.ranks or smallest_world(config.policy.layout)
     models = models_of(config, world)
     policy = models[0]
-    rollout.check(config.rollout, config.policy.layout.cp)
+    rollout.check_engine(config.rollout, config.policy.layout.cp)
     check_methods(config, objective, policy.shape)
     work, flow = work_of(config, policy.ranks), flow_of(policy, work_of(config, policy.ranks))
     parameters = [_parameters(planned) for planned in models]
