@@ -9,7 +9,14 @@ from megatron_troll.launch.slurm.script import check_memory, write
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "slurm"
-CONTAINER = "--container", "images/megatron-troll.sqsh", "--mounts", "/scratch:/scratch"
+CONTAINER = (
+    "--container",
+    "images/megatron-troll.sqsh",
+    "--mounts",
+    "/scratch:/scratch",
+    "--python",
+    "python3",
+)
 JOBS = {
     "qwen3_30b_a3b_troll": ("qwen3_30b_a3b_troll", "--nodes", "1"),
     "qwen3_30b_a3b_troll_container": ("qwen3_30b_a3b_troll", "--nodes", "1", *CONTAINER),

@@ -1,8 +1,8 @@
 """Bytes that one rank sends in one rollout batch, by what they are sent for.
 
 Of a collective over n ranks on S bytes in all, a rank sends (n - 1) / n of S: gathering, scattering sums and
-exchanging alike; summing where everyone keeps the result is both of the first. What is outside the layers
-(embedding, head) is left out, and so are messages of a few numbers.
+exchanging alike; summing where everyone keeps the result is both of the first. Messages of a few numbers (how
+many tokens go where, what the head's ranks tell each other, gradients of norms) are left out.
 """
 
 from collections.abc import Iterable
@@ -110,6 +110,12 @@ def _experts(flow: Flow) -> Traffic:
     return Traffic(expert=sent, expert_tensor=shared)
 
 
+def ends(flow: Flow, ranks: Ranks, stage: int) -> Traffic:
+    """Sums of what the embedding gives, scattered, and hidden states for the head, gathered; one way."""
+    here = (stage == 0) + (stage == ranks.layout.pp - 1)
+    return Traffic(tensor=_tensor(flow, here, 1))
+
+
 def between_stages(flow: Flow, ranks: Ranks, stage: int) -> Traffic:
     """Hidden states to the next stage and gradients to the one before, of one micro-batch."""
     if ranks.layout.pp == 1:
@@ -139,9 +145,10 @@ def of_batch(planned: Planned, work: Work, train: Train, forwards: int) -> Traff
     def of_stage(stage: int) -> Traffic:
         chunks = [ranks.layers(stage, chunk, shape.layers) for chunk in range(ranks.chunks)]
         kinds = [shape.layer_types[layer] for layers in chunks for layer in layers]
-        there, between = forward(flow, kinds), between_stages(flow, ranks, stage)
-        both = there + backward(flow, kinds) + between
-        passes = there.times(forwards) + between.times(forwards / 2) + both.times(train.epochs)
-        return passes.times(micro) + of_step(flow, ranks, planned.buffers[stage]).times(train.updates)
+        outside, between = ends(flow, ranks, stage), between_stages(flow, ranks, stage)
+        there, back = forward(flow, kinds) + outside, backward(flow, kinds) + outside
+        alone, trained = there + between.times(0.5), there + back + between
+        step = of_step(flow, ranks, planned.buffers[stage])
+        return (alone.times(forwards) + trained.times(train.epochs)).times(micro) + step.times(train.updates)
 
     return max(map(of_stage, range(ranks.layout.pp)), key=lambda sent: sum(astuple(sent)))
