@@ -68,21 +68,12 @@ def prepare(config: Config) -> Task:
     if config.objective.head == "sparse":
         refuse_dense_head(objective)
     shape = shape_of(config)
-    with _about("objective"):
-        objective.check(shape.vocab)
-        _check_kept(objective, shape)
+    check_methods(config, objective, shape)
     _check_models(config, objective, shape)
     _check_rollout_model(config, shape)
-    _check_bias(config, "policy", config.policy)
     if config.models.rollout is not None:
         _check_bias(config, "rollout", config.models.rollout)
-    _check_replay(config, shape)
-    _check_rollout(config, objective, shape)
-    answer = config.rollout.sampling.max_tokens
-    lengths = {"data.max_prompt_tokens": data.max_prompt_tokens, "rollout.sampling.max_tokens": answer}
-    check_length(lengths, shape)
-    if config.models.rollout is not None:
-        check_length(lengths, read_shape(config.models.rollout.path))
+        check_length(longest(config), read_shape(config.models.rollout.path))
     _check_observe(config.observe)
     tokenizer = tokenizer_of(config.policy, shape)
     stops = stop_ids(tokenizer, config.policy.path, config.rollout.sampling.stop)
@@ -92,6 +83,27 @@ def prepare(config: Config) -> Task:
             f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"
         )
     return Task(config, shape, tokenizer, stops, prompts, objective)
+
+
+def check_methods(config: Config, objective: Objective, shape: ModelShape) -> None:
+    """Raises ConfigError where what `config` says of training does not go together, for a policy of this
+    shape. Reads no file."""
+    with _about("objective"):
+        objective.check(shape.vocab)
+        _check_kept(objective, shape)
+    _check_roles(config, objective)
+    _check_bias(config, "policy", config.policy)
+    _check_replay(config, shape)
+    _check_rollout(config, objective, shape)
+    check_length(longest(config), shape)
+
+
+def longest(config: Config) -> dict[str, int]:
+    """Tokens of the longest prompt and answer, by the key that says so."""
+    return {
+        "data.max_prompt_tokens": data_of(config).max_prompt_tokens,
+        "rollout.sampling.max_tokens": config.rollout.sampling.max_tokens,
+    }
 
 
 def shape_of(config: Config) -> ModelShape:
@@ -206,23 +218,28 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
         )
 
 
-def _check_models(config: Config, objective: Objective, shape: ModelShape) -> None:
-    reference, critic = config.models.reference, config.models.critic
-    if objective.needs_reference:
-        if reference is None:
-            raise ConfigError(
-                f"models.reference: missing; objective.kl={config.objective.kl.name} keeps the policy near it"
-            )
-        check_folder(reference.path, read_shape(reference.path))
-        if read_shape(reference.path) != shape:
-            raise ConfigError(
-                f"models.reference: {reference.path} is of another shape than the policy {config.policy.path}"
-            )
+def _check_roles(config: Config, objective: Objective) -> None:
+    """Models that are there for nothing, and methods without the model they need."""
+    critic = config.models.critic
+    if objective.needs_reference and config.models.reference is None:
+        raise ConfigError(
+            f"models.reference: missing; objective.kl={config.objective.kl.name} keeps the policy near it"
+        )
     if objective.advantage.needs_values != (critic is not None):
         raise ConfigError(
             "models.critic and objective.advantage=gae go together: "
             + ("gae needs a critic, and there is none" if critic is None else "nothing else reads its values")
         )
+
+
+def _check_models(config: Config, objective: Objective, shape: ModelShape) -> None:
+    reference, critic = config.models.reference, config.models.critic
+    if objective.needs_reference and reference is not None:
+        check_folder(reference.path, read_shape(reference.path))
+        if read_shape(reference.path) != shape:
+            raise ConfigError(
+                f"models.reference: {reference.path} is of another shape than the policy {config.policy.path}"
+            )
     if critic is None:
         return
     body = read_shape(critic.path)

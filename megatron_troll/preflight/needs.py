@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_troll.config.tree import Config, Model
+from megatron_troll.launch.plan.build import GIB, plan
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.preflight.run import Needs
 from megatron_troll.weights.families import table_of
@@ -19,10 +20,21 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 
 def needs_of(config: Config, environment: Mapping[str, str] = os.environ) -> Needs:
     """Reads config.json of each model. Under Slurm a node has the GPUs of its allocation, otherwise those
-    that torch sees. Raises ValueError or OSError where a model cannot be read."""
+    that torch sees. Raises ConfigError, ValueError or OSError where a model cannot be read or planned."""
     asked = environment.get("SLURM_GPUS_ON_NODE")
     gpus = torch.cuda.device_count() if asked is None else int(asked)
-    return Needs(Path(config.runs) / config.name, disk_bytes(config), gpus)
+    nodes = int(environment.get("WORLD_SIZE", "1"))
+    return Needs(
+        Path(config.runs) / config.name,
+        disk_bytes(config),
+        gpus,
+        gpu_bytes(config, nodes * gpus) if gpus else 0,
+    )
+
+
+def gpu_bytes(config: Config, ranks: int) -> int:
+    """Of the rank that holds the most, with what is left to CUDA and NCCL."""
+    return plan(config, ranks).worst.total + round(config.launch.reserve_gib * GIB)
 
 
 def disk_bytes(config: Config) -> int:

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,24 @@ def gpus(wanted: int) -> Finding:
     if count < wanted:
         return failed("gpus", f"{count}, of {wanted} asked for", "ask Slurm for them: --gpus-per-node")
     return passed("gpus", ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)})) or "none")
+
+
+def free_memory() -> list[int]:
+    """Bytes that nobody holds, of each GPU of this node."""
+    return [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+
+
+def gpu_memory(free: Sequence[int], wanted: int) -> Iterator[Finding]:
+    """The GPU with the least room, beside what the plan asks of it; nothing where there are no GPUs."""
+    if not free:
+        return
+    least = min(range(len(free)), key=free.__getitem__)
+    text = f"{free[least] / GIB:.1f} GiB free on GPU {least}, {wanted / GIB:.1f} planned"
+    if free[least] < wanted:
+        advice = "end what else runs there, or cut the run by what `mtroll plan` names"
+        yield failed("gpu memory", text, advice)
+    else:
+        yield passed("gpu memory", text)
 
 
 def disk(folder: Path, wanted: int) -> Finding:

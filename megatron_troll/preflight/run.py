@@ -20,11 +20,13 @@ TIMEOUT = datetime.timedelta(seconds=120)
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs of each node: `disk_bytes` at `folder`, GPUs (0: it runs without)."""
+    """What a run needs of each node: `disk_bytes` at `folder`, GPUs (0: it runs without), and of each of them
+    `gpu_bytes`."""
 
     folder: Path
     disk_bytes: int
     gpus: int
+    gpu_bytes: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def examine(needs: Needs) -> list[Report]:
 def _alone(needs: Needs) -> Iterator[Finding]:
     yield from packages.findings(needs.gpus > 0)
     yield node.gpus(needs.gpus)
+    yield from node.gpu_memory(node.free_memory() if needs.gpus else [], needs.gpu_bytes)
     yield node.disk(needs.folder, needs.disk_bytes)
     yield node.names()
 

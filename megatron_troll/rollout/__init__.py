@@ -12,12 +12,17 @@ ENGINES = "megatron_troll.rollout.engines"
 
 
 def check(config: RolloutConfig, cp: int) -> None:
-    """Raises ConfigError for an unknown engine, one that cannot generate on `cp` context-parallel ranks, and
-    servers that cannot be asked. A known engine is not imported."""
-    if config.engine not in known_methods(ENGINES):
-        find(config.engine)
+    """What `check_engine` raises, and ConfigError for servers that cannot be asked."""
+    check_engine(config, cp)
     if config.engine == "sglang":
         _check_sglang(config.sglang)
+
+
+def check_engine(config: RolloutConfig, cp: int) -> None:
+    """Raises ConfigError for an unknown engine, and one that cannot generate on `cp` context-parallel ranks.
+    A known engine is not imported; no file is read."""
+    if config.engine not in known_methods(ENGINES):
+        find(config.engine)
     if config.engine == "inprocess" and cp > 1:
         raise ConfigError(
             f"rollout.engine: inprocess does not generate under context parallelism: set "

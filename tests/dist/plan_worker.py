@@ -1,4 +1,4 @@
-"""What a rank of a tiny model really holds: bytes of weights, gradients, optimizer state and saved tensors."""
+"""What a rank of a tiny model holds: bytes of weights, gradients, optimizer state and saved tensors."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_troll.batching.build import Form, build
 from megatron_troll.config.tree import Model
@@ -16,27 +19,33 @@ from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.schedule import accumulate
 from megatron_troll.mcore.shape import shape_of
+from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import Message, MicroBatch, Prompt, Reads, Rollout
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import RandomSource
+from tests.dist.layouts_worker import buckets_of
 from tests.dist.tiny import started
+
+BUCKET = 5000
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes. saved: the most that autograd kept at once for backward, parameters excluded."""
+    """Bytes. saved: the most that autograd kept at once for backward, parameters excluded; sent: by kind of
+    Traffic."""
 
     weights: int
     gradients: int
     optimizer: int
     saved: int
+    sent: dict[str, float]
 
 
 def measure(config: Model, sizes: dict[str, Any], tokens: int, micro_batches: int, reads: Reads) -> Held:
     """One optimizer step of micro-batches of `tokens` tokens in two sequences, over all context-parallel
-    ranks."""
+    ranks. Gradients that are reduced during backward are so in buckets of BUCKET numbers."""
     shape = shape_of(sizes)
-    with started(config.layout) as groups:
+    with started(config.layout) as groups, buckets_of(BUCKET):
         model = mcore.build(config, shape, groups)
         load(model, RandomSource(shape, 0))
         policy = trainable(model, config.optimizer, total_steps=1)
@@ -50,10 +59,13 @@ def measure(config: Model, sizes: dict[str, Any], tokens: int, micro_batches: in
             assert values is not None
             return (batches[i].weight * values).sum(), None
 
-        with SavedTensors(kept_anyway(model, batches)) as saved:
-            accumulate(model, batches, loss)
-        policy.step()
-        return Held(weights_of(model), gradients_of(model), optimizer_of(policy), saved.peak)
+        saved = SavedTensors(kept_anyway(model, batches))
+        with Sent(groups) as sent:
+            with saved:
+                accumulate(model, batches, loss)
+            policy.step()
+        held = weights_of(model), gradients_of(model), optimizer_of(policy)
+        return Held(*held, saved.peak, dict(sent.bytes))
 
 
 def packed(tokens: int, vocab: int, form: Form, seed: int) -> MicroBatch:
@@ -78,7 +90,8 @@ def response(ids: np.ndarray) -> Rollout:
         topk=None,
         text="",
         finish="stop",
-        version=0,
+        versions=np.zeros(n, np.int64),
+        temperature=1.0,
     )
 
 
@@ -118,6 +131,56 @@ class Kept:
         self.counter.leave(self.tensor)
 
 
+class Sent(TorchDispatchMode):
+    """Counts the bytes that this rank sends in collectives and to its neighbours, by kind of Traffic."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        kinds = {"tp": "tensor", "cp": "context", "ep": "expert", "etp": "expert_tensor", "pp": "pipeline"}
+        handles = {kind: getattr(groups, axis).handle for axis, kind in kinds.items()}
+        self.kinds = {handle.group_name: kind for kind, handle in handles.items() if handle is not None}
+        both = parallel_state.get_expert_tensor_and_model_parallel_group()
+        self.kinds.setdefault(both.group_name, "expert")
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            for arg in args:
+                if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+                    self._count(func._opname, args, dist.ProcessGroup.unbox(arg))
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, operation: str, args: Any, group: dist.ProcessGroup) -> None:
+        of_data = "weights" if operation == "_allgather_base_" else "gradients"
+        kind = self.kinds.get(group.group_name, of_data)
+        self.bytes[kind] += sent(operation, args, group.size(), group.rank())
+
+
+def sent(operation: str, args: Any, ranks: int, rank: int) -> float:
+    """Bytes; what is broadcast, received or waited for counts nothing."""
+    others = (ranks - 1) / ranks
+    match operation:
+        case "send":
+            return nbytes(args[0])
+        case "allreduce_":
+            return 2 * others * nbytes(args[0])
+        case "_allgather_base_" | "allgather_":
+            return others * nbytes(args[0])
+        case "_reduce_scatter_base_" | "reduce_scatter_":
+            return others * nbytes(args[1])
+        case "alltoall_base_":
+            tensor, splits = args[1], args[4]
+            if not splits:
+                return others * nbytes(tensor)
+            return nbytes(tensor) * (1 - splits[rank] / max(1, sum(splits)))
+    return 0.0
+
+
+def nbytes(tensors: Any) -> int:
+    """Of a tensor, or of all in nested lists."""
+    return tensors.nbytes if torch.is_tensor(tensors) else sum(map(nbytes, tensors))
+
+
 def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
@@ -148,5 +211,7 @@ def optimizer_of(policy: Trainable) -> int:
     adams = [part.optimizer for part in parts if part.optimizer is not None]
     parameters = {storage(p) for chunk in policy.model.chunks for p in chunk.parameters()}
     masters = [p for adam in adams for group in adam.param_groups for p in group["params"]]
-    state = [t for adam in adams for entry in adam.state.values() for name, t in entry.items() if name != "step"]
+    state = [
+        t for adam in adams for entry in adam.state.values() for name, t in entry.items() if name != "step"
+    ]
     return sum(t.nbytes for t in state) + sum(p.nbytes for p in masters if storage(p) not in parameters)

@@ -1,23 +1,23 @@
-"""`mtroll plan` against what ranks of tiny models really hold: states to the byte, saved tensors within 10 %."""
+"""`mtroll plan` against what ranks of tiny models hold: states to the byte, saved tensors within 10 %."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytest
 
 from megatron_troll.config.tree import Layout, Model, ObjectiveConfig, Slot
+from megatron_troll.launch.plan import buffers, communication
 from megatron_troll.launch.plan.activations import activations_of, flow_of
 from megatron_troll.launch.plan.head import saved_by_head
 from megatron_troll.launch.plan.models import Planned, planned_of
 from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.compose import compose
-from tests.dist.plan_worker import Held, measure
+from tests.dist.plan_worker import BUCKET, measure
 from tests.dist.tiny import DENSE, MOE, NEXT
 
 TOKENS = 256
 CLIP = compose(ObjectiveConfig(trust_region=Slot(name="clip")))
-TROLL = compose(ObjectiveConfig(trust_region=Slot.model_validate({"name": "troll", "k": 16})))
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,39 @@ CASES = {
     "dense-tied-pp2": Case(2, {"pp": 2}, DENSE | {"tie_word_embeddings": True}, BF16, 3),
     "tp2-etp2": Case(2, {"tp": 2, "etp": 2}, fields=BF16 | {"recompute": "full"}),
     "ep2-no-distributed-optimizer": Case(2, {"ep": 2}, fields={"optimizer": {"distributed": False}}),
+    "ep2-allgather": Case(2, {"ep": 2}, fields={"moe": {"dispatcher": "allgather"}}),
     "ep2-frozen-routers": Case(2, {"ep": 2}, fields=BF16 | {"moe": {"freeze_router": True}}),
     "cp2": Case(2, {"cp": 2}, fields={"recompute": "selective"}),
     "pp2-interleaved": Case(2, {"pp": 2, "vpp": 2}, fields=BF16, micro_batches=4),
     "tp2-pp2-ep2": Case(4, {"tp": 2, "pp": 2, "ep": 2}, fields=BF16, micro_batches=3),
-    "tp2-ep2-dp2": Case(4, {"tp": 2, "ep": 2}, fields=BF16 | {"recompute": "selective", "recompute_modules": ("moe",)}),
+    "tp2-ep2-dp2": Case(
+        4, {"tp": 2, "ep": 2}, fields=BF16 | {"recompute": "selective", "recompute_modules": ("moe",)}
+    ),
+    "dp2-overlapped": Case(2, {}, fields=BF16 | {"optimizer": {"overlap_grad_reduce": True}}),
     "hybrid": Case(1, {}, NEXT, BF16),
     "hybrid-tp2-cp2-ep2": Case(4, {"tp": 2, "cp": 2, "ep": 2}, NEXT),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_plan_is_what_ranks_hold(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_plan_is_what_ranks_hold(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "BUCKET", BUCKET)
+    monkeypatch.setattr(buffers, "BUCKET_PER_RANK", 0)
     case = CASES[name]
     planned = plan_of(case)
     arguments = (planned.model, case.sizes, TOKENS, case.micro_batches, CLIP.reads)
     ranks = request.getfixturevalue(f"ranks{case.world}")
     for rank, held in enumerate(ranks.run(measure, *arguments)):
         states = planned.states(rank)
-        assert (held.weights, held.gradients, held.optimizer) == (states.weights, states.gradients, states.optimizer)
+        assert (held.weights, held.gradients, held.optimizer) == (
+            states.weights,
+            states.gradients,
+            states.optimizer,
+        )
         assert saved(planned, case, rank) == pytest.approx(held.saved, rel=0.1), f"rank {rank}"
+        print("SENT", name, rank, {k: round(v) for k, v in held.sent.items() if v}, {k: round(v) for k,v in sent(planned, case, rank).items() if v})
 
 
 def plan_of(case: Case) -> Planned:
@@ -65,6 +78,17 @@ def plan_of(case: Case) -> Planned:
         {"path": "none", "dtype": "fp32", "spec": "local", "layout": Layout(**case.layout)} | case.fields
     )
     return planned_of("policy", model, shape_of(case.sizes), case.world)
+
+
+def sent(planned: Planned, case: Case, rank: int) -> dict[str, float]:
+    work = Work(TOKENS, 2, case.micro_batches, TOKENS)
+    ranks, shape, flow = planned.ranks, planned.shape, flow_of(planned, work)
+    stage = ranks.stage(rank)
+    layers = [ranks.layers(stage, chunk, shape.layers) for chunk in range(ranks.chunks)]
+    kinds = [shape.layer_types[layer] for chunk in layers for layer in chunk]
+    there = communication.forward(flow, kinds) + communication.backward(flow, kinds)
+    there += communication.ends(flow, ranks, stage).times(2) + communication.between_stages(flow, ranks, stage)
+    return asdict(there.times(case.micro_batches) + communication.of_step(flow, ranks, planned.buffers[stage]))
 
 
 def saved(planned: Planned, case: Case, rank: int) -> int:

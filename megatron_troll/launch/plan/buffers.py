@@ -35,14 +35,14 @@ class Buffer:
         return total
 
 
-def bucket_size(ranks: int, overlapped: bool) -> int | None:
-    """Numbers after which a bucket is closed where gradients are reduced in the backward pass."""
-    return max(BUCKET, BUCKET_PER_RANK * ranks) if overlapped else None
+def bucket_size(data_parallel: int) -> int:
+    """Numbers after which a bucket is closed where gradients are reduced while the backward pass goes on."""
+    return max(BUCKET, BUCKET_PER_RANK * data_parallel)
 
 
 def layout_of(parameters: Sequence[Parameter], ranks: int, sharded: bool, bucket: int | None) -> Buffer:
     """The buffer of trained `parameters`, in the order of the model, over `ranks` data-parallel ranks.
-    `sharded`: for the distributed optimizer, which alone pads."""
+    `sharded`: for the distributed optimizer, which alone pads; `bucket`: see bucket_size, None for one."""
     align = (lambda n, multiple: math.ceil(n / multiple) * multiple) if sharded else (lambda n, _: n)
     whole = math.lcm(ranks, BUCKET_ALIGN)
     places: list[Interval] = []
@@ -55,7 +55,7 @@ def layout_of(parameters: Sequence[Parameter], ranks: int, sharded: bool, bucket
         opened = buckets[-1][1]
         return opened
 
-    for parameter in (p for p in reversed(parameters) for _ in range(p.count) if p.trained):
+    for parameter in (p for p in reversed(parameters) if p.trained):
         alone = parameter.shared and sharded
         position = align(position, PARAMETER_ALIGN)
         if alone and position > opened:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_troll import rollout
+from megatron_troll.checks import check_methods
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.plan import communication, head
+from megatron_troll.launch.plan import communication, generation, head
 from megatron_troll.launch.plan.activations import activations_of, between_stages, flow_of, working_set
 from megatron_troll.launch.plan.models import Planned, models_of
 from megatron_troll.launch.plan.parameters import carried_parameters
@@ -39,12 +41,15 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes on the rank of a pipeline stage that holds the most, by what they are; host: in the memory of the
-    machine; activations: of the policy, by how much is recomputed."""
+    """Bytes on the rank of a pipeline stage that holds the most, by what they are: always, while it trains,
+    and while it generates with the in-process engine. host: in the memory of the machine; activations: of
+    the policy, by how much is recomputed."""
 
     stage: int
     rank: int
-    bytes: dict[str, int]
+    states: dict[str, int]
+    training: dict[str, int]
+    generation: dict[str, int]
     host: int
     in_flight: int
     activations: dict[str, int]
@@ -52,7 +57,12 @@ class Stage:
 
     @property
     def total(self) -> int:
-        return sum(self.bytes.values())
+        return sum(self.states.values()) + max(sum(self.training.values()), sum(self.generation.values()))
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """What is held at once when the most is."""
+        return self.states | max(self.training, self.generation, key=lambda held: sum(held.values()))
 
 
 @dataclass(frozen=True)
@@ -102,14 +112,16 @@ class Plan:
         }
 
 
-def plan(config: Config) -> Plan:
-    """Raises ConfigError naming the key that does not fit. Needs config.json of the models, or a published
-    model's name (plan/models.py), and nothing else."""
+def plan(config: Config, ranks: int | None = None) -> Plan:
+    """On so many ranks, or as many as `config.launch` starts. Raises ConfigError naming the key that does not
+    fit. Needs config.json of the models, or a published model's name (plan/models.py), and nothing else."""
     objective = compose(config.objective)
     config = config.model_copy(update={"objective": resolve(config.objective)})
-    world = config.launch.ranks or smallest_world(config.policy.layout)
+    world = ranks or config.launch.ranks or smallest_world(config.policy.layout)
     models = models_of(config, world)
     policy = models[0]
+    rollout.check_engine(config.rollout, config.policy.layout.cp)
+    check_methods(config, objective, policy.shape)
     work, flow = work_of(config, policy.ranks), flow_of(policy, work_of(config, policy.ranks))
     parameters = [_parameters(planned) for planned in models]
     launch = config.launch
@@ -122,7 +134,7 @@ def plan(config: Config) -> Plan:
         work=work,
         stages=[_stage(config, models, objective, work, stage) for stage in range(policy.model.layout.pp)],
         logits=head.logits_of(flow, objective),
-        traffic=_traffic(config, policy, objective, work),
+        traffic=_traffic(config, models, objective, work),
         servers=servers_of(policy.shape, parameters[0].total, work.tokens, _limit(launch.device_gib * 0.85)),
         sync=BF16 * parameters[0].total,
         limit=_limit(launch.device_gib - launch.reserve_gib),
@@ -161,22 +173,30 @@ def _stage(config: Config, models: Sequence[Planned], objective: Objective, work
     rank = max(states, key=lambda r: sum(s.weights + s.gradients + s.optimizer for s in states[r]))
     modes = {mode: activations_of(policy, work, stage, mode) for mode in MODES}
     used = modes[policy.model.recompute]
-    held = {
-        "weights": sum(s.weights for s in states[rank]),
-        "gradients": sum(s.gradients for s in states[rank]),
-        "optimizer": sum(s.optimizer for s in states[rank]),
-        "activations": used.kept,
-        **_beside(config, policy, objective, work, stage, used.in_flight),
-    }
+    critics = [planned for planned in models[1:] if planned.trained]
+    most = max(used.kept, *(_kept(config, critic, rank) for critic in critics), 0)
+    beside = _beside(config, policy, objective, work, stage, used.in_flight)
     return Stage(
         stage=stage,
         rank=rank,
-        bytes=held,
+        states={
+            "weights": sum(s.weights for s in states[rank]),
+            "gradients": sum(s.gradients for s in states[rank]),
+            "optimizer": sum(s.optimizer for s in states[rank]),
+        },
+        training={"activations": most} | beside,
+        generation=generation.of_engine(config, policy, work, stage),
         host=sum(s.host for s in states[rank]),
         in_flight=used.in_flight,
         activations={mode: found.kept for mode, found in modes.items()},
         experts=used.experts,
     )
+
+
+def _kept(config: Config, critic: Planned, rank: int) -> int:
+    """Activations, while the critic is trained in the policy's place."""
+    work, stage = work_of(config, critic.ranks), critic.ranks.stage(rank)
+    return activations_of(critic, work, stage, critic.model.recompute).kept
 
 
 def _beside(
@@ -198,22 +218,16 @@ def _beside(
     }
 
 
-def _traffic(config: Config, policy: Planned, objective: Objective, work: Work) -> communication.Traffic:
-    """Of the stage that sends the most. Forwards without gradient: that of the old policy, and one of every
-    update where the objective or the balancing loss needs numbers over all of it."""
-    ranks, flow, train = policy.ranks, flow_of(policy, work), config.train
+def _traffic(
+    config: Config, models: Sequence[Planned], objective: Objective, work: Work
+) -> communication.Traffic:
+    """Forwards without gradient: those of the old policy and of the reference, one of every update where the
+    objective or the balancing loss needs numbers over all of it, and the critic's for its values."""
+    policy, epochs = models[0], config.train.epochs
     surveyed = objective.needs_statistics or policy.model.moe.aux_loss > 0
-    forwards = (config.objective.old == "trainer") + train.epochs * surveyed
-    micro = work.responses * work.tokens / work.micro_tokens
-
-    def of_stage(stage: int) -> communication.Traffic:
-        chunks = [ranks.layers(stage, chunk, policy.shape.layers) for chunk in range(ranks.chunks)]
-        kinds = [policy.shape.layer_types[layer] for layers in chunks for layer in layers]
-        there = communication.forward(flow, kinds)
-        between = communication.between_stages(flow, ranks, stage)
-        both = there + communication.backward(flow, kinds) + between
-        step = communication.of_step(flow, ranks, policy.buffers[stage])
-        passes = there.times(forwards) + between.times(forwards / 2) + both.times(train.epochs)
-        return passes.times(micro) + step.times(train.updates)
-
-    return max((of_stage(stage) for stage in range(ranks.layout.pp)), key=lambda t: sum(asdict(t).values()))
+    forwards = (config.objective.old == "trainer") + objective.needs_reference + epochs * surveyed
+    total = communication.of_batch(policy, work, config.train, forwards)
+    for critic in (planned for planned in models[1:] if planned.trained):
+        balanced = epochs * (critic.model.moe.aux_loss > 0)
+        total += communication.of_batch(critic, work_of(config, critic.ranks), config.train, 1 + balanced)
+    return total

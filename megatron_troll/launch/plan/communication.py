@@ -2,12 +2,16 @@
 
 Of a collective over n ranks on S bytes in all, a rank sends (n - 1) / n of S: gathering, scattering sums and
 exchanging alike; summing where everyone keeps the result is both of the first. Messages of a few numbers (how
-many tokens go where, how long a micro-batch is) are left out.
+many tokens go where, what the head's ranks tell each other, gradients of norms) are left out.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 
+from megatron_troll.config.tree import Train
+from megatron_troll.launch.plan.activations import flow_of
+from megatron_troll.launch.plan.models import Planned
+from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.launch.plan.ranks import Ranks
 from megatron_troll.launch.plan.saved.flow import FLOAT, Flow
 from megatron_troll.launch.plan.states import WIDTHS, Buffers
@@ -48,19 +52,32 @@ def forward(flow: Flow, kinds: Iterable[str]) -> Traffic:
 
 def backward(flow: Flow, kinds: Iterable[str]) -> Traffic:
     """The same backwards, and what is computed again for it."""
-    kinds = list(kinds)
-    again = forward(flow, kinds) if flow.model.recompute == "full" else Traffic()
-    return sum((_layer(flow, kind, backward=True) for kind in kinds), again)
+    return sum((_layer(flow, kind, backward=True) + _again(flow, kind) for kind in kinds), Traffic())
+
+
+def _again(flow: Flow, kind: str) -> Traffic:
+    mode, modules = flow.model.recompute, flow.model.recompute_modules
+    if mode == "full":
+        return _layer(flow, kind, backward=False)
+    if mode == "selective" and {"moe", "mlp"} & set(modules):
+        return Traffic(tensor=_tensor(flow, _feeding(flow), 2)) + _experts(flow)
+    return Traffic()
 
 
 def _layer(flow: Flow, kind: str, *, backward: bool) -> Traffic:
-    layout, shape = flow.model.layout, flow.shape
     # Two all-gathers or reduce-scatters a block; backward gathers what the first matrix read once more.
-    blocks = 1 + bool(shape.shared_expert_ffn) if shape.experts else 2
-    sequence = share(layout.tp) * flow.hidden(flow.tokens) * blocks * (3 if backward else 2)
+    sequence = _tensor(flow, 1 + _feeding(flow), 3 if backward else 2)
     between = _keys(flow, backward) if kind == "full_attention" else _heads(flow)
-    experts = _experts(flow) if shape.experts else Traffic()
-    return Traffic(tensor=sequence, context=between) + experts
+    return Traffic(tensor=sequence, context=between) + _experts(flow)
+
+
+def _feeding(flow: Flow) -> int:
+    """Feed-forward blocks of a layer that tensor-parallel ranks share."""
+    return int(bool(flow.shape.shared_expert_ffn)) if flow.shape.experts else 1
+
+
+def _tensor(flow: Flow, blocks: int, collectives: int) -> float:
+    return share(flow.model.layout.tp) * flow.hidden(flow.tokens) * blocks * collectives
 
 
 def _keys(flow: Flow, backward: bool) -> float:
@@ -79,6 +96,8 @@ def _heads(flow: Flow) -> float:
 
 
 def _experts(flow: Flow) -> Traffic:
+    if not flow.shape.experts:
+        return Traffic()
     layout, hidden = flow.model.layout, flow.shape.hidden
     there, weight, back = flow.width * hidden, FLOAT, flow.width * hidden
     if flow.model.moe.dispatcher == "allgather":
@@ -89,6 +108,12 @@ def _experts(flow: Flow) -> Traffic:
     # Sums over the ranks that share an expert are formed in fp32.
     shared = share(layout.etp) * flow.received * (there + weight + FLOAT * hidden)
     return Traffic(expert=sent, expert_tensor=shared)
+
+
+def ends(flow: Flow, ranks: Ranks, stage: int) -> Traffic:
+    """Sums of what the embedding gives, scattered, and hidden states for the head, gathered; one way."""
+    here = (stage == 0) + (stage == ranks.layout.pp - 1)
+    return Traffic(tensor=_tensor(flow, here, 1))
 
 
 def between_stages(flow: Flow, ranks: Ranks, stage: int) -> Traffic:
@@ -110,3 +135,20 @@ def of_step(flow: Flow, ranks: Ranks, chunks: Iterable[Buffers]) -> Traffic:
             else:
                 total += Traffic(gradients=2 * FLOAT * numbers)
     return total
+
+
+def of_batch(planned: Planned, work: Work, train: Train, forwards: int) -> Traffic:
+    """One rollout batch with so many `forwards` without gradient, on the stage that sends the most."""
+    ranks, shape, flow = planned.ranks, planned.shape, flow_of(planned, work)
+    micro = work.responses * work.tokens / work.micro_tokens
+
+    def of_stage(stage: int) -> Traffic:
+        chunks = [ranks.layers(stage, chunk, shape.layers) for chunk in range(ranks.chunks)]
+        kinds = [shape.layer_types[layer] for layers in chunks for layer in layers]
+        outside, between = ends(flow, ranks, stage), between_stages(flow, ranks, stage)
+        there, back = forward(flow, kinds) + outside, backward(flow, kinds) + outside
+        alone, trained = there + between.times(0.5), there + back + between
+        step = of_step(flow, ranks, planned.buffers[stage])
+        return (alone.times(forwards) + trained.times(train.epochs)).times(micro) + step.times(train.updates)
+
+    return max(map(of_stage, range(ranks.layout.pp)), key=lambda sent: sum(astuple(sent)))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -11,11 +12,16 @@ from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.table import Entry, Table
 
 EMBEDDING, ROUTER = "embedding.word_embeddings.weight", "mlp.router.weight"
+# The order of a layer's parameters in Megatron's local modules, which their buffers follow.
+LINEAR = ("dt_bias", "A_log", "in_proj", "conv1d", "out_norm", "out_proj")
+FULL = ("linear_proj", "linear_qkv", "q_layernorm", "k_layernorm")
+FEEDING = ("pre_mlp_layernorm", "router", "local_experts", "gate_weight", "linear_fc1", "linear_fc2")
+ORDER = ("input_layernorm", *LINEAR, *FULL, *FEEDING)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """`count` parameters of one rank of `numel` numbers each.
+    """One parameter of one rank, `numel` numbers.
 
     padding   of `numel`, rows that stand for no token
     expert    kept apart for each expert-parallel rank: its gradients have their own data-parallel group
@@ -25,7 +31,6 @@ class Parameter:
 
     name: str
     numel: int
-    count: int = 1
     padding: int = 0
     expert: bool = False
     shared: bool = False
@@ -61,9 +66,12 @@ class Holding:
             yield self._parameter(entry, shared=self.tied and vocabulary and not alone)
 
     def _layer(self, kind: str) -> Iterator[Parameter]:
-        for entry in self.table.entries:
-            if entry.per_layer and entry.layer_type in (None, kind):
-                yield self._parameter(entry)
+        """Expert after expert; Transformer Engine's grouped ones lie otherwise, which moves their padding."""
+        mine = [entry for entry in self.table.entries if entry.per_layer and entry.layer_type in (None, kind)]
+        mine.sort(key=lambda entry: next(i for i, part in enumerate(ORDER) if part in entry.megatron[0]))
+        for per_expert, entries in groupby(mine, lambda entry: entry.per_expert):
+            parameters = [self._parameter(entry) for entry in entries]
+            yield from parameters * (self.table.experts // self.ranks.layout.ep if per_expert else 1)
 
     def _parameter(self, entry: Entry, shared: bool = False) -> Parameter:
         layout = self.ranks.layout
@@ -72,7 +80,6 @@ class Holding:
         return Parameter(
             name=entry.megatron[0],
             numel=numel,
-            count=self.table.experts // layout.ep if entry.per_expert else 1,
             padding=padding,
             expert=entry.per_expert and layout.ep > 1,
             shared=shared,

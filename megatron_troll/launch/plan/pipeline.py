@@ -3,6 +3,7 @@ not)."""
 
 from dataclasses import dataclass
 
+from megatron_troll.checks import data_of
 from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan.ranks import Ranks
 
@@ -24,8 +25,8 @@ class Work:
 
 
 def work_of(config: Config, ranks: Ranks) -> Work:
-    sampling, train, data = config.rollout.sampling, config.train, config.data
-    longest = (data.max_prompt_tokens if data else 0) + sampling.max_tokens - 1
+    train = config.train
+    longest = data_of(config).max_prompt_tokens + config.rollout.sampling.max_tokens - 1
     align = 2 * ranks.layout.cp * ranks.layout.tp if ranks.layout.cp > 1 else ranks.layout.tp
     length = -(-longest // align) * align
     budget = max(train.token_budget // align * align, length)

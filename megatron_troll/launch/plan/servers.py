@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_troll.launch.plan.saved.flow import FLOAT
+from megatron_troll.launch.plan.caches import state_of_sequence, values_of_token
 from megatron_troll.mcore.shape import ModelShape
 
 BF16, FP8 = 2, 1
@@ -36,8 +36,8 @@ def servers_of(shape: ModelShape, parameters: int, longest: int, memory: int) ->
         weights = BF16 * parameters // tp
         if shape.heads % tp or weights >= memory:
             continue
-        values = _values_of_token(shape, tp)
-        state = _state(shape, tp)
+        values = values_of_token(shape, shape.layer_types, tp)
+        state = state_of_sequence(shape, shape.layer_types, tp, BF16)
         room = memory - weights
         found.append(
             Server(
@@ -51,19 +51,3 @@ def servers_of(shape: ModelShape, parameters: int, longest: int, memory: int) ->
             )
         )
     return found
-
-
-def _values_of_token(shape: ModelShape, tp: int) -> int:
-    """Keys and values; a head of them is copied where there are more GPUs than heads."""
-    heads = max(1, shape.kv_heads // tp)
-    return 2 * shape.layer_types.count("full_attention") * heads * shape.head_dim
-
-
-def _state(shape: ModelShape, tp: int) -> int:
-    """The matrix of each value head in fp32, and what the convolution must see again."""
-    linear = shape.linear
-    if linear is None:
-        return 0
-    matrices = FLOAT * linear.value_heads * linear.key_dim * linear.value_dim
-    seen = BF16 * (linear.conv - 1) * (2 * linear.key_width + linear.value_width)
-    return shape.layer_types.count("linear_attention") * (matrices + seen) // tp

@@ -1,11 +1,10 @@
 """Bytes of weights, gradients and optimizer state on one rank."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_troll.config.tree import Model, Optimizer, PrecisionAware
 from megatron_troll.launch.plan.buffers import Buffer, bucket_size, layout_of
-from megatron_troll.launch.plan.parameters import Holding, Parameter
+from megatron_troll.launch.plan.parameters import Holding
 from megatron_troll.launch.plan.ranks import Ranks
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -60,7 +59,7 @@ def trained_states(model: Model, ranks: Ranks, stages: list[list[Buffers]], rank
 def frozen_states(model: Model, holding: Holding, stage: int) -> States:
     """What one rank of a stage holds of a model that is only read."""
     chunks = range(holding.ranks.chunks)
-    held = sum(p.numel * p.count for chunk in chunks for p in holding.of_chunk(stage, chunk))
+    held = sum(p.numel for chunk in chunks for p in holding.of_chunk(stage, chunk))
     return States(held, WIDTHS[model.dtype] * held, 0, 0, 0)
 
 
@@ -81,19 +80,16 @@ def buffers_of(model: Model, holding: Holding) -> list[list[Buffers]]:
     """The buffers of every stage's chunks."""
     ranks, optimizer = holding.ranks, model.optimizer
 
-    def buffer(parameters: list[Parameter], size: int, stage: int) -> Buffer:
-        # Megatron cuts those of the first stage alone: elsewhere the reduction is not waited for.
-        bucket = bucket_size(ranks.dp_cp, overlapped(stage))
-        return layout_of(parameters, size, optimizer.distributed, bucket)
-
-    overlapped: Callable[[int], bool] = lambda stage: False  # noqa: E731
-
     def chunk(stage: int, number: int) -> Buffers:
         held = holding.of_chunk(stage, number)
+        # Megatron cuts the buffers of the first stage alone: the reduction of later ones is not waited for.
+        cut = optimizer.overlap_grad_reduce and stage == 0
+        bucket = bucket_size(ranks.dp) if cut else None
+        dense, expert = ([p for p in held if p.expert == kind] for kind in (False, True))
         return Buffers(
-            dense=buffer([p for p in held if not p.expert], ranks.dp_cp, stage),
-            expert=buffer([p for p in held if p.expert], ranks.expert_dp, stage),
-            untrained=sum(p.numel * p.count for p in held if not p.trained),
+            dense=layout_of(dense, ranks.dp_cp, optimizer.distributed, bucket),
+            expert=layout_of(expert, ranks.expert_dp, optimizer.distributed, bucket),
+            untrained=sum(p.numel for p in held if not p.trained),
         )
 
     return [[chunk(stage, i) for i in range(ranks.chunks)] for stage in range(ranks.layout.pp)]

@@ -10,7 +10,7 @@ from rich.text import Text
 from megatron_troll.launch.plan.build import GIB, Plan
 from megatron_troll.launch.plan.saved.layers import MODES
 
-MIB = 2**20
+UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 TRAFFIC = {
     "tensor": "tensor parallel: all-gather, reduce-scatter",
     "expert": "experts: {dispatcher}",
@@ -42,15 +42,16 @@ def verdict(plan: Plan) -> str:
     """Whether it fits; what takes the most where it does not."""
     worst = plan.worst
     device, reserve = plan.config.launch.device_gib, plan.config.launch.reserve_gib
-    room = f"{_gib(plan.limit)} GiB (launch.device_gib {device:g} less reserve_gib {reserve:g})"
+    room = f"{_size(plan.limit)} (launch.device_gib {device:g} less reserve_gib {reserve:g})"
     if plan.fits:
-        return f"fits: stage {worst.stage} holds the most, {_gib(worst.total)} GiB of {room}"
+        return f"fits: stage {worst.stage} holds the most, {_size(worst.total)} of {room}"
     largest = sorted(worst.bytes.items(), key=lambda item: -item[1])[:3]
-    named = ", ".join(f"{name} {_gib(value)}" for name, value in largest)
+    named = ", ".join(f"{name} {_size(value)}" for name, value in largest)
     return (
-        f"does not fit: stage {worst.stage} holds {_gib(worst.total)} GiB of {room}; most of it: {named}. "
+        f"does not fit: stage {worst.stage} holds {_size(worst.total)} of {room}; most of it: {named}. "
         "More ranks, ep or pp cut the states; recompute, cp, tp and train.token_budget the activations; "
-        "optimizer.offload and optimizer.precision_aware the optimizer's state"
+        "optimizer.offload and optimizer.precision_aware the optimizer's state; rollout.max_sequences the "
+        "caches and the prefill"
     )
 
 
@@ -64,7 +65,7 @@ def notes(plan: Plan) -> Iterator[str]:
     )
     layers = "Transformer Engine's layers" if plan.te else "the local layers"
     yield f"activations are those of {layers}; working set and what Transformer Engine keeps are estimates"
-    yield f"weight sync: {_gib(plan.sync)} GiB in bf16 to every server"
+    yield f"weight sync: {_size(plan.sync)} in bf16 to every server"
 
 
 def _layout(plan: Plan) -> Table:
@@ -86,53 +87,56 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    table = _table("memory, GiB a rank", "", *(f"stage {stage.stage}" for stage in plan.stages))
-    for name in plan.worst.bytes:
-        _row(table, name, [_gib(stage.bytes[name]) for stage in plan.stages])
-    _row(table, "total", [_gib(stage.total) for stage in plan.stages])
+    table = _table("memory of a rank", "", *(f"stage {stage.stage}" for stage in plan.stages))
+    for phase in ("states", "training", "generation"):
+        rows: list[dict[str, int]] = [getattr(stage, phase) for stage in plan.stages]
+        for name in rows[0]:
+            when = "" if phase == "states" else f"{phase}: "
+            _row(table, when + name, [_size(row[name]) for row in rows])
+    _row(table, "at most", [_size(stage.total) for stage in plan.stages])
     if any(stage.host for stage in plan.stages):
-        _row(table, "in host memory", [_gib(stage.host) for stage in plan.stages])
+        _row(table, "in host memory", [_size(stage.host) for stage in plan.stages])
     return table
 
 
 def _activations(plan: Plan) -> Table:
     used = plan.config.policy.recompute
-    table = _table("activations, GiB a rank", "recompute", *(f"stage {stage.stage}" for stage in plan.stages))
+    table = _table("activations of a rank", "recompute", *(f"stage {stage.stage}" for stage in plan.stages))
     for mode in MODES:
         name = f"{mode} (this run)" if mode == used else mode
-        _row(table, name, [_gib(stage.activations[mode]) for stage in plan.stages])
-    _row(table, "of it, as tokens are routed", [_gib(stage.experts) for stage in plan.stages])
+        _row(table, name, [_size(stage.activations[mode]) for stage in plan.stages])
+    _row(table, "of it, as tokens are routed", [_size(stage.experts) for stage in plan.stages])
     _row(table, "forwards kept at once", [str(stage.in_flight) for stage in plan.stages])
     return table
 
 
 def _logits(plan: Plan) -> Table:
-    table = _table("LM head, MiB of a micro-batch", "mode", "logits and record")
+    table = _table("LM head, of a micro-batch", "mode", "logits and record")
     for name, value in plan.logits.by_mode().items():
         used = " (this run)" if name == plan.logits.mode else ""
-        table.add_row(name + used, f"{value / MIB:,.0f}")
+        table.add_row(name + used, _size(value))
     return table
 
 
 def _traffic(plan: Plan) -> Table:
-    table = _table("sent by a rank in one rollout batch", "for", "GiB")
+    table = _table("sent by a rank in one rollout batch", "for", "")
     dispatcher = plan.config.policy.moe.dispatcher
     for name, value in asdict(plan.traffic).items():
         if value:
-            table.add_row(TRAFFIC[name].format(dispatcher=dispatcher), _gib(value))
+            table.add_row(TRAFFIC[name].format(dispatcher=dispatcher), _size(value))
     return table
 
 
 def _servers(plan: Plan) -> Table:
-    columns = ("GPUs", "weights GiB", "KV bf16 KiB/token", "FP8", "state MiB", "sequences bf16", "FP8")
+    columns = ("GPUs", "weights", "a token in bf16", "in FP8", "state", "sequences in bf16", "in FP8")
     table = _table(f"a rollout server, each GPU; sequences of {plan.work.tokens} tokens that fit", *columns)
     for server in plan.servers:
         cells = (
             str(server.tp),
-            _gib(server.weights),
-            f"{server.token_bf16 / 1024:g}",
-            f"{server.token_fp8 / 1024:g}",
-            f"{server.sequence / MIB:.1f}",
+            _size(server.weights),
+            _size(server.token_bf16),
+            _size(server.token_fp8),
+            _size(server.sequence),
             str(server.sequences_bf16),
             str(server.sequences_fp8),
         )
@@ -155,5 +159,7 @@ def _words(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
-def _gib(value: float) -> str:
-    return f"{value / GIB:.2f}"
+def _size(value: float) -> str:
+    """With the unit in which it is above 1."""
+    unit, name = next((item for item in UNITS if value >= item[0]), UNITS[-1])
+    return f"{value / unit:,.2f} {name}"

@@ -62,11 +62,12 @@ def allocation_of(arguments: Namespace) -> "Allocation":
 
 
 def run(arguments: Namespace) -> int:
-    from megatron_troll.launch.slurm.script import write
+    from megatron_troll.launch.slurm.script import check_memory, write
 
     try:
-        config = load(arguments.config, arguments.overrides)
-        script = write(config, arguments.config, arguments.overrides, allocation_of(arguments))
+        config, allocation = load(arguments.config, arguments.overrides), allocation_of(arguments)
+        script = write(config, arguments.config, arguments.overrides, allocation)
+        said = check_memory(config, allocation)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED
@@ -74,7 +75,9 @@ def run(arguments: Namespace) -> int:
     write_atomic(path, script)
     if arguments.submit:
         return submit(path)
-    sys.stdout.write(f"wrote {path}; submit it: sbatch {path}\n")
+    sys.stdout.write(
+        "".join(f"{line}\n" for line in (said, f"wrote {path}; submit it: sbatch {path}") if line)
+    )
     return 0
 
 

@@ -8,6 +8,8 @@ from shlex import join, quote
 
 from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.tree import Config
+from megatron_troll.launch.plan.build import plan
+from megatron_troll.launch.plan.table import verdict
 from megatron_troll.mcore.layout import check_world
 
 BODY = Path(__file__).with_name("train.sh")
@@ -54,6 +56,17 @@ def check(config: Config, allocation: Allocation) -> None:
         except ValueError as error:
             ranks = allocation.gpus or allocation.tasks
             raise ConfigError(f"{allocation.nodes} nodes of {ranks} ranks: models.{name}: {error}") from error
+
+
+def check_memory(config: Config, allocation: Allocation) -> str:
+    """What the plan says of an allocation's GPUs; nothing where there are none. Raises ConfigError where the
+    run does not fit, or cannot be planned."""
+    if not allocation.gpus:
+        return ""
+    planned = plan(config, allocation.world)
+    if not planned.fits:
+        raise ConfigError(f"{allocation.nodes} nodes of {allocation.gpus} GPUs: {verdict(planned)}")
+    return verdict(planned)
 
 
 def write(config: Config, path: str, overrides: Sequence[str], allocation: Allocation) -> str:

@@ -16,7 +16,11 @@ def test_every_example_loads_and_names_methods_that_exist(path):
     config = load(path)
     compose(config.objective)
     build(config.reward)
-    assert config.data.files == ("runs/demo/data/train.jsonl",)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("cpu_*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_of_a_laptop_read_the_prompts_of_the_demo(path):
+    assert load(path).data.files == ("runs/demo/data/train.jsonl",)
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)

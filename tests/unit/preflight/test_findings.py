@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_troll.config.load import load
+from megatron_troll.launch.plan.build import GIB, plan
 from megatron_troll.preflight import node, packages
 from megatron_troll.preflight.finding import Finding
+from megatron_troll.preflight.needs import gpu_bytes
 from megatron_troll.preflight.run import Report, failures
 from megatron_troll.preflight.table import grouped
 
+EXAMPLES = Path(__file__).parents[3] / "examples" / "configs"
 TIB = 2**40
 
 
@@ -46,6 +50,22 @@ def test_gpus_that_are_not_there() -> None:
     assert node.gpus(1000).level == "failed"
     assert node.gpus(1000).text.endswith("of 1000 asked for")
     assert node.gpus(0).level == "ok"
+
+
+def test_the_gpu_with_the_least_room_is_held_against_the_plan() -> None:
+    free = [130 * GIB, 80 * GIB, 130 * GIB]
+    (enough,), (short,) = (list(node.gpu_memory(free, wanted * GIB)) for wanted in (80, 90))
+    assert (enough.level, enough.text) == ("ok", "80.0 GiB free on GPU 1, 80.0 planned")
+    assert (short.level, short.text) == ("failed", "80.0 GiB free on GPU 1, 90.0 planned")
+    assert "mtroll plan" in short.advice
+    assert list(node.gpu_memory([], 80 * GIB)) == []
+
+
+def test_what_a_run_needs_is_planned_for_all_gpus_of_all_nodes() -> None:
+    config = load(EXAMPLES / "qwen3_30b_a3b_troll.yaml", ["launch.reserve_gib=0"])
+    one, two = (gpu_bytes(config, nodes * 8) for nodes in (1, 2))
+    assert one == plan(config).worst.total
+    assert two < one
 
 
 def test_nodes_that_agree_share_a_row() -> None:

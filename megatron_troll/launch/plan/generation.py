@@ -1,0 +1,36 @@
+"""What the in-process engine (rollout/engines/inprocess.py) holds beside the states. Bytes on a rank."""
+
+from dataclasses import replace
+
+from megatron_troll.checks import data_of
+from megatron_troll.config.tree import Config
+from megatron_troll.launch.plan.activations import flow_of, working_set
+from megatron_troll.launch.plan.caches import state_of_sequence, values_of_token
+from megatron_troll.launch.plan.models import Planned
+from megatron_troll.launch.plan.pipeline import Work
+from megatron_troll.launch.plan.saved.flow import FLOAT
+
+# Of each number of whole rows, on the last stage: logits and their gathered shards, log-probs, probabilities,
+# and a cumulative sum in fp64.
+ROW = 6 * FLOAT
+
+
+def of_engine(config: Config, policy: Planned, work: Work, stage: int) -> dict[str, int]:
+    """Nothing where servers generate. `prefill` is an estimate."""
+    if config.rollout.engine != "inprocess":
+        return {}
+    ranks, shape, flow = policy.ranks, policy.shape, flow_of(policy, work)
+    tp, prompt = ranks.layout.tp, data_of(config).max_prompt_tokens
+    sequences = min(config.rollout.max_sequences, work.responses)
+    chunks = [ranks.layers(stage, chunk, shape.layers) for chunk in range(ranks.chunks)]
+    kinds = [shape.layer_types[layer] for layers in chunks for layer in layers]
+    token = flow.width * values_of_token(shape, kinds, tp)
+    held = token * (prompt + config.rollout.sampling.max_tokens)
+    held += state_of_sequence(shape, kinds, tp, flow.width)
+    # Sequence parallelism is off meanwhile: every tensor-parallel rank has all tokens.
+    prefill = working_set(replace(flow, tokens=sequences * prompt * tp)) + sequences * prompt**2
+    return {
+        "caches": sequences * held,
+        "prefill": prefill,
+        "rows": sequences * ROW * shape.vocab if stage == ranks.layout.pp - 1 else 0,
+    }

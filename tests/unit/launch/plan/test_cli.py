@@ -1,0 +1,73 @@
+"""`mtroll plan` as a user meets it: the table, JSON, exit codes, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_troll.cli import main
+
+CONFIG = """
+extends: [qwen3_30b_a3b, troll]
+name: trial
+data: {files: [prompts.jsonl]}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_a_plan_that_fits_says_so_last(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "30,532,122,624" in text
+    assert "fits: stage 0 holds the most, 80.05 GiB of 129.00 GiB" in text.split("weight sync")[1]
+
+
+def test_the_same_as_json(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == 30_532_122_624
+    assert found["sync"] == 2 * 30_532_122_624
+    assert found["worst"]["total"] <= found["limit"]
+    assert set(found["worst"]["activations"]) == {"none", "selective", "full"}
+    assert set(found["logits"]) >= {"whole", "dense", "own", "old"}
+    assert found["config"]["models"]["policy"]["layout"]["ep"] == 8
+    assert {"token_bf16", "token_fp8"} <= set(found["servers"][0])
+
+
+def test_what_does_not_fit_says_what_takes_the_most(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "models.policy.recompute=none"]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "does not fit: stage 0 holds" in text
+    assert "most of it: activations 112." in text
+
+
+def test_caches_of_the_in_process_engine_count(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "rollout.engine=inprocess"]) == 1
+    assert "most of it: caches" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", config, "rollout.engine=inprocess", "rollout.max_sequences=16"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["models.policy.layout={ep: 3}"], "experts (128) cannot be divided by ep (3); set ep to 2 or 4"),
+        (["launch.ranks=12"], "needs a world that etp x ep x pp = 8 divides; this one has 12 ranks"),
+        (["models.policy.path=models/Qwen9"], "models/Qwen9/config.json not found"),
+        (["rollout.sampling.max_tokens=40000"], "exceeds the model's max_position_embeddings 40960"),
+        (["objective.kl.name=tike"], "models.reference: missing; objective.kl=tike"),
+        (["models.policy.layout={cp: 2}", "rollout.engine=inprocess"], "under context parallelism"),
+        (["data=null"], "data: missing"),
+        (["trian.steps=3"], "did you mean 'train'?"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    overrides: list[str], said: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", config, *overrides]) == 2
+    assert said in capsys.readouterr().err
