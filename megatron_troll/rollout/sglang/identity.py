@@ -64,8 +64,7 @@ class Identity:
                 f"{url} serves {folder} with a vocabulary of {served.vocab}, the policy's has "
                 f"{self.shape.vocab}: start the server from models.policy.path"
             )
-        ours, theirs = asdict(self.shape), asdict(served)
-        differing = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key]]
+        differing = differences(self.shape, served)
         if differing:
             raise WrongModel(
                 f"{url} serves {folder} with {'; '.join(differing)}: start the server from models.policy.path"
@@ -116,3 +115,11 @@ class Identity:
             return {token: logp for logp, token, _ in reply["meta_info"]["output_top_logprobs"][0]}
         except (TypeError, ValueError, LookupError):
             raise BadReply(f"{url} gives no log-probs of a first token: {str(reply)[:200]}") from None
+
+
+def differences(ours: ModelShape, theirs: ModelShape) -> list[str]:
+    """In words, size by size; of another number of layers only that."""
+    if theirs.layers != ours.layers:
+        return [f"layers {theirs.layers}, not {ours.layers}"]
+    here, there = asdict(ours), asdict(theirs)
+    return [f"{key} {there[key]}, not {here[key]}" for key in here if there[key] != here[key]]
