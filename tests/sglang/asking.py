@@ -57,8 +57,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Asking:
-    """Asks the servers that `discover` lists, which have version 1 of the weights; late ones are brought there
-    by `catch_up`."""
+    """Asks the servers that `discover` lists, which have version 1 of the weights or get it by `catch_up`."""
 
     discover: Callable[[], Sequence[str]]
     config: SGLang

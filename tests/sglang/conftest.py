@@ -1,5 +1,5 @@
-"""Real servers, shared by the tests of this folder: each test gives them the weights that it needs, and leaves
-them healthy."""
+"""Real servers, shared by the tests of this folder: each test gives them the weights that it needs, and
+leaves them healthy."""
 
 from collections.abc import Iterator
 from pathlib import Path

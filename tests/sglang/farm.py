@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,13 @@ class Farm:
         if self._answer() != "ready":
             raise RuntimeError((folder / "farm.err").read_text()[-3000:])
 
-    def start(self, model: Path, port: int | None = None, **flags: str | int | bool) -> RealServer:
+    def start(
+        self,
+        model: Path,
+        port: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        **flags: str | int | bool,
+    ) -> RealServer:
         """A server of the model in a folder; ask `wait_until_healthy` of it."""
         port = port or free_port()
         named = {name.replace("_", "-"): value for name, value in flags.items()}
@@ -75,6 +81,7 @@ class Farm:
         request = {
             "argv": arguments(ON_CPU | chosen | {"grammar-backend": "none"} | named),
             "log": str(log),
+            "environment": dict(environment or {}),
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -1,5 +1,5 @@
-"""What servers draw after a sync, on every way that weights have, is what the trainer would: the log-probs of the
-tokens, and the whole law of each position."""
+"""What servers draw after a sync, on every way that weights have, is what the trainer would: the log-probs
+of the tokens, and the whole law of each position."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_troll.types import Rollout
 from tests.dist.harness import RankPool
 from tests.sglang.farm import RealServer
-from tests.sglang.model import VOCAB
-from tests.sglang.worker import Drawn, Job, draw_twice
+from tests.sglang.worker import TOLERANCE, Drawn, Job, assert_the_trainers, draw_twice
 
-# The accuracy of float32 sums in another order.
-TOLERANCE = 1e-4
 TP, PP = {"tp": 2, "ep": 2}, {"pp": 2}
 CASES: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
     "disk": (TP, {"via": "disk"}, {}),
@@ -34,27 +30,14 @@ def test_two_servers_draw_what_the_trainer_would(
     ranks = ranks2.run(draw_twice, job)
     for number in (0, 1):
         versions = [rank[number] for rank in ranks]
-        rollouts, laws = versions[0].rollouts, next(v.laws for v in versions if v.laws)
+        rollouts = versions[0].rollouts
         assert [r.response_ids.tolist() for r in versions[1].rollouts] == [
             r.response_ids.tolist() for r in rollouts
         ]
         assert versions[0].synced["servers"] == 2
         assert versions[0].synced["engine_kl"] < 1e-6
-        for rollout, law in zip(rollouts, laws, strict=True):
-            assert_the_trainers(rollout, law, number + 1)
+        assert_the_trainers(versions, number + 1)
     assert_other_weights(ranks[0])
-
-
-def assert_the_trainers(rollout: Rollout, law: np.ndarray, version: int) -> None:
-    positions = np.arange(len(rollout.response_ids))
-    assert rollout.versions.tolist() == [version] * len(positions)
-    np.testing.assert_allclose(rollout.logp, law[positions, rollout.response_ids], atol=TOLERANCE)
-    assert rollout.topk is not None
-    assert rollout.topk.ids.shape == (len(positions), VOCAB)
-    served = np.take_along_axis(law, rollout.topk.ids.astype(np.int64), axis=1)
-    np.testing.assert_allclose(rollout.topk.logp, served, atol=TOLERANCE)
-    # In the order of the trainer's own, but for ties within the tolerance.
-    assert (np.diff(served, axis=1) <= 2 * TOLERANCE).all()
 
 
 def assert_other_weights(versions: list[Drawn]) -> None:
