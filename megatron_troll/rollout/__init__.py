@@ -18,6 +18,11 @@ def check(config: RolloutConfig, cp: int) -> None:
         find(config.engine)
     if config.engine == "sglang":
         _check_sglang(config.sglang)
+        if config.sglang.colocated and config.staleness:
+            raise ConfigError(
+                f"rollout.staleness={config.staleness} generates while the trainer trains, and "
+                "rollout.sglang.colocated servers have no memory then: set one of the two"
+            )
     if config.engine == "inprocess" and cp > 1:
         raise ConfigError(
             f"rollout.engine: inprocess does not generate under context parallelism: set "

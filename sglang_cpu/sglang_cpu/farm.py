@@ -1,7 +1,6 @@
 """Many servers for the price of one import, for tests: `python -m sglang_cpu.farm` reads requests from stdin,
-one JSON object a line: {"argv": [SGLang's flags], "log": FILE, "environment": {NAME: VALUE}}. For each it
-forks a process that has SGLang imported and is a server from then on, and answers with its process id.
-Servers end when stdin does.
+one JSON object a line: {"argv": [SGLang's flags], "log": FILE}. For each it forks a process that has SGLang
+imported and is a server from then on, and answers with its process id. Servers end when stdin does.
 
 SGLang starts its own processes by spawn, importing everything anew (about ten seconds each); here they are
 forks as well, which is safe while there is a single thread.
@@ -33,7 +32,6 @@ def main() -> None:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
-            os.environ |= request["environment"]
             _become_server(request["argv"], request["log"])
         _say(str(child))
 

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,6 @@ class Farm:
         self,
         model: Path,
         port: int | None = None,
-        environment: Mapping[str, str] | None = None,
         **flags: str | int | bool,
     ) -> RealServer:
         """A server of the model in a folder; ask `wait_until_healthy` of it."""
@@ -81,7 +80,6 @@ class Farm:
         request = {
             "argv": arguments(ON_CPU | chosen | {"grammar-backend": "none"} | named),
             "log": str(log),
-            "environment": dict(environment or {}),
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -12,7 +12,6 @@ from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.rollout.sglang.errors import (
     EngineError,
-    WrongLaw,
     WrongModel,
     WrongTokenizer,
     WrongVocabulary,
@@ -35,12 +34,8 @@ def others(
         "layers": write_model(root / "layers", num_hidden_layers=2),
         "vocabulary": write_model(root / "vocabulary", vocab_size=VOCAB + 16),
         "tokenizer": with_other_tokenizer(folder, root / "tokenizer"),
-        "law": folder,
     }
-    started = {
-        name: farm.start(path, environment={"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"} if name == "law" else {})
-        for name, path in folders.items()
-    }
+    started = {name: farm.start(path) for name, path in folders.items()}
     yield {name: server.wait_until_healthy() for name, server in started.items()}
     for server in started.values():
         server.kill()
@@ -76,7 +71,6 @@ WORDS: dict[str, tuple[type[EngineError], str]] = {
     "layers": (WrongModel, r"layers 2, not 4: start the server from models\.policy\.path"),
     "vocabulary": (WrongVocabulary, f"vocabulary of {VOCAB + 16}, the policy's has {VOCAB}"),
     "tokenizer": (WrongTokenizer, r"another tokenizer: 'add 12 and 21' is \[.*\] there"),
-    "law": (WrongLaw, r"not of temperature 0\.7: unset SGLANG_RETURN_ORIGINAL_LOGPROB"),
 }
 
 

@@ -89,6 +89,8 @@ class Identity:
         server may be set to give those of temperature 1 in any case."""
         plain = await self._first_token(http, url, 1.0, 0)
         tempered = await self._first_token(http, url, self.temperature, 1)
+        if not plain:
+            return  # weights that are not finite have no law; a sync brings others
         (first, at_first), *others = plain.items()
         for token, logp in others:
             if token in tempered and first in tempered:
@@ -112,7 +114,8 @@ class Identity:
         }
         reply = await http.post(url, "/generate", body, HEALTH_S)
         try:
-            return {token: logp for logp, token, _ in reply["meta_info"]["output_top_logprobs"][0]}
+            entries = reply["meta_info"]["output_top_logprobs"][0]
+            return {token: float(logp) for logp, token, _ in entries if logp is not None}
         except (TypeError, ValueError, LookupError):
             raise BadReply(f"{url} gives no log-probs of a first token: {str(reply)[:200]}") from None
 
