@@ -103,6 +103,7 @@ class Run:
     def finish(self, standing: Standing) -> None:
         """Export, summary and report of a run that is complete."""
         self.checkpoints.finish()
+        self.engine.forget(standing.step)
         said = remarks(self.task.config.objective, self.task.objective)
         summary = Summary(standing.before, standing.after, standing.seconds, self.task.config.seed, said)
         self.session.complete(self.policy.model, summary)

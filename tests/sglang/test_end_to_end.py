@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_troll.launch.local import free_port
+from megatron_troll.observe.rollouts import read_step
+from megatron_troll.rollout.sglang.journal import Journal
 from tests.e2e.workplace import REPOSITORY, Done, Workplace, finish, succeed, wait_until
 from tests.sglang.farm import PYTHON
 
@@ -25,6 +27,8 @@ train: {{steps: 3, updates: 2}}
 evaluation: {{every: 0, prompts: 8}}
 checkpoint: {{every: 1}}
 """
+# Of a batch.
+ANSWERS = 8 * 4
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,48 @@ def test_a_run_draws_from_its_server(trained: list[dict[str, Any]]) -> None:
         assert row["skipped_updates"] == 0
         assert row["engine_kl"] < 1e-6
         assert row["rollout_trainer_gap"] < 1e-4
+
+
+def test_a_trainer_that_is_killed_asks_for_nothing_twice(
+    served: Served, trained: list[dict[str, Any]]
+) -> None:
+    """One step off: the next batch is drawn while a step trains. Continued, the run learns from the very
+    answers that were there when it was killed, from each once."""
+    place, url = served.place, served.written_down[0]["url"]
+    servers = f"rollout.sglang.servers=[{url}]"
+    off = ("name=off", servers, "rollout.staleness=1", "objective.correction={name: tis}")
+    first = place.start("train", "config.yaml", *off)
+    wait_until(lambda: len(buffered(place, 2)) >= ANSWERS // 4, first)
+    heartbeat = place.run("off") / "heartbeat" / "rank_0.json"
+    os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGKILL)
+    assert finish(first).code != 0
+    kept = {round: buffered(place, round) for round in (1, 2)}
+    assert kept[2]
+    succeed(place.mtroll("train", "config.yaml", *off, "resume=true"))
+    learnt = {step: drawn_in(place, step) for step in (1, 2, 3)}
+    for round in (1, 2):
+        assert kept[round].items() <= learnt[round].items()
+    assert len({name for step in learnt.values() for name in step}) == 3 * ANSWERS
+    rows = place.metrics("off")[1:]
+    assert [(row["step"], row["skipped_updates"]) for row in rows] == [(1, 0), (2, 0), (3, 0)]
+    assert rows[-1]["staleness"] == 1
+    assert 0 < rows[-1]["version_age"] <= 1
+    assert not any(buffered(place, round) for round in (1, 2, 3))
+
+
+def buffered(place: Workplace, round: int) -> dict[str, list[float]]:
+    """The log-probs of each answer in the buffer, as the rollout store rounds them."""
+    answers = Journal(place.run("off") / "buffer").read(round)
+    return {name: [rounded(value) for value in answer.logp] for name, answer in answers.items()}
+
+
+def drawn_in(place: Workplace, step: int) -> dict[str, list[float]]:
+    """The same of what a step learnt from."""
+    return {f"{sample.prompt}#{sample.sample}": sample.logp for sample in read_step(place.run("off"), step)}
+
+
+def rounded(value: float) -> float:
+    return round(float(value), 4)
 
 
 def test_a_server_that_is_killed_is_started_again(served: Served, trained: list[dict[str, Any]]) -> None:

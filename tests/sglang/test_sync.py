@@ -88,7 +88,8 @@ def test_a_server_of_another_shape_refuses(
     server = farm.start(narrow).wait_until_healthy()
     shutil.rmtree(narrow)
     try:
-        errors = ranks2.run(worker.sync_error, job([server], trained, tmp_path, sync={"via": via}))
+        asked = job([server], trained, tmp_path, sync={"via": via}, patience_s=4.0)
+        errors = ranks2.run(worker.sync_error, asked)
     finally:
         server.kill()
     for kind, message in errors:

@@ -38,7 +38,7 @@ class SGLangEngine(Engine):
         rendered = [render_prompt(prompt.messages, setup.tokenizer) for prompt in setup.prompts]
         probe = setup.rollout.sglang.probe
         self._probed = sequences(rendered, probe.tokens)[: probe.prompts]
-        self._desk: Desk | None = None
+        self.desk: Desk | None = None
         self._agreed = Agreed(setup.model, None)
         self._open()
 
@@ -46,13 +46,13 @@ class SGLangEngine(Engine):
         world, problem = self.setup.model.groups.world, None
         if world.rank == 0:
             try:
-                self._desk = open_desk(self.setup)
+                self.desk = open_desk(self.setup)
             except EngineError as error:
                 problem = error
         problem = world.broadcast_object(problem, 0)
         if problem is not None:
             raise problem
-        self._agreed = Agreed(self.setup.model, self._desk)
+        self._agreed = Agreed(self.setup.model, self.desk)
 
     def sync(self, version: int) -> dict[str, float]:
         """See weights.sync; then the probe. Raises Mismatch where a server is too far from the trainer."""
@@ -107,8 +107,8 @@ class SGLangEngine(Engine):
             self._resting = True
 
     def close(self) -> None:
-        if self._desk is not None:
-            self._desk.close()
+        if self.desk is not None:
+            self.desk.close()
         if self._journal is not None:
             self._journal.close()
 
