@@ -1,14 +1,33 @@
 """One rollout batch, sampled and judged; with `rollout.refill`, of prompts that teach something."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from megatron_troll.collected import Collected
 from megatron_troll.judging import Judged, judge, together
+from megatron_troll.pending import Waiting
 from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run import Run
+
+
+def begin(run: Run, step: int, trained: int) -> Waiting:
+    """Begin to draw the batch of `step`, from a policy of `trained` steps. It is drawn to its end here where
+    the engine does not go on by itself, and with `refill`: what is asked then depends on what came.
+    Blocks."""
+    position = run.order.position
+    if run.task.config.rollout.refill or not run.engine.draws_elsewhere:
+        collected = collect(run, step)
+        return Waiting(trained, position, lambda: collected, collected)
+    finish = _start(run, run.task.config.rollout.prompts, Counter(), step)
+
+    def finished() -> Collected:
+        judged = finish()
+        return Collected(judged, np.ones(len(judged.rollouts), dtype=bool), judged.rollouts, 1)
+
+    return Waiting(trained, position, finished)
 
 
 def collect(run: Run, step: int) -> Collected:
@@ -46,9 +65,20 @@ def chosen(informs: np.ndarray, wanted: int) -> np.ndarray:
 
 def _draw(run: Run, count: int, drawn: Counter[str], step: int) -> Judged:
     """The answers to the next `count` prompts, judged."""
+    return _start(run, count, drawn, step)()
+
+
+def _start(run: Run, count: int, drawn: Counter[str], step: int) -> Callable[[], Judged]:
+    """Ask for answers to the next `count` prompts; what is returned waits for them and judges."""
     prompts = [run.task.prompts.train[i] for i in run.order.next(count)]
     requests = requests_for(prompts, run.task.config.rollout.samples, run.task.tokenizer, drawn)
     with run.session.phases("generation"):
-        rollouts = run.engine.generate(requests, run.task.config.rollout.sampling, step)
-    with run.session.phases("reward"):
-        return judge(run.scorer, rollouts, run.session.groups.world)
+        finish = run.engine.start(requests, run.task.config.rollout.sampling, step)
+
+    def finished() -> Judged:
+        with run.session.phases("generation"):
+            rollouts = finish()
+        with run.session.phases("reward"):
+            return judge(run.scorer, rollouts, run.session.groups.world)
+
+    return finished

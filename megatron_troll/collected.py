@@ -1,5 +1,6 @@
 """What was sampled for one step, and what of it is trained on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,3 +39,14 @@ class Collected:
             "dropped_groups": 1 - float(self.kept.mean()),
             "sampled_responses": len(self.kept),
         }
+
+
+def ages(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
+    """How old the weights are that drew what `step` trains on, in rollout batches."""
+    versions = np.concatenate([rollout.versions for rollout in rollouts])
+    mixed = [len(set(rollout.versions.tolist())) > 1 for rollout in rollouts]
+    age = step - 1 - versions
+    return {
+        "version_age": float(age.mean()),
+        "mixed_versions": float(np.mean(mixed)),
+    }

@@ -9,8 +9,8 @@ import torch
 
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
-from megatron_troll.collect import collect
-from megatron_troll.collected import Collected
+from megatron_troll.collect import begin
+from megatron_troll.collected import Collected, ages
 from megatron_troll.estimate import Estimate, estimate
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
@@ -58,11 +58,13 @@ def train_step(run: Run, standing: Standing) -> Standing:
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
     try:
         synced = run.sync(standing.step)
-        waited = run.pending.next(step, lambda number: collect(run, number))
+        waited = run.pending.next(step, lambda number: begin(run, number, trained=standing.step))
+        batch = waited.wait()
+        run.engine.rest()
     except EngineError:
         rescue(run, standing)
         raise
-    batch, rollouts, rewards = waited.batch, waited.batch.rollouts, waited.batch.reward
+    rollouts, rewards = batch.rollouts, batch.reward
     if config.train.shuffle_rewards:
         rewards = shuffled(rewards, step)
     estimated = estimate(run.task.objective.advantage, run.critic, rollouts, rewards, step)
@@ -84,6 +86,7 @@ def train_step(run: Run, standing: Standing) -> Standing:
         "lr": run.policy.lr,
         "skipped_updates": learned.skipped,
         "staleness": step - 1 - waited.trained,
+        **ages(rollouts, step),
     }
     group = torch.tensor([rollout.group for rollout in rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))

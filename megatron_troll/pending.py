@@ -14,34 +14,57 @@ from megatron_troll.rollout import archive
 from megatron_troll.types import Prompt
 
 
-@dataclass(frozen=True)
+@dataclass
 class Waiting:
-    """trained: rollout batches that the policy had been trained on when this one was sampled."""
+    """A batch that is under way, or there.
 
-    batch: Collected
+    trained   rollout batches that the policy had been trained on when it was begun
+    position  in the prompt order, before its prompts; of use while it is under way
+    finish    waits for it
+    batch     once it is there
+    """
+
     trained: int
+    position: int
+    finish: Callable[[], Collected]
+    batch: Collected | None = None
+
+    def wait(self) -> Collected:
+        """Blocks until it is there."""
+        if self.batch is None:
+            self.batch = self.finish()
+        return self.batch
 
 
 @dataclass
 class Pending:
-    """Batches for training `staleness` steps after they were sampled, oldest first; `last` is the last step.
+    """Batches for training `staleness` steps after they were begun, oldest first; `last` is the last step.
     In a checkpoint, batch i is pending_<i>.npz, .json and .batch.json."""
 
     staleness: int
     last: int
     batches: deque[Waiting] = field(default_factory=deque)
 
-    def next(self, step: int, collect: Callable[[int], Collected]) -> Waiting:
-        """The batch to train on in `step`, after `collect(number)` of every batch that is due by now: first
-        `staleness` + 1 of them, then one a step, and none that no step is left for."""
+    def next(self, step: int, begin: Callable[[int], Waiting]) -> Waiting:
+        """The batch to train on in `step`, which is there, after `begin(number)` of every batch that is due
+        by now: first `staleness` + 1 of them, then one a step, and none that no step is left for. Blocks."""
         due = min(step + self.staleness, self.last)
         for number in range(step + len(self.batches), due + 1):
-            self.batches.append(Waiting(collect(number), trained=step - 1))
+            self.batches.append(begin(number))
+        self.batches[0].wait()
         return self.batches.popleft()
 
+    def position(self, now: int) -> int:
+        """Where the prompts go on for a run that has just what is there: before those of the first batch that
+        is under way; `now` where none is."""
+        return next((waiting.position for waiting in self.batches if waiting.batch is None), now)
+
     def write(self, folder: Path) -> None:
+        """What is there, up to the first batch that is under way."""
         for i, waiting in enumerate(self.batches):
-            path, batch = folder / f"pending_{i:03d}", waiting.batch
+            if (batch := waiting.batch) is None:
+                break
+            path = folder / f"pending_{i:03d}"
             archive.write(path, batch.sampled.rollouts)
             rest = {
                 "trained": waiting.trained,
@@ -68,4 +91,5 @@ class Pending:
             kept = np.array(rest["kept"], dtype=bool)
             trained_on = [rollout for rollout, keep in zip(sampled.rollouts, kept) if keep]
             rollouts = [replace(rollout, group=group) for rollout, group in zip(trained_on, rest["groups"])]
-            self.batches.append(Waiting(Collected(sampled, kept, rollouts, rest["rounds"]), rest["trained"]))
+            batch = Collected(sampled, kept, rollouts, rest["rounds"])
+            self.batches.append(Waiting(rest["trained"], 0, lambda batch=batch: batch, batch))

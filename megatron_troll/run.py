@@ -81,9 +81,12 @@ class Run:
 
     def save(self, standing: Standing, score: float | None = None) -> None:
         """A checkpoint of `standing`, with the held-out success of just this policy where it is known.
-        Blocks; with checkpoint.asynchronous the writing goes on behind."""
+        Batches under way are not in it: a run that continues begins them anew, and the engine may have kept
+        answers. Blocks; with checkpoint.asynchronous the writing goes on behind."""
+        standing = replace(standing, position=self.pending.position(standing.position))
         with self.session.phases("checkpoint"):
             self.checkpoints.save(standing.step, asdict(standing), score, self.pending.write)
+            self.engine.forget(self.session.groups.world.broadcast_object(self.checkpoints.latest() or 0, 0))
 
     def sync(self, step: int) -> dict[str, float]:
         """Let the engine draw from its model as it is after `step`, and evaluations from the policy. Blocks
@@ -109,6 +112,7 @@ class Run:
     def finish(self, standing: Standing) -> None:
         """Export, summary and report of a run that is complete."""
         self.checkpoints.finish()
+        self.engine.forget(standing.step)
         said = remarks(self.task.config.objective, self.task.objective)
         summary = Summary(standing.before, standing.after, standing.seconds, self.task.config.seed, said)
         config = self.task.config

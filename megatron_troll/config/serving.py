@@ -54,6 +54,16 @@ class SGLang(Node):
     patience_s: PositiveFloat = Field(
         default=300.0, description="that there is no usable server before the run ends"
     )
+    buffer: bool = Field(
+        default=True,
+        description="keep answers in runs/<name>/buffer until a checkpoint has what was learnt from them: a "
+        "run that is continued after a crash does not ask for them again",
+    )
+    colocated: bool = Field(
+        default=False,
+        description="servers on the trainer's own GPUs: they release the memory of weights and caches while "
+        "it trains, and `mtroll serve` starts them so that they can (SGLang's --enable-memory-saver)",
+    )
     sync: WeightSync = WeightSync()
     probe: Probe = Probe()
 

@@ -47,6 +47,8 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
         flags |= _on_cpu(serve)
     else:
         flags |= {"tp-size": serve.tp, "ep-size": serve.ep, "base-gpu-id": number * serve.tp}
+        if config.rollout.sglang.colocated:
+            flags["enable-memory-saver"] = True
     if serve.memory_fraction is not None:
         flags["mem-fraction-static"] = serve.memory_fraction
     if serve.deterministic:

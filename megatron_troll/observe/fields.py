@@ -54,6 +54,10 @@ RUN = (
     Field("skipped_updates", "updates", "updates left out because of NaN or Inf"),
     Field("staleness", "rollout batches", "trained on between the sampling of this batch and its own turn"),
     Field(
+        "version_age", "rollout batches", "trained on since the weights that drew a token, mean over tokens"
+    ),
+    Field("mixed_versions", "share", "responses whose tokens come from more than one version of the weights"),
+    Field(
         "critic_explained_variance",
         "",
         "1 - var(target - value) / var(target) over the batch's tokens before the critic's updates",

@@ -16,6 +16,11 @@ def check(config: RolloutConfig, cp: int) -> None:
     check_engine(config, cp)
     if config.engine == "sglang":
         _check_sglang(config.sglang)
+        if config.sglang.colocated and config.staleness:
+            raise ConfigError(
+                f"rollout.staleness={config.staleness} generates while the trainer trains, and "
+                "rollout.sglang.colocated servers have no memory then: set one of the two"
+            )
 
 
 def check_engine(config: RolloutConfig, cp: int) -> None:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -67,9 +67,11 @@ class Engine(ABC):
     arguments, and blocks until all have. Raises EngineError on all ranks or on none.
 
     returns_experts  whether rollouts have `experts` where train.replay=rollout asks for them
+    draws_elsewhere  whether what is begun by `start` goes on while the trainer trains
     """
 
     returns_experts: ClassVar[bool] = False
+    draws_elsewhere: ClassVar[bool] = False
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -79,6 +81,22 @@ class Engine(ABC):
         """One rollout per request, in their order, all of them on every rank. A response ends with one of
         `setup.stop_ids`, which hold the tokens of `sampling.stop`, or after `sampling.max_tokens`; its text
         lacks the stop token. `round` sets the random numbers of one batch apart from those of another."""
+
+    def start(
+        self, requests: Sequence[Request], sampling: Sampling, round: int
+    ) -> Callable[[], list[Rollout]]:
+        """Begin to `generate` for a batch of training; what is returned waits for the rollouts. Where
+        `draws_elsewhere`, this goes on over a `sync`: the rest of an answer then comes from the newer
+        weights, and `Rollout.versions` says so. A batch that a run asks for again after a crash may be
+        answered from what was kept of it."""
+        rollouts = self.generate(requests, sampling, round)
+        return lambda: rollouts
+
+    def forget(self, round: int) -> None:  # noqa: B027
+        """The batches up to `round` will not be asked for again."""
+
+    def rest(self) -> None:  # noqa: B027
+        """Nothing is under way, and nothing will be asked before the next `sync`."""
 
     def sync(self, version: int) -> dict[str, float]:
         """From now on draw from the weights that the model has now; `version` is what rollouts call them.

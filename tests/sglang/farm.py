@@ -66,7 +66,12 @@ class Farm:
         if self._answer() != "ready":
             raise RuntimeError((folder / "farm.err").read_text()[-3000:])
 
-    def start(self, model: Path, port: int | None = None, **flags: str | int | bool) -> RealServer:
+    def start(
+        self,
+        model: Path,
+        port: int | None = None,
+        **flags: str | int | bool,
+    ) -> RealServer:
         """A server of the model in a folder; ask `wait_until_healthy` of it."""
         port = port or free_port()
         named = {name.replace("_", "-"): value for name, value in flags.items()}

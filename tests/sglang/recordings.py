@@ -24,9 +24,22 @@ NEVER = (VOCAB - 1,)
 LENGTH = 12
 
 
-def ask(top_k: int = 8, length: int = LENGTH) -> dict[str, Any]:
-    # Greedy, so that a recording can be made again; token VOCAB - 1 never is the likeliest.
-    return Ask(PROMPT, length, GREEDY, NEVER, top_k, VOCAB, seed=1).body("recorded-")
+class Endless(Ask):
+    """Goes on to `max_tokens` whatever is drawn."""
+
+    def body(self, rid: str) -> dict[str, Any]:
+        body = super().body(rid)
+        body["sampling_params"]["ignore_eos"] = True
+        return body
+
+
+def ask_of(top_k: int = 8) -> Ask:
+    # Greedy, so that a recording can be made again.
+    return Endless(PROMPT, LENGTH, GREEDY, NEVER, top_k, VOCAB, seed=1)
+
+
+def ask(top_k: int = 8) -> dict[str, Any]:
+    return ask_of(top_k).body("recorded-")
 
 
 @dataclass(frozen=True)
@@ -80,10 +93,12 @@ EXCHANGES = (
 )
 
 
-def record(url: str) -> dict[str, Any]:
-    """Status and answer of every exchange, from a server that has done nothing yet."""
+def record(url: str, model: Path) -> dict[str, Any]:
+    """Status and answer of every exchange, from a server of `model` that has done nothing yet; without the
+    places of this machine."""
     with httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client:
-        return {exchange.name: _answer(client, exchange) for exchange in EXCHANGES}
+        answers = {exchange.name: _answer(client, exchange) for exchange in EXCHANGES}
+    return json.loads(json.dumps(answers).replace(str(model), "/models/served"))
 
 
 def _answer(client: httpx.Client, exchange: Exchange) -> dict[str, Any]:
@@ -118,7 +133,7 @@ def main() -> None:
         model = write_model(Path(folder) / "model")
         server = farm.start(model).wait_until_healthy()
         assert END_ID < VOCAB
-        FILE.write_text(json.dumps(record(server.url), indent=1) + "\n")
+        FILE.write_text(json.dumps(record(server.url, model), indent=1) + "\n")
     sys.stdout.write(f"wrote {FILE}\n")
 
 

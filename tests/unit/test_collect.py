@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_troll.collect import Collected, chosen, collect, informative
+from megatron_troll.collect import Collected, begin, chosen, collect, informative
 from megatron_troll.config.tree import RewardConfig, RolloutConfig, Sampling
 from megatron_troll.data.demo_model import write_base
 from megatron_troll.data.order import PromptOrder
@@ -28,6 +28,19 @@ class Fake:
     """Answers an `always` prompt right, a `never` prompt wrong, and others every second time."""
 
     asked: list[list[str]] = field(default_factory=list)
+    draws_elsewhere: bool = False
+    awaited: int = 0
+
+    def start(
+        self, requests: Sequence[Request], sampling: Sampling, round: int
+    ) -> Callable[[], list[Rollout]]:
+        rollouts = self.generate(requests, sampling, round)
+
+        def finish() -> list[Rollout]:
+            self.awaited += 1
+            return rollouts
+
+        return finish
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
         self.asked.append([f"{request.prompt.id}#{request.sample}" for request in requests])
@@ -154,3 +167,26 @@ def test_what_informs_and_what_fills_up() -> None:
     informs = np.array([False, True, False, False, True])
     assert chosen(informs, 2).tolist() == [False, True, False, False, True]
     assert chosen(informs, 4).tolist() == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "refill", "under_way"), [(False, 0, False), (True, 0, True), (True, 1, False)]
+)
+def test_a_batch_goes_on_behind_where_the_engine_draws_elsewhere(
+    run: Callable[..., Any], elsewhere: bool, refill: int, under_way: bool
+) -> None:
+    """With refill, what is asked depends on what came."""
+    kinds = ["mixed", "always", "mixed", "mixed"]
+    job, same = run(kinds, 2, refill), run(kinds, 2, refill)
+    job.engine.draws_elsewhere = elsewhere
+    waiting = begin(job, step=3, trained=2)
+    assert (waiting.trained, waiting.position) == (2, 0)
+    assert (waiting.batch is None, job.engine.awaited == 0) == (under_way, under_way)
+    expected = collect(same, step=3)
+    batch = waiting.wait()
+    assert prompts_of(batch) == prompts_of(expected)
+    assert batch.reward.tolist() == expected.reward.tolist()
+    assert batch.metrics == expected.metrics
+    assert [r.group for r in batch.rollouts] == [r.group for r in expected.rollouts]
+    assert job.order.position == same.order.position
+    assert waiting.wait() is batch

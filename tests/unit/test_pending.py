@@ -8,7 +8,8 @@ import pytest
 
 from megatron_troll.collected import Collected
 from megatron_troll.judging import Judged
-from megatron_troll.pending import Pending
+from megatron_troll.pending import Pending, Waiting
+from megatron_troll.rollout.engine import EngineError
 from tests.unit.rollout.test_archive import PROMPTS, assert_arrays, assert_same, rollout
 
 
@@ -21,18 +22,27 @@ def collected(number: int) -> Collected:
     return Collected(Judged(drawn, reward, timeouts=number, crashes=1), kept, trained_on, rounds=2)
 
 
+# Prompts of a batch.
+POSITIONS = 2
+
+
 def train(pending: Pending, steps: range, sampled: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """(batch, its staleness) of each step; `sampled` gains (step, batch)."""
     trained = []
     for step in steps:
 
-        def collect(number: int, step: int = step) -> Collected:
+        def begin(number: int, step: int = step) -> Waiting:
             sampled.append((step, number))
-            return collected(number)
+            return drawn(number, step)
 
-        waiting = pending.next(step, collect)
-        trained.append((waiting.batch.sampled.timeouts, step - 1 - waiting.trained))
+        waiting = pending.next(step, begin)
+        trained.append((waiting.wait().sampled.timeouts, step - 1 - waiting.trained))
     return trained
+
+
+def drawn(number: int, step: int) -> Waiting:
+    batch = collected(number)
+    return Waiting(step - 1, POSITIONS * number, lambda: batch, batch)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +71,7 @@ def test_a_resumed_queue_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None
     before.write(tmp_path)
     after.read(tmp_path, PROMPTS)
     for kept, read in zip(before.batches, after.batches, strict=True):
-        one, other = kept.batch, read.batch
+        one, other = kept.wait(), read.wait()
         assert_arrays(one.sampled.reward, other.sampled.reward)
         assert_arrays(one.kept, other.kept)
         assert one.metrics == other.metrics
@@ -77,3 +87,35 @@ def test_a_checkpoint_without_waiting_batches_empties_the_queue(tmp_path: Path) 
     train(pending, range(1, 2), [])
     pending.read(tmp_path, PROMPTS)
     assert not pending.batches
+
+
+def test_what_is_under_way_is_begun_anew_and_nothing_is_trained_on_twice(tmp_path: Path) -> None:
+    """Batch 3 is there, 4 and 5 are not: a run that continues after step 2 begins with the prompts of batch
+    4."""
+    before, after, sampled = Pending(3, last=6), Pending(3, last=6), []
+    train(before, range(1, 3), sampled)
+    there, *under_way = before.batches
+    for waiting in under_way:
+        waiting.batch = None
+    assert before.position(now=POSITIONS * 6) == POSITIONS * 4
+    before.write(tmp_path)
+    after.read(tmp_path, PROMPTS)
+    assert [waiting.wait().sampled.timeouts for waiting in after.batches] == [there.wait().sampled.timeouts]
+    assert after.position(now=POSITIONS * 4) == POSITIONS * 4
+    resumed: list[tuple[int, int]] = []
+    assert [batch for batch, _ in train(after, range(3, 7), resumed)] == [3, 4, 5, 6]
+    assert resumed == [(3, 4), (3, 5), (3, 6)]
+
+
+def test_a_batch_that_fails_stays_in_the_queue() -> None:
+    def failing(number: int) -> Waiting:
+        def finish() -> Collected:
+            raise EngineError("no servers")
+
+        return Waiting(0, POSITIONS * number, finish)
+
+    pending = Pending(1, last=4)
+    with pytest.raises(EngineError):
+        pending.next(1, failing)
+    assert len(pending.batches) == 2
+    assert pending.position(now=POSITIONS * 3) == POSITIONS

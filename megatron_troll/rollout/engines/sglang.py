@@ -1,21 +1,22 @@
 """The engine that asks SGLang servers over HTTP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_troll.config.tree import Sampling
 from megatron_troll.data.chat import render_prompt
-from megatron_troll.rollout.engine import Answer, Engine, EngineError, Request, Setup, rollout_of
+from megatron_troll.rollout.engine import Engine, EngineError, Request, Setup, rollout_of
 from megatron_troll.rollout.sampling import sample_key
 from megatron_troll.rollout.sglang import diagnosis, weights
 from megatron_troll.rollout.sglang.client import Question
 from megatron_troll.rollout.sglang.desk import Desk, open_desk
+from megatron_troll.rollout.sglang.drawing import Drawing
 from megatron_troll.rollout.sglang.errors import Mismatch
+from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
-from megatron_troll.rollout.sglang.registry import weights_folder
-from megatron_troll.rollout.sglang.servers import OutOfDate
+from megatron_troll.rollout.sglang.registry import buffer_folder, weights_folder
 from megatron_troll.rollout.sglang.weights import Agreed
 from megatron_troll.rollout.sglang.wire import Ask
 from megatron_troll.types import Rollout
@@ -25,14 +26,19 @@ class SGLangEngine(Engine):
     """Rank 0 asks, all ranks get the answers by a broadcast: there is one view of which servers are there,
     and one place where each question is answered once. All ranks hold every rollout of a batch."""
 
+    draws_elsewhere = True
+
     def __init__(self, setup: Setup) -> None:
         """Waits until a server is healthy and the policy's."""
         super().__init__(setup)
         self._version: int | None = None
+        self._resting = False
+        keep = setup.rollout.sglang.buffer
+        self._journal = Journal(buffer_folder(setup.config)) if keep else None
         rendered = [render_prompt(prompt.messages, setup.tokenizer) for prompt in setup.prompts]
         probe = setup.rollout.sglang.probe
         self._probed = sequences(rendered, probe.tokens)[: probe.prompts]
-        self._desk: Desk | None = None
+        self.desk: Desk | None = None
         self._agreed = Agreed(setup.model, None)
         self._open()
 
@@ -40,18 +46,21 @@ class SGLangEngine(Engine):
         world, problem = self.setup.model.groups.world, None
         if world.rank == 0:
             try:
-                self._desk = open_desk(self.setup)
+                self.desk = open_desk(self.setup)
             except EngineError as error:
                 problem = error
         problem = world.broadcast_object(problem, 0)
         if problem is not None:
             raise problem
-        self._agreed = Agreed(self.setup.model, self._desk)
+        self._agreed = Agreed(self.setup.model, self.desk)
 
     def sync(self, version: int) -> dict[str, float]:
         """See weights.sync; then the probe. Raises Mismatch where a server is too far from the trainer."""
-        if version == self._version:
+        if version == self._version and not self._resting:
             return {}
+        if self._resting:
+            self._agreed.on_first(lambda desk: desk.on_all(desk.control.occupy))
+            self._resting = False
         reached = weights.sync(self._agreed, version)
         self._version = version
         return {"servers": float(len(reached)), **self._probe(reached)}
@@ -59,20 +68,49 @@ class SGLangEngine(Engine):
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
         """See Engine. Which tokens are drawn is up to the servers, unless they are deterministic. Where all
         servers were replaced meanwhile, the new ones are given the weights and go on."""
+        return self._started(requests, sampling, round, None)()
+
+    def start(
+        self, requests: Sequence[Request], sampling: Sampling, round: int
+    ) -> Callable[[], list[Rollout]]:
+        """See Engine; answers go to the buffer as they come, and those that are there are not asked for."""
+        return self._started(requests, sampling, round, self._journal)
+
+    def _started(
+        self, requests: Sequence[Request], sampling: Sampling, round: int, journal: Journal | None
+    ) -> Callable[[], list[Rollout]]:
         questions = [self._question(request, sampling, round) for request in requests]
-        answers: dict[int, Answer] = {}
-        while not self._agreed.on_first(lambda desk: _asked(desk, questions, answers)):
-            assert self._version is not None
-            weights.sync(self._agreed, self._version)
-        drawn = self._agreed.on_first(lambda desk: [answers[i] for i in range(len(questions))])
-        return [
-            rollout_of(self.setup, request, answer, sampling, round)
-            for request, answer in zip(requests, drawn, strict=True)
-        ]
+        drawing = Drawing(questions, round, journal)
+        self._agreed.on_first(drawing.begin)
+
+        def finish() -> list[Rollout]:
+            while not self._agreed.on_first(drawing.complete):
+                assert self._version is not None
+                weights.sync(self._agreed, self._version)
+            drawn = self._agreed.on_first(lambda desk: [drawing.answers[i] for i in range(len(questions))])
+            return [
+                rollout_of(self.setup, request, answer, sampling, round)
+                for request, answer in zip(requests, drawn, strict=True)
+            ]
+
+        return finish
+
+    def forget(self, round: int) -> None:
+        if self._journal is not None:
+            journal = self._journal
+            self._agreed.on_first(lambda desk: journal.forget(round))
+
+    def rest(self) -> None:
+        """Colocated servers release the memory of weights and caches until the next sync."""
+        if self.setup.rollout.sglang.colocated:
+            self._agreed.on_first(lambda desk: desk.on_all(desk.control.release))
+            self._resting = True
 
     def close(self) -> None:
-        if self._desk is not None:
-            self._desk.close()
+        if self.desk is not None:
+            self.desk.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def _question(self, request: Request, sampling: Sampling, round: int) -> Question:
         vocab = self.setup.model.shape.vocab
@@ -119,17 +157,3 @@ class SGLangEngine(Engine):
         return diagnosis.told(
             self._agreed, url, Path(config.policy.path), folder.with_name(f"{folder.name}-diagnosis")
         )
-
-
-def _asked(desk: Desk, questions: Sequence[Question], answers: dict[int, Answer]) -> bool:
-    """Add what is missing to `answers`. False where servers need a sync first; what came is kept."""
-    missing = [i for i in range(len(questions)) if i not in answers]
-
-    def answered(place: int, answer: Answer) -> None:
-        answers[missing[place]] = answer
-
-    try:
-        desk.background.run(desk.client.draw([questions[i] for i in missing], answered))
-    except OutOfDate:
-        return False
-    return True

@@ -15,12 +15,22 @@ class Background:
 
     def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
         self._wait = wait
+        self._under_way: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
 
     def start(self, work: Work[T]) -> "Future[T]":
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        return asyncio.run_coroutine_threadsafe(self._noted(work), self._loop)
+
+    async def _noted(self, work: Work[T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        self._under_way.add(task)
+        try:
+            return await work
+        finally:
+            self._under_way.discard(task)
 
     def run(self, work: Work[T]) -> T:
         """The result of `work`, which is cancelled where this thread is interrupted meanwhile."""
@@ -39,6 +49,14 @@ class Background:
             future.cancel()
 
     def close(self) -> None:
+        """What is under way is cancelled."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        under_way = list(self._under_way)
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)

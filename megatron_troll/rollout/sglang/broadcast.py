@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.control import Control
 from megatron_troll.rollout.sglang.errors import Unreachable
@@ -73,6 +74,8 @@ class Broadcast:
                 await asyncio.sleep(POLL_S)
             work.wait()
             await asyncio.gather(*asked)
+        except EngineError:
+            raise
         except RuntimeError as error:
             raise Unreachable(f"the broadcast to {', '.join(group.urls)} broke off: {error}") from error
         finally:

@@ -150,8 +150,9 @@ class Client:
             done, _ = await asyncio.wait({asked}, timeout=self._config.deadline_s)
             if done:
                 return asked.result(), False
-            await self._abort(rid, server)
+            aborting = asyncio.create_task(self._abort(rid, server))
             done, _ = await asyncio.wait({asked}, timeout=ABORT_S)
+            aborting.cancel()
             if done:
                 return asked.result(), True
             raise Unreachable(f"no answer within {self._config.deadline_s:g} s (rollout.sglang.deadline_s)")

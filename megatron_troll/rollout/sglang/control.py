@@ -19,6 +19,8 @@ from megatron_troll.weights.buckets import Bucket
 # caches thrown away; or left as they are, caches of the old weights included.
 Pause = Literal["abort", "retract", "in_place"]
 
+MEMORY = ["weights", "kv_cache"]
+
 
 @dataclass(frozen=True)
 class Control:
@@ -32,6 +34,14 @@ class Control:
 
     async def resume(self, url: str) -> None:
         await self._post(url, "/continue_generation", {})
+
+    async def release(self, url: str) -> None:
+        """Give back the memory of weights and caches; both are lost. Only while nothing is under way."""
+        await self._post(url, "/release_memory_occupation", {"tags": MEMORY})
+
+    async def occupy(self, url: str) -> None:
+        """Take the memory again; what is in it are not the weights."""
+        await self._post(url, "/resume_memory_occupation", {"tags": MEMORY})
 
     async def open_update(self, url: str) -> None:
         """One that is open already was broken off, and is closed first."""

@@ -1,7 +1,7 @@
 """What rank 0 holds to speak with servers; the other ranks hold nothing."""
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,7 +12,7 @@ from megatron_troll.rollout.engine import Setup
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.broadcast import Broadcast, backend_for
 from megatron_troll.rollout.sglang.client import Client
-from megatron_troll.rollout.sglang.control import Control
+from megatron_troll.rollout.sglang.control import Control, each
 from megatron_troll.rollout.sglang.http import Http, read_key
 from megatron_troll.rollout.sglang.identity import Identity
 from megatron_troll.rollout.sglang.registry import registered, servers_folder, weights_folder
@@ -38,6 +38,11 @@ class Desk:
     control: Control
     transport: Transport
     versions: Versions
+
+    def on_all(self, do: Callable[[str], Awaitable[object]]) -> None:
+        """`do(url)` of every healthy server; one that cannot be reached is left to be checked. Raises what no
+        other attempt mends."""
+        self.background.run(each(self.servers.healthy, do))
 
     def close(self) -> None:
         self.transport.close()

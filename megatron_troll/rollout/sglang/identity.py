@@ -64,8 +64,7 @@ class Identity:
                 f"{url} serves {folder} with a vocabulary of {served.vocab}, the policy's has "
                 f"{self.shape.vocab}: start the server from models.policy.path"
             )
-        ours, theirs = asdict(self.shape), asdict(served)
-        differing = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key]]
+        differing = differences(self.shape, served)
         if differing:
             raise WrongModel(
                 f"{url} serves {folder} with {'; '.join(differing)}: start the server from models.policy.path"
@@ -90,6 +89,8 @@ class Identity:
         server may be set to give those of temperature 1 in any case."""
         plain = await self._first_token(http, url, 1.0, 0)
         tempered = await self._first_token(http, url, self.temperature, 1)
+        if not plain:
+            return  # weights that are not finite have no law; a sync brings others
         (first, at_first), *others = plain.items()
         for token, logp in others:
             if token in tempered and first in tempered:
@@ -113,6 +114,15 @@ class Identity:
         }
         reply = await http.post(url, "/generate", body, HEALTH_S)
         try:
-            return {token: logp for logp, token, _ in reply["meta_info"]["output_top_logprobs"][0]}
+            entries = reply["meta_info"]["output_top_logprobs"][0]
+            return {token: float(logp) for logp, token, _ in entries if logp is not None}
         except (TypeError, ValueError, LookupError):
             raise BadReply(f"{url} gives no log-probs of a first token: {str(reply)[:200]}") from None
+
+
+def differences(ours: ModelShape, theirs: ModelShape) -> list[str]:
+    """In words, size by size; of another number of layers only that."""
+    if theirs.layers != ours.layers:
+        return [f"layers {theirs.layers}, not {ours.layers}"]
+    here, there = asdict(ours), asdict(theirs)
+    return [f"{key} {there[key]}, not {here[key]}" for key in here if there[key] != here[key]]

@@ -14,6 +14,11 @@ def servers_folder(config: Config) -> Path:
     return Path(config.runs) / config.name / "servers"
 
 
+def buffer_folder(config: Config) -> Path:
+    """Where answers are kept until they have been learnt from."""
+    return Path(config.runs) / config.name / "buffer"
+
+
 def weights_folder(config: Config) -> Path:
     """Where servers of a run read weights."""
     return Path(config.rollout.sglang.sync.folder or Path(config.runs) / config.name / "weights")

@@ -181,7 +181,8 @@ class Servers:
                     chosen.under_way += 1
                     return chosen
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), POLL_S)
+                    async with asyncio.timeout(POLL_S):
+                        await self._changed.wait()
 
     def _choose(self, avoid: str | None) -> Server | None:
         usable = self.usable

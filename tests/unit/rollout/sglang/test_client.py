@@ -22,8 +22,9 @@ from megatron_troll.rollout.sglang.errors import (
     Unreachable,
 )
 from megatron_troll.rollout.sglang.servers import Servers
+from tests.sglang.asking import VERSIONS, Asked
 from tests.sglang.recordings import LENGTH
-from tests.unit.rollout.sglang.asking import VERSIONS, Asked, draw
+from tests.unit.rollout.sglang.asking import draw
 from tests.unit.rollout.sglang.fake import (
     TOKENS,
     Fake,

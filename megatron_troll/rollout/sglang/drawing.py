@@ -1,0 +1,54 @@
+"""One batch of questions under way, and what there is of its answers."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from megatron_troll.rollout.engine import Answer
+from megatron_troll.rollout.sglang.client import Question
+from megatron_troll.rollout.sglang.desk import Desk
+from megatron_troll.rollout.sglang.journal import Journal
+from megatron_troll.rollout.sglang.servers import OutOfDate
+
+
+@dataclass
+class Drawing:
+    """What rank 0 does of a batch. Answers that `journal` has of the round are taken from there, new ones are
+    added to it."""
+
+    questions: Sequence[Question]
+    round: int
+    journal: Journal | None
+    answers: dict[int, Answer] = field(default_factory=dict)
+    _under_way: "Future[None] | None" = None
+
+    def begin(self, desk: Desk) -> None:
+        """Ask, and return."""
+        there = {} if self.journal is None else self.journal.read(self.round)
+        self.answers = {i: there[q.name] for i, q in enumerate(self.questions) if q.name in there}
+        self._ask(desk)
+
+    def complete(self, desk: Desk) -> bool:
+        """Wait for every answer. False where servers need a sync first; what came is kept."""
+        if self._under_way is None:
+            self._ask(desk)
+        assert self._under_way is not None
+        under_way, self._under_way = self._under_way, None
+        try:
+            desk.background.result(under_way)
+        except OutOfDate:
+            return False
+        return True
+
+    def _ask(self, desk: Desk) -> None:
+        missing = [i for i in range(len(self.questions)) if i not in self.answers]
+
+        def answered(place: int, answer: Answer) -> None:
+            i = missing[place]
+            self.answers[i] = answer
+            if self.journal is not None:
+                self.journal.add(self.round, self.questions[i].name, answer)
+
+        self._under_way = desk.background.start(
+            desk.client.draw([self.questions[i] for i in missing], answered)
+        )

@@ -1,0 +1,197 @@
+"""What a trainer's rank does in these tests: give its weights to servers, let them draw, and read the same
+tokens by a forward of its own."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_troll import rollout
+from megatron_troll.batching.build import Form, build
+from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, Sampling
+from megatron_troll.data.tokenizer import load_tokenizer
+from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.mcore.schedule import infer
+from megatron_troll.rollout.engine import Engine, EngineError, Setup, requests_for
+from megatron_troll.rollout.sglang import transport
+from megatron_troll.rollout.sglang.control import Control
+from megatron_troll.types import Rollout
+from megatron_troll.weights.buckets import Bucket, buckets
+from tests.dist.generation_worker import opened
+from tests.dist.layout_table import Sizes
+from tests.sglang.model import PROMPTS, VOCAB, ends
+
+SAMPLES = 4
+# The accuracy of float32 sums in another order.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trainer: its layout, the folder of its weights, where its runs go, and its `rollout` settings."""
+
+    sizes: Sizes
+    folder: Path
+    runs: Path
+    sglang: dict[str, Any]
+    sampling: dict[str, Any]
+    name: str = "run"
+
+    @property
+    def config(self) -> Config:
+        policy = Model(path=str(self.folder), dtype="fp32")
+        settings = {"engine": "sglang", "top_k": VOCAB, "sampling": self.sampling, "sglang": self.sglang}
+        return Config(
+            name=self.name,
+            runs=str(self.runs),
+            models=Models(policy=policy),
+            rollout=RolloutConfig.model_validate(settings),
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """rollouts of one version; laws [T, V] of each on the trainer's last stage, [] elsewhere; what the sync
+    said."""
+
+    rollouts: list[Rollout]
+    laws: list[np.ndarray]
+    synced: dict[str, float]
+
+
+def engine_of(job: Job, model: MegatronModel) -> Engine:
+    tokenizer = load_tokenizer(job.folder)
+    return rollout.build(Setup(job.config, model, tokenizer, ends(job.folder), PROMPTS))
+
+
+def draw(engine: Engine, version: int) -> Drawn:
+    """The answers of `version`, after a sync."""
+    synced = engine.sync(version)
+    sampling = engine.setup.rollout.sampling
+    rollouts = engine.generate(requests_for(PROMPTS, SAMPLES, engine.setup.tokenizer), sampling, version)
+    return Drawn(rollouts, laws(engine.setup.model, rollouts, sampling), synced)
+
+
+def laws(model: MegatronModel, rollouts: Sequence[Rollout], sampling: Sampling) -> list[np.ndarray]:
+    groups, ones = model.groups, [1.0] * len(rollouts)
+    form = Form(VOCAB, tp_size=groups.tp.size, temperature=sampling.law_temperature)
+    batches = [build(rollouts, ones, ones, [i], form) for i in range(len(rollouts))]
+    head = Head(model, sampling.law_temperature)
+
+    def read(i: int, hidden: Tensor) -> np.ndarray:
+        return torch.cat(groups.tp.all_gather(head.log_probs(hidden)), -1)[:, :VOCAB].numpy()
+
+    model.train(False)
+    try:
+        return infer(model, batches, read)
+    finally:
+        model.train()
+
+
+def perturb(model: MegatronModel) -> None:
+    """As an update does: every weight is another one, on every rank alike where it has copies."""
+    with torch.no_grad():
+        for chunk in model.chunks:
+            for parameter in chunk.parameters():
+                parameter.mul_(1.05)
+
+
+def draw_twice(job: Job) -> list[Drawn]:
+    """Two versions of the weights, on one rank of a pool."""
+    with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
+        first = draw(engine, 1)
+        perturb(model)
+        return [first, draw(engine, 2)]
+
+
+def draw_once(job: Job) -> Drawn:
+    with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
+        return draw(engine, 1)
+
+
+def draw_long(job: Job, under_way: Path) -> Drawn:
+    """Many long answers; `under_way` is there from their beginning."""
+    with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
+        synced, sampling = engine.sync(1), Sampling(max_tokens=200)
+        requests = requests_for(PROMPTS, 16, engine.setup.tokenizer)
+        under_way.touch()
+        rollouts = engine.generate(requests, sampling, 1)
+        return Drawn(rollouts, laws(model, rollouts, sampling), synced)
+
+
+def sync_error(job: Job) -> tuple[str, str]:
+    """The kind of error that a sync ends with, and what it says."""
+    with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
+        return _error(engine)
+
+
+def sync_without_session(job: Job) -> tuple[str, str]:
+    async def not_opened(control: Control, url: str) -> None:
+        pass
+
+    with patch.object(Control, "open_update", not_opened):
+        return sync_error(job)
+
+
+def sync_without_name(job: Job) -> tuple[str, str]:
+    async def not_named(control: Control, url: str, version: str) -> None:
+        pass
+
+    with patch.object(Control, "name_weights", not_named):
+        return sync_error(job)
+
+
+def sync_with_a_fault(job: Job) -> tuple[str, str]:
+    """One family of weights arrives as zeros."""
+
+    def faulty(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Bucket]:
+        for bucket in buckets(tensors, max_bytes):
+            for piece in bucket.pieces:
+                if "q_norm" in piece.name:
+                    bucket.flat[piece.start : piece.end] = 0
+            yield bucket
+
+    with patch.object(transport, "buckets", faulty):
+        return sync_error(job)
+
+
+def sync_nan(job: Job) -> tuple[str, str]:
+    with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
+        for chunk in model.chunks:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(float("nan"))
+        return _error(engine)
+
+
+def _error(engine: Engine) -> tuple[str, str]:
+    try:
+        engine.sync(1)
+    except EngineError as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("the sync went well")
+
+
+def assert_the_trainers(ranks: Sequence[Drawn], version: int) -> None:
+    """The log-probs of the tokens, and all of the law at each position, are those of the trainer."""
+    trainers = next(rank.laws for rank in ranks if rank.laws)
+    for drawn, law in zip(ranks[0].rollouts, trainers, strict=True):
+        _assert_of_law(drawn, law, version)
+
+
+def _assert_of_law(drawn: Rollout, law: np.ndarray, version: int) -> None:
+    positions = np.arange(len(drawn.response_ids))
+    assert drawn.versions.tolist() == [version] * len(positions)
+    np.testing.assert_allclose(drawn.logp, law[positions, drawn.response_ids], atol=TOLERANCE)
+    assert drawn.topk is not None
+    assert drawn.topk.ids.shape == (len(positions), VOCAB)
+    served = np.take_along_axis(law, drawn.topk.ids.astype(np.int64), axis=1)
+    np.testing.assert_allclose(drawn.topk.logp, served, atol=TOLERANCE)
+    # In the order of the trainer's own, but for ties within the tolerance.
+    assert (np.diff(served, axis=1) <= 2 * TOLERANCE).all()
