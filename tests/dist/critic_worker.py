@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import Config, CriticOptimizer, Data, Layout, Model, Models, Optimizer, Train
+from megatron_troll.config.tree import Config, CriticOptimizer, Data, Layout, Model, Models, Optimizer, RolloutConfig, Sampling, Train
 from megatron_troll.config.tree import Critic as CriticModel
 from megatron_troll.critic import Critic, open_critic
 from megatron_troll.mcore.checkpoint import Checkpoints
@@ -24,7 +24,7 @@ from megatron_troll.weights.placement import held_parameters, shard_group
 from megatron_troll.weights.source import TensorSource
 from megatron_troll.weights.table import Table
 from megatron_troll.weights.value import value_table
-from tests.dist.methods_batch import Batch
+from tests.dist.methods_batch import TEMPERATURE, Batch
 from tests.dist.methods_worker import Cut, accumulate, arrange, trainer
 from tests.dist.parameters import main_gradient
 from tests.dist.tiny import MOE, started
@@ -82,6 +82,7 @@ def opened(task: Task, policy: MegatronModel, layout: Layout, cut: Cut, *, distr
             critic=CriticModel(path=task.folder, dtype="fp32", layout=own, optimizer=optimizer),
         ),
         data=Data(files=("none",)),
+        rollout=RolloutConfig(sampling=Sampling(temperature=TEMPERATURE)),
         train=Train(updates=1, packing=cut.packed, token_budget=cut.token_budget),
     )
     critic = open_critic(config, policy, Phases())
