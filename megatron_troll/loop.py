@@ -14,6 +14,7 @@ from megatron_troll.collected import Collected, ages
 from megatron_troll.estimate import Estimate, estimate
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learned
+from megatron_troll.pending import Waiting
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.run import Run, Standing, open_run
 from megatron_troll.speed import speed
@@ -56,28 +57,14 @@ def train_step(run: Run, standing: Standing) -> Standing:
     """One rollout batch: sample, judge, learn, evaluate where that is due, write its row. A checkpoint comes
     after the row: a run that continues from it finds all its rows."""
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
-    try:
-        synced = run.sync(standing.step)
-        waited = run.pending.next(step, lambda number: begin(run, number, trained=standing.step))
-        batch = waited.wait()
-        run.engine.rest()
-    except EngineError:
-        rescue(run, standing)
-        raise
+    synced, waited, batch = sample(run, standing)
     rollouts, rewards = batch.rollouts, batch.reward
     if config.train.shuffle_rewards:
         rewards = shuffled(rewards, step)
     estimated = estimate(run.task.objective.advantage, run.critic, rollouts, rewards, step)
     if config.observe.rollouts:
         run.session.on_first(lambda: keep(run, batch, rewards, estimated, step))
-    learned = run.learner.learn(rollouts, estimated.advantages, step)
-    if run.critic is not None:
-        learned.metrics.update(run.critic.learn(rollouts, estimated.targets, step))
-    if run.rollout_model is not None:
-        taught = run.rollout_model.learn(rollouts, estimated.advantages, step, standing.distill_weight)
-        learned.metrics.update(taught.metrics)
-        standing = replace(standing, distill_weight=taught.weight)
-    standing = replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
+    learned, standing = learn(run, rollouts, estimated, standing)
     metrics = {
         **batch.metrics,
         **estimated.metrics,
@@ -104,6 +91,34 @@ def train_step(run: Run, standing: Standing) -> Standing:
         rescue(run, standing)
         raise failure
     return standing
+
+
+def sample(run: Run, standing: Standing) -> tuple[dict[str, float], Waiting, Collected]:
+    """Weights to the engine, and the next batch from it, whenever it was begun."""
+    try:
+        synced = run.sync(standing.step)
+        waited = run.pending.next(standing.step + 1, lambda number: begin(run, number, trained=standing.step))
+        batch = waited.wait()
+        run.engine.rest()
+    except EngineError:
+        rescue(run, standing)
+        raise
+    return synced, waited, batch
+
+
+def learn(
+    run: Run, rollouts: list[Rollout], estimated: Estimate, standing: Standing
+) -> tuple[Learned, Standing]:
+    """The policy, then the critic and the rollout model, from one batch; the run stands a step further."""
+    step = standing.step + 1
+    learned = run.learner.learn(rollouts, estimated.advantages, step)
+    if run.critic is not None:
+        learned.metrics.update(run.critic.learn(rollouts, estimated.targets, step))
+    if run.rollout_model is not None:
+        taught = run.rollout_model.learn(rollouts, estimated.advantages, step, standing.distill_weight)
+        learned.metrics.update(taught.metrics)
+        standing = replace(standing, distill_weight=taught.weight)
+    return learned, replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
 
 
 def evaluate(run: Run, step: int, metrics: dict[str, float]) -> EngineError | None:

@@ -24,7 +24,8 @@ from megatron_troll.weights.placement import held_parameters, shard_group
 from megatron_troll.weights.source import TensorSource
 from megatron_troll.weights.table import Table
 from megatron_troll.weights.value import value_table
-from tests.dist.methods_batch import TEMPERATURE, Batch
+from tests.dist.layouts_batch import TEMPERATURE
+from tests.dist.methods_batch import Batch
 from tests.dist.methods_worker import Cut, accumulate, arrange, trainer
 from tests.dist.parameters import main_gradient
 from tests.dist.tiny import MOE, started
