@@ -1,5 +1,6 @@
 """Writes examples/slurm: what `mtroll launch` makes of the recipes. python tools/slurm_examples.py"""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_troll.cli import parser
@@ -17,25 +18,32 @@ CONTAINER = (
     "--python",
     "python3",
 )
+KEY = "rollout.sglang.api_key_file=runs/api-key"
+COLOCATED = ("rollout.sglang.colocated=true", "serve.memory_fraction=0.5")
+# Each script: its recipe, its overrides, its options.
 JOBS = {
-    "qwen3_30b_a3b_troll": ("qwen3_30b_a3b_troll", "--nodes", "1"),
-    "qwen3_30b_a3b_troll_container": ("qwen3_30b_a3b_troll", "--nodes", "1", *CONTAINER),
-    "qwen3_next_80b_a3b_troll": ("qwen3_next_80b_a3b_troll", "--nodes", "2"),
-    "qwen3_next_80b_a3b_troll_container": ("qwen3_next_80b_a3b_troll", "--nodes", "2", *CONTAINER),
+    "30b_a3b_disaggregated": ("qwen3_30b_a3b_troll", (KEY,), ("--nodes", "1", "--serve-nodes", "1")),
+    "30b_a3b_colocated": ("qwen3_30b_a3b_troll", (KEY, *COLOCATED), ("--nodes", "1")),
+    "80b_a3b_disaggregated": ("qwen3_next_80b_a3b_troll", (KEY,), ("--nodes", "2", "--serve-nodes", "1")),
+    "80b_a3b_colocated": ("qwen3_next_80b_a3b_troll", (KEY, *COLOCATED), ("--nodes", "2")),
 }
 
 
 def scripts() -> dict[Path, str]:
     """Each file and its text. Raises ConfigError for a job that would not fit."""
-    return {FOLDER / f"{name}.sbatch": script(recipe, options) for name, (recipe, *options) in JOBS.items()}
+    files = {}
+    for name, (recipe, overrides, options) in JOBS.items():
+        files[FOLDER / f"train_{name}.sbatch"] = script(recipe, overrides, options)
+        files[FOLDER / f"train_{name}_container.sbatch"] = script(recipe, overrides, (*options, *CONTAINER))
+    return files
 
 
-def script(recipe: str, options: list[str]) -> str:
+def script(recipe: str, overrides: Sequence[str], options: Sequence[str]) -> str:
     path = f"examples/configs/{recipe}.yaml"
-    arguments = parser().parse_args(["launch", path, "--slurm", *options])
-    config, allocation = load(ROOT / path), allocation_of(arguments)
+    arguments = parser().parse_args(["launch", path, *overrides, "--slurm", *options])
+    config, allocation = load(ROOT / path, overrides), allocation_of(arguments)
     check_memory(config, allocation)
-    return write(config, path, [], allocation)
+    return write(config, path, overrides, allocation)
 
 
 if __name__ == "__main__":

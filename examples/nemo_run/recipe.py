@@ -85,7 +85,7 @@ def slurm(recipe: Recipe) -> Job:
         account=allocation.account,  # pyright: ignore[reportArgumentType]  # a cluster without accounts
         partition=allocation.partition,
         job_name_prefix="mtroll.",
-        nodes=allocation.nodes,
+        nodes=allocation.all_nodes,
         ntasks_per_node=allocation.gpus or allocation.tasks,
         gpus_per_node=allocation.gpus or None,
         cpus_per_task=allocation.cpus,

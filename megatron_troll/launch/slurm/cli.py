@@ -34,7 +34,8 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
 def add_allocation(parser: argparse.ArgumentParser) -> None:
     """An option for each field of an Allocation."""
     asked = parser.add_argument_group("allocation")
-    asked.add_argument("--nodes", type=int, required=True)
+    asked.add_argument("--nodes", type=int, required=True, help="that train")
+    asked.add_argument("--serve-nodes", type=int, default=0, help="more nodes, which serve (default 0)")
     asked.add_argument("--gpus", type=int, default=8, help="per node, a rank each (default 8)")
     asked.add_argument("--tasks", type=int, default=1, help="ranks per node where --gpus is 0 (default 1)")
     asked.add_argument("--cpus", type=int, default=None, help="per rank; default: the cluster's")

@@ -19,14 +19,17 @@ BODY = Path(__file__).with_name("train.sh")
 class Allocation:
     """What is asked of Slurm. One task runs on each GPU, or `tasks` a node where gpus is 0.
 
-    notice_s   seconds before the time limit at which the ranks are asked to save
-    container  image for pyxis; None: the nodes' own python
-    mounts     SOURCE:TARGET of the container, beside the working folder
-    interface  network interface, the same name on every node; None: each node's own towards the first one
-    restarts   times a stopped run is put back into the queue
+    nodes        that train
+    serve_nodes  more nodes, whose GPUs are SGLang servers'
+    notice_s     seconds before the time limit at which the ranks are asked to save
+    container    image for pyxis; None: the nodes' own python
+    mounts       SOURCE:TARGET of the container, beside the working folder
+    interface    network interface, the same name on every node; None: each node's own towards the first one
+    restarts     times a stopped run is put back into the queue
     """
 
     nodes: int
+    serve_nodes: int = 0
     gpus: int = 8
     tasks: int = 1
     cpus: int | None = None
@@ -42,7 +45,12 @@ class Allocation:
 
     @property
     def world(self) -> int:
+        """Ranks that train."""
         return self.nodes * (self.gpus or self.tasks)
+
+    @property
+    def all_nodes(self) -> int:
+        return self.nodes + self.serve_nodes
 
 
 def check(config: Config, allocation: Allocation) -> None:
@@ -56,6 +64,29 @@ def check(config: Config, allocation: Allocation) -> None:
         except ValueError as error:
             ranks = allocation.gpus or allocation.tasks
             raise ConfigError(f"{allocation.nodes} nodes of {ranks} ranks: models.{name}: {error}") from error
+
+
+def check_servers(config: Config, allocation: Allocation) -> None:
+    """Raises ConfigError where nobody would serve the run, or servers that nobody asks or may ask."""
+    sglang, asked = config.rollout.sglang, allocation.serve_nodes
+    if config.rollout.engine != "sglang":
+        if asked:
+            raise ConfigError(f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} asks no servers")
+        return
+    elsewhere = sglang.servers or sglang.router
+    if asked and (elsewhere or sglang.colocated):
+        raise ConfigError(f"--serve-nodes {asked}: rollout.sglang already says where the servers are")
+    if elsewhere:
+        return
+    if not asked and not sglang.colocated:
+        raise ConfigError(
+            "rollout.engine=sglang: nobody serves; give --serve-nodes, or set rollout.sglang.colocated, "
+            "servers or router"
+        )
+    if sglang.api_key_file is None:
+        raise ConfigError(
+            "rollout.sglang.api_key_file: missing; servers of a job are on the network, and want a key"
+        )
 
 
 def check_memory(config: Config, allocation: Allocation) -> str:
@@ -78,6 +109,7 @@ def write(config: Config, path: str, overrides: Sequence[str], allocation: Alloc
 def body(config: Config, path: str, overrides: Sequence[str], allocation: Allocation) -> str:
     """What the batch shell does, in the folder it was submitted from. Raises ConfigError."""
     check(config, allocation)
+    check_servers(config, allocation)
     network = [] if allocation.interface is None else ["--interface", allocation.interface]
     variables = {
         "run": quote(f"{config.runs}/{config.name}"),
@@ -85,6 +117,10 @@ def body(config: Config, path: str, overrides: Sequence[str], allocation: Alloca
         "command": f"({join(['train', path, *overrides, 'resume=true'])})",
         "container": f"({pyxis(allocation)})",
         "network": f"({join(network)})",
+        "first": str(allocation.serve_nodes),
+        "nodes": str(allocation.nodes),
+        "ranks": str(allocation.world),
+        "serving": f"({join(serving(config, allocation))})",
         "restarts": str(allocation.restarts),
     }
     return "\n".join([*(f"{name}={value}" for name, value in variables.items()), BODY.read_text()])
@@ -94,7 +130,7 @@ def options(name: str, allocation: Allocation) -> list[str]:
     """sbatch's options."""
     asked: dict[str, str | int | None] = {
         "job-name": name,
-        "nodes": allocation.nodes,
+        "nodes": allocation.all_nodes,
         "ntasks-per-node": allocation.gpus or allocation.tasks,
         "gpus-per-node": allocation.gpus or None,
         "cpus-per-task": allocation.cpus,
@@ -107,6 +143,18 @@ def options(name: str, allocation: Allocation) -> list[str]:
     }
     given = [f"--{name}={quote(str(value))}" for name, value in asked.items() if value is not None]
     return [*given, "--requeue"]
+
+
+def serving(config: Config, allocation: Allocation) -> list[str]:
+    """srun's options for servers that are the job's own: on its first nodes, or beside the ranks; none where it
+    has none."""
+    if allocation.serve_nodes:
+        nodes, shared = allocation.serve_nodes, []
+    elif config.rollout.engine == "sglang" and config.rollout.sglang.colocated:
+        nodes, shared = allocation.nodes, ["--overlap"]
+    else:
+        return []
+    return [*shared, "--relative=0", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
 
 
 def pyxis(allocation: Allocation) -> str:

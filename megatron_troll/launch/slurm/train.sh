@@ -12,11 +12,24 @@ echo "$SLURM_JOB_ID" >"$logs/job"
 
 # USR1 comes before the time limit, TERM with a preemption: the ranks finish their step and save.
 asked=
-trap 'asked=yes; echo "asking the ranks to save and stop"; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1 TERM
+ask() {
+  asked=yes
+  echo "asking the ranks to save and stop"
+  signal USR1 ranks
+}
+trap ask USR1 TERM
 
-# Runs a step to its end, through signals, and leaves its exit code in `code`.
+# Sends a signal to the step of that name, if it is there.
+signal() {
+  local id name
+  squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | while read -r id name; do
+    if [[ $name == "$2" ]]; then scancel --signal="$1" "$id" || true; fi
+  done
+}
+
+# Runs a step on the nodes that train to its end, through signals, and leaves its exit code in `code`.
 step() {
-  srun --kill-on-bad-exit=1 "${container[@]}" "$@" &
+  srun --relative="$first" --nodes="$nodes" --kill-on-bad-exit=1 "${container[@]}" "$@" &
   local step=$!
   code=0
   while kill -0 "$step" 2>/dev/null; do
@@ -25,11 +38,30 @@ step() {
 }
 task=("$python" -m megatron_troll.launch.slurm.task "${network[@]}")
 
-# The nodes first, a task each; then the ranks.
-step --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${task[@]}" "$logs/preflight" preflight "${command[@]:1}"
+# The nodes first, a task each.
+step --ntasks="$nodes" --ntasks-per-node=1 "${task[@]}" "$logs/preflight" preflight "${command[@]:1}"
 if [[ $asked ]]; then code=1; fi
-if ((code == 0)); then step "${task[@]}" "$logs" "${command[@]}"; fi
+
+# Then the job's own servers, if it has any, until one is up.
+servers=
+if ((code == 0 && ${#serving[@]})); then
+  srun --job-name=servers --kill-on-bad-exit=0 "${serving[@]}" "${container[@]}" "$python" \
+    -m megatron_troll.launch.slurm.server "${network[@]}" "${command[@]:1}" &
+  servers=$!
+  until [[ $asked || -n $(find "$run/servers" -name '*.json' -newer "$logs/job" 2>/dev/null) ]]; do
+    kill -0 "$servers" 2>/dev/null || { echo "no server started: see above, and $run/logs"; exit 1; }
+    sleep 1
+  done
+  if [[ $asked ]]; then code=1; fi
+fi
+
+# Then the ranks. Servers end with them.
+if ((code == 0)); then step --job-name=ranks --ntasks="$ranks" "${task[@]}" "$logs" "${command[@]}"; fi
 trap '' USR1 TERM
+if [[ $servers ]]; then
+  signal TERM servers
+  wait "$servers" || true
+fi
 
 # A run that was stopped goes on in the queue, unless the job was cancelled.
 state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o ' JobState=[A-Z]*' || true)
