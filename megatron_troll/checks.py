@@ -92,6 +92,7 @@ def check_methods(config: Config, objective: Objective, shape: ModelShape) -> No
         objective.check(shape.vocab)
         _check_kept(objective, shape)
     _check_roles(config, objective)
+    _check_pair(config)
     _check_bias(config, "policy", config.policy)
     _check_replay(config, shape)
     _check_rollout(config, objective, shape)
@@ -254,16 +255,25 @@ def _check_rollout_model(config: Config, shape: ModelShape) -> None:
         return
     other = read_shape(model.path)
     _check_model("rollout", model, other, world_size(config))
+    if other.vocab != shape.vocab or _tokens(model) != _tokens(config.policy):
+        raise ConfigError(
+            f"models.rollout: {model.path} has other tokens than the policy {config.policy.path}; both learn "
+            "from the same token ids"
+        )
+    with _about("models.rollout.distill"):
+        _check_k(min(model.distill.k, shape.vocab))
+
+
+def _check_pair(config: Config) -> None:
+    """A rollout model beside the policy."""
+    model = config.models.rollout
+    if model is None:
+        return
     mine, policys = ({axis: getattr(m.layout, axis) for axis in CUT_ALIKE} for m in (model, config.policy))
     if mine != policys:
         raise ConfigError(
             f"models.rollout.layout: {mine} must be those of the policy, {policys}, so that a micro-batch of "
             "one is one of the other; ep and etp may differ"
-        )
-    if other.vocab != shape.vocab or _tokens(model) != _tokens(config.policy):
-        raise ConfigError(
-            f"models.rollout: {model.path} has other tokens than the policy {config.policy.path}; both learn "
-            "from the same token ids"
         )
     for key, value, reason in (
         ("rollout.engine=sglang", config.rollout.engine == "sglang", "its servers are held to the policy"),
@@ -272,8 +282,6 @@ def _check_rollout_model(config: Config, shape: ModelShape) -> None:
     ):
         if value:
             raise ConfigError(f"{key} does not go with models.rollout: {reason}")
-    with _about("models.rollout.distill"):
-        _check_k(min(model.distill.k, shape.vocab))
     low, high = model.distill.limits
     if low > high or not (model.distill.weight == 0 or low <= model.distill.weight <= high):
         raise ConfigError(

@@ -151,8 +151,9 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, operation: str, args: Any, group: dist.ProcessGroup) -> None:
-        of_data = "weights" if operation == "_allgather_base_" else "gradients"
-        kind = self.kinds.get(group.group_name, of_data)
+        # Two stages send to each other over the world's group too, lest they wait for each other.
+        other = "pipeline" if operation == "send" else "weights" if "allgather" in operation else "gradients"
+        kind = self.kinds.get(group.group_name, other)
         self.bytes[kind] += sent(operation, args, group.size(), group.rank())
 
 
@@ -162,11 +163,11 @@ def sent(operation: str, args: Any, ranks: int, rank: int) -> float:
     match operation:
         case "send":
             return nbytes(args[0])
-        case "allreduce_":
+        case "allreduce_" | "allreduce_coalesced_":
             return 2 * others * nbytes(args[0])
-        case "_allgather_base_" | "allgather_":
+        case "_allgather_base_" | "allgather_" | "allgather_into_tensor_coalesced_":
             return others * nbytes(args[0])
-        case "_reduce_scatter_base_" | "reduce_scatter_":
+        case "_reduce_scatter_base_" | "reduce_scatter_" | "reduce_scatter_tensor_coalesced_":
             return others * nbytes(args[1])
         case "alltoall_base_":
             tensor, splits = args[1], args[4]

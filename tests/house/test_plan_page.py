@@ -8,7 +8,7 @@ from megatron_troll.config.document import parse
 from megatron_troll.config.load import PRESETS, assemble, read
 from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan.build import GIB, plan
-from tests.house.markdown import ROOT
+from tests.house.markdown import ROOT, configurations
 
 PAGE = (ROOT / "docs" / "plan.md").read_text()
 LAYOUTS = sorted(PRESETS.glob("qwen3_*.yaml"))
@@ -33,3 +33,8 @@ def test_a_preset_is_in_the_table_as_it_is_planned(preset: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_named(recipe: Path) -> None:
     assert f"`{recipe.stem}`" in PAGE
+
+
+def test_the_example_of_the_readme_fits(tmp_path: Path) -> None:
+    (example,) = configurations(ROOT / "README.md", tmp_path)
+    assert plan(example).fits

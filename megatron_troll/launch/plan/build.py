@@ -5,21 +5,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_troll import rollout
+from megatron_troll.batching.experts import expert_dtype
 from megatron_troll.checks import check_methods
 from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan import communication, generation, head
 from megatron_troll.launch.plan.activations import activations_of, between_stages, flow_of, working_set
-from megatron_troll.launch.plan.models import Planned, models_of
+from megatron_troll.launch.plan.models import Planned, drawing_of, models_of
 from megatron_troll.launch.plan.parameters import carried_parameters
 from megatron_troll.launch.plan.pipeline import Work, work_of
 from megatron_troll.launch.plan.saved.layers import MODES
-from megatron_troll.launch.plan.servers import BF16, Server, servers_of
+from megatron_troll.launch.plan.servers import BF16, GIB, Server, server_share, servers_of
 from megatron_troll.mcore.layout import Cut, cuts, smallest_world
 from megatron_troll.objectives.compose import compose, resolve
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.weights.table import parameters_of
 
-GIB = 2**30
 # Of one token, on the device of every stage: id, position, padding; of those that carry loss: where, target,
 # sequence, position, weight, advantage, log-prob, uniform.
 TOKEN, LOSS_TOKEN = 17, 52
@@ -123,20 +123,22 @@ def plan(config: Config, ranks: int | None = None) -> Plan:
     rollout.check_engine(config.rollout, config.policy.layout.cp)
     check_methods(config, objective, policy.shape)
     work, flow = work_of(config, policy.ranks), flow_of(policy, work_of(config, policy.ranks))
-    parameters = [_parameters(planned) for planned in models]
-    launch = config.launch
+    drawing, launch = drawing_of(models), config.launch
+    drawn = parameters_of(drawing.holding.table)
     return Plan(
         config=config,
         world=world,
         te=flow.te,
         checks=cuts(policy.shape, policy.model.layout),
-        parameters=parameters,
+        parameters=[_parameters(planned) for planned in models],
         work=work,
         stages=[_stage(config, models, objective, work, stage) for stage in range(policy.model.layout.pp)],
         logits=head.logits_of(flow, objective),
         traffic=_traffic(config, models, objective, work),
-        servers=servers_of(policy.shape, parameters[0].total, work.tokens, _limit(launch.device_gib * 0.85)),
-        sync=BF16 * parameters[0].total,
+        servers=servers_of(
+            drawing.shape, drawn, work.tokens, _limit(launch.device_gib * server_share(config))
+        ),
+        sync=BF16 * drawn,
         limit=_limit(launch.device_gib - launch.reserve_gib),
     )
 
@@ -173,8 +175,7 @@ def _stage(config: Config, models: Sequence[Planned], objective: Objective, work
     rank = max(states, key=lambda r: sum(s.weights + s.gradients + s.optimizer for s in states[r]))
     modes = {mode: activations_of(policy, work, stage, mode) for mode in MODES}
     used = modes[policy.model.recompute]
-    critics = [planned for planned in models[1:] if planned.trained]
-    most = max(used.kept, *(_kept(config, critic, rank) for critic in critics), 0)
+    others = [_kept(config, planned, rank) for planned in models[1:] if planned.trained]
     beside = _beside(config, policy, objective, work, stage, used.in_flight)
     return Stage(
         stage=stage,
@@ -184,8 +185,8 @@ def _stage(config: Config, models: Sequence[Planned], objective: Objective, work
             "gradients": sum(s.gradients for s in states[rank]),
             "optimizer": sum(s.optimizer for s in states[rank]),
         },
-        training={"activations": most} | beside,
-        generation=generation.of_engine(config, policy, work, stage),
+        training={"activations": max(used.kept, *others, 0)} | beside,
+        generation=generation.of_engine(config, drawing_of(models), work, stage),
         host=sum(s.host for s in states[rank]),
         in_flight=used.in_flight,
         activations={mode: found.kept for mode, found in modes.items()},
@@ -193,10 +194,10 @@ def _stage(config: Config, models: Sequence[Planned], objective: Objective, work
     )
 
 
-def _kept(config: Config, critic: Planned, rank: int) -> int:
-    """Activations, while the critic is trained in the policy's place."""
-    work, stage = work_of(config, critic.ranks), critic.ranks.stage(rank)
-    return activations_of(critic, work, stage, critic.model.recompute).kept
+def _kept(config: Config, other: Planned, rank: int) -> int:
+    """Activations, while another model is trained in the policy's place."""
+    work, stage = work_of(config, other.ranks), other.ranks.stage(rank)
+    return activations_of(other, work, stage, other.model.recompute).kept
 
 
 def _beside(
@@ -211,23 +212,38 @@ def _beside(
     return {
         "head": head.saved_by_head(flow, objective) if last else 0,
         "logits": head.logits_of(flow, objective).used if last else 0,
-        "records": head.records_of(answers, flow, objective) if last else 0,
+        "records": head.records_of(answers, flow, objective, config.models.rollout) if last else 0,
         "batch": config.train.epochs * (TOKEN * tokens + (LOSS_TOKEN + ENTRY * entries) * answers),
+        "replay": _replayed(config, policy, stage, tokens),
         "pipeline": between_stages(policy, flow, stage, flying),
         "working set": working_set(flow),
     }
 
 
+def _replayed(config: Config, policy: Planned, stage: int, tokens: int) -> int:
+    """The experts of every token, where training repeats them."""
+    ranks, shape = policy.ranks, policy.shape
+    if config.train.replay == "none":
+        return 0
+    layers = sum(len(ranks.layers(stage, chunk, shape.layers)) for chunk in range(ranks.chunks))
+    number = expert_dtype(shape.experts)().nbytes
+    return tokens // ranks.layout.tp * layers * shape.experts_per_token * number
+
+
 def _traffic(
     config: Config, models: Sequence[Planned], objective: Objective, work: Work
 ) -> communication.Traffic:
-    """Forwards without gradient: those of the old policy and of the reference, one of every update where the
-    objective or the balancing loss needs numbers over all of it, and the critic's for its values."""
+    """Forwards without gradient: those of the old policy and of the reference, the critic's for its values,
+    the policy's that a rollout model learns from, and one of every update where the objective or the
+    balancing loss needs numbers over all of it."""
     policy, epochs = models[0], config.train.epochs
-    surveyed = objective.needs_statistics or policy.model.moe.aux_loss > 0
-    forwards = (config.objective.old == "trainer") + objective.needs_reference + epochs * surveyed
+    forwards = (
+        (config.objective.old == "trainer") + objective.needs_reference + (drawing_of(models) != policy)
+    )
+    forwards += epochs * (objective.needs_statistics or policy.model.moe.aux_loss > 0)
     total = communication.of_batch(policy, work, config.train, forwards)
-    for critic in (planned for planned in models[1:] if planned.trained):
-        balanced = epochs * (critic.model.moe.aux_loss > 0)
-        total += communication.of_batch(critic, work_of(config, critic.ranks), config.train, 1 + balanced)
+    for other in (planned for planned in models[1:] if planned.trained):
+        balanced = epochs * (other.model.moe.aux_loss > 0)
+        alone = balanced + (other.name == "critic")
+        total += communication.of_batch(other, work_of(config, other.ranks), config.train, alone)
     return total

@@ -14,7 +14,7 @@ from megatron_troll.launch.plan.models import Planned
 from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.launch.plan.ranks import Ranks
 from megatron_troll.launch.plan.saved.flow import FLOAT, Flow
-from megatron_troll.launch.plan.states import WIDTHS, Buffers
+from megatron_troll.launch.plan.states import WIDTHS
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,12 @@ def _again(flow: Flow, kind: str) -> Traffic:
     mode, modules = flow.model.recompute, flow.model.recompute_modules
     if mode == "full":
         return _layer(flow, kind, backward=False)
+    total = Traffic()
     if mode == "selective" and {"moe", "mlp"} & set(modules):
-        return Traffic(tensor=_tensor(flow, _feeding(flow), 2)) + _experts(flow)
-    return Traffic()
+        total += Traffic(tensor=_tensor(flow, _feeding(flow), 2)) + _experts(flow)
+    if mode == "selective" and "core_attn" in modules and kind == "full_attention":
+        total += Traffic(context=_keys(flow, backward=False))
+    return total
 
 
 def _layer(flow: Flow, kind: str, *, backward: bool) -> Traffic:
@@ -124,31 +127,50 @@ def between_stages(flow: Flow, ranks: Ranks, stage: int) -> Traffic:
     return Traffic(pipeline=sends * flow.hidden(flow.shard))
 
 
-def of_step(flow: Flow, ranks: Ranks, chunks: Iterable[Buffers]) -> Traffic:
+def of_step(planned: Planned, stage: int) -> Traffic:
     """Sums of gradients, and new weights, of one optimizer step."""
-    model, total = flow.model, Traffic()
-    for chunk in chunks:
+    model, ranks, total = planned.model, planned.ranks, Traffic()
+    for chunk in planned.buffers[stage]:
+        # Of a tied embedding the first and the last stage add what they have.
+        total += Traffic(gradients=FLOAT * chunk.shared)
+        # Dense and expert parameters have an optimizer each, and each gathers the weights of both.
+        gathered = (1 + bool(chunk.expert.numel)) * WIDTHS[model.dtype]
         for buffer, size in ((chunk.dense, ranks.dp_cp), (chunk.expert, ranks.expert_dp)):
             numbers = share(size) * buffer.numel
             if model.optimizer.distributed:
-                total += Traffic(gradients=FLOAT * numbers, weights=WIDTHS[model.dtype] * numbers)
+                total += Traffic(gradients=FLOAT * numbers, weights=gathered * numbers)
             else:
                 total += Traffic(gradients=2 * FLOAT * numbers)
     return total
 
 
+def of_forward(planned: Planned, work: Work, stage: int) -> Traffic:
+    """One micro-batch without gradient."""
+    flow, ranks = flow_of(planned, work), planned.ranks
+    there = forward(flow, _kinds(planned, stage)) + ends(flow, ranks, stage)
+    return there + between_stages(flow, ranks, stage).times(0.5)
+
+
+def of_training(planned: Planned, work: Work, stage: int) -> Traffic:
+    """One micro-batch forwards and backwards."""
+    flow, ranks = flow_of(planned, work), planned.ranks
+    back = backward(flow, _kinds(planned, stage)) + ends(flow, ranks, stage)
+    return of_forward(planned, work, stage) + back + between_stages(flow, ranks, stage).times(0.5)
+
+
+def _kinds(planned: Planned, stage: int) -> list[str]:
+    ranks, shape = planned.ranks, planned.shape
+    chunks = [ranks.layers(stage, chunk, shape.layers) for chunk in range(ranks.chunks)]
+    return [shape.layer_types[layer] for layers in chunks for layer in layers]
+
+
 def of_batch(planned: Planned, work: Work, train: Train, forwards: int) -> Traffic:
     """One rollout batch with so many `forwards` without gradient, on the stage that sends the most."""
-    ranks, shape, flow = planned.ranks, planned.shape, flow_of(planned, work)
     micro = work.responses * work.tokens / work.micro_tokens
 
     def of_stage(stage: int) -> Traffic:
-        chunks = [ranks.layers(stage, chunk, shape.layers) for chunk in range(ranks.chunks)]
-        kinds = [shape.layer_types[layer] for layers in chunks for layer in layers]
-        outside, between = ends(flow, ranks, stage), between_stages(flow, ranks, stage)
-        there, back = forward(flow, kinds) + outside, backward(flow, kinds) + outside
-        alone, trained = there + between.times(0.5), there + back + between
-        step = of_step(flow, ranks, planned.buffers[stage])
-        return (alone.times(forwards) + trained.times(train.epochs)).times(micro) + step.times(train.updates)
+        alone = of_forward(planned, work, stage).times(forwards)
+        trained = of_training(planned, work, stage).times(train.epochs)
+        return (alone + trained).times(micro) + of_step(planned, stage).times(train.updates)
 
-    return max(map(of_stage, range(ranks.layout.pp)), key=lambda sent: sum(astuple(sent)))
+    return max(map(of_stage, range(planned.ranks.layout.pp)), key=lambda sent: sum(astuple(sent)))

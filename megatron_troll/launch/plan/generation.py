@@ -9,17 +9,21 @@ from megatron_troll.launch.plan.caches import state_of_sequence, values_of_token
 from megatron_troll.launch.plan.models import Planned
 from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.launch.plan.saved.flow import FLOAT
+from megatron_troll.launch.plan.servers import GIB, server_share
 
 # Of each number of whole rows, on the last stage: logits and their gathered shards, log-probs, probabilities,
 # and a cumulative sum in fp64.
 ROW = 6 * FLOAT
 
 
-def of_engine(config: Config, policy: Planned, work: Work, stage: int) -> dict[str, int]:
-    """Nothing where servers generate. `prefill` is an estimate."""
+def of_engine(config: Config, drawing: Planned, work: Work, stage: int) -> dict[str, int]:
+    """Of `drawing`, the model that draws the rollouts; nothing where servers elsewhere do. `prefill` is an
+    estimate."""
+    if config.rollout.engine == "sglang" and config.rollout.sglang.colocated:
+        return {"servers": round(server_share(config) * config.launch.device_gib * GIB)}
     if config.rollout.engine != "inprocess":
         return {}
-    ranks, shape, flow = policy.ranks, policy.shape, flow_of(policy, work)
+    ranks, shape, flow = drawing.ranks, drawing.shape, flow_of(drawing, work)
     tp, prompt = ranks.layout.tp, data_of(config).max_prompt_tokens
     sequences = min(config.rollout.max_sequences, work.responses)
     chunks = [ranks.layers(stage, chunk, shape.layers) for chunk in range(ranks.chunks)]

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from megatron_troll.config.tree import RolloutModel
 from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.types import Reads
@@ -50,13 +51,16 @@ def saved_by_head(flow: Flow, objective: Objective) -> int:
     return hidden + flow.tokens * (STATISTICS + SHORT * _kept(objective.reads))
 
 
-def records_of(tokens: int, flow: Flow, objective: Objective) -> int:
+def records_of(tokens: int, flow: Flow, objective: Objective, drawing: RolloutModel | None) -> int:
     """What is kept of `tokens` tokens from before the update until the rollout batch is done: readings of the
-    old policy and of the reference model, beside which its hidden states are read again."""
+    old policy and of the reference model, beside which its hidden states are read again, and of the policy
+    for a rollout model, which learns after it."""
     kept = tokens * (STATISTICS + SHORT * _kept(objective.reads_old))
     if objective.needs_reference:
         again = bool(objective.reads_reference.supports) or objective.reads_reference.reference_kl
         kept += tokens * FLOAT * 2 + (flow.hidden(tokens) if again else 0)
+    if drawing is not None:
+        kept += tokens * SHORT * (drawing.distill.k + 2)
     return kept
 
 

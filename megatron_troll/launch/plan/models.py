@@ -1,5 +1,6 @@
 """The models of a run as a plan sees them: shape, weight table, who holds what."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +55,11 @@ def models_of(config: Config, world: int) -> list[Planned]:
     if config.models.rollout is not None:
         found.append(_from_path("rollout", config.models.rollout, world))
     return found
+
+
+def drawing_of(models: Sequence[Planned]) -> Planned:
+    """The model that draws the rollouts."""
+    return next((planned for planned in models if planned.name == "rollout"), models[0])
 
 
 def _from_path(name: str, model: Model, world: int) -> Planned:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan.caches import state_of_sequence, values_of_token
 from megatron_troll.mcore.shape import ModelShape
 
 BF16, FP8 = 2, 1
 SIZES = (1, 2, 4, 8)
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Server:
     sequence: int
     sequences_bf16: int
     sequences_fp8: int
+
+
+def server_share(config: Config) -> float:
+    """Of a GPU's memory, for weights and caches; by default about what SGLang takes."""
+    return config.serve.memory_fraction or 0.85
 
 
 def servers_of(shape: ModelShape, parameters: int, longest: int, memory: int) -> list[Server]:

@@ -27,11 +27,13 @@ class States:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Those of one chunk: dense parameters and, where experts are spread over ranks, theirs."""
+    """Those of one chunk: dense parameters and, where experts are spread over ranks, theirs. Numbers in none
+    of them, and of `dense` those of a tied embedding that another stage has too."""
 
     dense: Buffer
     expert: Buffer
     untrained: int
+    shared: int
 
 
 def trained_states(model: Model, ranks: Ranks, stages: list[list[Buffers]], rank: int) -> States:
@@ -90,6 +92,7 @@ def buffers_of(model: Model, holding: Holding) -> list[list[Buffers]]:
             dense=layout_of(dense, ranks.dp_cp, optimizer.distributed, bucket),
             expert=layout_of(expert, ranks.expert_dp, optimizer.distributed, bucket),
             untrained=sum(p.numel for p in held if not p.trained),
+            shared=sum(p.numel for p in held if p.shared),
         )
 
     return [[chunk(stage, i) for i in range(ranks.chunks)] for stage in range(ranks.layout.pp)]

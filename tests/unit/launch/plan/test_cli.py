@@ -7,6 +7,7 @@ import pytest
 
 from megatron_troll.cli import main
 
+JACKPOT = Path(__file__).parents[4] / "examples" / "configs" / "qwen3_8b_jackpot.yaml"
 CONFIG = """
 extends: [qwen3_30b_a3b, troll]
 name: trial
@@ -53,6 +54,28 @@ def test_caches_of_the_in_process_engine_count(config: str, capsys: pytest.Captu
     assert main(["plan", config, "rollout.engine=inprocess", "rollout.max_sequences=16"]) == 0
 
 
+def test_servers_on_the_same_gpus_count(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "rollout.sglang.colocated=true"]) == 1
+    assert "most of it: servers 118.15 GiB" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", config, "rollout.sglang.colocated=true", "serve.memory_fraction=0.4"]) == 0
+
+
+def test_a_rollout_model_draws_in_the_policys_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(JACKPOT), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [model["model"] for model in found["models"]] == ["policy", "rollout"]
+    # 28 layers of 8 heads of 128, keys and values, over tp 2.
+    assert found["servers"][1]["token_bf16"] == 28 * 2 * 8 * 128 * 2 // 2
+    assert found["worst"]["generation"]["caches"] == 96 * (2048 + 8192) * 28 * 2 * 8 * 128 * 2 // 2
+
+
+def test_replayed_experts_count(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "train.replay=old", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    tokens = 64 * 16 // 8 * (2048 + 14336 - 1)
+    assert found["worst"]["training"]["replay"] == tokens * 48 * 8
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -62,6 +85,7 @@ def test_caches_of_the_in_process_engine_count(config: str, capsys: pytest.Captu
         (["rollout.sampling.max_tokens=40000"], "exceeds the model's max_position_embeddings 40960"),
         (["objective.kl.name=tike"], "models.reference: missing; objective.kl=tike"),
         (["models.policy.layout={cp: 2}", "rollout.engine=inprocess"], "under context parallelism"),
+        (["models.rollout.path=models/Qwen3-1.7B"], "rollout.engine=sglang does not go with models.rollout"),
         (["data=null"], "data: missing"),
         (["trian.steps=3"], "did you mean 'train'?"),
     ],
