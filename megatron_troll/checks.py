@@ -322,9 +322,12 @@ def _check_replay(config: Config, shape: ModelShape) -> None:
             "leaves out; set objective.old=trainer, or train.replay=rollout"
         )
     if replay == "rollout" and not rollout.returns_experts(config):
+        hint = "use inprocess or sglang"
+        if config.rollout.engine == "sglang":
+            hint = "set serve.routed_experts=true"
         raise ConfigError(
             f"train.replay=rollout: the engine {config.rollout.engine} does not return the experts it chose; "
-            "use rollout.engine=inprocess, or train.replay=old"
+            f"{hint}, or train.replay=old"
         )
 
 

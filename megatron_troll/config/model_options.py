@@ -35,7 +35,7 @@ class Distill(Node):
     k: Positive = Field(default=20, description="tokens of the policy's record, beside the sampled one")
     weight: NonNegative = Field(default=1.0, description="of the KL, at the start; 0: never any")
     target_kl: PositiveFloat | None = Field(
-        default=0.05, description="nats a token that the weight is moved to keep the KL at; null: it stays"
+        default=0.1, description="nats a token that the weight is moved to keep the KL at; null: it stays"
     )
     gain: PositiveFloat = Field(
         default=0.2,

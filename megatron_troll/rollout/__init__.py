@@ -50,7 +50,9 @@ def _check_sglang(config: SGLang) -> None:
 def returns_experts(config: Config) -> bool:
     """Whether the engine can tell which experts it chose. A known engine is not imported."""
     name = config.rollout.engine
-    return name == "inprocess" or (name not in known_methods(ENGINES) and find(name).returns_experts)
+    if name == "sglang":
+        return config.serve.routed_experts
+    return name == "inprocess" or find(name).returns_experts
 
 
 def build(setup: Setup) -> Engine:

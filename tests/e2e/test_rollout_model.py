@@ -20,7 +20,8 @@ DECOUPLED = (
 @pytest.fixture(scope="module")
 def small(warm: Workplace) -> Workplace:
     """The demo's smaller model after a short warm start, and a run of two steps that it draws for."""
-    succeed(warm.mtroll("sft", "warm.yaml", "name=small-warm", "models.policy.path=runs/demo/small"))
+    short = ["name=small-warm", "models.policy.path=runs/demo/small", "sft.steps=10"]
+    succeed(warm.mtroll("sft", "warm.yaml", *short))
     succeed(warm.mtroll("train", "tiny.yaml", "name=decoupled", "train.steps=2", *DECOUPLED))
     return warm
 

@@ -141,11 +141,64 @@ def test_replay_needs_something_to_repeat(config: Path, tmp_path: Path) -> None:
         "train.replay=old repeats the experts of the old policy's forward, which objective.old=engine" in said
     )
     said = refusal(config, "train.replay=rollout", "rollout.engine=sglang")
-    assert "the engine sglang does not return the experts it chose" in said
+    assert "the engine sglang does not return the experts it chose; set serve.routed_experts=true" in said
+    task(config, "train.replay=rollout", "rollout.engine=sglang", "serve.routed_experts=true")
     said = refusal(config, "train.replay=rollout", "rollout.engine=tests.unit.test_checks:Forgetful")
     assert "the engine tests.unit.test_checks:Forgetful does not return" in said
     said = refusal(config, "train.replay=old", *dense_policy(config, tmp_path))
     assert "train.replay=old repeats choices of experts: " in said
+
+
+def rollout_model(base: Path, **fields: object) -> str:
+    tree = {"path": str(base), "init": "random", "dtype": "fp32", "layout": {"tp": 2, "ep": 2}} | fields
+    return f"models.rollout={json.dumps(tree)}"
+
+
+def test_a_rollout_model_may_be_of_another_architecture(config: Path, base: Path, tmp_path: Path) -> None:
+    task(config, rollout_model(base))
+    path, _ = dense_policy(config, tmp_path)
+    dense = path.removeprefix("models.policy.path=")
+    prepared = task(config, rollout_model(Path(dense), layout={"tp": 2}))
+    assert prepared.config.models.rollout is not None
+    assert prepared.config.models.rollout.layout.ep == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "overrides", "said"),
+    [
+        ({"layout": {}}, (), "must be those of the policy, {'tp': 2, 'pp': 1, 'vpp': None, 'cp': 1}"),
+        (
+            {"layout": {"tp": 2, "ep": 3}},
+            (),
+            "models.rollout.layout: experts (8) cannot be divided by ep (3)",
+        ),
+        ({}, ("rollout.engine=sglang",), "rollout.engine=sglang does not go with models.rollout"),
+        ({}, ("objective.old=engine",), "objective.old=engine does not go with models.rollout"),
+        ({}, ("train.replay=rollout",), "train.replay=rollout does not go with models.rollout"),
+        (
+            {"distill": {"weight": 200.0}},
+            (),
+            "models.rollout.distill.weight=200 is outside of limits [0.01, 100]",
+        ),
+        ({"distill": {"limits": [3, 2]}}, (), "is outside of limits [3, 2]"),
+        ({"init": "pretrained"}, (), "no model.safetensors.index.json or model.safetensors"),
+        ({"moe": {"bias_rate": 0.1}}, (), "models.rollout.moe.bias_rate: checkpoint.export must be false"),
+    ],
+)
+def test_a_rollout_model_is_refused(
+    config: Path, base: Path, fields: dict[str, object], overrides: tuple[str, ...], said: str
+) -> None:
+    assert said in refusal(config, rollout_model(base, **fields), *overrides)
+
+
+def test_a_rollout_model_reads_the_policys_tokens(config: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    told = json.loads(file.read_text())
+    vocab = told["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(told))
+    assert "has other tokens than the policy" in refusal(config, rollout_model(tmp_path / "other"))
 
 
 class Forgetful(Engine):

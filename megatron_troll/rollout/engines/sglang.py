@@ -17,6 +17,7 @@ from megatron_troll.rollout.sglang.errors import Mismatch
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
 from megatron_troll.rollout.sglang.registry import buffer_folder, weights_folder
+from megatron_troll.rollout.sglang.routed import Routed
 from megatron_troll.rollout.sglang.weights import Agreed
 from megatron_troll.rollout.sglang.wire import Ask
 from megatron_troll.types import Rollout
@@ -27,6 +28,7 @@ class SGLangEngine(Engine):
     and one place where each question is answered once. All ranks hold every rollout of a batch."""
 
     draws_elsewhere = True
+    returns_experts = True
 
     def __init__(self, setup: Setup) -> None:
         """Waits until a server is healthy and the policy's."""
@@ -113,7 +115,10 @@ class SGLangEngine(Engine):
             self._journal.close()
 
     def _question(self, request: Request, sampling: Sampling, round: int) -> Question:
-        vocab = self.setup.model.shape.vocab
+        shape = self.setup.model.shape
+        vocab, routed = shape.vocab, None
+        if self.setup.config.train.replay == "rollout":
+            routed = Routed(shape.layers, shape.experts_per_token, shape.experts)
         ask = Ask(
             ids=request.prompt_ids.tolist(),
             max_tokens=sampling.max_tokens,
@@ -124,6 +129,7 @@ class SGLangEngine(Engine):
             vocab=vocab,
             # SGLang takes seeds of 63 bits.
             seed=sample_key(self.setup.config.seed, round, request.prompt.id, request.sample) >> 1,
+            routed=routed,
         )
         return Question(f"{request.prompt.id}#{request.sample}", ask)
 

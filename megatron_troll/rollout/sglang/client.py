@@ -20,6 +20,7 @@ from megatron_troll.rollout.sglang.errors import (
     Unreachable,
 )
 from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.routed import continued
 from megatron_troll.rollout.sglang.servers import Server, Servers
 from megatron_troll.rollout.sglang.versions import Versions
 from megatron_troll.rollout.sglang.wire import Ask, Part, part_of, score_body, score_of
@@ -196,6 +197,7 @@ def _joined(parts: Sequence[tuple[Part, np.ndarray]]) -> Answer:
         topk=_stacked(records) if records else None,
         versions=np.concatenate([versions for _, versions in parts]),
         finish="length" if finish == "abort" else finish,
+        experts=continued([part.experts for part, _ in parts if part.experts is not None]),
     )
 
 

@@ -27,6 +27,10 @@ class NotFinite(BadReply):
     """A log-probability that is no number."""
 
 
+class NoExperts(EngineError):
+    """The server does not say which experts it chose."""
+
+
 class StaleWeights(Passing):
     """An answer from weights that this run did not put there."""
 

@@ -11,8 +11,15 @@ import numpy as np
 from megatron_troll.rollout.engine import Answer
 from megatron_troll.types import TokenTopK
 
-# What a record has, and in which dtype: 12 bytes a token, 8 an entry of its top-K.
-DTYPES = {"ids": "<i4", "logp": "<f4", "versions": "<i4", "topk_ids": "<i4", "topk_logp": "<f4"}
+# What a record has, and in which dtype: 12 bytes a token, 8 an entry of its top-K, 2 an expert.
+DTYPES = {
+    "ids": "<i4",
+    "logp": "<f4",
+    "versions": "<i4",
+    "topk_ids": "<i4",
+    "topk_logp": "<f4",
+    "experts": "<u2",
+}
 
 
 class Journal:
@@ -64,6 +71,8 @@ def _record(name: str, answer: Answer) -> bytes:
     arrays: dict[str, np.ndarray] = {"ids": answer.ids, "logp": answer.logp, "versions": answer.versions}
     if answer.topk is not None:
         arrays |= {"topk_ids": answer.topk.ids, "topk_logp": answer.topk.logp}
+    if answer.experts is not None:
+        arrays["experts"] = answer.experts
     body = b"".join(array.astype(DTYPES[key]).tobytes() for key, array in arrays.items())
     shapes = {key: array.shape for key, array in arrays.items()}
     head = {"name": name, "finish": answer.finish, "shapes": shapes, "crc": zlib.crc32(body)}
@@ -78,7 +87,9 @@ def _records(data: bytes) -> Iterator[tuple[str, Answer, int]]:
             head = json.loads(data[start:line])
         except ValueError:
             return
-        sizes = {key: 4 * int(np.prod(shape)) for key, shape in head["shapes"].items()}
+        sizes = {
+            key: np.dtype(DTYPES[key]).itemsize * int(np.prod(shape)) for key, shape in head["shapes"].items()
+        }
         end = line + 1 + sum(sizes.values())
         if end > len(data) or zlib.crc32(data[line + 1 : end]) != head["crc"]:
             return
@@ -98,4 +109,5 @@ def _answer(head: dict[str, Any], body: bytes, sizes: dict[str, int]) -> Answer:
         topk=TokenTopK(arrays["topk_ids"], arrays["topk_logp"]) if "topk_ids" in arrays else None,
         versions=arrays["versions"].astype(np.int64),
         finish=head["finish"],
+        experts=arrays.get("experts"),
     )

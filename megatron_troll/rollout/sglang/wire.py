@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_troll.config.tree import Sampling
 from megatron_troll.rollout.sglang.errors import BadReply, NotFinite, ServerFault
+from megatron_troll.rollout.sglang.routed import Routed, experts_of
 from megatron_troll.rollout.sglang.topk import LOWEST, Size, field, floats, topk_of
 from megatron_troll.types import FinishReason, TokenTopK
 
@@ -23,6 +24,7 @@ class Ask:
     max_tokens  what the answer may still have
     top_k       entries of the law per position, at most the size of the vocabulary; 0: none
     seed        of a server in deterministic mode; others draw as they like
+    routed      the experts to return; None: none
     """
 
     ids: Sequence[int]
@@ -32,6 +34,7 @@ class Ask:
     top_k: int
     vocab: int
     seed: int
+    routed: Routed | None = None
 
     def body(self, rid: str) -> dict[str, Any]:
         """The JSON of the request. A server aborts by prefix of `rid`."""
@@ -55,6 +58,8 @@ class Ask:
             body["top_logprobs_num"] = self.top_k
             body["return_flat_raw_output_top_logprobs"] = True
             body["return_flat_raw_top_logprobs_b64"] = True
+        if self.routed is not None:
+            body["return_routed_experts"] = True
         return body
 
 
@@ -69,13 +74,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """What one request gave: ids int64, logp float32 [T], top-K and the weights behind each token."""
+    """What one request gave: ids int64, logp float32 [T], top-K and the weights behind each token; the
+    experts of all that the server read, where it drew something."""
 
     ids: np.ndarray
     logp: np.ndarray
     topk: TokenTopK | None
     spans: tuple[Span, ...]
     finish: FinishReason
+    experts: np.ndarray | None = None
 
 
 def score_body(ids: Sequence[int], top_k: int) -> dict[str, Any]:
@@ -108,6 +115,9 @@ def part_of(reply: Any, ask: Ask) -> Part:
         topk=topk_of(meta, "output", Size(len(ids), ask.top_k, ask.vocab)) if ask.top_k else None,
         spans=_spans(meta, len(ids)),
         finish=finish,
+        experts=experts_of(meta, len(ask.ids) + len(ids) - 1, ask.routed)
+        if ask.routed and len(ids)
+        else None,
     )
 
 

@@ -20,6 +20,7 @@ def answer(length: int, top_k: int = 3) -> Answer:
         topk=TokenTopK(ids, generator.normal(size=(length, top_k)).astype(np.float32)) if top_k else None,
         versions=np.arange(length) // 3,
         finish="stop" if length % 2 else "length",
+        experts=generator.integers(0, 512, (length + 3, 4, 2)).astype(np.uint16) if top_k else None,
     )
 
 
@@ -29,6 +30,7 @@ def assert_same(one: Answer, other: Answer) -> None:
         assert here.dtype == there.dtype
         np.testing.assert_array_equal(here, there)
     assert one.finish == other.finish
+    np.testing.assert_array_equal(one.experts, other.experts)
     assert (one.topk is None) == (other.topk is None)
     if one.topk is not None and other.topk is not None:
         np.testing.assert_array_equal(one.topk.ids, other.topk.ids)
@@ -82,9 +84,9 @@ def test_rounds_are_forgotten_once_they_are_learnt_from(tmp_path: Path) -> None:
 
 
 def test_bytes_of_a_record(tmp_path: Path) -> None:
-    """12 a token and 8 an entry, beside a line of some hundred."""
+    """12 a token, 8 an entry and 2 an expert, beside a line of some hundred."""
     journal, file = Journal(tmp_path), tmp_path / "round_000001.bin"
     journal.add(1, "short", answer(0, top_k=64))
     line = file.stat().st_size
     journal.add(1, "longer", answer(100, top_k=64))
-    assert file.stat().st_size - 2 * line < 100 * (12 + 64 * 8) + 32
+    assert file.stat().st_size - 2 * line < 100 * (12 + 64 * 8 + 4 * 2 * 2) + 32
