@@ -48,6 +48,21 @@ def test_a_session_that_was_left_open_is_in_nobodys_way(
     assert drawn[0].synced["engine_kl"] < 1e-6
 
 
+def test_colocated_servers_rest_and_get_their_weights_again(
+    ranks2: RankPool, one: RealServer, trained: Path, tmp_path: Path
+) -> None:
+    """What memory they give back is up to the GPU; here, that all calls are in order."""
+    asked = job([one], trained, tmp_path, sync={"via": "tensor"}, colocated=True)
+    before, after = ranks2.run(worker.draw_after_rest, asked)[0]
+    worker.assert_the_trainers([after], 1)
+    for drawn in (before, after):
+        assert drawn.synced["servers"] == 1
+        assert drawn.synced["engine_kl"] < 1e-6
+    log = one.log.read_text()
+    assert log.count('POST /release_memory_occupation HTTP/1.1" 200') == 1
+    assert log.count('POST /resume_memory_occupation HTTP/1.1" 200') == 1
+
+
 def test_a_version_that_does_not_arrive(
     ranks2: RankPool, one: RealServer, trained: Path, tmp_path: Path
 ) -> None:
