@@ -1,7 +1,7 @@
 # make env    set up .venv           make train  the demo, from prompts to a reward curve
 # make check  lint, types, layers    make test   the tests
 # make test-slurm       the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
-# make sglang-env       SGLang without CUDA, in .venv-sglang, for
+# make sglang-env       SGLang without CUDA, in .venv-sglang, 3 GB, for
 # make test-sglang      tests against real SGLang servers
 # make nemo-env         set up .venv-nemo: nemo-run and what it needs
 # make test-nemo        nemo-run experiments, run on this machine

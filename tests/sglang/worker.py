@@ -116,6 +116,14 @@ def draw_once(job: Job) -> Drawn:
         return draw(engine, 1)
 
 
+def draw_after_rest(job: Job) -> list[Drawn]:
+    """The same version before and after the servers had no memory."""
+    with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
+        before = draw(engine, 1)
+        engine.rest()
+        return [before, draw(engine, 1)]
+
+
 def draw_long(job: Job, under_way: Path) -> Drawn:
     """Many long answers; `under_way` is there from their beginning."""
     with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:

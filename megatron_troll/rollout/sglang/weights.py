@@ -48,20 +48,36 @@ def sync(agreed: Agreed, number: int, pause: Pause = "retract") -> list[str]:
 
     Raises UpdateRefused, VersionMissing, and NoServers where servers are lost each time.
     """
+    lost: Failed = {}
     for _ in range(ATTEMPTS):
-        if reached := _attempt(agreed, number, pause):
+        try:
+            urls = agreed.on_first(lambda desk: _paused(desk, pause))
+        except NoServers as error:
+            raise NoServers(f"{error}{_told(lost)}") from error
+        reached, lost = _attempt(agreed, urls, number)
+        if reached:
             return reached
-    raise NoServers(f"every server was lost during a sync, {ATTEMPTS} times in a row: see the servers' logs")
+    raise NoServers(f"every server was lost during a sync, {ATTEMPTS} times in a row.{_told(lost)}")
 
 
-def _attempt(agreed: Agreed, number: int, pause: Pause) -> list[str]:
-    urls = agreed.on_first(lambda desk: _paused(desk, pause))
+def _attempt(agreed: Agreed, urls: Sequence[str], number: int) -> tuple[list[str], Failed]:
+    """The servers of `urls` that have the weights, and those that were lost."""
 
     def send(desk: Desk, tensors: Tensors) -> Failed:
         return desk.transport.deliver(tensors, urls, desk.versions.called(number))
 
     lost = delivered(agreed, urls, send)
-    return agreed.on_first(lambda desk: _resumed(desk, urls, lost, number))
+    return agreed.on_first(lambda desk: _resumed(desk, urls, lost, number)), lost
+
+
+def _told(lost: Failed) -> str:
+    if not lost:
+        return ""
+    each = "\n".join(f"  {url}: {error}" for url, error in lost.items())
+    return (
+        f"\nLost while they took new weights:\n{each}\nSee their logs: SGLang dies of weights of another "
+        "shape than its model's; start servers from models.policy.path"
+    )
 
 
 def _paused(desk: Desk, pause: Pause) -> list[str]:

@@ -47,6 +47,12 @@ def test_on_gpus() -> None:
     }
 
 
+def test_colocated_servers_can_give_memory_back() -> None:
+    asked = config(rollout={"sglang": {"colocated": True}})
+    assert flags_of(asked, MOE_SHAPE, 0, "cuda")["enable-memory-saver"] is True
+    assert "enable-memory-saver" not in flags_of(asked, MOE_SHAPE, 0, "cpu")
+
+
 def test_a_policy_without_weights_is_served_with_any_until_the_first_sync() -> None:
     assert flags_of(config(policy={"init": "random"}), MOE_SHAPE, 0, "cuda")["load-format"] == "dummy"
 

@@ -78,3 +78,18 @@ def test_what_is_no_servers_url_is_refused(url: str) -> None:
 def test_an_unknown_engine_is_refused_by_the_check() -> None:
     with pytest.raises(ConfigError, match="unknown method 'sglan'"):
         rollout.check(RolloutConfig(engine="sglan"), cp=1)
+
+
+def test_servers_without_memory_cannot_draw_while_the_trainer_trains() -> None:
+    together = RolloutConfig(engine="sglang", staleness=1, sglang=SGLang(colocated=True))
+    with pytest.raises(ConfigError, match=r"rollout\.staleness=1 generates while the trainer trains"):
+        rollout.check(together, cp=1)
+
+
+def test_an_engine_that_draws_at_once_has_the_batch_when_it_is_started() -> None:
+    setup: Any = object()
+    engine = Recorder(setup)
+    assert not engine.draws_elsewhere
+    assert engine.start([], Sampling(), round=1)() == []
+    engine.rest()
+    engine.forget(1)
