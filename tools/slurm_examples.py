@@ -19,7 +19,11 @@ CONTAINER = (
     "python3",
 )
 KEY = "rollout.sglang.api_key_file=runs/api-key"
-COLOCATED = ("rollout.sglang.colocated=true", "serve.memory_fraction=0.5")
+COLOCATED = (
+    "rollout.sglang.colocated=true",
+    "serve.memory_fraction=0.5",
+    "models.policy.optimizer.offload=1.0",
+)
 # Each script: its recipe, its overrides, its options.
 JOBS = {
     "30b_a3b_disaggregated": ("qwen3_30b_a3b_troll", (KEY,), ("--nodes", "1", "--serve-nodes", "1")),

@@ -58,8 +58,13 @@ class Plan:
         return _url(WILDCARDS.get(host, host), self.port)
 
     @property
+    def name(self) -> str:
+        """Of its files; other machines may write to the same folder."""
+        return f"server_{socket.gethostname()}_{self.port}"
+
+    @property
     def log(self) -> Path:
-        return self.folder / f"server_{self.port}.log"
+        return self.folder / f"{self.name}.log"
 
 
 class Process:
@@ -68,7 +73,7 @@ class Process:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         plan.folder.mkdir(parents=True, exist_ok=True)
-        arguments = plan.folder / f"server_{plan.port}.yaml"
+        arguments = plan.folder / f"{plan.name}.yaml"
         arguments.unlink(missing_ok=True)
         key = {} if plan.key is None else {"api-key": plan.key}
         with open(os.open(arguments, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -6,16 +6,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from megatron_troll.launch.local import free_port
 from tests.e2e.workplace import REPOSITORY, Workplace, succeed, untimed
 from tests.slurm.cluster import Cluster, wait_until
 
 LIMIT_S = 240.0
+SGLANG_PYTHON = REPOSITORY / ".venv-sglang" / "bin" / "python"
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ def submit(cluster: Cluster, finished: Workplace) -> Iterator[Callable[..., Job]
     """Write a script for the run of tiny.yaml under another name, and hand it to sbatch."""
     jobs = []
 
-    def submit(name: str, *settings: str) -> Job:
+    def submit(name: str, *settings: str, nodes: Sequence[str] = ("--nodes", "2")) -> Job:
         script = f"{len(name)} {name.split()[0]}.sbatch"
-        allocation = ("--slurm", "--nodes", "2", "--gpus", "0", "--time", "0:40:00")
+        allocation = ("--slurm", *nodes, "--gpus", "0", "--time", "0:40:00")
         overrides = (f"name={json.dumps(name)}", "launch.threads=1", *settings)
         succeed(
             finished.mtroll(
@@ -160,6 +162,34 @@ def test_a_second_job_on_a_run_folder_refuses(submit: Callable[..., Job], finish
     assert first.end() == "CANCELLED"
     assert first.cluster.state(first.number) == "CANCELLED"
     assert first.attempts == ["attempt_0", "attempt_1"]
+
+
+def test_the_first_node_serves_and_a_server_that_dies_is_started_again(
+    submit: Callable[..., Job], finished: Workplace
+) -> None:
+    key = finished.root / "key"
+    key.touch(mode=0o600)
+    key.write_text("not-for-others")
+    sglang = f"{{api_key_file: {key}, deadline_s: 20, probe: {{prompts: 2}}}}"
+    settings = (
+        f"rollout={{engine: sglang, sglang: {sglang}}}",
+        f"serve={{python: {SGLANG_PYTHON}, port: {free_port()}, device: cpu}}",
+    )
+    job = submit("served", *settings, nodes=("--nodes", "1", "--tasks", "2", "--serve-nodes", "1"))
+    servers = finished.run("served") / "servers"
+
+    def pids() -> list[int]:
+        return [json.loads(file.read_text())["pid"] for file in servers.glob("*.json")]
+
+    job.wait_until(lambda: len(job.rows) > 1)
+    with finished.held():
+        (first,) = pids()
+        os.kill(first, signal.SIGKILL)
+        job.wait_until(lambda: pids() not in ([], [first]))
+    assert job.end() == "COMPLETED", job.log
+    assert [row["servers"] for row in job.rows] == [1.0] * 5
+    assert job.attempts == ["attempt_0"]
+    assert list(servers.glob("*.json")) == []
 
 
 def test_what_the_nodes_lack_is_told_before_any_rank_starts(

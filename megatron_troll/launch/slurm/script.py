@@ -71,7 +71,9 @@ def check_servers(config: Config, allocation: Allocation) -> None:
     sglang, asked = config.rollout.sglang, allocation.serve_nodes
     if config.rollout.engine != "sglang":
         if asked:
-            raise ConfigError(f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} asks no servers")
+            raise ConfigError(
+                f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} asks no servers"
+            )
         return
     elsewhere = sglang.servers or sglang.router
     if asked and (elsewhere or sglang.colocated):
@@ -146,8 +148,7 @@ def options(name: str, allocation: Allocation) -> list[str]:
 
 
 def serving(config: Config, allocation: Allocation) -> list[str]:
-    """srun's options for servers that are the job's own: on its first nodes, or beside the ranks; none where it
-    has none."""
+    """srun's options for a job's own servers, on its first nodes or beside the ranks; none for no servers."""
     if allocation.serve_nodes:
         nodes, shared = allocation.serve_nodes, []
     elif config.rollout.engine == "sglang" and config.rollout.sglang.colocated:

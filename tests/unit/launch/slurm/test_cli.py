@@ -10,8 +10,9 @@ EXAMPLES = Path(__file__).parents[4] / "examples" / "configs"
 
 
 def launch(place: Path, *words: str) -> int:
-    output = ("--slurm", "--output", str(place / "job.sbatch"))
-    return main(["launch", str(EXAMPLES / "qwen3_30b_a3b_troll.yaml"), *words, *output])
+    key = "rollout.sglang.api_key_file=key"
+    options = ("--slurm", "--serve-nodes", "1", "--output", str(place / "job.sbatch"))
+    return main(["launch", str(EXAMPLES / "qwen3_30b_a3b_troll.yaml"), key, *words, *options])
 
 
 def test_what_fits_is_written_with_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

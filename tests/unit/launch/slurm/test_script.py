@@ -10,7 +10,7 @@ import pytest
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.slurm.script import Allocation, check, write
+from megatron_troll.launch.slurm.script import Allocation, check, check_servers, write
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "configs" / "cpu_troll.yaml"
 SHELLCHECK = str(Path(sys.executable).with_name("shellcheck"))
@@ -81,3 +81,44 @@ def test_an_allocation_that_does_not_hold_the_layout_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"1 nodes of 8 ranks: models.policy: .* tp x pp x cp = 12 divides"):
         check(layout, Allocation(nodes=1))
     check(layout, Allocation(nodes=3))
+
+
+SERVED = ("rollout.engine=sglang", "rollout.sglang.api_key_file=key")
+
+
+def test_the_first_nodes_serve_and_the_others_train(tmp_path: Path) -> None:
+    script = write(config(*SERVED), "c.yaml", [], Allocation(nodes=2, serve_nodes=3))
+    assert "--nodes=5" in head(script)
+    said = run_head(script, 'echo "$first $nodes $ranks ${serving[*]}"', tmp_path)
+    assert said == "3 2 16 --relative=0 --nodes=3 --ntasks=3 --ntasks-per-node=1\n"
+
+
+def test_colocated_servers_share_the_nodes_that_train(tmp_path: Path) -> None:
+    colocated = config(*SERVED, "rollout.sglang.colocated=true")
+    script = write(colocated, "c.yaml", [], Allocation(nodes=2))
+    assert "--nodes=2" in head(script)
+    said = run_head(script, 'echo "$first $nodes $ranks ${serving[*]}"', tmp_path)
+    assert said == "0 2 16 --overlap --relative=0 --nodes=2 --ntasks=2 --ntasks-per-node=1\n"
+
+
+def test_servers_that_are_elsewhere_are_no_part_of_the_job(tmp_path: Path) -> None:
+    elsewhere = config("rollout.engine=sglang", "rollout.sglang.servers=[http://10.0.0.1:30000]")
+    said = run_head(write(elsewhere, "c.yaml", [], Allocation(nodes=2)), 'echo "${#serving[@]}"', tmp_path)
+    assert said == "0\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "serve_nodes", "message"),
+    [
+        ((), 1, "--serve-nodes 1: rollout.engine=inprocess asks no servers"),
+        (SERVED, 0, "rollout.engine=sglang: nobody serves; give --serve-nodes"),
+        (SERVED[:1], 1, "rollout.sglang.api_key_file: missing"),
+        ((*SERVED, "rollout.sglang.colocated=true"), 1, "already says where the servers are"),
+        ((*SERVED, "rollout.sglang.router=http://10.0.0.1:30000"), 1, "already says where the servers are"),
+    ],
+)
+def test_servers_that_nobody_asks_or_nobody_starts_are_refused(
+    overrides: tuple[str, ...], serve_nodes: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_servers(config(*overrides), Allocation(nodes=1, serve_nodes=serve_nodes))
