@@ -68,7 +68,8 @@ def response(tokens: int, vocab: int) -> Rollout:
         topk=None,
         text="",
         finish="stop",
-        version=0,
+        versions=np.zeros(tokens, np.int64),
+        temperature=1.0,
     )
 
 

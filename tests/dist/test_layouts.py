@@ -232,7 +232,7 @@ def test_what_a_sparse_record_cannot_show_is_measured_on_whole_rows(
 
 
 def test_tensor_parallelism_without_expert_parallelism_is_refused() -> None:
-    with pytest.raises(ValueError, match="set ep or etp above 1"):
+    with pytest.raises(ValueError, match="set ep above 1, or etp to 2"):
         check_layout(shape_of(MOE), Layout(tp=2))
 
 
