@@ -18,7 +18,7 @@ trap 'asked=yes; echo "asking the ranks to save and stop"; signal USR1 ranks' US
 signal() {
   local id name
   squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | while read -r id name; do
-    if [[ $name == "$2" ]]; then scancel --signal="$1" "$id" || true; fi
+    if [[ $name == "$2" ]]; then scancel --quiet --signal="$1" "$id" || true; fi
   done
 }
 
@@ -54,7 +54,7 @@ fi
 if ((code == 0)); then step --job-name=ranks --ntasks="$ranks" "${task[@]}" "$logs" "${command[@]}"; fi
 trap '' USR1 TERM
 if [[ $servers ]]; then
-  signal TERM servers
+  signal INT servers
   wait "$servers" || true
 fi
 
