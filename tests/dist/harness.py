@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 START_TIMEOUT_S = 120.0
-COLLECTIVE_TIMEOUT_S = 60.0
+COLLECTIVE_TIMEOUT_S = 240.0
 GRACE_S = 5.0
 
 
@@ -34,7 +34,7 @@ class RankPool:
     `run`, since its collectives may be out of step.
     """
 
-    def __init__(self, world_size: int, timeout_s: float = 120.0) -> None:
+    def __init__(self, world_size: int, timeout_s: float = 300.0) -> None:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self._processes: list[Any] = []

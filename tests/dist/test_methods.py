@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_troll.objectives import compose
+from megatron_troll.observe.fields import EXPERTS
 from megatron_troll.trainer import PROBED
 from tests.dist.harness import RankPool
 from tests.dist.methods_batch import Batch, make_methods_batch
@@ -102,7 +103,8 @@ def test_diagnostics_are_those_of_full_rows(
     name: str, expected: dict[str, Expected], alone: dict[str, Outcome]
 ) -> None:
     metrics = alone[name].metrics
-    reported = {metric for metric in metrics if "/" not in metric} - PROBED.keys() - {"entropy", "passes"}
+    others = {*PROBED, "entropy", "passes", *(field.name for field in EXPERTS)}
+    reported = {metric for metric in metrics if "/" not in metric} - others
     wanted = {metric: expected[name].means[metric] for metric in reported}
     assert {metric: metrics[metric] for metric in reported} == pytest.approx(wanted, rel=1e-3, abs=1e-5)
 
