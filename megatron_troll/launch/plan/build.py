@@ -14,7 +14,7 @@ from megatron_troll.launch.plan.models import Planned, drawing_of, models_of
 from megatron_troll.launch.plan.parameters import carried_parameters
 from megatron_troll.launch.plan.pipeline import Work, work_of
 from megatron_troll.launch.plan.saved.layers import MODES
-from megatron_troll.launch.plan.servers import BF16, GIB, Server, server_share, servers_of
+from megatron_troll.launch.plan.servers import BF16, GIB, Server, check_servers, server_share, servers_of
 from megatron_troll.mcore.layout import Cut, cuts, smallest_world
 from megatron_troll.objectives.compose import compose, resolve
 from megatron_troll.objectives.objective import Objective
@@ -125,6 +125,7 @@ def plan(config: Config, ranks: int | None = None) -> Plan:
     work, flow = work_of(config, policy.ranks), flow_of(policy, work_of(config, policy.ranks))
     drawing, launch = drawing_of(models), config.launch
     drawn = parameters_of(drawing.holding.table)
+    check_servers(config, drawing.shape, drawn, work.tokens)
     return Plan(
         config=config,
         world=world,
