@@ -73,7 +73,7 @@ def check_servers(config: Config, shape: ModelShape, parameters: int, longest: i
     if sequences == 0:
         weights, room = f"{server.weights / GIB:.1f} GiB", f"{memory / GIB:.1f} GiB"
         raise ConfigError(
-            f"serve.tp={serve.tp}: beside {weights} of weights a sequence of {longest} tokens does not fit into "
-            f"the {room} of each GPU that serve.memory_fraction leaves; raise one of the two, or lower "
+            f"serve.tp={serve.tp}: beside {weights} of weights a sequence of {longest} tokens does not fit "
+            f"into the {room} of each GPU that serve.memory_fraction leaves; raise one of the two, or lower "
             "rollout.sampling.max_tokens"
         )
