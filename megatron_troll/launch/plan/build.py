@@ -42,8 +42,8 @@ class Parameters:
 @dataclass(frozen=True)
 class Stage:
     """Bytes on the rank of a pipeline stage that holds the most, by what they are: always, while it trains,
-    and while it generates with the in-process engine. host: in the memory of the machine; activations: of
-    the policy, by how much is recomputed."""
+    and while rollouts are drawn on its GPU. host: in the memory of the machine; activations: of the policy,
+    by how much is recomputed."""
 
     stage: int
     rank: int
@@ -239,7 +239,7 @@ def _traffic(
     balancing loss needs numbers over all of it."""
     policy, epochs = models[0], config.train.epochs
     forwards = (
-        (config.objective.old == "trainer") + objective.needs_reference + (drawing_of(models) != policy)
+        (config.objective.old == "trainer") + objective.needs_reference + (drawing_of(models) is not policy)
     )
     forwards += epochs * (objective.needs_statistics or policy.model.moe.aux_loss > 0)
     total = communication.of_batch(policy, work, config.train, forwards)
