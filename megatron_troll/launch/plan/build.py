@@ -14,7 +14,7 @@ from megatron_troll.launch.plan.models import Planned, drawing_of, models_of
 from megatron_troll.launch.plan.parameters import carried_parameters
 from megatron_troll.launch.plan.pipeline import Work, work_of
 from megatron_troll.launch.plan.saved.layers import MODES
-from megatron_troll.launch.plan.servers import BF16, GIB, Server, server_share, servers_of
+from megatron_troll.launch.plan.servers import BF16, GIB, Server, check_servers, server_share, servers_of
 from megatron_troll.mcore.layout import Cut, cuts, smallest_world
 from megatron_troll.objectives.compose import compose, resolve
 from megatron_troll.objectives.objective import Objective
@@ -42,8 +42,8 @@ class Parameters:
 @dataclass(frozen=True)
 class Stage:
     """Bytes on the rank of a pipeline stage that holds the most, by what they are: always, while it trains,
-    and while it generates with the in-process engine. host: in the memory of the machine; activations: of
-    the policy, by how much is recomputed."""
+    and while rollouts are drawn on its GPU. host: in the memory of the machine; activations: of the policy,
+    by how much is recomputed."""
 
     stage: int
     rank: int
@@ -125,6 +125,7 @@ def plan(config: Config, ranks: int | None = None) -> Plan:
     work, flow = work_of(config, policy.ranks), flow_of(policy, work_of(config, policy.ranks))
     drawing, launch = drawing_of(models), config.launch
     drawn = parameters_of(drawing.holding.table)
+    check_servers(config, drawing.shape, drawn, work.tokens)
     return Plan(
         config=config,
         world=world,
@@ -238,7 +239,7 @@ def _traffic(
     balancing loss needs numbers over all of it."""
     policy, epochs = models[0], config.train.epochs
     forwards = (
-        (config.objective.old == "trainer") + objective.needs_reference + (drawing_of(models) != policy)
+        (config.objective.old == "trainer") + objective.needs_reference + (drawing_of(models) is not policy)
     )
     forwards += epochs * (objective.needs_statistics or policy.model.moe.aux_loss > 0)
     total = communication.of_batch(policy, work, config.train, forwards)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan.caches import state_of_sequence, values_of_token
 from megatron_troll.mcore.shape import ModelShape
@@ -38,23 +39,41 @@ def server_share(config: Config) -> float:
 def servers_of(shape: ModelShape, parameters: int, longest: int, memory: int) -> list[Server]:
     """Servers of 1 to 8 GPUs, for sequences of `longest` tokens and `memory` bytes a GPU for weights and
     caches. None where the weights do not fit, or where the heads cannot be cut so."""
-    found = []
-    for tp in SIZES:
-        weights = BF16 * parameters // tp
-        if shape.heads % tp or weights >= memory:
-            continue
-        values = values_of_token(shape, shape.layer_types, tp)
-        state = state_of_sequence(shape, shape.layer_types, tp, BF16)
-        room = memory - weights
-        found.append(
-            Server(
-                tp=tp,
-                weights=weights,
-                token_bf16=BF16 * values,
-                token_fp8=FP8 * values,
-                sequence=state,
-                sequences_bf16=room // (BF16 * values * longest + state),
-                sequences_fp8=room // (FP8 * values * longest + state),
-            )
+    found = (server_of(shape, parameters, longest, memory, tp) for tp in SIZES if shape.heads % tp == 0)
+    return [server for server in found if server.weights < memory]
+
+
+def server_of(shape: ModelShape, parameters: int, longest: int, memory: int, tp: int) -> Server:
+    weights = BF16 * parameters // tp
+    values = values_of_token(shape, shape.layer_types, tp)
+    state = state_of_sequence(shape, shape.layer_types, tp, BF16)
+    room = max(0, memory - weights)
+    return Server(
+        tp=tp,
+        weights=weights,
+        token_bf16=BF16 * values,
+        token_fp8=FP8 * values,
+        sequence=state,
+        sequences_bf16=room // (BF16 * values * longest + state),
+        sequences_fp8=room // (FP8 * values * longest + state),
+    )
+
+
+def check_servers(config: Config, shape: ModelShape, parameters: int, longest: int) -> None:
+    """Raises ConfigError where the servers of `serve` could not answer; those that others started may be of
+    another form."""
+    sglang, serve = config.rollout.sglang, config.serve
+    if config.rollout.engine != "sglang" or sglang.servers or sglang.router:
+        return
+    if shape.heads % serve.tp:
+        raise ConfigError(f"serve.tp={serve.tp}: {shape.heads} attention heads cannot be divided by it")
+    memory = round(server_share(config) * config.launch.device_gib * GIB)
+    server = server_of(shape, parameters, longest, memory, serve.tp)
+    sequences = server.sequences_bf16 if config.rollout.kv_cache == "auto" else server.sequences_fp8
+    if sequences == 0:
+        weights, room = f"{server.weights / GIB:.1f} GiB", f"{memory / GIB:.1f} GiB"
+        raise ConfigError(
+            f"serve.tp={serve.tp}: beside {weights} of weights a sequence of {longest} tokens does not fit "
+            f"into the {room} of each GPU that serve.memory_fraction leaves; raise one of the two, or lower "
+            "rollout.sampling.max_tokens"
         )
-    return found

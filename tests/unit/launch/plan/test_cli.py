@@ -57,7 +57,8 @@ def test_caches_of_the_in_process_engine_count(config: str, capsys: pytest.Captu
 def test_servers_on_the_same_gpus_count(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", config, "rollout.sglang.colocated=true"]) == 1
     assert "most of it: servers 118.15 GiB" in " ".join(capsys.readouterr().out.split())
-    assert main(["plan", config, "rollout.sglang.colocated=true", "serve.memory_fraction=0.4"]) == 0
+    small = ["rollout.sglang.colocated=true", "serve.memory_fraction=0.3", "serve.tp=4"]
+    assert main(["plan", config, *small]) == 0
 
 
 def test_a_rollout_model_draws_in_the_policys_place(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +87,8 @@ def test_replayed_experts_count(config: str, capsys: pytest.CaptureFixture[str])
         (["objective.kl.name=tike"], "models.reference: missing; objective.kl=tike"),
         (["models.policy.layout={cp: 2}", "rollout.engine=inprocess"], "under context parallelism"),
         (["models.rollout.path=models/Qwen3-1.7B"], "rollout.engine=sglang does not go with models.rollout"),
+        (["serve.tp=3"], "serve.tp=3: 32 attention heads cannot be divided by it"),
+        (["serve.memory_fraction=0.41"], "serve.tp=1: beside 56.9 GiB of weights a sequence of 16383 tokens"),
         (["data=null"], "data: missing"),
         (["trian.steps=3"], "did you mean 'train'?"),
     ],
