@@ -55,8 +55,8 @@ class Control:
         await self._update(url, "/end_weight_update", {})
 
     async def load(self, url: str, folder: str, version: str) -> None:
-        """All weights from a Hugging Face folder, which the server can read. One that was started with weights
-        of its own making (load-format dummy) has to be told that these are files."""
+        """All weights from a Hugging Face folder, which the server can read. One that was started with random
+        weights (load-format dummy) has to be told that these are files."""
         body = {
             "model_path": folder,
             "load_format": "safetensors",
