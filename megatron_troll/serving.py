@@ -49,7 +49,7 @@ def plans_of(config: Config) -> list[Plan]:
             f"serve.python: {python} not found: run `make sglang-env` on a machine without a GPU, or install "
             "SGLang 0.5.23 in an environment of its own and name its interpreter"
         )
-    threads = max(1, (os.cpu_count() or 1) // serve.servers)
+    threads = serve.threads or max(1, (os.cpu_count() or 1) // serve.servers)
     return [
         Plan(
             argv=command(str(python), device),

@@ -44,7 +44,7 @@ from megatron_troll.rollout.sglang.wire import Ask
 
 GIB, MIB = 2**30, 2**20
 WAYS = ("disk", "tensor", "distributed")
-AT_ONCE, QUESTIONS, LENGTH, TOP_K = 16, 64, 64, 64
+AT_ONCE, QUESTIONS, LENGTH, TOP_K = 16, 32, 64, 64
 
 
 class Endless(Ask):

@@ -96,6 +96,9 @@ class Serve(Node):
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="auto: cuda where there is a GPU; cpu needs `make sglang-env`"
     )
+    threads: Positive | None = Field(
+        default=None, description="CPU threads of one server; default: cores / servers"
+    )
     tp: Positive = Field(default=1, description="GPUs of one server")
     ep: Positive = Field(default=1, description="expert-parallel size, among those")
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(

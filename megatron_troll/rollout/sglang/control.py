@@ -55,8 +55,14 @@ class Control:
         await self._update(url, "/end_weight_update", {})
 
     async def load(self, url: str, folder: str, version: str) -> None:
-        """All weights from a Hugging Face folder, which the server can read."""
-        body = {"model_path": folder, "weight_version": version, "flush_cache": True}
+        """All weights from a Hugging Face folder, which the server can read. One that was started with random
+        weights (load-format dummy) has to be told that these are files."""
+        body = {
+            "model_path": folder,
+            "load_format": "safetensors",
+            "weight_version": version,
+            "flush_cache": True,
+        }
         await self._update(url, "/update_weights_from_disk", body)
 
     async def take_tensors(self, url: str, payload: str, ranks: int) -> None:

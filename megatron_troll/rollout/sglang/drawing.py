@@ -25,7 +25,11 @@ class Drawing:
     def begin(self, desk: Desk) -> None:
         """Ask, and return."""
         there = {} if self.journal is None else self.journal.read(self.round)
-        self.answers = {i: there[q.name] for i, q in enumerate(self.questions) if q.name in there}
+        self.answers = {
+            i: there[question.name]
+            for i, question in enumerate(self.questions)
+            if question.name in there and _width(there[question.name]) == question.ask.top_k
+        }
         self._ask(desk)
 
     def complete(self, desk: Desk) -> bool:
@@ -52,3 +56,8 @@ class Drawing:
         self._under_way = desk.background.start(
             desk.client.draw([self.questions[i] for i in missing], answered)
         )
+
+
+def _width(answer: Answer) -> int:
+    """Entries of its top-K: rollout.top_k may be another one since."""
+    return 0 if answer.topk is None else answer.topk.ids.shape[1]

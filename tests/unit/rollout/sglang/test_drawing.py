@@ -6,8 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron_troll.rollout.engine import Answer
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.client import Client
 from megatron_troll.rollout.sglang.drawing import Drawing
@@ -76,6 +78,17 @@ def test_what_was_answered_before_a_crash_is_not_asked_again(fake: Fake, tmp_pat
     assert sorted(again.answers) == list(range(8))
     assert len(fake.asked) == asked_before + 8 - finished
     assert len(Journal(tmp_path).read(3)) == 8
+
+
+def test_answers_with_another_top_k_are_asked_for_again(fake: Fake, tmp_path: Path) -> None:
+    narrow = Answer(np.array([5]), np.zeros(1, np.float32), None, np.zeros(1, np.int64), "length")
+    Journal(tmp_path).add(1, questions(1)[0].name, narrow)
+    with desk(fake) as at:
+        drawing = Drawing(questions(1), 1, Journal(tmp_path))
+        drawing.begin(at)
+        assert drawing.complete(at)
+    assert drawing.answers[0].ids.tolist() == TOKENS
+    assert Journal(tmp_path).read(1)[questions(1)[0].name].ids.tolist() == TOKENS
 
 
 def test_what_was_answered_before_an_error_is_kept(fake: Fake, tmp_path: Path) -> None:
