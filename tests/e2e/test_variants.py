@@ -22,6 +22,7 @@ VARIANTS = {
         "models.policy.layout={tp: 1, ep: 2}",
         "models.policy.moe.aux_loss=0.01",
         "rollout.kv_cache=fp8_e4m3",
+        "train.replay=rollout",
         "reward={name: exact}",
         "checkpoint.asynchronous=true",
     ),
@@ -49,6 +50,8 @@ def test_each_variant_did_what_it_was_asked(warm: Workplace) -> None:
     assert clip["rollout_trainer_gap/max"] > 1e-4
     assert engine["rollout_trainer_gap/max"] == 0
     assert experts["rollout_trainer_gap/max"] > 1e-4
+    # A rounded cache moves some tokens to other experts.
+    assert 0 < experts["replay_changed"] < 0.2
     assert refilled["refill_rounds"] >= 1
     stored = list(read_step(warm.run("replicas-refilled"), 2))
     assert len(stored) == refilled["sampled_responses"] > 32
