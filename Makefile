@@ -70,7 +70,7 @@ slurm:
 	dpkg -s slurmctld slurmd slurm-client munge >/dev/null 2>&1 || \
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
 
-test-slurm: env slurm
+test-slurm: env slurm sglang-env
 	$(BIN)/python -m pytest tests/slurm
 
 test-nemo: env nemo-env
