@@ -55,7 +55,7 @@ WIDTHS = {
 # What each direction reads and writes, inside the folder.
 DIRECTIONS = {"hf2mcore": ("hf", "mcore"), "mcore2hf": ("mcore", "back")}
 GIB = 2**30
-OPTIONS = Options(shard_bytes=GIB // 4)
+OPTIONS = Options(shard_bytes=GIB // 16)
 
 
 @dataclass(frozen=True)
