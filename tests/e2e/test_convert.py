@@ -69,7 +69,7 @@ def torchrun(place: Workplace, *arguments: str) -> Done:
 
 
 def test_training_from_a_converted_folder_is_training_from_the_original(converted: Workplace) -> None:
-    reference = "objective.kl={name: k3, coefficient: 0.1}"
+    reference = "objective.kl={name: k3, beta: 0.1}"
     rows = {
         path: two_steps(
             converted,
@@ -87,7 +87,7 @@ def test_training_from_a_converted_folder_is_training_from_the_original(converte
     ("words", "message"),
     [
         (("hf2mcore", "nowhere", "x"), "nowhere/config.json not found"),
-        (("mcore2hf", "runs/finished", "x", "--like", "runs/finished/hf"), "or one step of a run"),
+        (("mcore2hf", "runs/finished", "x", "--like", "runs/finished/hf"), "give one step of a run"),
         (("hf2mcore", "runs/finished/hf", "runs/demo"), "runs/demo is not empty"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_troll.convert.plan import Options
 from megatron_troll.convert.to_hugging_face import ToHuggingFace, companions_of
 from megatron_troll.convert.to_megatron import ToMegatron
+from megatron_troll.launch.plan.models import PUBLISHED
 from megatron_troll.mcore.shape import read_shape, shape_of
 from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.torch_dist import Chunk, Saved, SavedTensors, write_chunk, write_index
@@ -186,7 +187,7 @@ def test_a_model_of_every_size_is_planned_from_headers() -> None:
     from megatron_troll.convert.plan import cut_parameters
     from megatron_troll.weights.families import table_of
 
-    config = json.loads((Path(__file__).parents[1] / "weights" / "qwen3_30b_a3b.json").read_text())
+    config = json.loads((PUBLISHED / "Qwen3-30B-A3B" / "config.json").read_text())
     shards = cut_parameters(table_of(shape_of(config)), lambda place: torch.bfloat16, 4 * 2**30)
     assert sum(shard.nbytes for shard in shards) == 2 * 30_532_122_624
     assert max(shard.nbytes for shard in shards) <= 4 * 2**30

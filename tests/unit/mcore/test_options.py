@@ -27,8 +27,8 @@ def model(**fields: Any) -> Model:
         ),
         (MOE, {"optimizer": {"precision_aware": {}}, "dtype": "fp32"}, "needs dtype=bf16; it is fp32"),
         (MOE, {"optimizer": {"precision_aware": {}, "offload": 1.0}}, "exclude each other"),
-        (MOE, {"recompute_modules": ["mlp"]}, "mlp is not part of a model with experts"),
-        (DENSE, {"recompute_modules": ["moe"]}, "moe is not part of a model without experts"),
+        (MOE, {"recompute_modules": ("mlp",)}, "mlp is not part of a model with experts"),
+        (DENSE, {"recompute_modules": ("moe",)}, "moe is not part of a model without experts"),
     ],
 )
 def test_what_has_no_meaning_is_refused(sizes: dict, fields: dict, said: str) -> None:
