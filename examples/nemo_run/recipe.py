@@ -13,7 +13,7 @@ from nemo_run.config import RUNDIR_NAME, get_nemorun_home
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.slurm.script import Allocation, body, check, check_memory
+from megatron_troll.launch.slurm.script import Allocation, body, check
 
 # nemo-run's batch script calls `srun --output LOG ... bash SCRIPT`. The script is a job body: it traps the
 # signals that come before a time limit or a preemption, which reach the batch shell alone, and calls srun
@@ -50,7 +50,6 @@ def recipe(path: str, overrides: Sequence[str], allocation: Allocation) -> Recip
     """`mtroll train PATH OVERRIDES resume=true` in the current folder. Raises ConfigError."""
     config = load(path, overrides)
     check(config, allocation)
-    check_memory(config, allocation)
     return Recipe(config, path, tuple(overrides), allocation, Path.cwd())
 
 

@@ -8,8 +8,6 @@ from shlex import join, quote
 
 from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.plan.build import plan
-from megatron_troll.launch.plan.table import verdict
 from megatron_troll.mcore.layout import check_world
 
 BODY = Path(__file__).with_name("train.sh")
@@ -94,6 +92,10 @@ def check_servers(config: Config, allocation: Allocation) -> None:
 def check_memory(config: Config, allocation: Allocation) -> str:
     """What the plan says of an allocation's GPUs; nothing where there are none. Raises ConfigError where the
     run does not fit, or cannot be planned."""
+    # Scripts are also written where neither megatron-core nor transformers is.
+    from megatron_troll.launch.plan.build import plan
+    from megatron_troll.launch.plan.table import verdict
+
     if not allocation.gpus:
         return ""
     planned = plan(config, allocation.world)
