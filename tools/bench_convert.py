@@ -189,14 +189,18 @@ def compare(folder: Path) -> None:
 
 
 def kill(folder: Path, direction: str, kills: int, seconds: float) -> list[int]:
-    """How many files were finished at each kill. `seconds`: what the whole conversion takes."""
+    """How many files were finished at each kill: each comes in the middle of a file, after one more is done.
+    `seconds`: what the whole conversion takes."""
     target = folder / "killed"
     draw, finished, counts = random.Random(0), set(), []
     for _ in range(kills):
         process = start(folder, direction, target)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(draw.uniform(0, 0.5 * seconds / kills))
+        while files_with_tensors(folder / ".killed.part") <= finished:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.2 * seconds / kills))
         assert process.poll() is None, "the conversion was over before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.communicate()
