@@ -74,10 +74,11 @@ def mcore2hf(arguments: Namespace) -> int:
 
 def _convert(arguments: Namespace, prepare: "Callable[[Options], Conversion]") -> int:
     from megatron_troll.convert.draft import ConversionError
-    from megatron_troll.convert.run import joined
+    from megatron_troll.convert.run import TIMEOUT
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
+    from megatron_troll.parallel.joined import joined
 
-    with joined() as world:
+    with joined(TIMEOUT) as world:
         try:
             conversion = prepare(_options(arguments, world))
             _run(conversion, Path(arguments.target), world)

@@ -1,38 +1,22 @@
 """Carry out a conversion: which rank writes what, what is done already, and how far it is."""
 
 import datetime
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch.distributed as dist
-
 from megatron_troll.convert.draft import ConversionError, Draft, TargetError
 from megatron_troll.convert.plan import Conversion
 from megatron_troll.convert.progress import Silent
-from megatron_troll.parallel.groups import ALONE, Group
+from megatron_troll.parallel.groups import Group
 
 T = TypeVar("T")
 # Ranks wait for the one that has most to write.
 TIMEOUT = datetime.timedelta(days=7)
 PROBLEMS = (ConversionError, TargetError, ValueError, OSError)
-
-
-@contextmanager
-def joined() -> Iterator[Group]:
-    """The ranks that torchrun or srun started, or this process alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
-        return
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    try:
-        yield Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
 
 
 def convert(conversion: Conversion, target: Path, world: Group, progress: Silent) -> bool:

@@ -4,14 +4,14 @@ import datetime
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_troll.parallel.groups import ALONE, Group
+from megatron_troll.parallel.groups import Group
+from megatron_troll.parallel.joined import joined
 from megatron_troll.preflight import node, packages, together
 from megatron_troll.preflight.finding import Finding
 
@@ -43,7 +43,7 @@ def examine(needs: Needs) -> list[Report]:
 
     Raises torch.distributed.DistError where the nodes cannot reach each other.
     """
-    with _world() as world:
+    with joined(TIMEOUT) as world:
         findings = (*_alone(needs), *_together(needs, world))
         return world.all_gather_objects(Report(_name(), findings))
 
@@ -67,18 +67,6 @@ def _together(needs: Needs, world: Group) -> Iterator[Finding]:
     yield from together.all_reduce(
         group, device, os.environ.get("NCCL_SOCKET_IFNAME", "the default interface")
     )
-
-
-@contextmanager
-def _world() -> Iterator[Group]:
-    if "RANK" not in os.environ:
-        yield ALONE
-        return
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    try:
-        yield Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
 
 
 def _name() -> str:

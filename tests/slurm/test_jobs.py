@@ -188,6 +188,7 @@ def test_the_first_node_serves_and_a_server_that_dies_is_started_again(
         job.wait_until(lambda: pids() not in ([], [first]))
     assert job.end() == "COMPLETED", job.log
     assert [row["step"] for row in job.rows] == [0, 1, 2, 3, 4]
+    assert job.rows[0]["servers"] == 1.0
     assert {row.get("servers", 1.0) for row in job.rows} == {1.0}
     assert job.attempts == ["attempt_0"]
     assert list(servers.glob("*.json")) == []
