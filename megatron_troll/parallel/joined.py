@@ -13,7 +13,7 @@ from megatron_troll.parallel.groups import ALONE, Group
 @contextmanager
 def joined(timeout: datetime.timedelta) -> Iterator[Group]:
     """The ranks that torchrun or srun started, over gloo, until the block ends; without RANK this process
-    alone. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment. Blocks until all are there;
+    alone. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are in the environment. Blocks until all are there;
     raises torch.distributed.DistError where they are not within `timeout`, which bounds collectives too."""
     if "RANK" not in os.environ:
         yield ALONE
