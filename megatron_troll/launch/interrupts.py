@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from megatron_troll.signals import ASKING
 
 
 @dataclass
@@ -22,9 +22,11 @@ class Interrupts:
 @contextmanager
 def watched() -> Iterator[Interrupts]:
     """Remember such signals, instead of ending, until the block ends; those that were blocked so far come
-    now. Needs the main thread."""
+    now. A SIGTERM or SIGUSR1 that whoever started this process had ignored stays so. Needs the main
+    thread."""
     interrupts = Interrupts()
-    before = {number: signal.signal(number, interrupts.handle) for number in ASKING}
+    heard = [n for n in ASKING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupts.handle) for number in heard}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     try:
         yield interrupts

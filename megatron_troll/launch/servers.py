@@ -85,7 +85,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_before_its_program,
         )
         self._writer = threading.Thread(target=self._write_log, daemon=True)
         self._writer.start()
@@ -187,7 +187,7 @@ class Supervisor:
     def _stop(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
             self.announce(slot.plan, None)
-            slot.process.popen.terminate()
+            slot.process.popen.send_signal(signal.SIGINT)
         deadline = time.monotonic() + STOP_S
         for slot in slots:
             slot.process.end(max(0.0, deadline - time.monotonic()))
@@ -208,9 +208,11 @@ def _check_port(plan: Plan) -> None:
             ) from error
 
 
-def _die_with_parent() -> None:
-    """SIGKILL for the server when this process dies, however that happens; its children follow it."""
+def _before_its_program() -> None:
+    """SIGKILL for the server when this process dies, however that happens; its children follow it. SIGINT
+    stops it; the other signals that ask a run to stop are this process's to answer, whoever gets them."""
     LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
 
 
 def environment(device: str, threads: int) -> dict[str, str]:

@@ -27,6 +27,7 @@ from megatron_troll.mcore import checkpoint_tensors as tensors
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import described
+from megatron_troll.signals import spared
 
 T = TypeVar("T")
 VERSIONED = ("megatron-core", "torch")
@@ -98,7 +99,7 @@ class Checkpoints:
         manifest = self._manifest(step, json.loads(json.dumps(state)), score)
         self._draft = self._once(lambda: self._new_draft(step))
         self._once(lambda: attach(self._draft))
-        with self._saving():
+        with self._saving(), spared():
             self._everywhere(lambda: _rng_file(self._draft, self._world.rank).write_text(rng.captured()))
             request = dist_checkpointing.save(
                 self._sharded(loading=False), str(self._draft / TENSORS), async_sharded_save=True

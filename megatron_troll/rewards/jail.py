@@ -46,8 +46,7 @@ class Orphaned(Exception):
 
 def main(path: str) -> None:
     spec = json.loads(Path(path).read_text())
-    on(signal.SIGTERM, Orphaned)
-    die_with(spec["parent"])
+    end_with(spec["parent"])
     leave(in_namespaces(spec) if spec["kind"] == "namespaces" else under_supervision(spec))
 
 
@@ -84,7 +83,7 @@ def under_supervision(spec: dict[str, Any]) -> int:
     """The exit code of the answer, TIMED_OUT past its time. Processes that it leaves behind come to this one
     and are ended."""
     check("prctl", LIBC.prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0))
-    on(signal.SIGALRM, Late)
+    signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, spec["wall_s"])
     child = os.fork()
     if child:
@@ -192,6 +191,7 @@ def run(spec: dict[str, Any], processes: int, arguments: list[str]) -> NoReturn:
     for what, ceiling in ceilings.items():
         resource.setrlimit(what, (ceiling, ceiling))
     check("prctl", LIBC.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     errors = os.dup(2)
     os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
     try:
@@ -201,18 +201,21 @@ def run(spec: dict[str, Any], processes: int, arguments: list[str]) -> NoReturn:
         os._exit(1)
 
 
-def on(number: int, error: type[Exception]) -> None:
-    def stop(*_: object) -> NoReturn:
-        raise error
-
-    signal.signal(number, stop)
+def late(*_: object) -> NoReturn:
+    raise Late
 
 
-def die_with(parent: int) -> None:
-    """SIGTERM when the parent dies."""
+def end_with(parent: int) -> None:
+    """Orphaned is raised when the parent dies. A SIGTERM that does not mean that changes nothing."""
+
+    def ask(*_: object) -> None:
+        if os.getppid() != parent:
+            raise Orphaned
+
+    signal.signal(signal.SIGTERM, ask)
     check("prctl", LIBC.prctl(SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0))
-    if os.getppid() != parent:
-        raise Orphaned
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    ask()
 
 
 def delete(spec: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """The process that runs a verifier, so that one that hangs can be ended."""
 
 import contextlib
-import signal
 import time
 import traceback
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from multiprocessing.connection import Connection
 
 from megatron_troll.config.tree import RewardConfig
 from megatron_troll.rewards.reward import Question, build
+from megatron_troll.signals import spared
 
 START_LIMIT_S = 120.0
 
@@ -27,7 +27,6 @@ class Failed:
 
 def serve(connection: Connection, config: RewardConfig) -> None:
     """Build the verifier, send Ready, then answer each Question; Failed ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     try:
         _answer(connection, config)
     except Exception:
@@ -56,7 +55,8 @@ class Worker:
         context.set_forkserver_preload([__name__])
         self.connection, child = context.Pipe()
         self._process = context.Process(target=serve, args=(child, config), daemon=True)
-        self._process.start()
+        with spared():
+            self._process.start()
         child.close()
         self.task: int | None = None
         self.ready = False

@@ -18,7 +18,7 @@ from megatron_troll.mcore.checkpoint_folder import path_of, steps
 from tests.dist.checkpoint_run import Run, fill, training, values_of
 from tests.dist.harness import RankPool
 from tests.dist.tiny import MOE, reference
-from tests.faults import file_size_limit
+from tests.faults import file_size_limit, signal_helpers
 
 # Forks from a server that has imported everything: a killed child is replaced in a second.
 SERVER = multiprocessing.get_context("forkserver")
@@ -124,6 +124,27 @@ def wait_by_polling(checkpoints: Checkpoints) -> None:
     while not checkpoints.steps():
         assert time.monotonic() < deadline
         checkpoints.maybe_finalize()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_signal_to_every_process_of_a_job_costs_no_checkpoint(
+    asynchronous: bool, pp2: Run, ranks2: RankPool, tmp_path: Path
+) -> None:
+    helpers, complete = zip(*ranks2.run(save_while_asked, pp2, str(tmp_path), asynchronous), strict=True)
+    assert min(helpers) > 0
+    assert complete == ([1, 2], [1, 2])
+
+
+def save_while_asked(run: Run, folder: str, asynchronous: bool) -> tuple[int, list[int]]:
+    """How many processes were signalled, and the steps that are complete."""
+    with training(run) as trained:
+        checkpoints = Checkpoints(folder, {"policy": trained}, asynchronous=asynchronous)
+        helpers = []
+        for step in (1, 2):
+            checkpoints.save(step, {"step": step})
+            helpers.append(len(signal_helpers()))
+        checkpoints.finish()
+        return min(helpers), checkpoints.steps()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -49,6 +49,13 @@ class Job:
 
         wait_until(met, LIMIT_S)
 
+    def step(self, name: str) -> str:
+        """The number of its step of that name."""
+        steps = self.cluster.call(
+            "squeue", "--noheader", "--steps", f"--jobs={self.number}", "--format=%i %j"
+        )
+        return next(number for number, its in map(str.split, steps.splitlines()) if its == name)
+
     def end(self) -> str:
         """The state that it ends in."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -186,6 +193,11 @@ def test_the_first_node_serves_and_a_server_that_dies_is_started_again(
         (first,) = pids()
         os.kill(first, signal.SIGKILL)
         job.wait_until(lambda: pids() not in ([], [first]))
+        second = pids()
+        job.cluster.call("scancel", "--signal=TERM", job.step("servers"))  # as a preemption does
+        finished_steps = len(job.rows)
+    job.wait_until(lambda: len(job.rows) > finished_steps)
+    assert pids() == second
     assert job.end() == "COMPLETED", job.log
     assert [row["step"] for row in job.rows] == [0, 1, 2, 3, 4]
     assert job.rows[0]["servers"] == 1.0

@@ -1,10 +1,12 @@
 """The servers of one node of a job: srun ... python -m megatron_troll.launch.slurm.server ARGS...
 
-It becomes `mtroll serve ARGS...`, which listens on the address by which the other nodes reach this one.
+It becomes `mtroll serve ARGS...`, which listens on the address by which the other nodes reach this one. The
+signals that ask a job to stop leave it be, since ranks finish their step with it; the script ends it by SIGINT.
 """
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +24,8 @@ def main(argv: Sequence[str]) -> None:
     named = arguments.interface
     own = network.address_of(named) if named else network.address_towards(launcher)
     command = ["-m", "megatron_troll.cli", "serve", *arguments.arguments, f"serve.host={own}"]
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     os.execv(sys.executable, [sys.executable, *command])
 
 

@@ -12,7 +12,13 @@ echo "$SLURM_JOB_ID" >"$logs/job"
 
 # USR1 comes before the time limit, TERM with a preemption: the ranks finish their step and save.
 asked=
-trap 'asked=yes; echo "asking the ranks to save and stop"; signal USR1 ranks' USR1 TERM
+trap ask USR1 TERM
+ask() {
+  if [[ $asked ]]; then return; fi
+  asked=yes
+  echo "asking the ranks to save and stop"
+  signal USR1 ranks
+}
 
 # Sends a signal to the step of that name, if it is there.
 signal() {

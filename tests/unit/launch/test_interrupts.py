@@ -16,6 +16,17 @@ def test_a_signal_is_remembered_and_ends_nothing(number: signal.Signals) -> None
         assert interrupts.asked
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_the_starter_ignores_stays_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with watched() as interrupts:
+            os.kill(os.getpid(), number)
+            assert not interrupts.asked
+    finally:
+        signal.signal(number, before)
+
+
 def test_the_handlers_of_before_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with watched():

@@ -1,5 +1,8 @@
 """Answers that are programs, judged by the tests of their prompt."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from megatron_troll.rewards.reward import build
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rewards.verifiers.code import extract
 from megatron_troll.types import Prompt, Rollout
+from tests.faults import signal_helpers
 
 DOUBLE = [{"input": "2\n", "output": "4\n"}, {"input": "-3\n", "output": "-6"}]
 SQUARE = ["assert square(3) == 9", "x = square(-2)\nassert x == 4"]
@@ -107,27 +111,16 @@ def test_a_prompt_without_usable_tests_is_an_error(judge, tests):
         judge(answer("pass"), prompt(tests))
 
 
-def test_through_the_workers():
+def rollout(text: str, sample: int = 0) -> Rollout:
     nothing = np.zeros(0)
+    return Rollout(prompt(DOUBLE), 0, sample, *[nothing] * 5, None, text, "stop", nothing, 1.0)
+
+
+def test_through_the_workers():
     texts = [answer("print(2 * int(input()))"), answer("while True: pass"), "no"]
-    asked = prompt(DOUBLE)
-    rollouts = [
-        Rollout(
-            asked,
-            0,
-            i,
-            *[nothing] * 5,
-            topk=None,
-            text=text,
-            finish="stop",
-            versions=nothing,
-            temperature=1.0,
-        )
-        for i, text in enumerate(texts)
-    ]
     asked_for = config(timeout_s=60.0, wall_s=5.0, limits={"cpu_s": 1})
     with Scorer(asked_for, workers=2) as scorer:
-        scores = scorer.score(rollouts)
+        scores = scorer.score([rollout(text, i) for i, text in enumerate(texts)])
     assert scores.reward.tolist() == [1, 0, 0]
     assert (scores.timeouts, scores.crashes) == (0, 0)
 
@@ -150,3 +143,17 @@ def test_without_a_sandbox_nothing_is_built(monkeypatch):
 def test_bad_fields_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         build(config(**fields))
+
+
+def test_a_signal_to_every_process_of_a_job_changes_no_score():
+    def ask() -> None:
+        while not any("main.py" in command for command in signal_helpers()):
+            time.sleep(0.05)
+
+    program = answer("import time\ntime.sleep(1)\nprint(2 * int(input()))")
+    with Scorer(config(), workers=1) as scorer:
+        scorer.score([rollout("no program")])
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert scorer.score([rollout(program)]).reward.tolist() == [1.0]
+        asking.join()

@@ -110,7 +110,7 @@ def test_a_worker_that_is_killed_once_costs_nothing(tmp_path):
 def test_workers_killed_between_batches_are_replaced():
     with Scorer(RewardConfig(name=PLUGINS + ":NamesItsProcess"), workers=1) as scorer:
         before = int(scorer.score([rollout("")]).reward[0])
-        os.kill(before, signal.SIGTERM)
+        os.kill(before, signal.SIGKILL)
         scores = scorer.score([rollout(""), rollout("")])
     assert before not in scores.reward
     assert scores.crashes == 0
