@@ -1,7 +1,7 @@
 """The servers of one node of a job: srun ... python -m megatron_troll.launch.slurm.server ARGS...
 
 It becomes `mtroll serve ARGS...`, which listens on the address by which the other nodes reach this one. The
-signals that ask a job to stop leave it be, since ranks finish their step with it; the script ends it by SIGINT.
+signals that ask a job to stop leave it be: ranks finish their step with it. The script ends it by SIGINT.
 """
 
 import argparse
