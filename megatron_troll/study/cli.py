@@ -66,8 +66,8 @@ def run_command(arguments: Namespace) -> int:
 def report_command(arguments: Namespace) -> int:
     from megatron_troll.files import write_atomic
     from megatron_troll.study.plan import load_plan
-    from megatron_troll.study.plots import plot
-    from megatron_troll.study.report import markdown
+    from megatron_troll.study.plots import plot, plot_survival
+    from megatron_troll.study.report import collapsing, markdown
     from megatron_troll.study.results import gather, results_path
 
     path = Path(arguments.study)
@@ -82,6 +82,9 @@ def report_command(arguments: Namespace) -> int:
     pictures = f"images/{output.stem}-{{setting}}.png"
     for setting in {cell.setting for cell in results}:
         plot(plan, setting, results, output.parent / pictures.format(setting=setting))
+    for setting in collapsing(plan, results.values()):
+        picture = pictures.format(setting=f"{setting}-survival")
+        plot_survival(plan, setting, results, output.parent / picture)
     write_atomic(output, markdown(plan, results, str(path), pictures))
     _say(f"wrote {output}")
     return 0

@@ -37,7 +37,22 @@ def outcome(name: Outcome, result: Result, study: Study) -> float:
         case "entropy":
             return result.entropy[-1] or 0.0
         case "collapses":
-            return float(curve[-1] < study.collapse * max(result.before, *curve))
+            return float(collapse_step(result, study) is not None)
+
+
+def collapse_step(result: Result, study: Study) -> int | None:
+    """The step at which a run collapses: from it to the end, held-out success stays below the study's share
+    of the run's best, the warm start included. None of one that does not."""
+    curve = [result.before, *(value or 0.0 for value in result.held_out)]
+    fine = [step for step, value in enumerate(curve) if value >= study.collapse * max(curve)]
+    return None if fine[-1] == len(curve) - 1 else fine[-1] + 1
+
+
+def survival(runs: Sequence[Result], study: Study) -> list[float]:
+    """The share of the runs, of as many steps each, that have not collapsed by step 0, 1, ..."""
+    ends = [collapse_step(run, study) for run in runs]
+    steps = range(len(runs[0].held_out) + 1)
+    return [sum(end is None or step < end for end in ends) / len(runs) for step in steps]
 
 
 def mean(values: Sequence[float]) -> Interval:

@@ -1,7 +1,8 @@
-"""Curves of a study: a panel a method, each seed a thin line, beside the mean of the baseline."""
+"""Curves of a study: a panel a method, beside the baseline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,14 +11,50 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from megatron_troll.observe.charts import COLOURS
-from megatron_troll.study.plan import Cell, Plan
+from megatron_troll.study.outcomes import survival
+from megatron_troll.study.plan import Cell, Plan, Study
 from megatron_troll.study.results import Result
 
 COLUMNS = 5
+BASELINE: dict[str, Any] = {"color": "0.5", "linewidth": 1.2, "linestyle": "--"}
+
+
+Runs = Sequence[Result]
 
 
 def plot(plan: Plan, setting: str, results: Mapping[Cell, Result], path: Path) -> None:
-    """Held-out success against rollout batches, for the methods of one setting that have runs."""
+    """Held-out success against rollout batches, for the methods of one setting that have runs: each seed a
+    thin line, their mean a thick one."""
+
+    def draw(axes: Axes, runs: Runs, baseline: Runs) -> None:
+        for run in runs:
+            axes.plot(_curve(run), color=COLOURS[0], alpha=0.35, linewidth=0.8)
+        if baseline:
+            axes.plot(_mean(baseline), **BASELINE)
+        axes.plot(_mean(runs), color=COLOURS[0], linewidth=1.8)
+
+    _panels(plan, setting, results, "held-out success", draw).savefig(_ready(path), facecolor="white")
+
+
+def plot_survival(plan: Plan, setting: str, results: Mapping[Cell, Result], path: Path) -> None:
+    """The share of each method's runs that have not collapsed, against rollout batches."""
+
+    def draw(axes: Axes, runs: Runs, baseline: Runs) -> None:
+        if baseline:
+            axes.step(*_steps(baseline, plan.study), where="post", **BASELINE)
+        axes.step(*_steps(runs, plan.study), where="post", color=COLOURS[0], linewidth=1.8)
+
+    _panels(plan, setting, results, "runs not collapsed", draw).savefig(_ready(path), facecolor="white")
+
+
+def _panels(
+    plan: Plan,
+    setting: str,
+    results: Mapping[Cell, Result],
+    title: str,
+    draw: Callable[[Axes, Runs, Runs], None],
+) -> Figure:
+    """`draw` of each method's runs and the baseline's."""
     done = [result for cell, result in results.items() if cell.setting == setting]
     by_method = {m: runs for m in plan.methods if (runs := [r for r in done if r.method == m])}
     rows = -(-len(by_method) // COLUMNS)
@@ -26,25 +63,26 @@ def plot(plan: Plan, setting: str, results: Mapping[Cell, Result], path: Path) -
     panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
     baseline = by_method.get(plan.study.baseline or next(iter(plan.methods)), [])
     for axes, (method, runs) in zip(panels, by_method.items()):
-        _panel(axes, method, runs, baseline)
+        draw(axes, runs, baseline)
+        axes.set_title(method, fontsize=9, loc="left")
+        axes.set_ylim(-0.02, 1.02)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(by_method) :]:
         axes.set_axis_off()
     figure.supxlabel("rollout batches")
-    figure.supylabel("held-out success")
+    figure.supylabel(title)
+    return figure
+
+
+def _ready(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
+    return path
 
 
-def _panel(axes: Axes, method: str, runs: Sequence[Result], baseline: Sequence[Result]) -> None:
-    for run in runs:
-        axes.plot(_curve(run), color=COLOURS[0], alpha=0.35, linewidth=0.8)
-    if baseline:
-        axes.plot(_mean(baseline), color="0.5", linewidth=1.2, linestyle="--", label=baseline[0].method)
-    axes.plot(_mean(runs), color=COLOURS[0], linewidth=1.8)
-    axes.set_title(method, fontsize=9, loc="left")
-    axes.set_ylim(0, 1.02)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+def _steps(runs: Runs, study: Study) -> tuple[range, list[float]]:
+    shares = survival(runs, study)
+    return range(len(shares)), shares
 
 
 def _curve(run: Result) -> list[float]:
@@ -52,5 +90,5 @@ def _curve(run: Result) -> list[float]:
     return [run.before, *(float("nan") if value is None else value for value in run.held_out)]
 
 
-def _mean(runs: Sequence[Result]) -> np.ndarray:
+def _mean(runs: Runs) -> np.ndarray:
     return np.nanmean([_curve(run) for run in runs], axis=0)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
 
-from megatron_troll.study.outcomes import Interval, difference, mean, outcome
+from megatron_troll.study.outcomes import Interval, collapse_step, difference, mean, outcome
 from megatron_troll.study.plan import Cell, Comparison, Outcome, Plan
 from megatron_troll.study.results import Result
 
@@ -19,7 +19,7 @@ SHOWN, OPPOSITE, NOT_SHOWN = "as claimed", "**the opposite**", "did not show"
 
 def markdown(plan: Plan, results: Mapping[Cell, Result], source: str, picture: str | None) -> str:
     """The whole page. `source`: the study file as the page names it; `picture`: a path relative to it, with
-    {setting} in it."""
+    {setting} in it, which is followed by -survival for the second one of a setting."""
     study = plan.study
     done = [results[cell] for cell in plan.cells() if cell in results]
     lines = [
@@ -42,8 +42,21 @@ def markdown(plan: Plan, results: Mapping[Cell, Result], source: str, picture: s
         of_setting = [result for result in done if result.setting == setting]
         if of_setting:
             lines += ["", *_setting(plan, setting, of_setting)]
-            lines += [] if picture is None else ["", f"![{setting}]({picture.format(setting=setting)})"]
+            lines += [] if picture is None else _pictures(plan, setting, of_setting, picture)
     return "\n".join([*lines, ""])
+
+
+def collapsing(plan: Plan, done: Iterable[Result]) -> set[str]:
+    """The settings where a run collapsed: those with curves of survival."""
+    return {result.setting for result in done if collapse_step(result, plan.study) is not None}
+
+
+def _pictures(plan: Plan, setting: str, done: Sequence[Result], picture: str) -> list[str]:
+    lines = ["", f"![{setting}]({picture.format(setting=setting)})"]
+    if setting not in collapsing(plan, done):
+        return lines
+    path = picture.format(setting=f"{setting}-survival")
+    return [*lines, "", "Survival: the share of runs that have not collapsed.", "", f"![Survival]({path})"]
 
 
 def _what_ran(plan: Plan, done: Sequence[Result]) -> list[str]:
@@ -79,7 +92,8 @@ def _what_ran(plan: Plan, done: Sequence[Result]) -> list[str]:
         "  never does counts one more than it has.",
         "- Jitter2: mean |second difference| of held-out success over rollout batches.",
         "- Entropy: of the last batch, nats per token.",
-        f"- Collapse: the last held-out success is below {study.collapse:g} of the run's best.",
+        f"- Collapse: the last held-out success is below {study.collapse:g} of the run's best. It happens",
+        "  at the step from which on success stays below.",
     ]
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_troll.study.outcomes import Interval, difference, mean, outcome
+from megatron_troll.study.outcomes import Interval, collapse_step, difference, mean, outcome, survival
 from megatron_troll.study.plan import Comparison, Study
 from megatron_troll.study.report import verdict_of
 from megatron_troll.study.results import Result
@@ -48,6 +48,35 @@ def test_a_collapse_is_measured_from_the_best_success_the_warm_start_included(
     curve: tuple[float | None, ...], collapsed: int
 ) -> None:
     assert outcome("collapses", replace(RESULT, held_out=curve), STUDY) == collapsed
+
+
+def run(*curve: float | None) -> Result:
+    return replace(RESULT, held_out=curve)
+
+
+@pytest.mark.parametrize(
+    ("curve", "step"),
+    [
+        ((0.8, 0.3, 0.2), 2),
+        ((0.8, 0.3, 0.4), None),
+        ((0.8, 0.3, 0.6, 0.1), 4),
+        ((0.1, 0.3, 0.9, 0.44), 4),
+        ((None, None, None), 1),
+        ((0.1, 0.9, 0.9, 0.9), None),
+    ],
+)
+def test_a_run_collapses_at_the_step_from_which_on_it_stays_low(
+    curve: tuple[float | None, ...], step: int | None
+) -> None:
+    assert collapse_step(run(*curve), STUDY) == step
+    assert outcome("collapses", run(*curve), STUDY) == (step is not None)
+
+
+def test_survival_falls_with_every_run_that_collapses_and_ends_at_those_that_do_not() -> None:
+    runs = [run(0.8, 0.3, 0.2), run(0.8, 0.8, 0.1), run(0.8, 0.3, 0.8), run(0.5, 0.5, 0.5)]
+    assert survival(runs, STUDY) == [1.0, 1.0, 0.75, 0.5]
+    collapsed = [outcome("collapses", one, STUDY) for one in runs]
+    assert survival(runs, STUDY)[-1] == 1 - sum(collapsed) / len(runs)
 
 
 def test_differences_are_paired_by_seed() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from megatron_troll.cli import main
 from megatron_troll.study.plan import Cell, Plan, load_plan
-from megatron_troll.study.plots import plot
+from megatron_troll.study.plots import plot, plot_survival
 from megatron_troll.study.report import markdown
 from megatron_troll.study.results import Result, finished, gather, read_results, result_of, write_results
 from tests.unit.study.test_outcomes import RESULT
@@ -122,3 +123,28 @@ def test_curves_are_drawn(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "images" / "calm.png"
     plot(plan, "calm", results(plan, 0.1), path)
     assert imread(path).std() > 0.05
+
+
+def test_survival_is_shown_where_a_run_collapsed(plan: Plan, tmp_path: Path) -> None:
+    fine = results(plan, 0.1)
+    assert "survival" not in markdown(plan, fine, "study.yaml", "images/{setting}.png")
+    cell = next(cell for cell in fine if cell.method == "clip")
+    found = fine | {cell: replace(fine[cell], held_out=(0.5, 0.2, 0.1))}
+    assert "![Survival](images/calm-survival.png)" in markdown(
+        plan, found, "study.yaml", "images/{setting}.png"
+    )
+    pictures = [tmp_path / f"{name}.png" for name in ("fine", "collapsed")]
+    for picture, drawn in zip(pictures, (fine, found)):
+        plot_survival(plan, "calm", drawn, picture)
+    assert (imread(pictures[0]) != imread(pictures[1])).any()
+
+
+def test_the_command_draws_from_the_results_file_alone(plan: Plan, tmp_path: Path) -> None:
+    found = results(plan, 0.1)
+    collapsed = [replace(result, held_out=(0.5, 0.2, 0.1)) for result in found.values()]
+    write_results(tmp_path / "results" / "study.json", collapsed)
+    assert main(["study", "report", str(tmp_path / "study.yaml"), "--output", "out/page.md"]) == 0
+    page = Path("out/page.md").read_text()
+    for name in ("images/page-calm.png", "images/page-calm-survival.png"):
+        assert f"({name})" in page
+        assert imread(Path("out") / name).std() > 0.05
