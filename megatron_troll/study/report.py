@@ -63,10 +63,11 @@ def _what_ran(plan: Plan, done: Sequence[Result]) -> list[str]:
     study, planned = plan.study, len(list(plan.cells()))
     seconds = sum(result.seconds for result in done)
     dates = sorted({result.date for result in done})
+    days = " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))
     lines = [
         f"{len(plan.methods)} methods x {len(study.seeds)} seeds x {len(plan.settings)} settings: "
         f"{len(done)} of {planned} runs finished"
-        + (f", {dates[0]} to {dates[-1]}, {seconds / 3600:.1f} h of runs in all." if dates else "."),
+        + (f", {days}, {seconds / 3600:.1f} h of runs in all." if dates else "."),
         "",
         "| setting | rollout batches | responses | optimizer steps | tokens | learning rate | staleness |",
         "|---|---|---|---|---|---|---|",
