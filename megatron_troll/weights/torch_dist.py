@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_troll.weights.megatron_keys import Region, Size
-from megatron_troll.weights.tensor_file import read_into
+from megatron_troll.weights.tensor_file import expect, read_into
 
 METADATA = ".metadata"
 CONFIG = "metadata.json"
@@ -143,6 +143,7 @@ class SavedTensors:
 
     def _load(self, chunk: Chunk) -> Tensor:
         file = self._open(chunk.file)
+        expect(file.fileno(), chunk.offset, chunk.length)
         section: Any = Section(file.fileno(), chunk.offset, chunk.length)
         try:
             with torch.serialization.skip_data():
