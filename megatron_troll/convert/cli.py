@@ -1,6 +1,7 @@
 """`mtroll convert`: hf2mcore, mcore2hf."""
 
 import argparse
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -43,13 +44,20 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
         kind.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights (default: keep)")
         kind.add_argument(
             "--shard-gib",
-            type=float,
+            type=_gib,
             default=4.0,
             help="size of a file, the unit of resuming (default: 4)",
         )
         kind.add_argument(
             "--verify", action="store_true", help="then compare the logits of both; loads each model whole"
         )
+
+
+def _gib(text: str) -> float:
+    size = float(text)
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError("a size above 0 is needed")
+    return size
 
 
 def hf2mcore(arguments: Namespace) -> int:

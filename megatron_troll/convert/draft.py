@@ -24,7 +24,10 @@ SUMS = "SHA256SUMS"
 RECORDS = "records"
 LOCK = "lock"
 UNFINISHED = ".part"
-BLOCK_BYTES = 2**22
+# Smaller pieces are not worth the way to another thread.
+BLOCK_BYTES = 2**18
+# So much is written before it is sent to disk.
+HELD_BACK_BYTES = 2**25
 Fill = Callable[[BinaryIO], Any]
 
 
@@ -89,7 +92,7 @@ class Draft:
         try:
             with open(unfinished, "wb", buffering=0) as raw, Summed(raw, progress) as file:
                 record = file.filled(fill)
-                os.fsync(raw.fileno())
+                file.sync()
             known = {"bytes": unfinished.stat().st_size, "sha256": file.hexdigest(), "record": record}
             write_atomic(self._record(name), json.dumps(known))
             os.rename(unfinished, path)
@@ -160,7 +163,7 @@ class Draft:
 
 class Summed:
     """A file that is written from start to end, and its SHA-256. Only as much of a file as is needed to
-    write: large blocks are summed while the system writes them."""
+    write: large blocks are summed while they are written, and what is written goes to disk meanwhile."""
 
     def __init__(self, file: io.FileIO, progress: Callable[[int], object]) -> None:
         self._file = file
@@ -168,7 +171,11 @@ class Summed:
         self._sum = hashlib.sha256()
         self._at = 0
         self._failure: OSError | None = None
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(2)
+        # Until where the file was sent to disk; blocks until it is there, and raises where that failed, of
+        # which the system tells once.
+        self._sent_to = 0
+        self._sent: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Summed":
         return self
@@ -188,27 +195,36 @@ class Summed:
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
+        summed = None
         if len(view) < BLOCK_BYTES:
             self._sum.update(view)
-            self._write(view)
         else:
             summed = self._pool.submit(self._sum.update, view)
-            try:
-                self._write(view)
-            finally:
-                summed.result()
-        return len(view)
-
-    def _write(self, view: memoryview) -> None:
-        done = 0
         try:
-            while done < len(view):
-                done += self._file.write(view[done:])
+            self._write(view)
         except OSError as error:
             self._failure = error
             raise
+        finally:
+            if summed is not None:
+                summed.result()
+        return len(view)
+
+    def sync(self) -> None:
+        """Blocks until everything is on disk. Raises OSError where that failed."""
+        self._sent()
+        os.fsync(self._file.fileno())
+
+    def _write(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])
         self._at += done
         self._progress(done)
+        if self._at - self._sent_to >= HELD_BACK_BYTES:
+            self._sent()
+            self._sent_to = self._at
+            self._sent = self._pool.submit(os.fdatasync, self._file.fileno()).result
 
     def tell(self) -> int:
         return self._at

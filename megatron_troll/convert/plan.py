@@ -9,7 +9,6 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import torch
 
 from megatron_troll.weights.carried import Carried
-from megatron_troll.weights.megatron_keys import part_shapes
 from megatron_troll.weights.table import Place, Table
 from megatron_troll.weights.tensor_file import TensorFileWriter, nbytes
 
@@ -116,7 +115,7 @@ def cut(sized: Iterable[tuple[T, int]], limit: int) -> Iterator[tuple[tuple[T, .
 
 
 def elements(place: Place) -> int:
-    return sum(prod(shape) for shape in part_shapes(place.entry))
+    return sum(prod(shape) for shape in place.entry.part_shapes)
 
 
 def write_carried(carried: Carried, names: tuple[str, ...], file: BinaryIO) -> None:

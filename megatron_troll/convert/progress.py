@@ -42,7 +42,8 @@ class Lines(Silent):
         self._say(time.monotonic())
 
     def advance(self, count: int) -> None:
-        self._done += count
+        # The total leaves out what files hold beside tensors.
+        self._done = min(self._done + count, self._total)
         if (now := time.monotonic()) - self._last >= EVERY_S:
             self._last = now
             self._say(now)

@@ -82,7 +82,9 @@ def companions_of(folder: Path) -> Path:
     wanted = "give --like, the folder with the model's config and tokenizer"
     run = folder.absolute().parent.parent / "config.yaml"
     if not run.is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG}: {wanted}")
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG} and is not one step of a run, runs/NAME/checkpoints/step_N: {wanted}"
+        )
     began_with = Path(load(run).policy.path)
     if not (began_with / CONFIG).is_file():
         raise FileNotFoundError(

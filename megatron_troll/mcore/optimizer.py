@@ -33,6 +33,9 @@ class Trainable:
         self.schedule.step(1)
         with inside(self.model.groups):
             succeeded, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
+            for chunk in _data_parallel(self.model):
+                if chunk.ddp_config.use_distributed_optimizer:
+                    chunk.start_param_sync(force_dispatch=True)
         assert succeeded
         self.optimizer.zero_grad()
         move_biases(self.model.chunks)
@@ -45,16 +48,32 @@ class Trainable:
     def gradients_finite(self) -> bool:
         """Whether every accumulated gradient of every rank is finite. Blocks on the world."""
         finite = torch.ones((), device=device())
-        for chunk in self.model.chunks:
-            assert isinstance(chunk, DistributedDataParallel)
+        for chunk in _data_parallel(self.model):
             buffers: list[Any] = [*chunk.buffers, *chunk.expert_parallel_buffers]  # pyright: ignore[reportGeneralTypeIssues]
             for buffer in buffers:
                 finite *= torch.isfinite(buffer.grad_data.sum()).float()
         return bool(self.model.groups.world.all_reduce(finite, torch.distributed.ReduceOp.MIN).item())
 
 
+def _data_parallel(model: MegatronModel) -> list[DistributedDataParallel]:
+    """The chunks of a model built with `trained`. Raises ValueError for another."""
+    chunks = [chunk for chunk in model.chunks if isinstance(chunk, DistributedDataParallel)]
+    if len(chunks) < len(model.chunks):
+        raise ValueError("the model was built with trained=False: it has no gradients to optimize with")
+    return chunks
+
+
 def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trainable:
-    """Optimizer and schedule over `total_steps` optimizer steps for a model built with `trained`."""
+    """Optimizer and schedule over `total_steps` optimizer steps for a model built with `trained`.
+
+    Raises ValueError where the model was built for another kind of optimizer.
+    """
+    for chunk in _data_parallel(model):
+        if chunk.ddp_config.use_distributed_optimizer != config.distributed:
+            raise ValueError(
+                f"the model was built with optimizer.distributed: {not config.distributed}, its optimizer "
+                f"has {config.distributed}: give both the same configuration"
+            )
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -71,6 +90,10 @@ def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trai
     )
     with inside(model.groups):
         optimizer = get_megatron_optimizer(settings, model.chunks)  # pyright: ignore[reportArgumentType]
+    for chunk in _data_parallel(model):
+        # Dense and expert parameters have an optimizer each, and each would gather the new weights of both;
+        # told that this is done elsewhere they do not, and `Trainable.step` gathers them once.
+        chunk.overlap_param_gather_with_optimizer_step = True
     model.config.grad_scale_func = optimizer.scale_loss
     return Trainable(model, optimizer, _schedule(optimizer, config, total_steps))
 

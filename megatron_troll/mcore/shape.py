@@ -15,6 +15,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "mlp_only_layers": ([], None),
     "hidden_act": ("silu",),
 }
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+)
+EXPERT_SIZES = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ def read_shape(folder: str | Path) -> ModelShape:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: models.*.path must be a Hugging Face model folder")
+        raise FileNotFoundError(f"{path} not found: {folder} is not a Hugging Face model folder")
     try:
         return shape_of(json.loads(path.read_bytes()), str(path))
     except json.JSONDecodeError as error:
@@ -120,6 +129,9 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
         if key in config and config[key] not in allowed:
             raise ValueError(f"{where}: {key}: {config[key]!r} is not supported (only {allowed[0]!r})")
     moe, hybrid = family != "qwen3", family == "qwen3_next"
+    for key in SIZES + EXPERT_SIZES * moe:
+        if key in config and not (isinstance(config[key], int) and config[key] > 0):
+            raise ValueError(f"{where}: {key} {config[key]!r} must be a whole number above 0")
     head_dim = _head_dim(config, hybrid)
     return ModelShape(
         family=family,

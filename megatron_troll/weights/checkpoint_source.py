@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_troll.mcore.checkpoint_folder import MANIFEST, verified
 from megatron_troll.mcore.shape import ModelShape, described
 from megatron_troll.weights.families import table_of
-from megatron_troll.weights.megatron_keys import Keys, Region, part_shapes
+from megatron_troll.weights.megatron_keys import Keys, Region
 from megatron_troll.weights.source import FolderSource, Source
 from megatron_troll.weights.table import Place, Table, Tensors
 from megatron_troll.weights.torch_dist import CONFIG, SavedTensors, TensorsError
@@ -67,10 +67,9 @@ class CheckpointSource:
 
     def parts(self, place: Place) -> Tensors:
         """The full parts of a parameter."""
-        shapes = part_shapes(place.entry)
         return tuple(
             self._tensors.read(region).view(shape)
-            for region, shape in zip(self._regions(place), shapes, strict=True)
+            for region, shape in zip(self._regions(place), place.entry.part_shapes, strict=True)
         )
 
     def _regions(self, place: Place) -> tuple[Region, ...]:

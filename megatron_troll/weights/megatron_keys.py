@@ -10,11 +10,9 @@ Engine's layers, which Megatron-LM writes as well.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-import torch
-
-from megatron_troll.weights.table import Entry, Place, Table
+from megatron_troll.weights.table import Place, Table
 
 Size = tuple[int, ...]
 
@@ -74,7 +72,7 @@ class Keys:
     def _regions(self, place: Place, name: str) -> Iterator[Region]:
         start, stack = self._stacks(place)
         key = self.prefix + self._key(place, name)
-        shapes, axis = part_shapes(place.entry), place.entry.axis or 0
+        shapes, axis = place.entry.part_shapes, place.entry.axis or 0
         if name in PARTS:
             for part, shape in zip(PARTS[name], shapes, strict=True):
                 yield _region(f"{key}.{part}", (start, stack), (0,) * len(shape), shape, shape)
@@ -109,10 +107,3 @@ def _region(key: str, stacks: tuple[Size, Size], begin: Size, shape: Size, whole
 def written_keys(table: Table) -> Keys:
     """The keys that Megatron gives a model: its layers are stacked where all are of one kind."""
     return Keys(table, stacked=all(entry.layer_type is None for entry in table.entries))
-
-
-@lru_cache
-def part_shapes(entry: Entry) -> tuple[Size, ...]:
-    """The shapes of an entry's parts."""
-    tensors = tuple(torch.empty(tensor.shape, device="meta") for tensor in entry.hf)
-    return tuple(tuple(part.shape) for part in entry.to_parts(tensors))

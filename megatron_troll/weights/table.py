@@ -101,10 +101,17 @@ class Entry:
         return tuple(part.narrow(axis, 0, count) for part, count in zip(parts, rows, strict=True))
 
     @cached_property
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the full parts."""
+        # Not on the meta device, whose first cat imports torch._dynamo. One byte holds each tensor.
+        byte = torch.empty((), dtype=torch.uint8)
+        parts = self.to_parts(tuple(byte.expand(tensor.shape) for tensor in self.hf))
+        return tuple(tuple(part.shape) for part in parts)
+
+    @property
     def _rows(self) -> tuple[int, ...]:
         """Unpadded length of each part along the axis."""
-        parts = self.to_parts(tuple(torch.empty(tensor.shape, device="meta") for tensor in self.hf))
-        return tuple(part.shape[self.axis] for part in parts if self.axis is not None)
+        return tuple(shape[self.axis] for shape in self.part_shapes if self.axis is not None)
 
     def _piece(self, part: Tensor, rank: int, size: int) -> Tensor:
         assert self.axis is not None

@@ -33,6 +33,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PREFIX_BYTES = 8
 BEGINNING_BYTES = 64
+AHEAD_BYTES = 2**24
 # How files begin that go by the wrong name.
 OTHERS = {
     b"PK": "a pickled PyTorch file; save it as safetensors first (transformers: save_pretrained)",
@@ -119,6 +120,7 @@ def read_tensor(file: int, stored: Stored, index: int | None = None) -> Tensor:
 def read_into(file: int, tensor: Tensor, start: int) -> None:
     """Fill a contiguous tensor with the bytes of the open file from `start`."""
     view = as_bytes(tensor)
+    expect(file, start, len(view))
     done = 0
     while done < len(view):
         # One call reads at most 2 GiB.
@@ -126,6 +128,11 @@ def read_into(file: int, tensor: Tensor, start: int) -> None:
         if count == 0:
             raise OSError(f"the file ended {len(view) - done} bytes early: it was changed while it was read")
         done += count
+
+
+def expect(file: int, start: int, count: int) -> None:
+    """Let the system begin to read these bytes of the open file, and those that follow them."""
+    os.posix_fadvise(file, start, count + AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

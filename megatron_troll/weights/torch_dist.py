@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_troll.weights.megatron_keys import Region, Size
-from megatron_troll.weights.tensor_file import read_into
+from megatron_troll.weights.tensor_file import expect, read_into
 
 METADATA = ".metadata"
 CONFIG = "metadata.json"
@@ -143,6 +143,7 @@ class SavedTensors:
 
     def _load(self, chunk: Chunk) -> Tensor:
         file = self._open(chunk.file)
+        expect(file.fileno(), chunk.offset, chunk.length)
         section: Any = Section(file.fileno(), chunk.offset, chunk.length)
         try:
             with torch.serialization.skip_data():
@@ -150,7 +151,10 @@ class SavedTensors:
             # torch's own reader would check sums at a tenth of the speed.
             storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
             read_into(file.fileno(), storage, chunk.offset + _data_start(section))
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        except pickle.UnpicklingError as error:
+            # torch's own advice is to run what the file holds.
+            raise self._damaged(chunk, "it does not hold what torch.save writes of a tensor") from error
+        except (RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise self._damaged(chunk, str(error)) from error
         if tuple(tensor.shape) != chunk.shape:
             raise self._damaged(chunk, f"a tensor of {tuple(tensor.shape)}, {METADATA} says {chunk.shape}")

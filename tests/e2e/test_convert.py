@@ -89,6 +89,7 @@ def test_training_from_a_converted_folder_is_training_from_the_original(converte
         (("hf2mcore", "nowhere", "x"), "nowhere/config.json not found"),
         (("mcore2hf", "runs/finished", "x", "--like", "runs/finished/hf"), "give one step of a run"),
         (("hf2mcore", "runs/finished/hf", "runs/demo"), "runs/demo is not empty"),
+        (("hf2mcore", "runs/finished/hf", "x", "--shard-gib", "0"), "a size above 0 is needed"),
     ],
 )
 def test_refusals_exit_with_2_and_one_line(words: tuple[str, ...], message: str, finished: Workplace) -> None:

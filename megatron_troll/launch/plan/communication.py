@@ -133,12 +133,10 @@ def of_step(planned: Planned, stage: int) -> Traffic:
     for chunk in planned.buffers[stage]:
         # Of a tied embedding the first and the last stage add what they have.
         total += Traffic(gradients=FLOAT * chunk.shared)
-        # Dense and expert parameters have an optimizer each, and each gathers the weights of both.
-        gathered = (1 + bool(chunk.expert.numel)) * WIDTHS[model.dtype]
         for buffer, size in ((chunk.dense, ranks.dp_cp), (chunk.expert, ranks.expert_dp)):
             numbers = share(size) * buffer.numel
             if model.optimizer.distributed:
-                total += Traffic(gradients=FLOAT * numbers, weights=gathered * numbers)
+                total += Traffic(gradients=FLOAT * numbers, weights=WIDTHS[model.dtype] * numbers)
             else:
                 total += Traffic(gradients=2 * FLOAT * numbers)
     return total

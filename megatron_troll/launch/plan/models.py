@@ -75,7 +75,7 @@ def shape_at(key: str, path: str) -> ModelShape:
         return read_shape(folder)
     except FileNotFoundError as error:
         known = ", ".join(sorted(file.name for file in PUBLISHED.iterdir()))
-        raise ConfigError(f"{key}: {error}, or be named as one of those known here: {known}") from error
+        raise ConfigError(f"{key}: {error}; without one, name one of those known here: {known}") from error
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
 

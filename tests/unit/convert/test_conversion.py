@@ -167,7 +167,9 @@ def test_a_folder_without_checkpoint_or_config_is_told_what_to_give(tmp_path: Pa
         match=r"give one step of a run, .* or a folder that `mtroll convert hf2mcore` wrote",
     ):
         ToHuggingFace(like, like, SMALL)
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json: give --like"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no config\.json and is not one step of a run, .*: give --like"
+    ):
         companions_of(tmp_path)
 
 

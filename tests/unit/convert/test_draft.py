@@ -1,6 +1,9 @@
 """A folder that survives kills and full disks, is one process's at a time, and appears whole."""
 
+import errno
+import hashlib
 import json
+import os
 import random
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from megatron_troll.convert.draft import ConversionError, Draft, TargetError
+from megatron_troll.convert.draft import BLOCK_BYTES, HELD_BACK_BYTES, ConversionError, Draft, TargetError
 from megatron_troll.convert.plan import Options
 from megatron_troll.convert.to_megatron import ToMegatron
 from tests.dist.tiny import MOE
@@ -117,6 +120,31 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
     assert finished_files(target) == {}
     convert(folders[convert], target)
     assert_equal(read_all(back(convert, target)), tensors)
+
+
+@pytest.mark.parametrize("convert", [to_megatron, to_hugging_face])
+def test_a_disk_that_loses_what_it_took_is_told_of(
+    convert: Convert, folders: dict[Convert, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("megatron_troll.convert.draft.HELD_BACK_BYTES", 1000)
+    monkeypatch.setattr(os, "fdatasync", lost)
+    with pytest.raises(ConversionError, match=r"Input/output error .*the same command continues"):
+        convert(folders[convert], tmp_path / "target")
+    assert finished_files(tmp_path / "target") == {}
+
+
+def test_large_pieces_are_summed_like_small_ones(in_memory: Path) -> None:
+    pieces = [bytes([i]) * size for i, size in enumerate((5, BLOCK_BYTES, HELD_BACK_BYTES, 7))]
+    draft = Draft(in_memory / "target", {})
+    with draft.open():
+        draft.write("a", lambda file: [file.write(piece) for piece in pieces])
+        known = draft.known("a")
+    assert known is not None
+    assert (draft.folder / "a").read_bytes() == b"".join(pieces)
+    assert known["sha256"] == hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 class FullAtTheEnd(ToMegatron):

@@ -53,6 +53,9 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (DENSE, {"use_sliding_window": True}, "use_sliding_window: True is not supported"),
     (DENSE, {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported (only 'silu')"),
     (DENSE, {"layer_types": ["linear_attention"] * 4}, "layer_types: 'linear_attention' is not supported"),
+    (DENSE, {"hidden_size": "48"}, "hidden_size '48' must be a whole number above 0"),
+    (DENSE, {"num_hidden_layers": None}, "num_hidden_layers None must be a whole number above 0"),
+    (MOE, {"num_experts": 0}, "num_experts 0 must be a whole number above 0"),
     (DENSE, {"model_type": "llama"}, "model_type 'llama' is not supported (qwen3, qwen3_moe, qwen3_next)"),
 )
 
