@@ -9,7 +9,7 @@ from megatron_troll.study.report import markdown
 from megatron_troll.study.results import read_results, results_path
 from tests.house.markdown import ROOT
 
-PAGES = {"examples/study/study.yaml": "study"}
+PAGES = {"examples/study/study.yaml": "study", "examples/study/jackpot.yaml": "study-jackpot"}
 
 
 @pytest.mark.parametrize("file", PAGES)
