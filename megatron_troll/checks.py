@@ -275,8 +275,12 @@ def _check_pair(config: Config) -> None:
             f"models.rollout.layout: {mine} must be those of the policy, {policys}, so that a micro-batch of "
             "one is one of the other; ep and etp may differ"
         )
+    if model.layout.cp > 1:
+        raise ConfigError(
+            f"models.policy.layout.cp={model.layout.cp}: with models.rollout, evaluations of the policy are "
+            "drawn in the trainer's processes, which do not generate under context parallelism; set it to 1"
+        )
     for key, value, reason in (
-        ("rollout.engine=sglang", config.rollout.engine == "sglang", "its servers are held to the policy"),
         ("objective.old=engine", config.objective.old == "engine", "the old policy would be another model"),
         ("train.replay=rollout", config.train.replay == "rollout", "its experts are another model's"),
     ):

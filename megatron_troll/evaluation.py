@@ -1,14 +1,16 @@
 """Held-out success: what the policy scores on prompts that training never sees."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_troll import rollout
 from megatron_troll.checks import Task
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config.tree import Model, Sampling
 from megatron_troll.judging import judge
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine, Setup, requests_for
+from megatron_troll.rollout.engines.inprocess import InProcessEngine
 from megatron_troll.session import Session
 
 # Held-out prompts are always answered with the same random numbers, so that evaluations are paired.
@@ -42,6 +44,17 @@ class Evaluator:
 
 
 def open_engine(task: Task, model: MegatronModel) -> Engine:
-    """The engine that the task names, on the weights of `model`. See rollout.build."""
+    """The engine that the task names, on the weights of `model`, which draws the rollouts. See
+    rollout.build."""
+    return rollout.build(_setup(task, model, task.config.models.drawing))
+
+
+def open_judged(task: Task, model: MegatronModel) -> Engine:
+    """An engine on the policy's `model`, for evaluations where another model draws the rollouts, and servers
+    have only that one."""
+    return InProcessEngine(_setup(task, model, task.config.policy))
+
+
+def _setup(task: Task, model: MegatronModel, source: Model) -> Setup:
     prompts = task.prompts.train[:SHOWN]
-    return rollout.build(Setup(task.config, model, task.tokenizer, task.stop_ids, prompts))
+    return Setup(task.config, model, Path(source.path), task.tokenizer, task.stop_ids, prompts)

@@ -9,7 +9,7 @@ from megatron_troll.arrange import Arranger
 from megatron_troll.checks import Task, data_of
 from megatron_troll.critic import Critic, open_critic
 from megatron_troll.data.order import PromptOrder
-from megatron_troll.evaluation import Evaluator, open_engine
+from megatron_troll.evaluation import Evaluator, open_engine, open_judged
 from megatron_troll.files import write_atomic
 from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.learner import Learner
@@ -148,7 +148,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
         engine = stack.enter_context(closing(open_engine(task, drawn)))
         judged = engine
         if rollout_model is not None:
-            judged = stack.enter_context(closing(open_engine(task, policy.model)))
+            judged = stack.enter_context(closing(open_judged(task, policy.model)))
         yield Run(
             task=task,
             session=session,

@@ -37,11 +37,11 @@ def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) 
 
 def plans_of(config: Config) -> list[Plan]:
     """What would be started. Raises one of checks.PROBLEMS."""
-    serve, policy, key_file = config.serve, config.policy, config.rollout.sglang.api_key_file
+    serve, model, key_file = config.serve, config.models.drawing, config.rollout.sglang.api_key_file
     check_address(serve, key_file)
-    key, shape = read_key(key_file), read_shape(policy.path)
-    if policy.init == "pretrained":
-        check_folder(policy.path, shape)
+    key, shape = read_key(key_file), read_shape(model.path)
+    if model.init == "pretrained":
+        check_folder(model.path, shape)
     # An absolute path, but no resolved one: the interpreter of a virtual environment is a link.
     python, device = Path(serve.python).absolute(), device_of(serve.device)
     if not python.is_file():

@@ -86,7 +86,8 @@ def write_model(folder: Path, gib: float) -> None:
 
 @contextmanager
 def engine_of(config: Config, task: Task, model: Any) -> Iterator[SGLangEngine]:
-    engine = rollout.build(Setup(config, model, task.tokenizer, task.stop_ids, task.prompts.train[:8]))
+    folder, shown = Path(config.policy.path), task.prompts.train[:8]
+    engine = rollout.build(Setup(config, model, folder, task.tokenizer, task.stop_ids, shown))
     assert isinstance(engine, SGLangEngine)
     with closing(engine):
         yield engine

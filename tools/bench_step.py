@@ -207,7 +207,7 @@ def sampled(config: Config, policy: Trainable, shape: Shape, generator: np.rando
         ids = np.random.default_rng(i // SAMPLES).integers(0, shape.vocab, PROMPT_TOKENS)
         requests.append(Request(Prompt(f"p{i // SAMPLES}", (), ""), i // SAMPLES, i % SAMPLES, ids))
     silent: Any = SimpleNamespace(decode=lambda ids, **_: "")
-    engine = InProcessEngine(Setup(config, policy.model, silent, ()))
+    engine = InProcessEngine(Setup(config, policy.model, Path(config.policy.path), silent, ()))
     return engine.generate(requests, config.rollout.sampling, round=1)
 
 

@@ -8,7 +8,7 @@ from megatron_troll.config.node import Natural, Node, Positive, PositiveFloat
 
 
 class WeightSync(Node):
-    """How new weights reach SGLang's servers, each time the policy has been trained."""
+    """How new weights reach SGLang's servers, each time they have been trained."""
 
     via: Literal["disk", "tensor", "distributed"] = Field(
         default="disk",
@@ -81,7 +81,8 @@ class Mamba(Node):
 
 
 class Serve(Node):
-    """The server processes of `mtroll serve`. The model is models.policy, its dtype included."""
+    """The server processes of `mtroll serve`. The model is models.rollout where there is one, otherwise
+    models.policy; its dtype included."""
 
     servers: Positive = Field(default=1, description="server processes on this machine")
     host: str = Field(

@@ -137,6 +137,11 @@ class Models(Node):
     critic: Critic | None = Field(default=None, description="for objective.advantage gae")
     rollout: RolloutModel | None = Field(default=None, description="draws the rollouts; null: the policy")
 
+    @property
+    def drawing(self) -> Model:
+        """The model that draws the rollouts."""
+        return self.policy if self.rollout is None else self.rollout
+
 
 class PromptFiles(Node):
     """Files that hold prompts, and what to do with rows that are none."""

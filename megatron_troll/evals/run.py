@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_troll import rollout
 from megatron_troll.evals.report import write
@@ -74,7 +75,8 @@ class Evaluation:
     def _engine(self) -> Engine:
         task, one = self.task, self.one
         config = task.config.model_copy(update={"rollout": one.rollout})
-        return rollout.build(Setup(config, self.model, task.tokenizer, one.stop_ids, one.prompts[:SHOWN]))
+        folder, shown = Path(config.policy.path), one.prompts[:SHOWN]
+        return rollout.build(Setup(config, self.model, folder, task.tokenizer, one.stop_ids, shown))
 
     def _batch(self, requests: Sequence[Request], engine: Engine, scorer: Scorer) -> Answers:
         asked, world = self.one.config, self.session.groups.world

@@ -32,16 +32,16 @@ ON_CPU: Flags = {
 def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Flags:
     """The flags of server `number` on "cuda" or "cpu", without its API key. Raises ConfigError for what a
     server would refuse, or do in silence."""
-    serve, policy = config.serve, config.policy
+    serve, model = config.serve, config.models.drawing
     flags: Flags = {
-        "model-path": str(Path(policy.path).absolute()),
+        "model-path": str(Path(model.path).absolute()),
         "host": serve.host,
         "port": serve.port + number,
-        "dtype": DTYPES[policy.dtype],
+        "dtype": DTYPES[model.dtype],
         "grammar-backend": "none",
         "random-seed": config.seed + number,
     }
-    if policy.init == "random":
+    if model.init == "random":
         flags["load-format"] = "dummy"
     if device == "cpu":
         flags |= _on_cpu(serve)

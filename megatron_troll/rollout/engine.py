@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -48,11 +49,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an engine is built from. `model` is what it has to draw from, as it is at the last `sync`;
-    `prompts` are a few that the run asks, for an engine that tries itself on some."""
+    """What an engine is built from. `model` is what it has to draw from, as it is at the last `sync`, and
+    `folder` the Hugging Face folder that it began with; `prompts` are a few that the run asks, for an engine
+    that tries itself on some."""
 
     config: Config
     model: "MegatronModel"
+    folder: Path
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     prompts: tuple[Prompt, ...] = ()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def engine(model: MegatronModel, case: Case) -> Engine:
         models=Models(policy=Model(path="unused")),
         rollout=RolloutConfig(**{"top_k": TOP_K} | case.config),
     )
-    return rollout.build(Setup(config, model, TOKENIZER, STOPS))
+    return rollout.build(Setup(config, model, Path(config.policy.path), TOKENIZER, STOPS))
 
 
 def generate(model: MegatronModel, case: Case) -> list[Rollout]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def draw_and_replay(sizes: Sizes, folder: str) -> Choices:
         config = Config(
             name="run", seed=3, models=Models(policy=Model(path="unused")), train=Train(replay="rollout")
         )
-        engine = rollout.build(Setup(config, model, TOKENIZER, STOPS))
+        engine = rollout.build(Setup(config, model, Path(config.policy.path), TOKENIZER, STOPS))
         rollouts = engine.generate(requests(), Sampling(max_tokens=8), 1)
         batches = packed(model, rollouts)
         free = [replace(batch, experts=None) for batch in batches]

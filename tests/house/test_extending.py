@@ -56,7 +56,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answered(config: Config, base: Path) -> list[Rollout]:
     """Two rollouts of the page's engine."""
     tokenizer = load_tokenizer(base)
-    engine = rollout.build(Setup(config, None, tokenizer, stop_ids(tokenizer, base)))  # pyright: ignore[reportArgumentType]
+    engine = rollout.build(Setup(config, None, base, tokenizer, stop_ids(tokenizer, base)))  # pyright: ignore[reportArgumentType]
     return engine.generate(requests_for([PROMPT], 2, tokenizer), config.rollout.sampling, 1)
 
 

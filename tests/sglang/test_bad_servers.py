@@ -54,7 +54,7 @@ def with_other_tokenizer(folder: Path, target: Path) -> Path:
 
 def check(server: RealServer, policy: Path, temperature: float = 0.7) -> str:
     tokenizer = load_tokenizer(policy)
-    identity = Identity(read_shape(policy), tokenizer, "add 12 and 21", PROMPT, temperature)
+    identity = Identity(policy, read_shape(policy), tokenizer, "add 12 and 21", PROMPT, temperature)
 
     async def run() -> str:
         http = Http(None)
@@ -67,9 +67,9 @@ def check(server: RealServer, policy: Path, temperature: float = 0.7) -> str:
 
 
 WORDS: dict[str, tuple[type[EngineError], str]] = {
-    "family": (WrongModel, r"of type 'qwen3', the policy is 'qwen3_moe'"),
-    "layers": (WrongModel, r"layers 2, not 4: start the server from models\.policy\.path"),
-    "vocabulary": (WrongVocabulary, f"vocabulary of {VOCAB + 16}, the policy's has {VOCAB}"),
+    "family": (WrongModel, r"of type 'qwen3', the run draws from a 'qwen3_moe'"),
+    "layers": (WrongModel, r"layers 2, not 4: start the server from .*/served"),
+    "vocabulary": (WrongVocabulary, f"vocabulary of {VOCAB + 16}, the run's model has {VOCAB}"),
     "tokenizer": (WrongTokenizer, r"another tokenizer: 'add 12 and 21' is \[.*\] there"),
 }
 

@@ -68,7 +68,7 @@ class Drawn:
 
 def engine_of(job: Job, model: MegatronModel) -> Engine:
     tokenizer = load_tokenizer(job.folder)
-    return rollout.build(Setup(job.config, model, tokenizer, ends(job.folder), PROMPTS))
+    return rollout.build(Setup(job.config, model, job.folder, tokenizer, ends(job.folder), PROMPTS))
 
 
 def draw(engine: Engine, version: int) -> Drawn:

@@ -156,6 +156,7 @@ def rollout_model(base: Path, **fields: object) -> str:
 
 def test_a_rollout_model_may_be_of_another_architecture(config: Path, base: Path, tmp_path: Path) -> None:
     task(config, rollout_model(base))
+    task(config, rollout_model(base), "rollout.engine=sglang")
     path, _ = dense_policy(config, tmp_path)
     dense = path.removeprefix("models.policy.path=")
     prepared = task(config, rollout_model(Path(dense), layout={"tp": 2}))
@@ -172,7 +173,11 @@ def test_a_rollout_model_may_be_of_another_architecture(config: Path, base: Path
             (),
             "models.rollout.layout: experts (8) cannot be divided by ep (3)",
         ),
-        ({}, ("rollout.engine=sglang",), "rollout.engine=sglang does not go with models.rollout"),
+        (
+            {"layout": {"tp": 2, "ep": 2, "cp": 2}},
+            ("rollout.engine=sglang", "models.policy.layout.cp=2", "launch.ranks=4"),
+            "models.policy.layout.cp=2: with models.rollout, evaluations of the policy are drawn in",
+        ),
         ({}, ("objective.old=engine",), "objective.old=engine does not go with models.rollout"),
         ({}, ("train.replay=rollout",), "train.replay=rollout does not go with models.rollout"),
         (

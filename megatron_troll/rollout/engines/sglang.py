@@ -1,7 +1,6 @@
 """The engine that asks SGLang servers over HTTP."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -31,7 +30,7 @@ class SGLangEngine(Engine):
     returns_experts = True
 
     def __init__(self, setup: Setup) -> None:
-        """Waits until a server is healthy and the policy's."""
+        """Waits until a server is healthy and serves the model."""
         super().__init__(setup)
         self._version: int | None = None
         self._resting = False
@@ -158,8 +157,7 @@ class SGLangEngine(Engine):
             )
 
     def _diagnosis(self, url: str) -> str:
-        config = self.setup.config
-        folder = weights_folder(config)
+        folder = weights_folder(self.setup.config)
         return diagnosis.told(
-            self._agreed, url, Path(config.policy.path), folder.with_name(f"{folder.name}-diagnosis")
+            self._agreed, url, self.setup.folder, folder.with_name(f"{folder.name}-diagnosis")
         )

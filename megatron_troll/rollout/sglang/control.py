@@ -133,7 +133,7 @@ class Control:
         except Refused as error:
             raise UpdateRefused(
                 f"{error}\nThe server does not take the new weights; it may hold parts of them. Restart it: "
-                "is it of the policy's shape, and SGLang 0.5.23?"
+                "is it of the shape of the run's, and SGLang 0.5.23?"
             ) from error
         if isinstance(reply, dict) and reply.get("success") is False:
             raise UpdateRefused(f"{url}{path}: {reply.get('message')}; restart the server")

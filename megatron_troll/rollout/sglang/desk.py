@@ -3,7 +3,6 @@
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_troll.data.chat import render_prompt
@@ -51,7 +50,7 @@ class Desk:
 
 
 def open_desk(setup: Setup) -> Desk:
-    """Waits until a server is healthy and the policy's. Raises EngineError."""
+    """Waits until a server is healthy and serves the model. Raises EngineError."""
     config, background = setup.rollout.sglang, Background(setup.model.progress)
     versions = Versions(setup.config.name)
 
@@ -85,6 +84,7 @@ def _identity(setup: Setup) -> Identity:
     text = setup.prompts[0].messages[-1].content if setup.prompts else NO_PROMPT
     ids = render_prompt(setup.prompts[0].messages, setup.tokenizer) if setup.prompts else [0]
     return Identity(
+        setup.folder,
         setup.model.shape,
         setup.tokenizer,
         text,
@@ -97,8 +97,7 @@ def _transport(setup: Setup, background: Background, control: Control, versions:
     sync = setup.rollout.sglang.sync
     max_bytes = sync.bucket_mib * MIB
     if sync.via == "disk":
-        source = Path(setup.config.policy.path)
-        return Disk(background, control, weights_folder(setup.config), source, max_bytes)
+        return Disk(background, control, weights_folder(setup.config), setup.folder, max_bytes)
     if sync.via == "tensor":
         return Shared(background, control, max_bytes)
     address = sync.address or _own_address(setup.rollout.sglang.servers)

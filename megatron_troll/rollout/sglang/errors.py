@@ -44,7 +44,7 @@ class Unauthorized(EngineError):
 
 
 class WrongModel(EngineError):
-    """The server serves a model that is not the policy's."""
+    """The server serves a model that is not the one that the run draws from."""
 
 
 class WrongVocabulary(WrongModel):

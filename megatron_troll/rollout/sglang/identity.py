@@ -1,4 +1,4 @@
-"""Whether a server serves the policy's model, with its tokenizer, and says the law that it draws from."""
+"""Whether a server serves the model that the run draws from, with its tokenizer, and says its law."""
 
 import math
 from collections.abc import Sequence
@@ -27,14 +27,19 @@ LAW_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Identity:
-    """What a server has to agree with. `text` is tokenized by both; `ids` are a prompt; `temperature` is that
-    of the run's samples."""
+    """What a server has to agree with: the model of `folder`, of this shape. `text` is tokenized by both;
+    `ids` are a prompt; `temperature` is that of the run's samples."""
 
+    folder: Path
     shape: ModelShape
     tokenizer: PreTrainedTokenizerBase
     text: str
     ids: Sequence[int]
     temperature: float
+
+    @property
+    def _remedy(self) -> str:
+        return f"start the server from {self.folder}"
 
     async def check(self, http: Http, url: str) -> str:
         """What the server calls its weights. Raises Unreachable or ServerFault where it is not healthy,
@@ -52,8 +57,8 @@ class Identity:
     def _check_model(self, url: str, info: dict[str, Any]) -> None:
         if info.get("model_type") != self.shape.family:
             raise WrongModel(
-                f"{url} serves a model of type {info.get('model_type')!r}, the policy is "
-                f"{self.shape.family!r}: start the server from models.policy.path, or name another server"
+                f"{url} serves a model of type {info.get('model_type')!r}, the run draws from a "
+                f"{self.shape.family!r}: {self._remedy}, or name another server"
             )
         folder = Path(str(info.get("model_path")))
         if not (folder / "config.json").is_file():
@@ -61,14 +66,12 @@ class Identity:
         served = read_shape(folder)
         if served.vocab != self.shape.vocab:
             raise WrongVocabulary(
-                f"{url} serves {folder} with a vocabulary of {served.vocab}, the policy's has "
-                f"{self.shape.vocab}: start the server from models.policy.path"
+                f"{url} serves {folder} with a vocabulary of {served.vocab}, the run's model has "
+                f"{self.shape.vocab}: {self._remedy}"
             )
         differing = differences(self.shape, served)
         if differing:
-            raise WrongModel(
-                f"{url} serves {folder} with {'; '.join(differing)}: start the server from models.policy.path"
-            )
+            raise WrongModel(f"{url} serves {folder} with {'; '.join(differing)}: {self._remedy}")
 
     async def _check_tokenizer(self, http: Http, url: str) -> None:
         body = {"prompt": self.text, "add_special_tokens": False}
@@ -81,7 +84,7 @@ class Identity:
         if there != here:
             raise WrongTokenizer(
                 f"{url} has another tokenizer: {self.text!r:.60} is {str(there)[:100]} there, "
-                f"{str(here)[:100]} here; start the server from models.policy.path"
+                f"{str(here)[:100]} here; {self._remedy}"
             )
 
     async def _check_law(self, http: Http, url: str) -> None:

@@ -76,7 +76,7 @@ def _told(lost: Failed) -> str:
     each = "\n".join(f"  {url}: {error}" for url, error in lost.items())
     return (
         f"\nLost while they took new weights:\n{each}\nSee their logs: SGLang dies of weights of another "
-        "shape than its model's; start servers from models.policy.path"
+        "shape than its model's; start servers by `mtroll serve` of this configuration"
     )
 
 

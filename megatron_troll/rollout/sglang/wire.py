@@ -140,7 +140,7 @@ def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: Ask) -> FinishReason:
     if finish == "stop" and last not in ask.stop_ids:
         raise BadReply(
             f"the answer stops at token {last}, which ends none here: the server's model folder names "
-            "another end of sequence; serve the policy's folder, or add the token to rollout.sampling.stop"
+            "another end of sequence; serve the run's model, or add the token to rollout.sampling.stop"
         )
     if len(ids) > ask.max_tokens or (finish == "length" and len(ids) < ask.max_tokens):
         raise BadReply(f"{len(ids)} tokens, finished by {finish}; asked for {ask.max_tokens}")

@@ -1,6 +1,7 @@
 """From `rollout.engine` to an engine: a file's name, or an import path."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_an_engine_outside_the_package_is_built_by_its_import_path() -> None:
     )
     model: Any = object()
     tokenizer: Any = object()
-    setup = Setup(config, model, tokenizer, (3, 5))
+    setup = Setup(config, model, Path("nowhere"), tokenizer, (3, 5))
     engine = rollout.build(setup)
     assert isinstance(engine, Recorder)
     assert engine.setup is setup

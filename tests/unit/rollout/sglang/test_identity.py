@@ -24,6 +24,7 @@ from tests.sglang.model import CONFIG, TOKENIZER
 from tests.sglang.recordings import PROMPT
 from tests.unit.rollout.sglang.fake import RECORDED, Fake, fakes
 
+FOLDER = Path("runs/model")
 TEXT = "sort 3142"
 
 
@@ -40,7 +41,7 @@ def serve(fake: Fake, folder: Path, config: dict[str, Any]) -> None:
 
 
 def check(fake: Fake, temperature: float = 1.0) -> str:
-    identity = Identity(shape_of(CONFIG), TOKENIZER, TEXT, PROMPT, temperature)
+    identity = Identity(FOLDER, shape_of(CONFIG), TOKENIZER, TEXT, PROMPT, temperature)
 
     async def run() -> str:
         http = Http(None)
@@ -63,13 +64,13 @@ def test_a_folder_on_another_machine_is_not_looked_for(fake: Fake) -> None:
 
 def test_another_model(fake: Fake, tmp_path: Path) -> None:
     serve(fake, tmp_path, CONFIG | {"num_hidden_layers": 2})
-    with pytest.raises(WrongModel, match=r"layers 2, not 4: start the server from models\.policy\.path"):
+    with pytest.raises(WrongModel, match="layers 2, not 4: start the server from runs/model"):
         check(fake)
 
 
 def test_another_family(fake: Fake) -> None:
     fake.model_info["model_type"] = "llama"
-    with pytest.raises(WrongModel, match="of type 'llama', the policy is 'qwen3_moe'"):
+    with pytest.raises(WrongModel, match="of type 'llama', the run draws from a 'qwen3_moe'"):
         check(fake)
 
 
