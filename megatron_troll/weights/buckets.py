@@ -1,7 +1,7 @@
 """A stream of tensors as a few large byte tensors, with bounded memory."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +27,24 @@ class Bucket:
     flat: Tensor
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Bucket]:
+Allocate = Callable[[int, torch.device], Tensor]
+
+
+def allocated(size: int, device: torch.device) -> Tensor:
+    """[size] uint8 of any content."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def buckets(
+    tensors: Iterable[tuple[str, Tensor]], max_bytes: int, allocate: Allocate = allocated
+) -> Iterator[Bucket]:
     """Copies of `tensors`, at most `max_bytes` at once (a larger one has a bucket for itself), on their
-    device.
+    device, in memory of `allocate`.
 
     A bucket's memory is used again for the one after the next: whoever still reads it when asking for that
     one reads other tensors. Two buckets are held.
     """
-    memory = _Memory(max_bytes)
+    memory = _Memory(max_bytes, allocate)
     pieces: list[Piece] = []
     flat: Tensor | None = None
     for name, tensor in tensors:
@@ -57,8 +67,9 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[B
 class _Memory:
     """Two buffers in turn, as large as the largest bucket so far."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, allocate: Allocate) -> None:
         self._size = size
+        self._allocate = allocate
         self._buffers: list[Tensor | None] = [None, None]
         self._turn = 0
 
@@ -69,6 +80,6 @@ class _Memory:
         buffer = self._buffers[self._turn]
         if buffer is None or buffer.numel() < size:
             self._buffers[self._turn] = None
-            buffer = torch.empty(size, dtype=torch.uint8, device=first.device)
+            buffer = self._allocate(size, first.device)
             self._buffers[self._turn] = buffer if size == self._size else None
         return buffer

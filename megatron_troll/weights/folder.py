@@ -7,11 +7,11 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_troll.files import flush
 from megatron_troll.weights.source import INDEX
+from megatron_troll.weights.tensor_file import TensorFileWriter
 
 CONFIG = "config.json"
 COMPANIONS = (
@@ -78,8 +78,13 @@ class FolderWriter:
         self._dtypes[tensor.dtype] = self._dtypes.get(tensor.dtype, 0) + tensor.nbytes
 
     def _write_pending(self) -> None:
-        save_file(self._pending, self.part / str(len(self._files)), metadata={"format": "pt"})
-        self._files.append(tuple(self._pending))
+        pending = sorted(self._pending.items(), key=lambda item: -item[1].itemsize)
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in pending}
+        with open(self.part / str(len(self._files)), "wb") as file:
+            writer = TensorFileWriter(file, layout)
+            for name, tensor in pending:
+                writer.write(name, tensor)
+        self._files.append(tuple(layout))
         self._pending, self._pending_bytes = {}, 0
 
     def _finish(self) -> None:

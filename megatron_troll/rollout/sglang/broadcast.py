@@ -15,7 +15,7 @@ from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.control import Control
 from megatron_troll.rollout.sglang.errors import Unreachable
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, in_session, quietly
-from megatron_troll.weights.buckets import Bucket
+from megatron_troll.weights.buckets import Bucket, buckets
 
 POLL_S = 0.001
 # For a group to form, and for one bucket.
@@ -53,7 +53,7 @@ class Broadcast:
             async def send(bucket: Bucket) -> None:
                 await self._send(group, bucket)
 
-            return in_session(self, tensors, urls, send, {})
+            return in_session(self, buckets(tensors, self.max_bytes), urls, send, {})
         except BaseException:
             self.close()
             raise

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.control import Control, each
 from megatron_troll.rollout.sglang.errors import Passing
-from megatron_troll.weights.buckets import Bucket, buckets
+from megatron_troll.weights.buckets import Bucket, allocated, buckets
 from megatron_troll.weights.folder import FolderWriter
 
 Tensors = Iterator[tuple[str, Tensor]]
@@ -71,6 +71,23 @@ class Disk:
         pass
 
 
+@contextmanager
+def _by_file_name() -> Iterator[None]:
+    """Memory is shared by file name: a file descriptor cannot go through HTTP."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+def shared(size: int, device: torch.device) -> Tensor:
+    """Memory that servers can map. What is shared only once it is filled is copied for that."""
+    with _by_file_name():
+        return allocated(size, device).share_memory_()
+
+
 @dataclass(frozen=True)
 class Shared:
     """Buckets in memory that the servers map: shared memory between processes of one machine on CPU, CUDA IPC
@@ -92,7 +109,7 @@ class Shared:
             there = [url for url in urls if url not in failed]
             failed.update(await each(there, lambda url: self.control.take_tensors(url, payload, ranks[url])))
 
-        return in_session(self, tensors, urls, send, failed)
+        return in_session(self, buckets(tensors, self.max_bytes, shared), urls, send, failed)
 
     def close(self) -> None:
         pass
@@ -110,17 +127,6 @@ def _start_sharing() -> None:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
-
-
-@contextmanager
-def _by_file_name() -> Iterator[None]:
-    """Memory is shared by file name: a file descriptor cannot go through HTTP."""
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        yield
-    finally:
-        torch.multiprocessing.set_sharing_strategy(before)
 
 
 def shared_payload(bucket: Bucket) -> str:
@@ -150,13 +156,11 @@ class Bucketed(Protocol):
     def background(self) -> Background: ...
     @property
     def control(self) -> Control: ...
-    @property
-    def max_bytes(self) -> int: ...
 
 
 def in_session(
     way: Bucketed,
-    tensors: Tensors,
+    filled: Iterator[Bucket],
     urls: Sequence[str],
     send: Callable[[Bucket], Awaitable[None]],
     failed: Failed,
@@ -166,7 +170,7 @@ def in_session(
     run = way.background.run
     failed.update(run(each(urls, way.control.open_update)))
     under_way: Future[None] | None = None
-    for bucket in buckets(tensors, way.max_bytes):
+    for bucket in filled:
         if under_way is not None:
             way.background.result(under_way)
         if bucket.flat.is_cuda:

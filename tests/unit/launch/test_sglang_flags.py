@@ -8,7 +8,7 @@ import pytest
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.serving import Mamba, Serve
-from megatron_troll.config.tree import Config, Model, Models, RolloutConfig
+from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, RolloutModel
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import ModelShape, shape_of
 from tests.dist.tiny import DENSE, MOE
@@ -55,6 +55,13 @@ def test_colocated_servers_can_give_memory_back() -> None:
 
 def test_a_policy_without_weights_is_served_with_any_until_the_first_sync() -> None:
     assert flags_of(config(policy={"init": "random"}), MOE_SHAPE, 0, "cuda")["load-format"] == "dummy"
+
+
+def test_a_rollout_model_is_what_is_served() -> None:
+    asked = config()
+    models = asked.models.model_copy(update={"rollout": RolloutModel(path="/models/small", dtype="fp32")})
+    flags = flags_of(asked.model_copy(update={"models": models}), MOE_SHAPE, 0, "cuda")
+    assert (flags["model-path"], flags["dtype"]) == ("/models/small", "float32")
 
 
 def test_on_a_cpu_one_may_set_what_is_chosen_for_it() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_troll.weights.folder import FolderWriter, check_target
 from megatron_troll.weights.source import FolderSource
@@ -74,6 +75,19 @@ def test_tensors_that_share_memory_or_change_later_are_copied(tmp_path: Path, so
     expected = torch.arange(16.0).reshape(4, 4)
     assert torch.equal(written.read("columns"), expected[:, 1:3])
     assert torch.equal(written.read("rows"), expected[1:])
+
+
+def test_tensors_of_several_dtypes_are_read_by_the_library(tmp_path: Path, source: Path) -> None:
+    tensors = {
+        "scale": torch.tensor([1.5], dtype=torch.bfloat16),
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "weight": torch.randn(2, 3),
+    }
+    write(tmp_path / "export", source, tensors, max_bytes=1000)
+    (file,) = (tmp_path / "export").glob("*.safetensors")
+    found = load_file(file)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_an_earlier_export_is_replaced_only_by_a_whole_one(tmp_path: Path, source: Path) -> None:
