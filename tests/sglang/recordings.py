@@ -110,7 +110,7 @@ def _answer(client: httpx.Client, exchange: Exchange) -> dict[str, Any]:
     except ValueError:
         content = reply.text
     if exchange.name == "server_info":
-        content = {"tp_size": content["tp_size"], "version": content["version"]}
+        content = {name: content[name] for name in ("model_path", "tp_size", "version")}
     return {"path": exchange.path, "status": reply.status_code, "content": content}
 
 

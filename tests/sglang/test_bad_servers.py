@@ -21,6 +21,7 @@ from megatron_troll.rollout.sglang.identity import Identity
 from tests.sglang.farm import Farm, RealServer
 from tests.sglang.model import VOCAB, write_model
 from tests.sglang.recordings import PROMPT
+from tests.sglang.serving import give
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def others(
     folders = {
         "family": write_model(root / "family", model_type="qwen3"),
         "layers": write_model(root / "layers", num_hidden_layers=2),
+        "experts": write_model(root / "experts", moe_intermediate_size=20),
         "vocabulary": write_model(root / "vocabulary", vocab_size=VOCAB + 16),
         "tokenizer": with_other_tokenizer(folder, root / "tokenizer"),
     }
@@ -69,6 +71,7 @@ def check(server: RealServer, policy: Path, temperature: float = 0.7) -> str:
 WORDS: dict[str, tuple[type[EngineError], str]] = {
     "family": (WrongModel, r"of type 'qwen3', the run draws from a 'qwen3_moe'"),
     "layers": (WrongModel, r"layers 2, not 4: start the server from .*/served"),
+    "experts": (WrongModel, "expert_ffn 20, not 24: start the server from .*/served"),
     "vocabulary": (WrongVocabulary, f"vocabulary of {VOCAB + 16}, the run's model has {VOCAB}"),
     "tokenizer": (WrongTokenizer, r"another tokenizer: 'add 12 and 21' is \[.*\] there"),
 }
@@ -79,6 +82,13 @@ def test_another(name: str, others: dict[str, RealServer], folder: Path) -> None
     kind, words = WORDS[name]
     with pytest.raises(kind, match=words):
         check(others[name], folder)
+
+
+def test_another_that_took_the_policys_weights(others: dict[str, RealServer], folder: Path) -> None:
+    """SGLang on CPU pads experts, so that weights of another size fit."""
+    give([others["experts"]], folder)
+    with pytest.raises(WrongModel, match="expert_ffn 20, not 24"):
+        check(others["experts"], folder)
 
 
 def test_the_policys_own(one: RealServer, folder: Path) -> None:

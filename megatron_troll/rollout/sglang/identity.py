@@ -48,19 +48,26 @@ class Identity:
         info = await http.get(url, "/model_info", HEALTH_S)
         if not isinstance(info, dict) or not isinstance(info.get("weight_version"), str):
             raise BadReply(f"{url}/model_info names no weight_version: {str(info)[:200]}; is it SGLang?")
-        self._check_model(url, info)
+        started = await http.get(url, "/server_info", HEALTH_S)
+        if not isinstance(started, dict) or not isinstance(started.get("model_path"), str):
+            raise BadReply(f"{url}/server_info names no model_path: {str(started)[:200]}; is it SGLang?")
+        self._check_family(url, info)
+        self._check_sizes(url, Path(started["model_path"]))
         await self._check_tokenizer(http, url)
         if self.temperature != 1.0:
             await self._check_law(http, url)
         return info["weight_version"]
 
-    def _check_model(self, url: str, info: dict[str, Any]) -> None:
+    def _check_family(self, url: str, info: dict[str, Any]) -> None:
         if info.get("model_type") != self.shape.family:
             raise WrongModel(
                 f"{url} serves a model of type {info.get('model_type')!r}, the run draws from a "
                 f"{self.shape.family!r}: {self._remedy}, or name another server"
             )
-        folder = Path(str(info.get("model_path")))
+
+    def _check_sizes(self, url: str, folder: Path) -> None:
+        """Against the folder that the server was started from: /model_info names that of its last weights,
+        which says nothing of its own sizes: a server may take experts of another size without a word."""
         if not (folder / "config.json").is_file():
             return  # it lies on another machine: a sync of other shapes is refused, and the probe compares
         served = read_shape(folder)

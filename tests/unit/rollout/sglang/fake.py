@@ -37,6 +37,7 @@ class Fake:
         self.seconds = 0.0
         self.overrides: dict[str, Reply] = {}
         self.model_info: dict[str, Any] = {}
+        self.server_info: dict[str, Any] = {}
         self.key: str | None = None
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
@@ -63,6 +64,8 @@ class Fake:
                 **self.model_info,
                 "weight_version": self.version,
             }
+        if path == "/server_info":
+            return 200, {**RECORDED["server_info"]["content"], **self.server_info}
         return self._control(path, body or {})
 
     def _generate(self, body: dict[str, Any]) -> Reply | None:

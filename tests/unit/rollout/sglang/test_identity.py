@@ -37,7 +37,8 @@ def fake(tmp_path: Path) -> Iterator[Fake]:
 
 def serve(fake: Fake, folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
-    fake.model_info = {"model_type": config["model_type"], "model_path": str(folder)}
+    fake.model_info = {"model_type": config["model_type"]}
+    fake.server_info = {"model_path": str(folder)}
 
 
 def check(fake: Fake, temperature: float = 1.0) -> str:
@@ -58,13 +59,24 @@ def test_the_policys_own_server(fake: Fake) -> None:
 
 
 def test_a_folder_on_another_machine_is_not_looked_for(fake: Fake) -> None:
-    fake.model_info["model_path"] = "/on/another/machine"
+    fake.server_info["model_path"] = "/on/another/machine"
     assert check(fake) == "default"
 
 
 def test_another_model(fake: Fake, tmp_path: Path) -> None:
     serve(fake, tmp_path, CONFIG | {"num_hidden_layers": 2})
     with pytest.raises(WrongModel, match="layers 2, not 4: start the server from runs/model"):
+        check(fake)
+
+
+def test_another_size_of_experts_after_a_sync_from_disk(fake: Fake, tmp_path: Path) -> None:
+    """Its /model_info then names the trainer's own export."""
+    synced = tmp_path / "synced"
+    synced.mkdir()
+    (synced / "config.json").write_text(json.dumps(CONFIG))
+    serve(fake, tmp_path, CONFIG | {"moe_intermediate_size": 20})
+    fake.model_info["model_path"] = str(synced)
+    with pytest.raises(WrongModel, match="expert_ffn 20, not 24: start the server from runs/model"):
         check(fake)
 
 
@@ -92,8 +104,11 @@ def test_a_server_without_a_tokenizer_has_none_to_differ(fake: Fake) -> None:
 
 
 def test_what_is_not_sglang(fake: Fake) -> None:
+    fake.overrides["/server_info"] = (200, {})
+    with pytest.raises(BadReply, match="/server_info names no model_path"):
+        check(fake)
     fake.overrides["/model_info"] = (200, "<html>")
-    with pytest.raises(BadReply, match="is it SGLang"):
+    with pytest.raises(BadReply, match="/model_info names no weight_version"):
         check(fake)
 
 
