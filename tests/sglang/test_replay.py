@@ -1,5 +1,6 @@
 """Training with `train.replay: rollout` on the experts that a real server returns. The model's routers leave
-the choice to rounding, so that the trainer alone would often choose other experts than the server."""
+the choice to rounding, so that the trainer alone would often choose other experts than the server. Without a
+prefix cache, in which samples of one prompt share one record though each was read by a forward of its own."""
 
 from collections.abc import Iterator
 from pathlib import Path
