@@ -83,7 +83,7 @@ def _by_file_name() -> Iterator[None]:
 
 
 def shared(size: int, device: torch.device) -> Tensor:
-    """Memory that servers can map. What is shared only once it is filled is copied for that."""
+    """Memory that servers can map. Were a bucket shared once it is filled, there would be two of it."""
     with _by_file_name():
         return allocated(size, device).share_memory_()
 
