@@ -187,7 +187,7 @@ def _stage(config: Config, models: Sequence[Planned], objective: Objective, work
             "optimizer": sum(s.optimizer for s in states[rank]),
         },
         training={"activations": max(used.kept, *others, 0)} | beside,
-        generation=generation.of_engine(config, drawing_of(models), work, stage),
+        generation=generation.held(config, policy, drawing_of(models), work, stage),
         host=sum(s.host for s in states[rank]),
         in_flight=used.in_flight,
         activations={mode: found.kept for mode, found in modes.items()},

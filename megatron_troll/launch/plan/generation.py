@@ -16,13 +16,20 @@ from megatron_troll.launch.plan.servers import GIB, server_share
 ROW = 6 * FLOAT
 
 
-def of_engine(config: Config, drawing: Planned, work: Work, stage: int) -> dict[str, int]:
-    """Of `drawing`, the model that draws the rollouts; nothing where servers elsewhere do. `prefill` is an
-    estimate."""
+def held(config: Config, policy: Planned, drawing: Planned, work: Work, stage: int) -> dict[str, int]:
+    """While `drawing` draws the rollouts, or the policy its evaluations where it is another model, whichever
+    is more. Nothing for what servers elsewhere draw."""
+    found = {}
     if config.rollout.engine == "sglang" and config.rollout.sglang.colocated:
-        return {"servers": round(server_share(config) * config.launch.device_gib * GIB)}
-    if config.rollout.engine != "inprocess":
-        return {}
+        found["servers"] = round(server_share(config) * config.launch.device_gib * GIB)
+    here = [drawing] if config.rollout.engine == "inprocess" else []
+    here += [] if drawing is policy else [policy]
+    engines = [_in_process(config, planned, work, stage) for planned in here]
+    return found | max(engines, key=lambda engine: sum(engine.values()), default={})
+
+
+def _in_process(config: Config, drawing: Planned, work: Work, stage: int) -> dict[str, int]:
+    """`prefill` is an estimate."""
     ranks, shape, flow = drawing.ranks, drawing.shape, flow_of(drawing, work)
     tp, prompt = ranks.layout.tp, data_of(config).max_prompt_tokens
     sequences = min(config.rollout.max_sequences, work.responses)

@@ -67,7 +67,15 @@ def test_a_rollout_model_draws_in_the_policys_place(capsys: pytest.CaptureFixtur
     assert [model["model"] for model in found["models"]] == ["policy", "rollout"]
     # 28 layers of 8 heads of 128, keys and values, over tp 2.
     assert found["servers"][1]["token_bf16"] == 28 * 2 * 8 * 128 * 2 // 2
-    assert found["worst"]["generation"]["caches"] == 96 * (2048 + 8192) * 28 * 2 * 8 * 128 * 2 // 2
+
+
+@pytest.mark.parametrize("engine", ["inprocess", "sglang"])
+def test_evaluations_beside_a_rollout_model_hold_caches_of_the_policy(
+    engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(JACKPOT), f"rollout.engine={engine}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["worst"]["generation"]["caches"] == 80 * (2048 + 8192) * 36 * 2 * 8 * 128 * 2 // 2
 
 
 def test_replayed_experts_count(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +94,10 @@ def test_replayed_experts_count(config: str, capsys: pytest.CaptureFixture[str])
         (["rollout.sampling.max_tokens=40000"], "exceeds the model's max_position_embeddings 40960"),
         (["objective.kl.name=tike"], "models.reference: missing; objective.kl=tike"),
         (["models.policy.layout={cp: 2}", "rollout.engine=inprocess"], "under context parallelism"),
-        (["models.rollout.path=models/Qwen3-1.7B"], "rollout.engine=sglang does not go with models.rollout"),
+        (
+            ["models.rollout.path=models/Qwen3-1.7B", "objective.old=engine"],
+            "objective.old=engine does not go with models.rollout",
+        ),
         (["serve.tp=3"], "serve.tp=3: 32 attention heads cannot be divided by it"),
         (["serve.memory_fraction=0.41"], "serve.tp=1: beside 56.9 GiB of weights a sequence of 16383 tokens"),
         (["data=null"], "data: missing"),
