@@ -29,7 +29,7 @@ def held(config: Config, policy: Planned, drawing: Planned, work: Work, stage: i
 
 
 def _in_process(config: Config, drawing: Planned, work: Work, stage: int) -> dict[str, int]:
-    """`prefill` is an estimate."""
+    """With the weights of `drawing`; `prefill` is an estimate."""
     ranks, shape, flow = drawing.ranks, drawing.shape, flow_of(drawing, work)
     tp, prompt = ranks.layout.tp, data_of(config).max_prompt_tokens
     sequences = min(config.rollout.max_sequences, work.responses)
