@@ -12,16 +12,13 @@ from megatron_troll.launch.local import free_port
 from tests.e2e.exported import largest_gap
 from tests.e2e.workplace import REPOSITORY, Workplace, finish, succeed
 from tests.sglang.farm import PYTHON
+from tests.sglang.model import write_model
 
-WARM = """
-extends: {examples}/cpu_small_warm_start.yaml
-sft: {{steps: 10}}
-evaluation: {{prompts: 16}}
-"""
 CONFIG = """
 extends: {examples}/cpu_jackpot_sglang.yaml
 models:
   policy: {{path: runs/demo/base, init: random}}
+  rollout: {{path: small}}
 serve: {{python: {python}, port: {port}}}
 rollout: {{prompts: 8, samples: 4}}
 reward: {{name: "tests.e2e.rewards:Overlap"}}
@@ -36,10 +33,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     """A run of one step that goes on to a second; what it exported after the first is in runs/first."""
     place = Workplace(tmp_path_factory.mktemp("decoupled"))
     names = {"examples": REPOSITORY / "examples" / "configs", "python": PYTHON, "port": free_port()}
-    for file, text in (("warm.yaml", WARM), ("config.yaml", CONFIG)):
-        (place.root / file).write_text(text.format(**names))
+    (place.root / "config.yaml").write_text(CONFIG.format(**names))
+    write_model(place.root / "small", num_hidden_layers=2)
     succeed(place.mtroll("demo", "runs/demo"))
-    succeed(place.mtroll("sft", "warm.yaml"))
     serving = place.start("serve", "config.yaml")
     try:
         succeed(place.mtroll("train", "config.yaml"))
@@ -52,13 +48,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
 
 
 def test_the_server_draws_from_the_rollout_model_as_it_was_trained(trained: Workplace) -> None:
-    """Its log-probs are those of Hugging Face's forward, at first of the warm start, then of the first step's
-    export; the two models are not the same."""
+    """Its log-probs are those of Hugging Face's forward, at first of the folder that it began with, then of
+    the first step's export; the two models are not the same."""
     steps = [trained.run(NAME) / "rollouts" / f"step_{step:06d}.0-of-1.jsonl.gz" for step in (1, 2)]
-    warm, first = trained.run("demo-small-warm-start") / "hf", trained.run("first")
-    assert largest_gap(warm, steps[0]) < 2e-4
+    began, first = trained.root / "small", trained.run("first")
+    assert largest_gap(began, steps[0]) < 2e-4
     assert largest_gap(first, steps[1]) < 2e-4
-    assert largest_gap(warm, steps[1]) > 1e-3
+    assert largest_gap(began, steps[1]) > 1e-3
 
 
 def test_both_learn_and_servers_have_the_trainers_weights_after_each_step(trained: Workplace) -> None:
