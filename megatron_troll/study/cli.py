@@ -50,12 +50,11 @@ def run_command(arguments: Namespace) -> int:
     from megatron_troll.study.runner import run_study
 
     path = Path(arguments.study)
-    try:
-        plan = load_plan(path)
-    except ConfigError as error:
-        return _refuse(error)
     with watched() as interrupts:
-        complete = run_study(plan, results_path(path), arguments.jobs, interrupts, _say)
+        try:
+            complete = run_study(load_plan(path), results_path(path), arguments.jobs, interrupts, _say)
+        except ConfigError as error:
+            return _refuse(error)
     if complete:
         _say(f"all runs are finished; compare: mtroll study report {path}")
         return 0

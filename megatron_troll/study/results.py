@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from megatron_troll.config import ConfigError
+from megatron_troll.config.load import load
+from megatron_troll.config.tree import Config
 from megatron_troll.files import write_atomic
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.observe.runs import read_run
@@ -45,11 +48,24 @@ def results_path(study: Path) -> Path:
 
 
 def finished(plan: Plan, cell: Cell) -> bool:
-    """Whether the run has come to its last step and said so."""
-    folder = RunFolder(plan.folder(cell))
-    if not folder.summary.exists():
+    """Whether the run, as it is planned now, has come to its last step and said so."""
+    folder, config = RunFolder(plan.folder(cell)), plan.config(cell)
+    if not folder.summary.exists() or not as_planned(folder.root, config):
         return False
-    return read_run(folder.root, str(cell)).rows[-1]["step"] == plan.config(cell).train.steps
+    return read_run(folder.root, str(cell)).rows[-1]["step"] == config.train.steps
+
+
+def as_planned(folder: Path, config: Config) -> bool:
+    """Whether the run of that folder was started with this configuration, which is written beside it."""
+    try:
+        return load(beside(folder)) == config
+    except ConfigError:
+        return False
+
+
+def beside(folder: Path) -> Path:
+    """Where the configuration of a study's run is written."""
+    return folder.with_name(f"{folder.name}.yaml")
 
 
 def result_of(plan: Plan, cell: Cell) -> Result:
@@ -93,17 +109,21 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
     write_atomic(path, f"[\n{lines}\n]\n")
 
 
+def add(path: Path, result: Result) -> None:
+    """To the results file, in the place of what it has of that run."""
+    write_results(path, (read_results(path) | {result.cell: result}).values())
+
+
 def gather(plan: Plan, path: Path) -> dict[Cell, Result]:
-    """The results file brought up to date with the finished runs of the plan. Runs of which only the file
-    knows stay, but not those of which the study now says something else. Written where anything is new."""
+    """The results of the plan's finished runs: those in the results file, which is brought up to date, but
+    for runs of which the study now says something else. The file loses none of them until they are run
+    again."""
     kept = read_results(path)
-    results = {
-        cell: kept[cell] for cell in plan.cells() if cell in kept and kept[cell].digest == plan.digest(cell)
-    }
-    results |= {cell: result_of(plan, cell) for cell in plan.cells() if finished(plan, cell)}
+    results = kept | {cell: result_of(plan, cell) for cell in plan.cells() if finished(plan, cell)}
     if results != kept:
         write_results(path, results.values())
-    return results
+    known = {cell: results[cell] for cell in plan.cells() if cell in results}
+    return {cell: result for cell, result in known.items() if result.digest == plan.digest(cell)}
 
 
 def _rounded(value: float | None) -> float | None:

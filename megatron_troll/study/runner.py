@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_troll.config import ConfigError
 from megatron_troll.config.load import dump
 from megatron_troll.config.tree import Config
 from megatron_troll.data.demo import write_demo
@@ -13,7 +14,7 @@ from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.study.jobs import Ended, Job, run_jobs
 from megatron_troll.study.plan import Cell, Plan
-from megatron_troll.study.results import finished, gather, result_of, write_results
+from megatron_troll.study.results import add, as_planned, beside, finished, gather, result_of
 
 
 def run_study(
@@ -21,18 +22,24 @@ def run_study(
 ) -> bool:
     """Run to the end; started again, it goes on where it was stopped. Every finished run is added to the file
     `results`; one that is there is not run again, even where its folder is gone. Returns whether all of them
-    are finished: not when asked to stop or a run failed. Blocks.
+    are finished: not when asked to stop or a run failed. Blocks. Raises ConfigError where a folder that it
+    needs has a run of another configuration.
     """
     found = gather(plan, results)
     missing = [cell for cell in plan.cells() if cell not in found]
     seeds = sorted({cell.seed for cell in missing if not prepared(plan, cell.seed)})
+    for cell in missing:
+        _check(plan.folder(cell), plan.config(cell))
+    for seed in seeds:
+        for name in plan.warm_starts():
+            _check(plan.of_seed(seed) / name, plan.warm_start(seed, name))
     _run([job for seed in seeds for job in warm_starts(plan, seed)], at_once, interrupts, say)
     jobs = {training(plan, cell): cell for cell in missing if prepared(plan, cell.seed)}
 
     def record(job: Job) -> None:
         if finished(plan, cell := jobs[job]):
             found[cell] = result_of(plan, cell)
-            write_results(results, found.values())
+            add(results, found[cell])
 
     _run(list(jobs), at_once, interrupts, say, record)
     return all(cell in found for cell in plan.cells())
@@ -44,7 +51,16 @@ def prepared(plan: Plan, seed: int) -> bool:
 
 
 def _warm(plan: Plan, seed: int, name: str) -> bool:
-    return RunFolder(plan.of_seed(seed) / name).summary.exists()
+    folder = RunFolder(plan.of_seed(seed) / name)
+    return folder.summary.exists() and as_planned(folder.root, plan.warm_start(seed, name))
+
+
+def _check(folder: Path, config: Config) -> None:
+    if folder.exists() and not as_planned(folder, config):
+        raise ConfigError(
+            f"{folder} was begun with another configuration than the study gives it now: move it away, or "
+            "give the study another name"
+        )
 
 
 def warm_starts(plan: Plan, seed: int) -> list[Job]:
@@ -68,7 +84,7 @@ def training(plan: Plan, cell: Cell) -> Job:
 
 def _job(command: str, name: str, config: Config, folder: Path, *overrides: str) -> Job:
     """`mtroll command` on a configuration that is written beside the run folder."""
-    path = folder.with_name(f"{folder.name}.yaml")
+    path = beside(folder)
     write_atomic(path, dump(config))
     argv = (sys.executable, "-m", "megatron_troll.cli", command, str(path), *overrides)
     return Job(name, argv, folder.with_name(f"{folder.name}.log"))

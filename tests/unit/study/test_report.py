@@ -8,10 +8,19 @@ import pytest
 from matplotlib.image import imread
 
 from megatron_troll.cli import main
+from megatron_troll.config.load import dump
 from megatron_troll.study.plan import Cell, Plan, load_plan
 from megatron_troll.study.plots import plot, plot_survival
 from megatron_troll.study.report import markdown
-from megatron_troll.study.results import Result, finished, gather, read_results, result_of, write_results
+from megatron_troll.study.results import (
+    Result,
+    beside,
+    finished,
+    gather,
+    read_results,
+    result_of,
+    write_results,
+)
 from tests.unit.study.test_outcomes import RESULT
 from tests.unit.study.test_plan import SMALL, write
 
@@ -42,6 +51,7 @@ def make_run(plan: Plan, cell: Cell, steps: int = 7, ended: bool = True) -> None
         }
         rows.append({"step": step} | row)
     rows[-1] |= {"entropy": None, "skipped_updates": 3}
+    beside(folder).write_text(dump(plan.config(cell)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if ended:
         (folder / "summary.json").write_text('{"seconds": 12.34}')
@@ -78,7 +88,15 @@ def test_a_run_that_stopped_early_is_not_finished(plan: Plan, steps: int, ended:
     assert not finished(plan, cell)
 
 
-def test_results_outlive_the_run_folders_but_not_the_plan(plan: Plan, tmp_path: Path) -> None:
+def test_a_run_of_another_configuration_is_none_of_the_plans(plan: Plan, tmp_path: Path) -> None:
+    make_run(plan, Cell("calm", "tight", 3))
+    tighter = load_plan(write(tmp_path, SMALL.replace("bound: 0.01", "bound: 0.02")))
+    assert not finished(tighter, Cell("calm", "tight", 3))
+
+
+def test_results_outlive_the_run_folders_and_the_plan_does_not_see_what_is_not_its(
+    plan: Plan, tmp_path: Path
+) -> None:
     path = tmp_path / "results" / "study.json"
     kept = results(plan, 0.1)
     gone = replace(RESULT, method="no longer planned")
@@ -86,8 +104,8 @@ def test_results_outlive_the_run_folders_but_not_the_plan(plan: Plan, tmp_path: 
     make_run(plan, Cell("wild", "clip", 3))
     found = gather(plan, path)
     assert found == kept | {Cell("wild", "clip", 3): result_of(plan, Cell("wild", "clip", 3))}
-    assert read_results(path) == found
-    assert len(path.read_text().splitlines()) == len(found) + 2
+    assert read_results(path) == found | {gone.cell: gone}
+    assert len(path.read_text().splitlines()) == len(found) + 3
 
 
 def test_a_result_of_other_settings_does_not_count(plan: Plan, tmp_path: Path) -> None:
