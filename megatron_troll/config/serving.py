@@ -92,7 +92,8 @@ class Serve(Node):
         default=30000, description="of the first; the others count up from it"
     )
     python: str = Field(
-        default=".venv-sglang/bin/python", description="interpreter that has SGLang installed"
+        default=".venv-sglang/bin/python",
+        description="interpreter that has SGLang installed: a path, or a command of PATH",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="auto: cuda where there is a GPU; cpu needs `make sglang-env`"

@@ -393,3 +393,9 @@ class Config(Node):
     @property
     def policy(self) -> Model:
         return self.models.policy
+
+    @property
+    def own_servers(self) -> bool:
+        """Whether it is asked of servers that `mtroll serve` starts for it."""
+        sglang = self.rollout.sglang
+        return self.rollout.engine == "sglang" and not (sglang.servers or sglang.router)

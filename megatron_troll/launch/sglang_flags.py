@@ -46,6 +46,7 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
     if device == "cpu":
         flags |= _on_cpu(serve)
     else:
+        check_sizes(serve, shape)
         flags |= {"tp-size": serve.tp, "ep-size": serve.ep, "base-gpu-id": number * serve.tp}
         if config.rollout.sglang.colocated:
             flags["enable-memory-saver"] = True
@@ -55,9 +56,19 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
         flags["enable-deterministic-inference"] = True
     if serve.routed_experts:
         flags["enable-return-routed-experts"] = True
-    flags |= _kv_cache(config, shape)
+    flags |= kv_cache(config, shape)
     flags |= _mamba(serve.mamba, shape)
     return _with_own(flags, serve.flags)
+
+
+def check_sizes(serve: Serve, shape: ModelShape) -> None:
+    """Raises ConfigError where the model cannot be cut over the GPUs of one server."""
+    if shape.heads % serve.tp:
+        raise ConfigError(f"serve.tp={serve.tp}: {shape.heads} attention heads cannot be divided by it")
+    if serve.tp % serve.ep or shape.experts % serve.ep:
+        raise ConfigError(
+            f"serve.ep={serve.ep}: must divide serve.tp={serve.tp} and the model's {shape.experts} experts"
+        )
 
 
 def check_address(serve: Serve, key_file: str | None) -> None:
@@ -84,7 +95,8 @@ def _on_cpu(serve: Serve) -> Flags:
     return ON_CPU
 
 
-def _kv_cache(config: Config, shape: ModelShape) -> Flags:
+def kv_cache(config: Config, shape: ModelShape) -> Flags:
+    """Those of the KV cache. Raises ConfigError where it is FP8 without scales of this model."""
     if config.rollout.kv_cache == "auto":
         return {}
     flags: Flags = {"kv-cache-dtype": config.rollout.kv_cache}

@@ -23,7 +23,7 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     about = "write a job script for `mtroll train` on a cluster"
     parser = commands.add_parser("launch", help=about, description=about)
     parser.add_argument("config", help="YAML file, as the job will read it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--slurm", action="store_true", required=True, help="the kind of cluster")
     parser.add_argument("--output", default=None, help="the script; default: NAME.sbatch")
     parser.add_argument("--submit", action="store_true", help="hand it to sbatch; else nothing is submitted")
@@ -49,7 +49,9 @@ def add_allocation(parser: argparse.ArgumentParser) -> None:
         help="seconds before the limit at which the run saves and goes back into the queue (default 600)",
     )
     asked.add_argument("--container", default=None, metavar="IMAGE", help="run in it, by pyxis")
-    asked.add_argument("--mounts", nargs="*", default=(), metavar="SOURCE:TARGET", help="of the container")
+    asked.add_argument(
+        "--mounts", action="append", default=[], metavar="SOURCE:TARGET", help="of the container; may repeat"
+    )
     asked.add_argument("--python", default=".venv/bin/python", help="on the nodes, or in the container")
     asked.add_argument("--interface", default=None, help="of the network; default: each node's own choice")
     asked.add_argument("--restarts", type=int, default=100, help="times it may be requeued (default 100)")
@@ -59,7 +61,8 @@ def allocation_of(arguments: Namespace) -> "Allocation":
     """What the options of `add_allocation` ask for."""
     from megatron_troll.launch.slurm.script import Allocation
 
-    return Allocation(**{field.name: getattr(arguments, field.name) for field in fields(Allocation)})
+    given = {field.name: getattr(arguments, field.name) for field in fields(Allocation)}
+    return Allocation(**given | {"mounts": tuple(arguments.mounts)})
 
 
 def run(arguments: Namespace) -> int:

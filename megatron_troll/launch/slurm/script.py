@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import join, quote
 
 from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.serving import Serve
 from megatron_troll.config.tree import Config
 from megatron_troll.mcore.layout import check_world
 
@@ -65,18 +66,14 @@ def check(config: Config, allocation: Allocation) -> None:
 
 
 def check_servers(config: Config, allocation: Allocation) -> None:
-    """Raises ConfigError where nobody would serve the run, or servers that nobody asks or may ask."""
+    """Raises ConfigError where nobody would serve the run, where servers that nobody asks or may ask, or that
+    a node has no GPUs for."""
     sglang, asked = config.rollout.sglang, allocation.serve_nodes
-    if config.rollout.engine != "sglang":
-        if asked:
-            raise ConfigError(
-                f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} asks no servers"
-            )
-        return
-    elsewhere = sglang.servers or sglang.router
-    if asked and (elsewhere or sglang.colocated):
+    if asked and config.rollout.engine != "sglang":
+        raise ConfigError(f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} asks no servers")
+    if asked and (sglang.colocated or not config.own_servers):
         raise ConfigError(f"--serve-nodes {asked}: rollout.sglang already says where the servers are")
-    if elsewhere:
+    if not config.own_servers:
         return
     if not asked and not sglang.colocated:
         raise ConfigError(
@@ -86,6 +83,19 @@ def check_servers(config: Config, allocation: Allocation) -> None:
     if sglang.api_key_file is None:
         raise ConfigError(
             "rollout.sglang.api_key_file: missing; servers of a job are on the network, and want a key"
+        )
+    if allocation.gpus:
+        check_gpus(config.serve, allocation.gpus)
+
+
+def check_gpus(serve: Serve, gpus: int) -> None:
+    """Raises ConfigError where servers want more GPUs than a node has."""
+    wanted = serve.servers * serve.tp
+    if wanted > gpus:
+        fewer = f"set serve.servers to at most {gpus // serve.tp}, or " if serve.tp <= gpus else ""
+        raise ConfigError(
+            f"serve.servers={serve.servers} x serve.tp={serve.tp} = {wanted} GPUs of each node that serves, "
+            f"which has {gpus} (--gpus): {fewer}lower serve.tp"
         )
 
 
@@ -120,9 +130,11 @@ def body(config: Config, path: str, overrides: Sequence[str], allocation: Alloca
         "python": quote(allocation.python),
         "command": f"({join(['train', path, *overrides, 'resume=true'])})",
         "container": f"({pyxis(allocation)})",
+        "image": quote(file_of(allocation.container)),
         "network": f"({join(network)})",
         "first": str(allocation.serve_nodes),
         "nodes": str(allocation.nodes),
+        "gpus": str(allocation.gpus),
         "ranks": str(allocation.world),
         "serving": f"({join(serving(config, allocation))})",
         "restarts": str(allocation.restarts),
@@ -153,11 +165,16 @@ def serving(config: Config, allocation: Allocation) -> list[str]:
     """srun's options for a job's own servers, on its first nodes or beside the ranks; none for no servers."""
     if allocation.serve_nodes:
         nodes, shared = allocation.serve_nodes, []
-    elif config.rollout.engine == "sglang" and config.rollout.sglang.colocated:
+    elif config.own_servers and config.rollout.sglang.colocated:
         nodes, shared = allocation.nodes, ["--overlap"]
     else:
         return []
     return [*shared, "--relative=0", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+
+
+def file_of(container: str | None) -> str:
+    """The file that the image is; nothing for one of a registry."""
+    return container if container and container.endswith(".sqsh") else ""
 
 
 def pyxis(allocation: Allocation) -> str:

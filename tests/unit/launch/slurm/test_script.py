@@ -27,7 +27,7 @@ def head(script: str) -> list[str]:
 
 def run_head(script: str, tail: str, folder: Path) -> str:
     """What `tail` says after the script's variables are set."""
-    variables = script.split("\n# Every attempt")[0]
+    variables = script.split("\nset -euo")[0]
     done = subprocess.run(["bash", "-uc", f"{variables}\n{tail}"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -83,6 +83,12 @@ def test_an_allocation_that_does_not_hold_the_layout_is_refused() -> None:
     check(layout, Allocation(nodes=3))
 
 
+@pytest.mark.parametrize(("container", "image"), [("/a b.sqsh", "/a b.sqsh"), ("nvcr.io#lab/image", "")])
+def test_an_image_that_is_a_file_has_to_be_there(container: str, image: str, tmp_path: Path) -> None:
+    script = write(config(), "c.yaml", [], Allocation(nodes=1, container=container))
+    assert run_head(script, 'echo "$image"', tmp_path) == f"{image}\n"
+
+
 SERVED = ("rollout.engine=sglang", "rollout.sglang.api_key_file=key")
 
 
@@ -105,6 +111,22 @@ def test_servers_that_are_elsewhere_are_no_part_of_the_job(tmp_path: Path) -> No
     elsewhere = config("rollout.engine=sglang", "rollout.sglang.servers=[http://10.0.0.1:30000]")
     said = run_head(write(elsewhere, "c.yaml", [], Allocation(nodes=2)), 'echo "${#serving[@]}"', tmp_path)
     assert said == "0\n"
+
+
+@pytest.mark.parametrize("where", [("--serve-nodes", 1), ("rollout.sglang.colocated=true", 0)])
+def test_servers_have_to_fit_a_node_that_serves(where: tuple[str, int]) -> None:
+    setting, serve_nodes = where
+    shared = (*SERVED, setting) if "=" in setting else SERVED
+    allocation = Allocation(nodes=1, serve_nodes=serve_nodes, gpus=8)
+    check_servers(config(*shared, "serve={servers: 4, tp: 2}"), allocation)
+    message = r"serve.servers=3 x serve.tp=4 = 12 GPUs of each node that serves, which has 8 \(--gpus\): set "
+    with pytest.raises(ConfigError, match=message + "serve.servers to at most 2, or lower serve.tp"):
+        check_servers(config(*shared, "serve={servers: 3, tp: 4}"), allocation)
+    with pytest.raises(ConfigError, match=r"= 16 GPUs .* which has 8 .*: lower serve.tp"):
+        check_servers(config(*shared, "serve={servers: 1, tp: 16}"), allocation)
+    check_servers(
+        config(*shared, "serve={servers: 3, tp: 4}"), Allocation(nodes=1, gpus=0, serve_nodes=serve_nodes)
+    )
 
 
 @pytest.mark.parametrize(
