@@ -167,7 +167,8 @@ def test_the_commands_of_the_page_are_understood() -> None:
         if words[1:2] == [str(LAUNCH.relative_to(REPOSITORY))]
     ]
     assert len(lines) == 3
-    code = "import json, sys, launch; [launch.parser().parse_intermixed_args(line) for line in json.loads(sys.argv[1])]"
+    code = "import json, launch, sys; parse = launch.parser().parse_intermixed_args\n"
+    code += "for line in json.loads(sys.argv[1]): parse(line)"
     done = subprocess.run(
         [PYTHON, "-c", code, json.dumps(lines)], cwd=LAUNCH.parent, capture_output=True, text=True
     )
