@@ -166,7 +166,7 @@ def test_the_commands_of_the_page_are_understood() -> None:
         for words in commands(REPOSITORY / "docs" / "nemo-run.md")
         if words[1:2] == [str(LAUNCH.relative_to(REPOSITORY))]
     ]
-    assert len(lines) == 3
+    assert len(lines) == 4
     code = "import json, launch, sys; parse = launch.parser().parse_intermixed_args\n"
     code += "for line in json.loads(sys.argv[1]): parse(line)"
     done = subprocess.run(
