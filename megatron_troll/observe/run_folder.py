@@ -187,9 +187,10 @@ class RunFolder:
                 "Continue it with resume=true, choose another `name`, or delete the folder."
             )
         if self.saved.exists() and not steps(self.checkpoints):
+            step = self.saved.read_text().strip()
             raise RunFolderError(
-                f"{self.checkpoints} holds no checkpoint any longer, and step {self.saved.read_text().strip()} "
-                f"was saved there. Restore one; or choose another `name`, or delete {self.saved}, and begin anew."
+                f"{self.checkpoints} holds no checkpoint any longer, and step {step} was saved there. "
+                f"Restore one; or choose another `name`, or delete {self.saved}, and begin anew."
             )
 
 
