@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
@@ -61,7 +61,7 @@ def allocation_of(arguments: Namespace) -> "Allocation":
     """What the options of `add_allocation` ask for."""
     from megatron_troll.launch.slurm.script import Allocation
 
-    given = {field.name: getattr(arguments, field.name) for field in fields(Allocation)}
+    given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(Allocation)}
     return Allocation(**given | {"mounts": tuple(arguments.mounts)})
 
 
