@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "sft", "warm-start a model on demonstrations", commands.sft)
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
     preflight = _configured(kinds, "preflight", "check the nodes that a run will have", commands.preflight)
-    preflight.add_argument("--serve-nodes", type=int, default=0, help="the first so many serve (default 0)")
+    preflight.add_argument(
+        "--serve-nodes", type=launch.natural, default=0, help="the first so many serve (default 0)"
+    )
     plan.add_to(kinds)
     launch.add_to(kinds)
     _configured(kinds, "serve", "start SGLang servers for a run and keep them running", commands.serve)

@@ -18,9 +18,8 @@ import yaml
 
 from megatron_troll.config import ConfigError
 from megatron_troll.launch.interrupts import Interrupts
-from megatron_troll.launch.sglang_flags import Flags
+from megatron_troll.launch.sglang_flags import SGLANG, Flags
 
-SGLANG = "0.5.23"
 POLL_S = 0.2
 STOP_S = 30.0
 TAIL_LINES = 30

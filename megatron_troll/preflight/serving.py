@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.servers import SGLANG, interpreter, refusal
-from megatron_troll.launch.sglang_flags import kv_cache
+from megatron_troll.launch.servers import interpreter, refusal
+from megatron_troll.launch.sglang_flags import SGLANG, kv_cache
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.preflight.finding import Finding, failed, passed, warned
 

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from megatron_troll.launch.servers import SGLANG
+from megatron_troll.launch.sglang_flags import SGLANG
 from megatron_troll.mcore.cpu.patches import MCORE_VERSION
 from tests.house.markdown import ROOT
 

@@ -52,6 +52,33 @@ class Allocation:
         return self.nodes + self.serve_nodes
 
 
+def check_options(allocation: Allocation) -> None:
+    """Raises ConfigError for what sbatch would take, and mean something else by."""
+    limit = seconds_of(allocation.time)
+    if limit is not None and allocation.notice_s >= limit:
+        raise ConfigError(
+            f"--notice-s {allocation.notice_s}: the ranks would be asked to save before they start; --time "
+            f"{allocation.time} is {limit} s: lower the one, or raise the other"
+        )
+    for mount in allocation.mounts:
+        if allocation.container is None or ":" not in mount:
+            raise ConfigError(f"--mounts {mount}: SOURCE:TARGET, of a --container")
+
+
+def seconds_of(time: str) -> int | None:
+    """Of a limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for none (0, UNLIMITED) and
+    for what sbatch refuses."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        return None
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = (0, *parts, 0)[:3] if len(parts) < 3 else parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None
+
+
 def check(config: Config, allocation: Allocation) -> None:
     """Raises ConfigError where the allocation is not whole copies of the model's layout."""
     models = config.models
@@ -122,6 +149,7 @@ def write(config: Config, path: str, overrides: Sequence[str], allocation: Alloc
 
 def body(config: Config, path: str, overrides: Sequence[str], allocation: Allocation) -> str:
     """What the batch shell does, in the folder it was submitted from. Raises ConfigError."""
+    check_options(allocation)
     check(config, allocation)
     check_servers(config, allocation)
     network = [] if allocation.interface is None else ["--interface", allocation.interface]
@@ -143,7 +171,7 @@ def body(config: Config, path: str, overrides: Sequence[str], allocation: Alloca
 
 
 def options(name: str, allocation: Allocation) -> list[str]:
-    """sbatch's options."""
+    """sbatch's options, each of them a line. Raises ConfigError."""
     asked: dict[str, str | int | None] = {
         "job-name": name,
         "nodes": allocation.all_nodes,
@@ -157,6 +185,9 @@ def options(name: str, allocation: Allocation) -> list[str]:
         "open-mode": "append",
         "output": "slurm-%j.log",
     }
+    for option, value in asked.items():
+        if not str(value).isprintable():
+            raise ConfigError(f"{option}: {value!r} has a character that a line of sbatch's cannot hold")
     given = [f"--{name}={quote(str(value))}" for name, value in asked.items() if value is not None]
     return [*given, "--requeue"]
 

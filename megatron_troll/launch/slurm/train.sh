@@ -28,13 +28,14 @@ echo "$SLURM_JOB_ID" >"$logs/job"
 
 # USR1 comes before the time limit, TERM with a preemption: the ranks finish their step and save.
 asked=
-trap ask USR1 TERM
+# shellcheck disable=SC2329 # the trap calls it
 ask() {
   if [[ $asked ]]; then return; fi
   asked=yes
   echo "asking the ranks to save and stop"
   signal USR1 ranks
 }
+trap ask USR1 TERM
 
 # Sends a signal to the step of that name, if it is there.
 signal() {

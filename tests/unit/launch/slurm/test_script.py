@@ -10,7 +10,13 @@ import pytest
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.slurm.script import Allocation, check, check_servers, write
+from megatron_troll.launch.slurm.script import (
+    Allocation,
+    check,
+    check_servers,
+    seconds_of,
+    write,
+)
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "configs" / "cpu_troll.yaml"
 SHELLCHECK = str(Path(sys.executable).with_name("shellcheck"))
@@ -81,6 +87,31 @@ def test_an_allocation_that_does_not_hold_the_layout_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"1 nodes of 8 ranks: models.policy: .* tp x pp x cp = 12 divides"):
         check(layout, Allocation(nodes=1))
     check(layout, Allocation(nodes=3))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        *(("30", 1800), ("30:15", 1815), ("1:00:00", 3600), ("2-3", 183600), ("1-0:30", 88200)),
+        *(("1-1:01:01", 90061), ("0", None), ("UNLIMITED", None), ("soon", None)),
+    ],
+)
+def test_a_limit_is_read_as_sbatch_reads_it(time: str, seconds: int | None) -> None:
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("allocation", "message"),
+    [
+        (Allocation(nodes=1, time="10:00"), r"--notice-s 600: .* --time 10:00 is 600 s"),
+        (Allocation(nodes=1, mounts=("/a:/a",)), r"--mounts /a:/a: SOURCE:TARGET, of a --container"),
+        (Allocation(nodes=1, mounts=("/a",), container="i"), r"--mounts /a: SOURCE:TARGET"),
+        (Allocation(nodes=1, partition="a\nb"), r"partition: 'a\\nb' has a character"),
+    ],
+)
+def test_options_that_sbatch_would_misread_are_refused(allocation: Allocation, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        write(config(), "c.yaml", [], allocation)
 
 
 @pytest.mark.parametrize(("container", "image"), [("/a b.sqsh", "/a b.sqsh"), ("nvcr.io#lab/image", "")])
