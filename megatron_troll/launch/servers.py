@@ -205,7 +205,9 @@ def refusal(host: str, port: int) -> str | None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
+            return error.strerror or str(error)
+        except OverflowError as error:  # no such port
             return str(error)
     return None
 

@@ -120,6 +120,32 @@ def test_an_image_that_is_a_file_has_to_be_there(container: str, image: str, tmp
     assert run_head(script, 'echo "$image"', tmp_path) == f"{image}\n"
 
 
+@pytest.mark.parametrize(
+    ("job", "srun", "said"),
+    [
+        (("1", "8"), "--container-image", "the job has 1 nodes of 8 GPUs, and its script is for 2 of 8: write"),
+        (("2", "4"), "--container-image", "the job has 2 nodes of 4 GPUs, and its script is for 2 of 8: write"),
+        (("2", "8"), "--container", "--container: srun knows no --container-image: the cluster has no pyxis"),
+        (("2", "8"), "--container-image", "--container: /a 'b'.sqsh is not there"),
+    ],
+)
+def test_a_job_that_is_not_the_scripts_ends_at_once(
+    job: tuple[str, str], srun: str, said: str, tmp_path: Path
+) -> None:
+    fake = tmp_path / "srun"
+    fake.write_text(f"#!/bin/sh\necho '{srun}=IMAGE'\n")
+    fake.chmod(0o755)
+    script = write(config(), "c.yaml", [], Allocation(nodes=2, container="/a 'b'.sqsh"))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    environment |= dict(zip(("SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE"), job))
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith(said)
+    assert list(tmp_path.iterdir()) == [fake]
+
+
 SERVED = ("rollout.engine=sglang", "rollout.sglang.api_key_file=key")
 
 
