@@ -65,7 +65,7 @@ def ports(host: str, wanted: tuple[int, ...]) -> Finding:
         return failed(
             "ports",
             f"{host} {', '.join(taken)}",
-            f"end what listens there (ss -ltnp), or set serve.port to the first of {len(wanted)} free in a row",
+            f"end what listens there (ss -ltnp), or set serve.port: {len(wanted)} in a row are wanted",
         )
     return passed("ports", f"free: {', '.join(map(str, wanted))}")
 

@@ -123,8 +123,8 @@ def test_an_image_that_is_a_file_has_to_be_there(container: str, image: str, tmp
 @pytest.mark.parametrize(
     ("job", "srun", "said"),
     [
-        (("1", "8"), "--container-image", "the job has 1 nodes of 8 GPUs, and its script is for 2 of 8: write"),
-        (("2", "4"), "--container-image", "the job has 2 nodes of 4 GPUs, and its script is for 2 of 8: write"),
+        (("1", "8"), "--container-image", "the job has 1 nodes of 8 GPUs, and its script is for 2 of 8: "),
+        (("2", "4"), "--container-image", "the job has 2 nodes of 4 GPUs, and its script is for 2 of 8: "),
         (("2", "8"), "--container", "--container: srun knows no --container-image: the cluster has no pyxis"),
         (("2", "8"), "--container-image", "--container: /a 'b'.sqsh is not there"),
     ],
