@@ -189,7 +189,7 @@ def test_the_first_node_serves_and_a_server_that_dies_is_started_again(
         os.kill(first, signal.SIGKILL)
         job.wait_until(lambda: pids() not in ([], [first]))
         second = pids()
-        job.cluster.call("scancel", "--signal=TERM", job.step("servers"))  # as a preemption does
+        job.cluster.signal_step(job.step("servers"), "TERM")  # as a preemption does
         finished_steps = len(job.rows)
     job.wait_until(lambda: len(job.rows) > finished_steps)
     assert pids() == second
