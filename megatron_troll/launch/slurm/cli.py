@@ -75,7 +75,7 @@ def positive(text: str) -> int:
 
 
 def allocation_of(arguments: Namespace) -> "Allocation":
-    """What the options of `add_allocation` ask for. Raises ConfigError where they do not go together."""
+    """What the options of `add_allocation` ask for."""
     from megatron_troll.launch.slurm.script import Allocation
 
     given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(Allocation)}
