@@ -76,7 +76,7 @@ def scales(config: Config) -> Iterator[Finding]:
         return
     file = config.serve.kv_scales
     try:
-        kv_cache(config, read_shape(config.policy.path))
+        kv_cache(config, read_shape(config.models.drawing.path))
     except ConfigError as error:
         yield failed(KV_SCALES, str(error), "the run would be refused by its servers")
         return
