@@ -67,6 +67,11 @@ class SGLang(Node):
     sync: WeightSync = WeightSync()
     probe: Probe = Probe()
 
+    @property
+    def own(self) -> bool:
+        """Whether the servers are those that `mtroll serve` starts for the run."""
+        return not (self.servers or self.router)
+
 
 class Mamba(Node):
     """The state cache of a model with linear attention (Qwen3-Next)."""

@@ -396,6 +396,4 @@ class Config(Node):
 
     @property
     def own_servers(self) -> bool:
-        """Whether it is asked of servers that `mtroll serve` starts for it."""
-        sglang = self.rollout.sglang
-        return self.rollout.engine == "sglang" and not (sglang.servers or sglang.router)
+        return self.rollout.engine == "sglang" and self.rollout.sglang.own
