@@ -37,11 +37,12 @@ ask() {
 }
 trap ask USR1 TERM
 
-# Sends a signal to the step of that name, if it is there.
+# Sends a signal to the step of that name, if it is there. Of a step on some of the nodes Slurm 22.05 says that it
+# does not exist, and delivers the signal.
 signal() {
   local id name
   squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | while read -r id name; do
-    if [[ $name == "$2" ]]; then scancel --quiet --signal="$1" "$id" || true; fi
+    if [[ $name == "$2" ]]; then scancel --quiet --signal="$1" "$id" 2>/dev/null || true; fi
   done
 }
 
