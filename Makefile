@@ -76,7 +76,7 @@ test-slurm: env slurm sglang-env
 test-nemo: env nemo-env
 	$(BIN)/python -m pytest tests/nemo -m "not slurm"
 
-test-nemo-slurm: env nemo-env slurm
+test-nemo-slurm: env nemo-env slurm sglang-env
 	$(BIN)/python -m pytest tests/nemo -m slurm
 
 train: env

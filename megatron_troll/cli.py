@@ -4,6 +4,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_troll import commands
 from megatron_troll.convert import cli as convert
@@ -12,6 +13,21 @@ from megatron_troll.launch.slurm import cli as launch
 from megatron_troll.study import cli as study
 
 INTERRUPTED = 130
+
+
+class Parser(study.Parser):
+    """Options and positionals in any order: argparse alone takes no override after an option."""
+
+    _mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
+        if self._mixing or any(action.nargs == argparse.PARSER for action in self._actions):
+            return super().parse_known_args(args, namespace)
+        self._mixing = True  # argparse's own method comes back here, once for each kind
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = study.Parser(prog="mtroll", description="RL post-training on Megatron-Core.")
+    top = Parser(prog="mtroll", description="RL post-training on Megatron-Core.")
     kinds = top.add_subparsers(required=True, metavar="COMMAND")
     _configured(kinds, "train", "train a policy by RL", commands.train)
     _configured(kinds, "sft", "warm-start a model on demonstrations", commands.sft)
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
-    _configured(kinds, "preflight", "check the nodes that a run will have", commands.preflight)
+    preflight = _configured(kinds, "preflight", "check the nodes that a run will have", commands.preflight)
+    preflight.add_argument(
+        "--serve-nodes", type=launch.natural, default=0, help="the first so many serve (default 0)"
+    )
     plan.add_to(kinds)
     launch.add_to(kinds)
     _configured(kinds, "serve", "start SGLang servers for a run and keep them running", commands.serve)
@@ -60,11 +79,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _configured(kinds: "argparse._SubParsersAction", name: str, what: str, run: object) -> None:
+def _configured(
+    kinds: "argparse._SubParsersAction", name: str, what: str, run: object
+) -> argparse.ArgumentParser:
     command = kinds.add_parser(name, help=what, description=f"{what}: a YAML file and overrides.")
     command.add_argument("config", help="YAML file, or a run folder to run again")
-    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     command.set_defaults(run=run)
+    return command
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def preflight(arguments: Namespace) -> int:
     from megatron_troll.preflight.table import table
 
     try:
-        reports = examine(needs_of(_load(arguments)))
+        reports = examine(needs_of(_load(arguments), arguments.serve_nodes))
     except PROBLEMS as error:
         return _refuse(error)
     if os.environ.get("RANK", "0") == "0":

@@ -86,7 +86,21 @@ class Run:
         standing = replace(standing, position=self.pending.position(standing.position))
         with self.session.phases("checkpoint"):
             self.checkpoints.save(standing.step, asdict(standing), score, self.pending.write)
+            self._note_saved()
             self.engine.forget(self.session.groups.world.broadcast_object(self.checkpoints.latest() or 0, 0))
+
+    def _finish_saving(self) -> None:
+        self.checkpoints.finish()
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        """Write down the newest checkpoint that is complete, if there is one yet."""
+
+        def note() -> None:
+            if latest := self.checkpoints.latest():
+                write_atomic(self.session.folder.saved, f"{latest}\n")
+
+        self.session.on_first(note)
 
     def sync(self, step: int) -> dict[str, float]:
         """Let the engine draw from its model as it is after `step`, and evaluations from the policy. Blocks
@@ -105,13 +119,13 @@ class Run:
     def stop(self, standing: Standing) -> None:
         """The end of a run that was asked to stop, once its checkpoint is on disk; a launcher sees it by a
         file in the run folder. Blocks."""
-        self.checkpoints.finish()
+        self._finish_saving()
         self.session.on_first(lambda: write_atomic(self.session.folder.stopped, f"{standing.step}\n"))
         self.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
 
     def finish(self, standing: Standing) -> None:
         """Export, summary and report of a run that is complete."""
-        self.checkpoints.finish()
+        self._finish_saving()
         self.engine.forget(standing.step)
         said = remarks(self.task.config.objective, self.task.objective)
         summary = Summary(standing.before, standing.after, standing.seconds, self.task.config.seed, said)

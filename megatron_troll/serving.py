@@ -2,14 +2,12 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from megatron_troll.config import ConfigError
 from megatron_troll.config.tree import Config
 from megatron_troll.launch.interrupts import Interrupts
-from megatron_troll.launch.servers import Plan, Supervisor, command, environment
+from megatron_troll.launch.servers import Plan, Supervisor, command, environment, interpreter
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.rollout.sglang.http import read_key
@@ -42,13 +40,7 @@ def plans_of(config: Config) -> list[Plan]:
     key, shape = read_key(key_file), read_shape(model.path)
     if model.init == "pretrained":
         check_folder(model.path, shape)
-    # An absolute path, but no resolved one: the interpreter of a virtual environment is a link.
-    python, device = Path(serve.python).absolute(), device_of(serve.device)
-    if not python.is_file():
-        raise ConfigError(
-            f"serve.python: {python} not found: run `make sglang-env` on a machine without a GPU, or install "
-            "SGLang 0.5.23 in an environment of its own and name its interpreter"
-        )
+    python, device = interpreter(serve.python), device_of(serve.device)
     threads = serve.threads or max(1, (os.cpu_count() or 1) // serve.servers)
     return [
         Plan(

@@ -39,7 +39,7 @@ def _magnitude(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.maximum(keys.abs(), values.abs()).float().amax((0, 2, 3))
 
 
-def scales(largest: torch.Tensor, family: str, tp: int) -> KVScales:
+def scales(largest: torch.Tensor, family: str, hidden: int, tp: int) -> KVScales:
     """Of every rank that holds some of the heads; where there are more ranks than heads, several hold one."""
     heads = largest.shape[1]
     if heads % tp and tp % heads:
@@ -50,7 +50,7 @@ def scales(largest: torch.Tensor, family: str, tp: int) -> KVScales:
         rank: dict(enumerate((largest[:, at : at + each].amax(1) / LARGEST).tolist()))
         for rank, at in enumerate(first)
     }
-    return KVScales(model_type=family, kv_cache=KVCache(scaling_factor=factors))
+    return KVScales(model_type=family, hidden_size=hidden, kv_cache=KVCache(scaling_factor=factors))
 
 
 def main() -> None:
@@ -67,7 +67,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     ids = [render_prompt(prompt.messages, tokenizer).tolist() for prompt in prompts]
-    found = scales(largest(model, ids), model.config.model_type, arguments.tp)
+    config = model.config
+    found = scales(largest(model, ids), config.model_type, config.hidden_size, arguments.tp)
     arguments.output.write_text(found.model_dump_json(indent=1) + "\n")
     print(f"wrote {arguments.output}: {len(ids)} prompts")
 

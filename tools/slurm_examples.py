@@ -18,6 +18,8 @@ CONTAINER = (
     "--python",
     "python3",
 )
+# SGLang is in the image's own Python.
+IN_IMAGE = ("serve.python=python3",)
 KEY = "rollout.sglang.api_key_file=runs/api-key"
 COLOCATED = (
     "rollout.sglang.colocated=true",
@@ -38,7 +40,9 @@ def scripts() -> dict[Path, str]:
     files = {}
     for name, (recipe, overrides, options) in JOBS.items():
         files[FOLDER / f"train_{name}.sbatch"] = script(recipe, overrides, options)
-        files[FOLDER / f"train_{name}_container.sbatch"] = script(recipe, overrides, (*options, *CONTAINER))
+        files[FOLDER / f"train_{name}_container.sbatch"] = script(
+            recipe, (*overrides, *IN_IMAGE), (*options, *CONTAINER)
+        )
     return files
 
 

@@ -22,7 +22,7 @@ FAILED, REFUSED = 1, 2
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     try:
         made = recipe(arguments.config, arguments.overrides, allocation_of(arguments))
         job = EXECUTORS[arguments.executor](made)
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch.py", description=__doc__)
     parser.add_argument("executor", choices=EXECUTORS)
     parser.add_argument("config", help="YAML file, as the job will read it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--dryrun", action="store_true", help="print the scripts, start nothing")
     add_allocation(parser)
     return parser

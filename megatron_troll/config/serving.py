@@ -67,6 +67,11 @@ class SGLang(Node):
     sync: WeightSync = WeightSync()
     probe: Probe = Probe()
 
+    @property
+    def own(self) -> bool:
+        """Whether the servers are those that `mtroll serve` starts for the run."""
+        return not (self.servers or self.router)
+
 
 class Mamba(Node):
     """The state cache of a model with linear attention (Qwen3-Next)."""
@@ -92,7 +97,8 @@ class Serve(Node):
         default=30000, description="of the first; the others count up from it"
     )
     python: str = Field(
-        default=".venv-sglang/bin/python", description="interpreter that has SGLang installed"
+        default=".venv-sglang/bin/python",
+        description="interpreter that has SGLang installed: a path, or a command of PATH",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="auto: cuda where there is a GPU; cpu needs `make sglang-env`"

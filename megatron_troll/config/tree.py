@@ -393,3 +393,7 @@ class Config(Node):
     @property
     def policy(self) -> Model:
         return self.models.policy
+
+    @property
+    def own_servers(self) -> bool:
+        return self.rollout.engine == "sglang" and self.rollout.sglang.own

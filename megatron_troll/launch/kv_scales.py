@@ -18,26 +18,36 @@ class KVCache(BaseModel):
 
 
 class KVScales(BaseModel):
-    """The whole file."""
+    """The whole file. hidden_size, which SGLang leaves unread, tells models of one family and depth apart."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     model_type: str
+    hidden_size: int
     kv_cache: KVCache
 
 
 def check_scales(path: Path, shape: ModelShape, tp: int) -> None:
     """Raises ConfigError unless the file holds a scale for every layer and rank: SGLang says of a wrong one
     no more than a line in its log, and takes 1."""
+    again = f"calibrate with tools/calibrate_fp8_kv.py --tp {tp}"
     try:
         scales = KVScales.model_validate_json(path.read_text())
     except OSError as error:
-        raise ConfigError(f"serve.kv_scales: {path}: {error.strerror}") from error
+        raise ConfigError(f"serve.kv_scales: {path}: {error.strerror}; {again}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"serve.kv_scales: {path} is no file of scales: {again}") from error
     except ValidationError as error:
-        raise ConfigError(f"serve.kv_scales: {path} is no file of scales: {error}") from error
-    found = {rank: set(row) for rank, row in scales.kv_cache.scaling_factor.items()}
-    if scales.model_type != shape.family or found != {rank: set(range(shape.layers)) for rank in range(tp)}:
+        at, why = error.errors()[0]["loc"], error.errors()[0]["msg"]
         raise ConfigError(
-            f"serve.kv_scales: {path} is for {scales.model_type} on {len(found)} GPUs; the policy is "
-            f"{shape.family} with {shape.layers} layers, served on serve.tp={tp}: calibrate again with "
-            f"--tp {tp}"
+            f"serve.kv_scales: {path} is no file of scales: {'.'.join(map(str, at))}: {why}; {again}"
+        ) from error
+    found = {rank: set(row) for rank, row in scales.kv_cache.scaling_factor.items()}
+    theirs = f"{scales.model_type} of hidden size {scales.hidden_size} on {len(found)} GPUs"
+    ours = f"{shape.family} of hidden size {shape.hidden} with {shape.layers} layers, served on {tp}"
+    if (scales.model_type, scales.hidden_size) != (shape.family, shape.hidden):
+        raise ConfigError(f"serve.kv_scales: {path} is for {theirs}; the policy is {ours}: {again}")
+    if found != {rank: set(range(shape.layers)) for rank in range(tp)}:
+        raise ConfigError(
+            f"serve.kv_scales: {path} is not one scale for each layer and GPU; it is for {theirs}, and the "
+            f"policy is {ours} (serve.tp): {again}"
         )

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ from pathlib import Path
 import httpx
 import yaml
 
+from megatron_troll.config import ConfigError
 from megatron_troll.launch.interrupts import Interrupts
-from megatron_troll.launch.sglang_flags import Flags
+from megatron_troll.launch.sglang_flags import SGLANG, Flags
 
 POLL_S = 0.2
 STOP_S = 30.0
@@ -187,7 +189,7 @@ class Supervisor:
     def _stop(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
             self.announce(slot.plan, None)
-            slot.process.popen.send_signal(signal.SIGINT)
+            slot.process.popen.terminate()
         deadline = time.monotonic() + STOP_S
         for slot in slots:
             slot.process.end(max(0.0, deadline - time.monotonic()))
@@ -197,22 +199,31 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _check_port(plan: Plan) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in str(plan.flags["host"]) else socket.AF_INET) as probe:
+def refusal(host: str, port: int) -> str | None:
+    """Why nothing can listen there now; None where it can."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((str(plan.flags["host"]), plan.port))
+            probe.bind((host, port))
         except OSError as error:
-            raise ServerFailed(
-                f"{plan.flags['host']} port {plan.port}: {error.strerror}; set serve.port or serve.host"
-            ) from error
+            return error.strerror or str(error)
+        except OverflowError as error:  # no such port
+            return str(error)
+    return None
+
+
+def _check_port(plan: Plan) -> None:
+    host = str(plan.flags["host"])
+    if why := refusal(host, plan.port):
+        raise ServerFailed(f"{host} port {plan.port}: {why}; set serve.port or serve.host")
 
 
 def _before_its_program() -> None:
-    """SIGKILL for the server when this process dies, however that happens; its children follow it. SIGINT
-    stops it; the other signals that ask a run to stop are this process's to answer, whoever gets them."""
+    """SIGKILL for the server when this process dies, however that happens; its children follow it. Slurm's
+    SIGUSR1, which asks ranks to save, does not end it. SIGTERM, which every process of a preempted job gets,
+    does (Python unblocks that one): it is started again."""
     LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 def environment(device: str, threads: int) -> dict[str, str]:
@@ -232,6 +243,18 @@ def environment(device: str, threads: int) -> dict[str, str]:
             "MKL_NUM_THREADS": str(threads),
         }
     return theirs
+
+
+def interpreter(named: str) -> Path:
+    """serve.python as a path: a file, or a command of PATH. Absolute, but not resolved: the interpreter of a
+    virtual environment is a link. Raises ConfigError."""
+    found = shutil.which(named)
+    if found is None:
+        raise ConfigError(
+            f"serve.python: {named} not found: run `make sglang-env` on a machine without a GPU, or install "
+            f"SGLang {SGLANG} in an environment of its own and name its interpreter"
+        )
+    return Path(found).absolute()
 
 
 def command(python: str, device: str) -> tuple[str, ...]:

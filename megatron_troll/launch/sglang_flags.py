@@ -9,9 +9,10 @@ from megatron_troll.config.tree import Config
 from megatron_troll.launch.kv_scales import check_scales
 from megatron_troll.mcore.shape import ModelShape
 
+SGLANG = "0.5.23"
 Flags = dict[str, str | int | float | bool]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# Families whose SGLang 0.5.23 model reads a file of KV scales; the others refuse to start with one.
+# Families whose model in this SGLang reads a file of KV scales; the others refuse to start with one.
 READS_SCALES = ("qwen3",)
 HAS_MAMBA = ("qwen3_next",)
 # What has no kernel without CUDA, and what would take all of a machine's memory.
@@ -46,6 +47,7 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
     if device == "cpu":
         flags |= _on_cpu(serve)
     else:
+        check_sizes(serve, shape)
         flags |= {"tp-size": serve.tp, "ep-size": serve.ep, "base-gpu-id": number * serve.tp}
         if config.rollout.sglang.colocated:
             flags["enable-memory-saver"] = True
@@ -55,9 +57,19 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
         flags["enable-deterministic-inference"] = True
     if serve.routed_experts:
         flags["enable-return-routed-experts"] = True
-    flags |= _kv_cache(config, shape)
+    flags |= kv_cache(config, shape)
     flags |= _mamba(serve.mamba, shape)
     return _with_own(flags, serve.flags)
+
+
+def check_sizes(serve: Serve, shape: ModelShape) -> None:
+    """Raises ConfigError where the model cannot be cut over the GPUs of one server."""
+    if shape.heads % serve.tp:
+        raise ConfigError(f"serve.tp={serve.tp}: {shape.heads} attention heads cannot be divided by it")
+    if serve.tp % serve.ep or shape.experts % serve.ep:
+        raise ConfigError(
+            f"serve.ep={serve.ep}: must divide serve.tp={serve.tp} and the model's {shape.experts} experts"
+        )
 
 
 def check_address(serve: Serve, key_file: str | None) -> None:
@@ -84,27 +96,36 @@ def _on_cpu(serve: Serve) -> Flags:
     return ON_CPU
 
 
-def _kv_cache(config: Config, shape: ModelShape) -> Flags:
-    if config.rollout.kv_cache == "auto":
+def kv_cache(config: Config, shape: ModelShape) -> Flags:
+    """Those of the KV cache. Raises ConfigError where it is FP8 without scales of this model."""
+    check_kv_cache(config, shape)
+    serve, dtype = config.serve, config.rollout.kv_cache
+    if dtype == "auto":
         return {}
-    flags: Flags = {"kv-cache-dtype": config.rollout.kv_cache}
-    serve = config.serve
-    if serve.force_unscaled_kv:
-        return flags
+    if serve.kv_scales is None or serve.force_unscaled_kv:
+        return {"kv-cache-dtype": dtype}
+    path = Path(serve.kv_scales)
+    check_scales(path, shape, serve.tp)
+    return {"kv-cache-dtype": dtype, "quantization-param-path": str(path.absolute())}
+
+
+def check_kv_cache(config: Config, shape: ModelShape) -> None:
+    """Raises ConfigError where an FP8 cache has no scales, or may have none. Reads no file."""
+    serve, dtype = config.serve, config.rollout.kv_cache
+    if dtype == "auto" or serve.force_unscaled_kv:
+        return
     if shape.family not in READS_SCALES:
         raise ConfigError(
-            f"rollout.kv_cache={config.rollout.kv_cache}: SGLang 0.5.23 reads calibrated scales for "
+            f"rollout.kv_cache={dtype}: SGLang {SGLANG} reads calibrated scales for "
             f"{', '.join(READS_SCALES)} only, not for {shape.family}: leave the cache in the weights' "
             "dtype, or accept scales of 1 with serve.force_unscaled_kv=true"
         )
     if serve.kv_scales is None:
         raise ConfigError(
-            f"rollout.kv_cache={config.rollout.kv_cache}: without calibrated scales SGLang takes 1 for "
-            "all of them and says nothing: make some with tools/calibrate_fp8_kv.py and name the file in "
-            "serve.kv_scales, or accept that with serve.force_unscaled_kv=true"
+            f"rollout.kv_cache={dtype}: without calibrated scales SGLang takes 1 for all of them and says "
+            "nothing: make some with tools/calibrate_fp8_kv.py and name the file in serve.kv_scales, or "
+            "accept that with serve.force_unscaled_kv=true"
         )
-    check_scales(Path(serve.kv_scales), shape, serve.tp)
-    return flags | {"quantization-param-path": str(Path(serve.kv_scales).absolute())}
 
 
 def _mamba(mamba: Mamba | None, shape: ModelShape) -> Flags:

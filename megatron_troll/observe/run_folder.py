@@ -13,6 +13,7 @@ from typing import IO, Any
 import yaml
 
 from megatron_troll.files import write_atomic
+from megatron_troll.mcore.checkpoint_folder import steps
 
 # What a resumed run may change: how long it runs, where and how it is computed, what is written down.
 CHANGEABLE = (
@@ -66,6 +67,11 @@ class RunFolder:
     def stopped(self) -> Path:
         """Is there after a run that was asked to stop, until it is resumed."""
         return self.root / "stopped"
+
+    @property
+    def saved(self) -> Path:
+        """The step of the newest checkpoint: told apart from a run that never had one, when all are gone."""
+        return self.root / "saved"
 
     @property
     def evaluation(self) -> Path:
@@ -179,6 +185,12 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.root} already holds a run of this config. "
                 "Continue it with resume=true, choose another `name`, or delete the folder."
+            )
+        if self.saved.exists() and not steps(self.checkpoints):
+            step = self.saved.read_text().strip()
+            raise RunFolderError(
+                f"{self.checkpoints} holds no checkpoint any longer, and step {step} was saved there. "
+                f"Restore one; or choose another `name`, or delete {self.saved}, and begin anew."
             )
 
 

@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
+from megatron_troll.config import ConfigError
 from megatron_troll.config.tree import Config, Model
 from megatron_troll.launch.plan.build import GIB, plan
+from megatron_troll.launch.plan.servers import server_share
+from megatron_troll.launch.slurm.network import address_towards
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.preflight.run import Needs
+from megatron_troll.preflight.serving import servers_of
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.table import parameters_of
 
@@ -18,18 +21,40 @@ OPTIMIZER_BYTES = 12
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 
 
-def needs_of(config: Config, environment: Mapping[str, str] = os.environ) -> Needs:
-    """Reads config.json of each model. Under Slurm a node has the GPUs of its allocation, otherwise those
-    that torch sees. Raises ConfigError, ValueError or OSError where a model cannot be read or planned."""
+def needs_of(config: Config, serve_nodes: int = 0, environment: Mapping[str, str] = os.environ) -> Needs:
+    """Of this node, where the first `serve_nodes` serve and the others train. Reads config.json of each
+    model. Under Slurm a node has the GPUs of its allocation, otherwise those that torch sees. Raises
+    ConfigError, ValueError or OSError where a model cannot be read or planned."""
     asked = environment.get("SLURM_GPUS_ON_NODE")
     gpus = torch.cuda.device_count() if asked is None else int(asked)
-    nodes = int(environment.get("WORLD_SIZE", "1"))
+    rank, nodes = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    if serve_nodes and not config.own_servers:
+        raise ConfigError(f"--serve-nodes {serve_nodes}: the configuration asks no servers of its own")
+    trains = rank >= serve_nodes
+    serves = config.own_servers and (config.rollout.sglang.colocated or not trains)
+    wanted = gpus
+    if serves and (gpus or config.serve.device == "cuda"):
+        wanted = max(gpus, config.serve.servers * config.serve.tp)
+    if not gpus:
+        memory = 0
+    elif trains:
+        memory = gpu_bytes(config, (nodes - serve_nodes) * gpus)
+    else:
+        memory = round(server_share(config) * config.launch.device_gib * GIB)
     return Needs(
-        Path(config.runs) / config.name,
-        disk_bytes(config),
-        gpus,
-        gpu_bytes(config, nodes * gpus) if gpus else 0,
+        config=config,
+        disk_bytes=disk_bytes(config),
+        gpus=wanted,
+        gpu_bytes=memory,
+        servers=servers_of(config, host_of(config, environment)) if serves else None,
     )
+
+
+def host_of(config: Config, environment: Mapping[str, str]) -> str:
+    """Where the servers of this node listen: in a job, on its address towards the other nodes."""
+    if "SLURM_LAUNCH_NODE_IPADDR" in environment:
+        return address_towards(environment["MASTER_ADDR"])
+    return config.serve.host
 
 
 def gpu_bytes(config: Config, ranks: int) -> int:

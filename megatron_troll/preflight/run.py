@@ -10,23 +10,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_troll.config.tree import Config
 from megatron_troll.parallel.groups import Group
 from megatron_troll.parallel.joined import joined
-from megatron_troll.preflight import node, packages, together
+from megatron_troll.preflight import node, packages, serving, together
 from megatron_troll.preflight.finding import Finding
+from megatron_troll.preflight.serving import Servers
 
 TIMEOUT = datetime.timedelta(seconds=120)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs of each node: `disk_bytes` at `folder`, GPUs (0: it runs without), and of each of them
-    `gpu_bytes`."""
+    """What a run needs of this node: disk at `folder`; GPUs (0: it runs without) and memory of each; what
+    its servers need, where it serves."""
 
-    folder: Path
+    config: Config
     disk_bytes: int
     gpus: int
     gpu_bytes: int
+    servers: Servers | None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.runs) / self.config.name
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,10 @@ def _alone(needs: Needs) -> Iterator[Finding]:
     yield from node.gpu_memory(node.free_memory() if needs.gpus else [], needs.gpu_bytes)
     yield node.disk(needs.folder, needs.disk_bytes)
     yield node.names()
+    if needs.servers is not None:
+        yield from serving.findings(needs.servers)
+    if needs.config.own_servers:
+        yield from serving.scales(needs.config)
 
 
 def _together(needs: Needs, world: Group) -> Iterator[Finding]:

@@ -11,13 +11,16 @@ from typing import Any
 from megatron_troll.config import ConfigError
 
 FAILED, REFUSED = 1, 2
+KINDS = ("run", "report", "kl")
+K = "1,2,4,8,16,32,64,128,256"
 
 
 class Parser(argparse.ArgumentParser):
     """`mtroll study FILE.yaml` is `mtroll study run FILE.yaml`."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
-        if args and self.prog.endswith(" study") and args[0].endswith((".yaml", ".yml")):
+        files = [word for word in args or [] if word.endswith((".yaml", ".yml"))]
+        if files and self.prog.endswith(" study") and args[0] not in KINDS:
             args = ["run", *args]
         return super().parse_known_args(args, namespace)
 
@@ -26,7 +29,7 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     """The command's own sub-commands."""
     about = "many runs planned in one file: methods x seeds x settings"
     study = commands.add_parser("study", help=about, description=about)
-    kinds = study.add_subparsers(required=True, metavar="run|report|kl")
+    kinds = study.add_subparsers(required=True, metavar="|".join(KINDS))
     run = kinds.add_parser("run", help="run what is not finished; also `mtroll study STUDY.yaml`")
     run.add_argument("study", metavar="STUDY.yaml")
     run.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
@@ -37,10 +40,14 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     report.set_defaults(run=report_command)
     kl = kinds.add_parser("kl", help="bias, spread and cost of the estimators of KL(policy || reference)")
     kl.add_argument("config", help="YAML file with models.policy and models.reference")
-    kl.add_argument("overrides", nargs="*", metavar="key=value")
-    kl.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256], help="of TIKE")
+    kl.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    kl.add_argument("--k", type=integers, default=K, metavar="K,...", help=f"of TIKE (default: {K})")
     kl.add_argument("--output", default="kl-estimators.md", help="a page; figures go to .json and images/")
     kl.set_defaults(run=kl_command)
+
+
+def integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def run_command(arguments: Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def test_tensorboard_has_the_same_curves(finished: Workplace) -> None:
     rows = finished.metrics("finished")[1:]
     assert [step for step, _ in loss] == [row["step"] for row in rows]
     assert all(abs(value - row["loss"]) < 1e-6 for (_, value), row in zip(loss, rows, strict=True))
+
+
+def test_a_run_whose_checkpoints_were_deleted_is_not_begun_anew(finished: Workplace) -> None:
+    shutil.copytree(finished.run("finished"), finished.run("expired"))
+    shutil.rmtree(finished.run("expired") / "checkpoints")
+    done = finished.mtroll("train", "tiny.yaml", "name=expired", "resume=true")
+    assert done.code == 2
+    assert done.err[0].startswith("runs/expired/checkpoints holds no checkpoint any longer, and step 4 was")
+    assert finished.metrics("expired") == finished.metrics("finished")
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(finished: Workplace) -> None:

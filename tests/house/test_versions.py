@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from megatron_troll.launch.sglang_flags import SGLANG
 from megatron_troll.mcore.cpu.patches import MCORE_VERSION
 from tests.house.markdown import ROOT
 
@@ -72,6 +73,12 @@ def test_sources_are_pinned_too() -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", argument("APEX"))
     assert re.fullmatch(r"\d+\.\d+\.\d+", argument("SGLANG"))
     assert re.findall(r"git\+\S+@(\S+)\"", DOCKERFILE) == ["v${TRANSFORMER_ENGINE}", "${APEX}"]
+
+
+def test_sglang_is_the_same_everywhere() -> None:
+    assert argument("SGLANG") == SGLANG
+    assert f"\nsglang=={SGLANG}\n" in (ROOT / "sglang_cpu" / "requirements.txt").read_text()
+    assert f"SGLang {SGLANG}" in " ".join((ROOT / "docs" / "rollouts.md").read_text().split())
 
 
 def test_nemo_run_is_the_one_that_is_described() -> None:

@@ -35,6 +35,10 @@ DRY = {
         *("--time", "4:00:00", "--notice-s", "300", "--cpus", "12", "--interface", "ib0", "--restarts", "5"),
         *("--container", "/images/a b.sqsh", "--mounts", "/my data:/data", "--python", "python3", "--dryrun"),
     ),
+    "slurm_serving": (
+        *("slurm", CONFIG, "--nodes", "2", "--serve-nodes", "1", "--dryrun"),
+        *("rollout.engine=sglang", "rollout.sglang.api_key_file=runs/api-key", "serve={servers: 4, tp: 2}"),
+    ),
     "docker": (
         *("docker", CONFIG, "--nodes", "1", "--container", "megatron-troll:0.1.0", "--python", "python3"),
         *("--mounts", "/data:/data", "--dryrun"),
@@ -51,6 +55,16 @@ REFUSED = {
     "docker: --container is missing": ("docker", CONFIG, "--nodes", "1", *CPU),
     "slurm: 1 nodes of 8 ranks: models.policy: ": (
         *("slurm", CONFIG, "models.policy.layout={tp: 4, pp: 3, ep: 4}", "--nodes", "1", "--dryrun"),
+    ),
+    "slurm: serve.servers=4 x serve.tp=4 = 16 GPUs of each node that serves, which has 8": (
+        *("slurm", CONFIG, "rollout.engine=sglang", "rollout.sglang.api_key_file=runs/api-key"),
+        *("serve={servers: 4, tp: 4}", "--nodes", "1", "--serve-nodes", "1", "--dryrun"),
+    ),
+    "slurm: rollout.engine=sglang: nobody serves": (
+        *("slurm", CONFIG, "rollout.engine=sglang", "--nodes", "1", *CPU),
+    ),
+    "local: --serve-nodes means nothing to this executor": (
+        *("local", CONFIG, "--nodes", "1", "--serve-nodes", "1", *CPU),
     ),
     "slurm: train.step: unknown key; did you mean 'steps'?": (
         *("slurm", CONFIG, "train.step=3", "--nodes", "1", *CPU),
@@ -152,8 +166,9 @@ def test_the_commands_of_the_page_are_understood() -> None:
         for words in commands(REPOSITORY / "docs" / "nemo-run.md")
         if words[1:2] == [str(LAUNCH.relative_to(REPOSITORY))]
     ]
-    assert len(lines) == 3
-    code = "import json, sys, launch; [launch.parser().parse_args(line) for line in json.loads(sys.argv[1])]"
+    assert len(lines) == 4
+    code = "import json, launch, sys; parse = launch.parser().parse_intermixed_args\n"
+    code += "for line in json.loads(sys.argv[1]): parse(line)"
     done = subprocess.run(
         [PYTHON, "-c", code, json.dumps(lines)], cwd=LAUNCH.parent, capture_output=True, text=True
     )

@@ -92,6 +92,12 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done.stdout
 
+    def signal_step(self, step: str, name: str) -> None:
+        """Slurm 22.05 signals a step, and says `Invalid job id` where it is not on every node of its job."""
+        command = ["scancel", f"--signal={name}", step]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=LIMIT_S)
+        assert done.returncode == 0 or "Invalid job id" in done.stderr, done.stderr
+
     def state(self, job: int) -> str:
         """RUNNING, COMPLETED, and so on."""
         shown = self.call("scontrol", "show", "job", "-o", str(job))

@@ -7,10 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from megatron_troll.launch.local import free_port
 from tests.e2e.conftest import demo, finished, warm
+from tests.e2e.workplace import REPOSITORY, Workplace
 from tests.slurm.cluster import Cluster
 
 __all__ = ["demo", "finished", "warm"]
+SGLANG_PYTHON = REPOSITORY / ".venv-sglang" / "bin" / "python"
+
+
+def sglang(place: Workplace) -> tuple[str, str]:
+    """What makes a run of tiny.yaml ask a server of its own job."""
+    key = place.root / "key"
+    key.touch(mode=0o600)
+    key.write_text("not-for-others")
+    asked = f"{{api_key_file: {key}, deadline_s: 20, probe: {{prompts: 2}}}}"
+    return (
+        f"rollout={{engine: sglang, sglang: {asked}}}",
+        f"serve={{python: {SGLANG_PYTHON}, port: {free_port()}, device: cpu}}",
+    )
 
 
 @pytest.fixture(scope="session")

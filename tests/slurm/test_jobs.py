@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.launch.local import free_port
 from tests.e2e.workplace import REPOSITORY, Workplace, succeed, untimed
 from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.conftest import sglang
 
 LIMIT_S = 240.0
-SGLANG_PYTHON = REPOSITORY / ".venv-sglang" / "bin" / "python"
+SERVED = ("--nodes", "1", "--tasks", "2", "--serve-nodes", "1")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def submit(cluster: Cluster, finished: Workplace) -> Iterator[Callable[..., Job]
     """Write a script for the run of tiny.yaml under another name, and hand it to sbatch."""
     jobs = []
 
-    def submit(name: str, *settings: str, nodes: Sequence[str] = ("--nodes", "2")) -> Job:
+    def submit(
+        name: str, *settings: str, nodes: Sequence[str] = ("--nodes", "2"), sbatch: Sequence[str] = ()
+    ) -> Job:
         script = f"{len(name)} {name.split()[0]}.sbatch"
         allocation = ("--slurm", *nodes, "--gpus", "0", "--time", "0:40:00")
         overrides = (f"name={json.dumps(name)}", "launch.threads=1", *settings)
@@ -86,7 +89,7 @@ def submit(cluster: Cluster, finished: Workplace) -> Iterator[Callable[..., Job]
         )
         environment = {**cluster.environment, "PYTHONPATH": str(REPOSITORY)}
         said = subprocess.run(
-            ["sbatch", "--parsable", script],
+            ["sbatch", "--parsable", *sbatch, script],
             cwd=finished.root,
             env=environment,
             capture_output=True,
@@ -171,18 +174,10 @@ def test_a_second_job_on_a_run_folder_refuses(submit: Callable[..., Job], finish
     assert first.attempts == ["attempt_0", "attempt_1"]
 
 
-def test_the_first_node_serves_and_a_server_that_dies_is_started_again(
+def test_the_first_node_serves_and_a_server_that_ends_by_a_preemptions_signal_is_started_again(
     submit: Callable[..., Job], finished: Workplace
 ) -> None:
-    key = finished.root / "key"
-    key.touch(mode=0o600)
-    key.write_text("not-for-others")
-    sglang = f"{{api_key_file: {key}, deadline_s: 20, probe: {{prompts: 2}}}}"
-    settings = (
-        f"rollout={{engine: sglang, sglang: {sglang}}}",
-        f"serve={{python: {SGLANG_PYTHON}, port: {free_port()}, device: cpu}}",
-    )
-    job = submit("served", *settings, nodes=("--nodes", "1", "--tasks", "2", "--serve-nodes", "1"))
+    job = submit("served", *sglang(finished), nodes=SERVED)
     servers = finished.run("served") / "servers"
 
     def pids() -> list[int]:
@@ -190,20 +185,43 @@ def test_the_first_node_serves_and_a_server_that_dies_is_started_again(
 
     job.wait_until(lambda: len(job.rows) > 1)
     with finished.held():
-        (first,) = pids()
-        os.kill(first, signal.SIGKILL)
-        job.wait_until(lambda: pids() not in ([], [first]))
-        second = pids()
-        job.cluster.call("scancel", "--signal=TERM", job.step("servers"))  # as a preemption does
-        finished_steps = len(job.rows)
-    job.wait_until(lambda: len(job.rows) > finished_steps)
-    assert pids() == second
+        first = pids()
+        job.cluster.signal_step(job.step("servers"), "TERM")
+        job.wait_until(lambda: pids() not in ([], first))
     assert job.end() == "COMPLETED", job.log
     assert [row["step"] for row in job.rows] == [0, 1, 2, 3, 4]
     assert job.rows[0]["servers"] == 1.0
     assert {row.get("servers", 1.0) for row in job.rows} == {1.0}
     assert job.attempts == ["attempt_0"]
     assert list(servers.glob("*.json")) == []
+
+
+def test_a_port_of_the_servers_that_is_taken_is_told_before_they_start(
+    submit: Callable[..., Job], finished: Workplace
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = submit("taken", *sglang(finished), f"serve.port={port}", nodes=SERVED)
+        assert job.end() == "FAILED"
+    assert re.search(rf"ports: \S+ {port}: .*Address already in use", job.log.splitlines()[-1]), job.log
+    assert not (finished.run("taken") / "servers").exists()
+
+
+def test_a_script_written_for_more_nodes_refuses(submit: Callable[..., Job]) -> None:
+    job = submit("cut", sbatch=("--nodes", "1"))
+    assert job.end() == "FAILED"
+    assert job.log == (
+        "the job has 1 nodes of 0 GPUs, and its script is for 2 of 0: write another one with mtroll launch\n"
+    )
+
+
+def test_a_container_without_pyxis_is_told_as_such(submit: Callable[..., Job], finished: Workplace) -> None:
+    job = submit("contained", nodes=("--nodes", "2", "--container", "image.sqsh"))
+    assert job.end() == "FAILED"
+    assert job.log == "--container: srun knows no --container-image: the cluster has no pyxis\n"
+    assert not finished.run("contained").exists()
 
 
 def test_what_the_nodes_lack_is_told_before_any_rank_starts(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.cli import main
+from megatron_troll.cli import main, parser
 
 HEAVY = ("torch", "transformers", "megatron.core")
 
@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "megatron.core")
 def test_help_and_typing_errors_load_nothing_heavy() -> None:
     script = f"""
 import sys
-from megatron_troll.cli import main
+from megatron_troll.cli import main, parser
 try:
     main(["--help"])
 except SystemExit as end:
@@ -54,6 +54,45 @@ def test_a_refusal_is_one_line_and_exit_code_2(
     assert said.err.count("\n") == 1
     assert said.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "launch c.yaml a=1 b=2 --slurm --nodes 2 --mounts /x:/x",
+        "launch --slurm --nodes 2 c.yaml a=1 --mounts /x:/x b=2",
+        "launch c.yaml --slurm --mounts /x:/x a=1 --nodes 2 b=2",
+    ],
+)
+def test_options_and_overrides_come_in_any_order(line: str) -> None:
+    arguments = parser().parse_args(line.split())
+    assert (arguments.config, arguments.overrides) == ("c.yaml", ["a=1", "b=2"])
+    assert (arguments.nodes, arguments.mounts) == (2, ["/x:/x"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plan c.yaml --json a=1",
+        "preflight --serve-nodes 1 c.yaml a=1",
+        "study kl c.yaml --k 1,2 a=1",
+        "train c.yaml a=1",
+    ],
+)
+def test_so_they_do_for_every_command_with_overrides(line: str) -> None:
+    arguments = parser().parse_args(line.split())
+    assert (arguments.config, arguments.overrides) == ("c.yaml", ["a=1"])
+
+
+def test_an_option_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, said in (
+        ("train c.yaml --nodes 2 a=1", "unrecognized arguments: --nodes"),
+        ("train", "the following arguments are required: config"),
+        ("launch c.yaml --slurm a=1", "the following arguments are required: --nodes"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parser().parse_args(line.split())
+        assert capsys.readouterr().err.splitlines()[-1].partition("error: ")[2].startswith(said)
 
 
 def test_a_folder_is_run_from_the_config_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,7 @@ def plan(config: Config, ranks: int | None = None) -> Plan:
     work, flow = work_of(config, policy.ranks), flow_of(policy, work_of(config, policy.ranks))
     drawing, launch = drawing_of(models), config.launch
     drawn = parameters_of(drawing.holding.table)
-    check_servers(config, drawing.shape, drawn, work.tokens)
+    check_servers(config, world, drawing.shape, drawn, work.tokens)
     return Plan(
         config=config,
         world=world,

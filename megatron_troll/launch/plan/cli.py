@@ -17,7 +17,7 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     about = "memory and traffic of every rank, and whether it fits; needs no GPU and no weights"
     parser = commands.add_parser("plan", help=about, description=about)
     parser.add_argument("config", help="YAML file, or a run folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--json", action="store_true", help="the same as JSON, all sizes in bytes")
     parser.set_defaults(run=run)
 

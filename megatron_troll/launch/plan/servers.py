@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan.caches import state_of_sequence, values_of_token
+from megatron_troll.launch.sglang_flags import check_kv_cache, check_sizes
 from megatron_troll.mcore.shape import ModelShape
 
 BF16, FP8 = 2, 1
@@ -59,14 +60,19 @@ def server_of(shape: ModelShape, parameters: int, longest: int, memory: int, tp:
     )
 
 
-def check_servers(config: Config, shape: ModelShape, parameters: int, longest: int) -> None:
-    """Raises ConfigError where the servers of `serve` could not answer; those that others started may be of
-    another form."""
-    sglang, serve = config.rollout.sglang, config.serve
-    if config.rollout.engine != "sglang" or sglang.servers or sglang.router:
+def check_servers(config: Config, world: int, shape: ModelShape, parameters: int, longest: int) -> None:
+    """Raises ConfigError where the servers of `serve` could not answer, or not beside `world` ranks; those
+    that others started may be of another form."""
+    serve = config.serve
+    if not config.own_servers:
         return
-    if shape.heads % serve.tp:
-        raise ConfigError(f"serve.tp={serve.tp}: {shape.heads} attention heads cannot be divided by it")
+    check_sizes(serve, shape)
+    check_kv_cache(config, shape)
+    if config.rollout.sglang.colocated and serve.servers * serve.tp > world:
+        raise ConfigError(
+            f"serve.servers={serve.servers} x serve.tp={serve.tp} = {serve.servers * serve.tp} GPUs, shared "
+            f"with {world} ranks (rollout.sglang.colocated): lower one of the two"
+        )
     memory = round(server_share(config) * config.launch.device_gib * GIB)
     server = server_of(shape, parameters, longest, memory, serve.tp)
     sequences = server.sequences_bf16 if config.rollout.kv_cache == "auto" else server.sequences_fp8

@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
@@ -23,7 +23,7 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     about = "write a job script for `mtroll train` on a cluster"
     parser = commands.add_parser("launch", help=about, description=about)
     parser.add_argument("config", help="YAML file, as the job will read it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--slurm", action="store_true", required=True, help="the kind of cluster")
     parser.add_argument("--output", default=None, help="the script; default: NAME.sbatch")
     parser.add_argument("--submit", action="store_true", help="hand it to sbatch; else nothing is submitted")
@@ -34,32 +34,53 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
 def add_allocation(parser: argparse.ArgumentParser) -> None:
     """An option for each field of an Allocation."""
     asked = parser.add_argument_group("allocation")
-    asked.add_argument("--nodes", type=int, required=True, help="that train")
-    asked.add_argument("--serve-nodes", type=int, default=0, help="more nodes, which serve (default 0)")
-    asked.add_argument("--gpus", type=int, default=8, help="per node, a rank each (default 8)")
-    asked.add_argument("--tasks", type=int, default=1, help="ranks per node where --gpus is 0 (default 1)")
-    asked.add_argument("--cpus", type=int, default=None, help="per rank; default: the cluster's")
+    asked.add_argument("--nodes", type=positive, required=True, help="that train")
+    asked.add_argument("--serve-nodes", type=natural, default=0, help="more nodes, which serve (default 0)")
+    asked.add_argument("--gpus", type=natural, default=8, help="per node, a rank each (default 8)")
+    asked.add_argument(
+        "--tasks", type=positive, default=1, help="ranks per node where --gpus is 0 (default 1)"
+    )
+    asked.add_argument("--cpus", type=positive, default=None, help="per rank; default: the cluster's")
     asked.add_argument("--time", default="24:00:00", help="limit (default 24:00:00)")
     asked.add_argument("--partition", default=None)
     asked.add_argument("--account", default=None)
     asked.add_argument(
         "--notice-s",
-        type=int,
+        type=positive,
         default=600,
         help="seconds before the limit at which the run saves and goes back into the queue (default 600)",
     )
     asked.add_argument("--container", default=None, metavar="IMAGE", help="run in it, by pyxis")
-    asked.add_argument("--mounts", nargs="*", default=(), metavar="SOURCE:TARGET", help="of the container")
+    asked.add_argument(
+        "--mounts", action="append", default=[], metavar="SOURCE:TARGET", help="of the container; may repeat"
+    )
     asked.add_argument("--python", default=".venv/bin/python", help="on the nodes, or in the container")
     asked.add_argument("--interface", default=None, help="of the network; default: each node's own choice")
-    asked.add_argument("--restarts", type=int, default=100, help="times it may be requeued (default 100)")
+    asked.add_argument("--restarts", type=natural, default=100, help="times it may be requeued (default 100)")
+
+
+def natural(text: str) -> int:
+    """At least 0. Raises ValueError, as argparse wants it."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+def positive(text: str) -> int:
+    """At least 1. Raises ValueError."""
+    if natural(text) == 0:
+        raise ValueError(text)
+    return int(text)
 
 
 def allocation_of(arguments: Namespace) -> "Allocation":
     """What the options of `add_allocation` ask for."""
     from megatron_troll.launch.slurm.script import Allocation
 
-    return Allocation(**{field.name: getattr(arguments, field.name) for field in fields(Allocation)})
+    given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(Allocation)}
+    given["mounts"] = tuple(arguments.mounts)
+    return Allocation(**given)
 
 
 def run(arguments: Namespace) -> int:

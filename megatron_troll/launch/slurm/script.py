@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import join, quote
 
 from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.serving import Serve
 from megatron_troll.config.tree import Config
 from megatron_troll.mcore.layout import check_world
 
@@ -51,6 +52,33 @@ class Allocation:
         return self.nodes + self.serve_nodes
 
 
+def check_options(allocation: Allocation) -> None:
+    """Raises ConfigError for what sbatch would take, and mean something else by."""
+    limit = seconds_of(allocation.time)
+    if limit is not None and allocation.notice_s >= limit:
+        raise ConfigError(
+            f"--notice-s {allocation.notice_s}: the ranks would be asked to save before they start; --time "
+            f"{allocation.time} is {limit} s: lower the one, or raise the other"
+        )
+    for mount in allocation.mounts:
+        if allocation.container is None or ":" not in mount:
+            raise ConfigError(f"--mounts {mount}: SOURCE:TARGET, of a --container")
+
+
+def seconds_of(time: str) -> int | None:
+    """Of a limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for none (0, UNLIMITED) and
+    for what sbatch refuses."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        return None
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = (0, *parts, 0)[:3] if len(parts) < 3 else parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None
+
+
 def check(config: Config, allocation: Allocation) -> None:
     """Raises ConfigError where the allocation is not whole copies of the model's layout."""
     models = config.models
@@ -65,18 +93,14 @@ def check(config: Config, allocation: Allocation) -> None:
 
 
 def check_servers(config: Config, allocation: Allocation) -> None:
-    """Raises ConfigError where nobody would serve the run, or servers that nobody asks or may ask."""
+    """Raises ConfigError where nobody would serve the run, where servers that nobody asks or may ask, or that
+    a node has no GPUs for."""
     sglang, asked = config.rollout.sglang, allocation.serve_nodes
-    if config.rollout.engine != "sglang":
-        if asked:
-            raise ConfigError(
-                f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} asks no servers"
-            )
-        return
-    elsewhere = sglang.servers or sglang.router
-    if asked and (elsewhere or sglang.colocated):
+    if asked and config.rollout.engine != "sglang":
+        raise ConfigError(f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} asks no servers")
+    if asked and (sglang.colocated or not config.own_servers):
         raise ConfigError(f"--serve-nodes {asked}: rollout.sglang already says where the servers are")
-    if elsewhere:
+    if not config.own_servers:
         return
     if not asked and not sglang.colocated:
         raise ConfigError(
@@ -86,6 +110,19 @@ def check_servers(config: Config, allocation: Allocation) -> None:
     if sglang.api_key_file is None:
         raise ConfigError(
             "rollout.sglang.api_key_file: missing; servers of a job are on the network, and want a key"
+        )
+    if allocation.gpus:
+        check_gpus(config.serve, allocation.gpus)
+
+
+def check_gpus(serve: Serve, gpus: int) -> None:
+    """Raises ConfigError where servers want more GPUs than a node has."""
+    wanted = serve.servers * serve.tp
+    if wanted > gpus:
+        fewer = f"set serve.servers to at most {gpus // serve.tp}, or " if serve.tp <= gpus else ""
+        raise ConfigError(
+            f"serve.servers={serve.servers} x serve.tp={serve.tp} = {wanted} GPUs of each node that serves, "
+            f"which has {gpus} (--gpus): {fewer}lower serve.tp"
         )
 
 
@@ -112,6 +149,7 @@ def write(config: Config, path: str, overrides: Sequence[str], allocation: Alloc
 
 def body(config: Config, path: str, overrides: Sequence[str], allocation: Allocation) -> str:
     """What the batch shell does, in the folder it was submitted from. Raises ConfigError."""
+    check_options(allocation)
     check(config, allocation)
     check_servers(config, allocation)
     network = [] if allocation.interface is None else ["--interface", allocation.interface]
@@ -120,9 +158,11 @@ def body(config: Config, path: str, overrides: Sequence[str], allocation: Alloca
         "python": quote(allocation.python),
         "command": f"({join(['train', path, *overrides, 'resume=true'])})",
         "container": f"({pyxis(allocation)})",
+        "image": quote(file_of(allocation.container)),
         "network": f"({join(network)})",
         "first": str(allocation.serve_nodes),
         "nodes": str(allocation.nodes),
+        "gpus": str(allocation.gpus),
         "ranks": str(allocation.world),
         "serving": f"({join(serving(config, allocation))})",
         "restarts": str(allocation.restarts),
@@ -131,7 +171,7 @@ def body(config: Config, path: str, overrides: Sequence[str], allocation: Alloca
 
 
 def options(name: str, allocation: Allocation) -> list[str]:
-    """sbatch's options."""
+    """sbatch's options, each of them a line. Raises ConfigError."""
     asked: dict[str, str | int | None] = {
         "job-name": name,
         "nodes": allocation.all_nodes,
@@ -145,6 +185,9 @@ def options(name: str, allocation: Allocation) -> list[str]:
         "open-mode": "append",
         "output": "slurm-%j.log",
     }
+    for option, value in asked.items():
+        if not str(value).isprintable():
+            raise ConfigError(f"{option}: {value!r} has a character that a line of sbatch's cannot hold")
     given = [f"--{name}={quote(str(value))}" for name, value in asked.items() if value is not None]
     return [*given, "--requeue"]
 
@@ -153,11 +196,16 @@ def serving(config: Config, allocation: Allocation) -> list[str]:
     """srun's options for a job's own servers, on its first nodes or beside the ranks; none for no servers."""
     if allocation.serve_nodes:
         nodes, shared = allocation.serve_nodes, []
-    elif config.rollout.engine == "sglang" and config.rollout.sglang.colocated:
+    elif config.own_servers and config.rollout.sglang.colocated:
         nodes, shared = allocation.nodes, ["--overlap"]
     else:
         return []
     return [*shared, "--relative=0", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+
+
+def file_of(container: str | None) -> str:
+    """The file that the image is; nothing for one of a registry."""
+    return container if container and container.endswith(".sqsh") else ""
 
 
 def pyxis(allocation: Allocation) -> str:

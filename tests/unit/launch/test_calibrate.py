@@ -32,7 +32,7 @@ def test_values_are_those_that_the_projection_gives() -> None:
 @pytest.mark.parametrize("tp", [1, 2, 8])
 def test_the_file_is_one_for_so_many_ranks(tp: int, tmp_path: Path) -> None:
     found = tool.largest(reference(DENSE), SEQUENCES)
-    written = tool.scales(found, "qwen3", tp)
+    written = tool.scales(found, "qwen3", DENSE["hidden_size"], tp)
     file = tmp_path / "scales.json"
     file.write_text(written.model_dump_json())
     check_scales(file, shape_of(DENSE), tp)
@@ -44,4 +44,4 @@ def test_the_file_is_one_for_so_many_ranks(tp: int, tmp_path: Path) -> None:
 
 def test_ranks_that_heads_cannot_be_spread_over() -> None:
     with pytest.raises(SystemExit, match="4 heads"):
-        tool.scales(torch.ones(2, 4), "qwen3", 3)
+        tool.scales(torch.ones(2, 4), "qwen3", 64, 3)

@@ -1,6 +1,7 @@
 """From a configuration to flags of SGLang, and what is refused on the way."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,11 @@ FP8 = {"kv_cache": "fp8_e4m3"}
 
 def scales(path: Path, layers: int = 4, ranks: int = 1, **changes: Any) -> str:
     rows = {rank: dict.fromkeys(range(layers), 0.05) for rank in range(ranks)}
-    content = {"model_type": "qwen3", "kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": rows}}
+    content = {
+        "model_type": "qwen3",
+        "hidden_size": 48,
+        "kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": rows},
+    }
     path.write_text(json.dumps(content | changes))
     return str(path)
 
@@ -122,22 +127,26 @@ def test_a_family_that_sglang_reads_no_scales_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": 3}, "4 layers, served on serve.tp=1: calibrate again"),
-        ({"ranks": 2}, "for qwen3 on 2 GPUs"),
+        ({"layers": 3}, "not one scale for each layer and GPU.* with 4 layers, served on 1 "),
+        ({"ranks": 2}, "of hidden size 48 on 2 GPUs.* served on 1 "),
         ({"model_type": "llama"}, "is for llama"),
-        ({"kv_cache": {"dtype": "float8_e5m2", "scaling_factor": {}}}, "no file of scales"),
-        ({"kv_cache": {"scaling_factor": {0: {0: -1.0}}}}, "no file of scales"),
+        ({"hidden_size": 64}, "is for qwen3 of hidden size 64 .* the policy is qwen3 of hidden size 48"),
+        ({"kv_cache": {"dtype": "float8_e5m2", "scaling_factor": {}}}, "no file of scales: kv_cache.dtype"),
+        ({"kv_cache": {"scaling_factor": {0: {0: -1.0}}}}, "no file of scales: .*greater than 0"),
+        ({"kv_cache": {"scaling_factor": {0: {0: 0.0}}}}, "no file of scales: .*greater than 0"),
+        ({"kv_cache": {"scaling_factor": {0: {0: math.inf}}}}, "no file of scales: .* finite"),
+        ({"kv_cache": {"scaling_factor": {0: {0: math.nan}}}}, "no file of scales"),
         ({"kv_cache": None}, "no file of scales"),
     ],
 )
 def test_scales_of_something_else(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     file = scales(tmp_path / "scales.json", **changes)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=f"{words}.*calibrate with tools/calibrate_fp8_kv.py --tp 1"):
         flags_of(config(FP8, kv_scales=file), DENSE_SHAPE, 0, "cuda")
 
 
 def test_scales_that_are_not_there() -> None:
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file or directory; calibrate with"):
         flags_of(config(FP8, kv_scales="/nowhere.json"), DENSE_SHAPE, 0, "cuda")
 
 

@@ -76,6 +76,16 @@ def test_a_check_refuses_like_opening_and_writes_nothing(folder: RunFolder) -> N
         folder.check(CONFIG.replace("updates: 4", "updates: 2"), resume=True)
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_in_silence(folder: RunFolder) -> None:
+    finished(folder)
+    folder.check(CONFIG, resume=True)  # killed before its first checkpoint
+    write_atomic(folder.saved, "20\n")
+    with pytest.raises(RunFolderError, match=r"checkpoints holds no checkpoint .* step 20 was saved there"):
+        folder.check(CONFIG, resume=True)
+    (folder.checkpoints / "step_000020").mkdir(parents=True)
+    folder.check(CONFIG, resume=True)
+
+
 def test_a_killed_holder_leaves_the_folder_free(folder: RunFolder) -> None:
     command = [sys.executable, "-c", OPEN, str(folder.root), CONFIG]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

@@ -57,7 +57,7 @@ def test_caches_of_the_in_process_engine_count(config: str, capsys: pytest.Captu
 def test_servers_on_the_same_gpus_count(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", config, "rollout.sglang.colocated=true"]) == 1
     assert "most of it: servers 118.15 GiB" in " ".join(capsys.readouterr().out.split())
-    small = ["rollout.sglang.colocated=true", "serve.memory_fraction=0.3", "serve.tp=4"]
+    small = ["rollout.sglang.colocated=true", "serve.memory_fraction=0.3", "serve={servers: 2, tp: 4}"]
     assert main(["plan", config, *small]) == 0
 
 
@@ -99,6 +99,11 @@ def test_replayed_experts_count(config: str, capsys: pytest.CaptureFixture[str])
             "objective.old=engine does not go with models.rollout",
         ),
         (["serve.tp=3"], "serve.tp=3: 32 attention heads cannot be divided by it"),
+        (["serve={tp: 4, ep: 8}"], "serve.ep=8: must divide serve.tp=4 and the model's 128 experts"),
+        (
+            ["rollout.sglang.colocated=true", "serve.tp=2"],
+            "serve.servers=8 x serve.tp=2 = 16 GPUs, shared with 8 ranks",
+        ),
         (["serve.memory_fraction=0.41"], "serve.tp=1: beside 56.9 GiB of weights a sequence of 16383 tokens"),
         (["data=null"], "data: missing"),
         (["trian.steps=3"], "did you mean 'train'?"),

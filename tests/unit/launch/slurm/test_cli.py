@@ -51,3 +51,10 @@ def test_ranks_without_gpus_are_not_planned(tmp_path: Path) -> None:
     assert (
         launch(tmp_path, "models.policy.recompute=none", "--nodes", "1", "--gpus", "0", "--tasks", "8") == 0
     )
+
+
+@pytest.mark.parametrize("wrong", ["--nodes=0", "--gpus=-8", "--serve-nodes=-1", "--notice-s=0"])
+def test_numbers_that_are_none_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["launch", "c.yaml", "--slurm", "--nodes", "1", wrong])
+    assert f"argument {wrong.partition('=')[0]}: invalid" in capsys.readouterr().err

@@ -10,7 +10,13 @@ import pytest
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.slurm.script import Allocation, check, check_servers, write
+from megatron_troll.launch.slurm.script import (
+    Allocation,
+    check,
+    check_servers,
+    seconds_of,
+    write,
+)
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "configs" / "cpu_troll.yaml"
 SHELLCHECK = str(Path(sys.executable).with_name("shellcheck"))
@@ -27,7 +33,7 @@ def head(script: str) -> list[str]:
 
 def run_head(script: str, tail: str, folder: Path) -> str:
     """What `tail` says after the script's variables are set."""
-    variables = script.split("\n# Every attempt")[0]
+    variables = script.split("\nset -euo")[0]
     done = subprocess.run(["bash", "-uc", f"{variables}\n{tail}"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -83,6 +89,63 @@ def test_an_allocation_that_does_not_hold_the_layout_is_refused() -> None:
     check(layout, Allocation(nodes=3))
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        *(("30", 1800), ("30:15", 1815), ("1:00:00", 3600), ("2-3", 183600), ("1-0:30", 88200)),
+        *(("1-1:01:01", 90061), ("0", None), ("UNLIMITED", None), ("soon", None)),
+    ],
+)
+def test_a_limit_is_read_as_sbatch_reads_it(time: str, seconds: int | None) -> None:
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("allocation", "message"),
+    [
+        (Allocation(nodes=1, time="10:00"), r"--notice-s 600: .* --time 10:00 is 600 s"),
+        (Allocation(nodes=1, mounts=("/a:/a",)), r"--mounts /a:/a: SOURCE:TARGET, of a --container"),
+        (Allocation(nodes=1, mounts=("/a",), container="i"), r"--mounts /a: SOURCE:TARGET"),
+        (Allocation(nodes=1, partition="a\nb"), r"partition: 'a\\nb' has a character"),
+    ],
+)
+def test_options_that_sbatch_would_misread_are_refused(allocation: Allocation, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        write(config(), "c.yaml", [], allocation)
+
+
+@pytest.mark.parametrize(("container", "image"), [("/a b.sqsh", "/a b.sqsh"), ("nvcr.io#lab/image", "")])
+def test_an_image_that_is_a_file_has_to_be_there(container: str, image: str, tmp_path: Path) -> None:
+    script = write(config(), "c.yaml", [], Allocation(nodes=1, container=container))
+    assert run_head(script, 'echo "$image"', tmp_path) == f"{image}\n"
+
+
+@pytest.mark.parametrize(
+    ("job", "srun", "said"),
+    [
+        (("1", "8"), "--container-image", "the job has 1 nodes of 8 GPUs, and its script is for 2 of 8: "),
+        (("2", "4"), "--container-image", "the job has 2 nodes of 4 GPUs, and its script is for 2 of 8: "),
+        (("2", "8"), "--container", "--container: srun knows no --container-image: the cluster has no pyxis"),
+        (("2", "8"), "--container-image", "--container: /a 'b'.sqsh is not there"),
+    ],
+)
+def test_a_job_that_is_not_the_scripts_ends_at_once(
+    job: tuple[str, str], srun: str, said: str, tmp_path: Path
+) -> None:
+    fake = tmp_path / "srun"
+    fake.write_text(f"#!/bin/sh\necho '{srun}=IMAGE'\n")
+    fake.chmod(0o755)
+    script = write(config(), "c.yaml", [], Allocation(nodes=2, container="/a 'b'.sqsh"))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    environment |= dict(zip(("SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE"), job))
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith(said)
+    assert list(tmp_path.iterdir()) == [fake]
+
+
 SERVED = ("rollout.engine=sglang", "rollout.sglang.api_key_file=key")
 
 
@@ -105,6 +168,22 @@ def test_servers_that_are_elsewhere_are_no_part_of_the_job(tmp_path: Path) -> No
     elsewhere = config("rollout.engine=sglang", "rollout.sglang.servers=[http://10.0.0.1:30000]")
     said = run_head(write(elsewhere, "c.yaml", [], Allocation(nodes=2)), 'echo "${#serving[@]}"', tmp_path)
     assert said == "0\n"
+
+
+@pytest.mark.parametrize("where", [("--serve-nodes", 1), ("rollout.sglang.colocated=true", 0)])
+def test_servers_have_to_fit_a_node_that_serves(where: tuple[str, int]) -> None:
+    setting, serve_nodes = where
+    shared = (*SERVED, setting) if "=" in setting else SERVED
+    allocation = Allocation(nodes=1, serve_nodes=serve_nodes, gpus=8)
+    check_servers(config(*shared, "serve={servers: 4, tp: 2}"), allocation)
+    message = r"serve.servers=3 x serve.tp=4 = 12 GPUs of each node that serves, which has 8 \(--gpus\): set "
+    with pytest.raises(ConfigError, match=message + "serve.servers to at most 2, or lower serve.tp"):
+        check_servers(config(*shared, "serve={servers: 3, tp: 4}"), allocation)
+    with pytest.raises(ConfigError, match=r"= 16 GPUs .* which has 8 .*: lower serve.tp"):
+        check_servers(config(*shared, "serve={servers: 1, tp: 16}"), allocation)
+    check_servers(
+        config(*shared, "serve={servers: 3, tp: 4}"), Allocation(nodes=1, gpus=0, serve_nodes=serve_nodes)
+    )
 
 
 @pytest.mark.parametrize(
