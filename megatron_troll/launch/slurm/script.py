@@ -93,8 +93,8 @@ def check(config: Config, allocation: Allocation) -> None:
 
 
 def check_servers(config: Config, allocation: Allocation) -> None:
-    """Raises ConfigError where nobody would serve the run, where servers that nobody asks or may ask, or that
-    a node has no GPUs for."""
+    """Raises ConfigError where nobody would serve the run, and for servers that nobody asks or may ask, or
+    that a node has no GPUs for."""
     sglang, asked = config.rollout.sglang, allocation.serve_nodes
     if asked and config.rollout.engine != "sglang":
         raise ConfigError(f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} asks no servers")
