@@ -4,7 +4,7 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_troll.rewards.jail import children_of
@@ -26,9 +26,10 @@ def signal_helpers() -> list[str]:
     that it started. Their command lines."""
     told = []
     for pid in descendants(os.getpid()):
-        told.append(Path(f"/proc/{pid}/cmdline").read_text())
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGUSR1)
+        with suppress(ProcessLookupError, FileNotFoundError):  # it has ended meanwhile
+            told.append(Path(f"/proc/{pid}/cmdline").read_text())
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGUSR1)
     return told
 
 

@@ -55,7 +55,7 @@ def in_namespaces(spec: dict[str, Any]) -> int:
     process ends, the kernel ends every process that it started."""
     unshare(spec)
     alive, held_open = os.pipe()
-    child = os.fork()
+    child = fork()
     if child:
         try:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -85,7 +85,7 @@ def under_supervision(spec: dict[str, Any]) -> int:
     check("prctl", LIBC.prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0))
     signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, spec["wall_s"])
-    child = os.fork()
+    child = fork()
     if child:
         code, orphaned = supervised(child)
         end_descendants()
@@ -98,6 +98,18 @@ def under_supervision(spec: dict[str, Any]) -> int:
     become_nobody(spec)
     tasks = tasks_of(os.getuid()) - 1 + spec["limits"]["processes"]
     run(spec, tasks, ["-I", "-B", "-c", NO_SOCKETS])
+
+
+def fork() -> int:
+    """As os.fork. The child is not to ask whose child it is: SIGTERM does to it what it does to any program,
+    once `run` lets signals in."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    child = os.fork()
+    if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return child
 
 
 def supervised(child: int) -> tuple[int, bool]:

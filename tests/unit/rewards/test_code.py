@@ -1,5 +1,7 @@
 """Answers that are programs, judged by the tests of their prompt."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -146,14 +148,23 @@ def test_bad_fields_are_refused(fields, message):
 
 
 def test_a_signal_to_every_process_of_a_job_changes_no_score():
+    """In a process of its own, since everything that this one started would get it."""
+    program = "from tests.unit.rewards.test_code import score_while_asked; score_while_asked()"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def score_while_asked() -> None:
+    """Signals come from before the answer is confined until it is run."""
+
     def ask() -> None:
         while not any("main.py" in command for command in signal_helpers()):
-            time.sleep(0.05)
+            time.sleep(0.001)
 
-    program = answer("import time\ntime.sleep(1)\nprint(2 * int(input()))")
+    slow = answer("import time\ntime.sleep(0.5)\nprint(2 * int(input()))")
     with Scorer(config(), workers=1) as scorer:
         scorer.score([rollout("no program")])
-        asking = threading.Thread(target=ask)
-        asking.start()
-        assert scorer.score([rollout(program)]).reward.tolist() == [1.0]
-        asking.join()
+        for _ in range(5):
+            asking = threading.Thread(target=ask, daemon=True)
+            asking.start()
+            assert scorer.score([rollout(slow)]).reward.tolist() == [1.0]
+            asking.join()
