@@ -79,22 +79,33 @@ class Client:
         self, urls: Sequence[str], sequences: Sequence[Sequence[int]], top_k: int, vocab: int
     ) -> dict[str, list[TokenTopK]]:
         """What every server at `urls` makes of every sequence: the law [n - 1, top_k] after each of its n
-        tokens but the last, of temperature 1. Servers that cannot be asked are left out; raises what the
-        first one says where none can."""
+        tokens but the last, of temperature 1. Servers that cannot be asked, tried `attempts` times, are left
+        out; raises what the first one says where none can."""
         laws: dict[str, list[TokenTopK]] = {}
 
+        async def law(url: str, ids: Sequence[int]) -> TokenTopK:
+            async for attempt in self._attempts():
+                with attempt:
+                    limit = self._config.deadline_s
+                    reply = await self._http.post(url, "/generate", score_body(ids, top_k), limit)
+                    return score_of(reply, len(ids), top_k, vocab)
+            raise AssertionError("tenacity returns or raises")
+
         async def one(url: str) -> None:
-            bodies = [score_body(ids, top_k) for ids in sequences]
-            limit = self._config.deadline_s
-            replies = await asyncio.gather(
-                *(self._http.post(url, "/generate", body, limit) for body in bodies)
-            )
-            laws[url] = [score_of(reply, len(ids), top_k, vocab) for reply, ids in zip(replies, sequences)]
+            laws[url] = await asyncio.gather(*(law(url, ids) for ids in sequences))
 
         failed = await each(urls, one)
         if not laws:
             raise next(iter(failed.values()))
         return laws
+
+    def _attempts(self) -> AsyncRetrying:
+        return AsyncRetrying(
+            retry=retry_if_exception_type(Passing),
+            stop=stop_after_attempt(self._config.attempts),
+            wait=wait_random_exponential(multiplier=BACKOFF_S[0], max=BACKOFF_S[1]),
+            reraise=True,
+        )
 
     async def _answer(self, question: Question) -> Answer:
         parts: list[tuple[Part, np.ndarray]] = []
@@ -113,12 +124,7 @@ class Client:
     async def _part(self, question: Question) -> tuple[Part, np.ndarray]:
         """From whichever server gives one, tried `attempts` times, with the versions of its tokens."""
         failed: Server | None = None
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(Passing),
-            stop=stop_after_attempt(self._config.attempts),
-            wait=wait_random_exponential(multiplier=BACKOFF_S[0], max=BACKOFF_S[1]),
-            reraise=True,
-        ):
+        async for attempt in self._attempts():
             with attempt:
                 server = await self._servers.acquire(avoid=failed and failed.url)
                 failed = server

@@ -18,6 +18,8 @@ from megatron_troll.rollout.sglang.errors import (
 CONNECT_S = 10.0
 # For everything but answers, syncs and health, which have limits of their own.
 QUICK_S = 60.0
+# SGLang closes a connection that was idle for 5 s: a request sent in that moment is lost.
+IDLE_S = 2.0
 
 
 class Http:
@@ -29,7 +31,7 @@ class Http:
         self._client = httpx.AsyncClient(
             headers=headers,
             trust_env=False,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx.Limits(keepalive_expiry=IDLE_S),
         )
 
     async def get(self, url: str, path: str, timeout: float = QUICK_S) -> Any:

@@ -69,8 +69,11 @@ class Fake:
         return self._control(path, body or {})
 
     def _generate(self, body: dict[str, Any]) -> Reply | None:
+        if body.get("logprob_start_len") == 0:
+            fault = self.faults.popleft() if self.faults else None
+            return fault(body, self) if fault else (200, RECORDED["score"]["content"])
         if "rid" not in body:
-            return 200, RECORDED["score" if body.get("logprob_start_len") == 0 else "first_law"]["content"]
+            return 200, RECORDED["first_law"]["content"]
         with self._lock:
             self.asked.append(body)
             self.under_way += 1

@@ -21,10 +21,13 @@ from megatron_troll.rollout.sglang.errors import (
     Unauthorized,
     Unreachable,
 )
+from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.rollout.sglang.servers import Servers
-from tests.sglang.asking import VERSIONS, Asked
-from tests.sglang.recordings import LENGTH
-from tests.unit.rollout.sglang.asking import draw
+from megatron_troll.types import TokenTopK
+from tests.sglang.asking import VERSIONS, Asked, checker
+from tests.sglang.model import VOCAB
+from tests.sglang.recordings import LENGTH, PROMPT
+from tests.unit.rollout.sglang.asking import config, draw
 from tests.unit.rollout.sglang.fake import (
     TOKENS,
     Fake,
@@ -81,6 +84,30 @@ def test_no_more_are_under_way_at_one_server_than_allowed(two: list[Fake]) -> No
 def test_another_server_answers_what_one_failed_at(two: list[Fake], fault: Fault) -> None:
     two[0].faults.extend([fault] * 3)
     assert_answered(draw(two, 8), 8)
+
+
+def score(fakes: list[Fake]) -> dict[str, list[TokenTopK]]:
+    """The law of the recorded prompt, twice, from each server."""
+
+    async def ask() -> dict[str, list[TokenTopK]]:
+        http = Http(None)
+        servers = Servers(config(), list, checker(http), None)
+        client = Client(config(), http, servers, VERSIONS)
+        try:
+            return await client.score([fake.url for fake in fakes], [PROMPT, PROMPT], 8, VOCAB)
+        finally:
+            await http.close()
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("fault", [dropped, failed, garbage], ids=lambda fault: fault.__name__)
+def test_a_law_is_asked_for_again_then_left_out(two: list[Fake], fault: Fault) -> None:
+    two[0].faults.append(fault)
+    two[1].faults.extend([fault] * 6)
+    laws = score(two)
+    assert list(laws) == [two[0].url]
+    assert [law.ids.shape for law in laws[two[0].url]] == [(len(PROMPT) - 1, 8)] * 2
 
 
 def test_an_aborted_answer_is_kept_and_continued(one: Fake) -> None:
