@@ -2,6 +2,7 @@
 
 import os
 import time
+import zlib
 from pathlib import Path
 
 from megatron_troll.rewards.reward import Reward
@@ -27,6 +28,15 @@ class Starts(Reward):
 
     def __call__(self, text: str, prompt: Prompt) -> float:
         return float(text[:1] == prompt.answer[:1])
+
+
+class Checksum(Reward):
+    """Another number for another text: answers of a model that can do nothing earn different rewards."""
+
+    cheap = True
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        return zlib.crc32(text.encode()) / 2**32
 
 
 class Sleepy(Overlap):

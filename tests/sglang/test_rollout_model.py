@@ -21,7 +21,7 @@ models:
   rollout: {{path: small}}
 serve: {{python: {python}, port: {port}}}
 rollout: {{prompts: 8, samples: 4}}
-reward: {{name: "tests.e2e.rewards:Overlap"}}
+reward: {{name: "tests.e2e.rewards:Checksum"}}
 train: {{steps: 1, updates: 2}}
 evaluation: {{every: 1, prompts: 8}}
 """
