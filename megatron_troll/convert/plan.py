@@ -1,7 +1,9 @@
 """What a conversion writes into which file."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -116,6 +118,15 @@ def cut(sized: Iterable[tuple[T, int]], limit: int) -> Iterator[tuple[tuple[T, .
 
 def elements(place: Place) -> int:
     return sum(prod(shape) for shape in place.entry.part_shapes)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made by a thread while the one before it is used: two are held at once."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(list, islice(items, 1))
+        while made := coming.result():
+            coming = pool.submit(list, islice(items, 1))
+            yield made.pop()
 
 
 def write_carried(carried: Carried, names: tuple[str, ...], file: BinaryIO) -> None:

@@ -11,6 +11,7 @@ from megatron_troll.convert.plan import (
     Options,
     Shard,
     Sides,
+    ahead,
     cut_carried,
     cut_parameters,
     elements,
@@ -53,7 +54,8 @@ class ToHuggingFace:
             for name, tensor in zip(place.names, place.entry.hf, strict=True)
         }
         writer = TensorFileWriter(file, layout)
-        for name, tensor in tensors_of((place, self.source.parts(place)) for place in places):
+        read = ahead((place, self.source.parts(place)) for place in places)
+        for name, tensor in tensors_of(read):
             writer.write(name, tensor.to(layout[name][0]))
         return None
 

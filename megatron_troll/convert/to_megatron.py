@@ -11,6 +11,7 @@ from megatron_troll.convert.plan import (
     Options,
     Shard,
     Sides,
+    ahead,
     cut_carried,
     cut_parameters,
     identity_of,
@@ -25,7 +26,7 @@ from megatron_troll.weights.folder import CONFIG, file_name, write_companions
 from megatron_troll.weights.folder import write_index as write_carried_index
 from megatron_troll.weights.megatron_keys import Keys, Size, written_keys
 from megatron_troll.weights.source import FolderSource, Source, Unstacked
-from megatron_troll.weights.table import Place
+from megatron_troll.weights.table import Place, Tensors
 from megatron_troll.weights.torch_dist import Chunk, Saved, write_chunk, write_index
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +58,8 @@ class ToMegatron:
         """Records each chunk: key, start, shape, offset and length in the file."""
         if shard.carried:
             return write_carried(self.carried, shard.carried, file)
-        return [chunk for place in shard.places for chunk in self._write_parameter(place, file)]
+        read = ahead((place, self._parts(place)) for place in shard.places)
+        return [chunk for place, parts in read for chunk in self._write_parameter(place, parts, file)]
 
     def complete(self, folder: Path, records: dict[str, Any]) -> None:
         chunks: dict[str, list[Chunk]] = defaultdict(list)
@@ -80,9 +82,13 @@ class ToMegatron:
     def sides(self, target: Path) -> Sides:
         return Sides(hugging_face=self.folder, megatron=target, like=self.folder)
 
-    def _write_parameter(self, place: Place, file: BinaryIO) -> list[tuple[str, Size, Size, int, int]]:
+    def _parts(self, place: Place) -> Tensors:
+        return place.entry.to_parts(tuple(self.source.read(name) for name in place.names))
+
+    def _write_parameter(
+        self, place: Place, parts: Tensors, file: BinaryIO
+    ) -> list[tuple[str, Size, Size, int, int]]:
         written = []
-        parts = place.entry.to_parts(tuple(self.source.read(name) for name in place.names))
         for region, part in zip(self.keys.regions(place), parts, strict=True):
             tensor = part.to(self._dtype(place)).reshape(region.shape)
             where = write_chunk(file, tensor)
