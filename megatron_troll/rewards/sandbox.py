@@ -9,6 +9,7 @@ time, address space and file size; processes and disk have limits together.
 limits per process, an audit hook that refuses sockets in Python, and leftover processes are ended. The
 program runs as the user of the trainer (as nobody where that is root): it can read and write what that user
 can, send signals, reach the network from another program, and write any number of files.
+A signal to every process of a job, as of a preemption, ends it there, and the answer counts as failed.
 
 Neither limits memory in total (a cgroup of the job does), nor protects against flaws of the kernel.
 """
