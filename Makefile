@@ -9,47 +9,37 @@
 # make bench            the measured tables of docs/head.md
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-PYTHON ?= python3.11
+# Empty: the first Python of 3.12 or newer that runs (tools/find_python.sh).
+PYTHON ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NEMO_PIP := .venv-nemo/bin/python -m pip --disable-pip-version-check --quiet
 SGLANG_PIP := .venv-sglang/bin/python -m pip --disable-pip-version-check --quiet
-TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: env nemo-env sglang-env check test slurm test-slurm test-nemo test-nemo-slurm test-sglang train bench clean
 
 env: .venv/.ready
 
-# torch comes first and by name: without a GPU nothing may pull a CUDA build. The index already configured is
-# asked for a CPU build before PyTorch's own. megatron-core comes without its dependencies, which would
-# bring training frameworks that are not used here.
-.venv/.ready: pyproject.toml constraints.txt Makefile
-	$(PYTHON) -m venv .venv
-	$(PIP) install --upgrade --constraint constraints.txt pip
-	if command -v nvidia-smi >/dev/null; then $(PIP) install torch==$(TORCH); \
-	else $(PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(PIP) install torch==$(TORCH) --index-url $(CPU_INDEX); fi
-	$(PIP) install --no-deps --constraint constraints.txt megatron-core
+# torch comes first and by name: without a GPU nothing may pull a CUDA build where a CPU build is to be had.
+.venv/.ready: pyproject.toml constraints.txt tools/environment.sh tools/find_python.sh
+	tools/environment.sh .venv $(PYTHON)
 	$(PIP) install --constraint constraints.txt -e '.[dev]'
 	touch $@
 
 # nemo-run's dependencies hold anyio and httpx below what the trainer's environment has.
 nemo-env: .venv-nemo/.ready
 
-.venv-nemo/.ready: examples/nemo_run/requirements.txt constraints.txt
-	$(PYTHON) -m venv --clear .venv-nemo
-	$(NEMO_PIP) install --upgrade --constraint constraints.txt pip
-	$(NEMO_PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(NEMO_PIP) install torch==$(TORCH) --index-url $(CPU_INDEX)
+.venv-nemo/.ready: examples/nemo_run/requirements.txt tools/environment.sh tools/find_python.sh
+	tools/environment.sh .venv-nemo $(PYTHON)
 	$(NEMO_PIP) install -r examples/nemo_run/requirements.txt
 	$(NEMO_PIP) install --no-deps -e .
 	touch $@
 
-# SGLang pins another torch and transformers than the trainer: it lives apart, and is spoken to over HTTP.
+# SGLang pins another transformers than the trainer: it lives apart, and is spoken to over HTTP.
 sglang-env: .venv-sglang/.ready
 
-.venv-sglang/.ready: sglang_cpu/requirements.txt $(wildcard sglang_cpu/*/*.py)
-	$(PYTHON) -m venv .venv-sglang
-	$(SGLANG_PIP) install torch==$(TORCH)+cpu 2>/dev/null || $(SGLANG_PIP) install torch==$(TORCH) --index-url $(CPU_INDEX)
+.venv-sglang/.ready: sglang_cpu/requirements.txt constraints.txt tools/environment.sh $(wildcard sglang_cpu/*/*.py)
+	tools/environment.sh .venv-sglang $(PYTHON)
 	$(SGLANG_PIP) install --no-deps -r sglang_cpu/requirements.txt
 	$(SGLANG_PIP) install --no-deps --force-reinstall ./sglang_cpu
 	touch $@
@@ -90,4 +80,4 @@ bench: env
 	$(BIN)/python tools/bench_tables.py
 
 clean:
-	rm -rf .venv .venv-nemo .venv-sglang runs
+	rm -rf .venv .venv-nemo .venv-sglang .torch runs

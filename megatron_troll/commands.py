@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
@@ -29,9 +29,6 @@ class Prepared(Protocol):
 
     @property
     def config(self) -> Config: ...
-
-
-Prep = TypeVar("Prep", bound=Prepared)
 
 
 def train(arguments: Namespace) -> int:
@@ -151,7 +148,7 @@ def rollouts(arguments: Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Command(Generic[Prep]):
+class Command[Prep: Prepared]:
     """A command on a configuration: what it reads and refuses on every rank, what it refuses besides before
     ranks start, and what each rank does."""
 
@@ -167,7 +164,7 @@ def _task(config: Config) -> "Task":
     return prepare(config)
 
 
-def _configured(arguments: Namespace, command: Command[Prep]) -> int:
+def _configured[Prep: Prepared](arguments: Namespace, command: Command[Prep]) -> int:
     """Check the configuration; then be a rank, or start the ranks that will check it again."""
     if "RANK" in os.environ:
         return _as_rank(arguments, command)
@@ -188,7 +185,7 @@ def _configured(arguments: Namespace, command: Command[Prep]) -> int:
     return launch(argv, ranks, threads, folder.logs)
 
 
-def _as_rank(arguments: Namespace, command: Command[Prep]) -> int:
+def _as_rank[Prep: Prepared](arguments: Namespace, command: Command[Prep]) -> int:
     with watched() as interrupts:
         from megatron_troll.checks import PROBLEMS
 
@@ -199,7 +196,7 @@ def _as_rank(arguments: Namespace, command: Command[Prep]) -> int:
         return _run(task, command, interrupts)
 
 
-def _run(task: Prep, command: Command[Prep], interrupts: Interrupts) -> int:
+def _run[Prep: Prepared](task: Prep, command: Command[Prep], interrupts: Interrupts) -> int:
     from megatron_troll.data.errors import DataError
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.rewards.pool import RewardError

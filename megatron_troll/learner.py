@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -12,8 +11,6 @@ from megatron_troll.observe.phases import Phases
 from megatron_troll.reference import Kept
 from megatron_troll.trainer import PolicyTrainer
 from megatron_troll.types import NO_ID, MicroBatch, Rollout
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def finite(rollout: Rollout, topk: int) -> bool:
     return bool(np.isfinite(logp[ids != NO_ID]).all())
 
 
-def split(parts: Sequence[T], updates: Sequence[Sequence[MicroBatch]]) -> list[list[T]]:
+def split[T](parts: Sequence[T], updates: Sequence[Sequence[MicroBatch]]) -> list[list[T]]:
     """One part per micro-batch, by update; empty lists where there is none (off the last stage)."""
     starts = np.cumsum([0, *(len(update) for update in updates)])
     return [list(parts[start : start + len(update)]) for start, update in zip(starts, updates)]

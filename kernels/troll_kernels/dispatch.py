@@ -9,13 +9,9 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # bf16 arithmetic and asynchronous copies; compiled for and looked at on 9.0 (tools/check_kernels.py).
 LOWEST_CAPABILITY = (8, 0)
@@ -23,7 +19,7 @@ LOWEST_CAPABILITY = (8, 0)
 LARGEST_K = 256
 
 
-def by_device(reference: Callable[P, R]) -> Callable[P, R]:
+def by_device[**P, R](reference: Callable[P, R]) -> Callable[P, R]:
     """The operation that `reference`, a function of `<operation>/ref.py`, specifies: on a GPU that has it,
     the function of the same name in `<operation>/twin.py`."""
 
@@ -42,7 +38,7 @@ def _takes_twin(tensors: list[Tensor]) -> bool:
     return supported(tensors[0].device.index)
 
 
-def _twin(reference: Callable[P, R]) -> Callable[P, R]:
+def _twin[**P, R](reference: Callable[P, R]) -> Callable[P, R]:
     module = reference.__module__.removesuffix(".ref") + ".twin"
     return getattr(importlib.import_module(module), reference.__name__)
 

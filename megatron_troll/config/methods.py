@@ -4,14 +4,10 @@ import importlib
 import inspect
 import pkgutil
 from types import ModuleType
-from typing import TypeVar
 
 from megatron_troll.config.errors import ConfigError, nearest
 from megatron_troll.config.tree import Node, Slot
 from megatron_troll.config.validate import read_fields
-
-Method = TypeVar("Method", bound=Node)
-Found = TypeVar("Found")
 
 
 def known_methods(folder: str) -> tuple[str, ...]:
@@ -20,13 +16,13 @@ def known_methods(folder: str) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
 
 
-def build_method(slot: Slot, folder: str, kind: type[Method], key: str) -> Method:
+def build_method[Method: Node](slot: Slot, folder: str, kind: type[Method], key: str) -> Method:
     """The method of `slot` with its fields read; `key` is where the slot stands in the tree. Raises
     ConfigError like `find_class`, and for an unknown or wrong field."""
     return read_fields(slot, find_class(slot.name, folder, kind, f"{key}.name"), key)
 
 
-def find_class(name: str, folder: str, kind: type[Found], key: str) -> type[Found]:
+def find_class[Found](name: str, folder: str, kind: type[Found], key: str) -> type[Found]:
     """The one subclass of `kind` that the module `name` of `folder` defines, or the class that
     `package.module:Class` names. `key` is where the name stands in the tree.
 
@@ -60,7 +56,7 @@ def _import_known(name: str, folder: str, key: str) -> ModuleType:
     return importlib.import_module(f"{folder}.{name}")
 
 
-def _defined_in(module: ModuleType, kind: type[Found]) -> type[Found] | None:
+def _defined_in[Found](module: ModuleType, kind: type[Found]) -> type[Found] | None:
     own = [
         member
         for _, member in inspect.getmembers(module, inspect.isclass)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -10,14 +10,15 @@ from megatron_troll.config.errors import ConfigError, nearest
 from megatron_troll.config.shape import Shape
 from megatron_troll.config.tree import Slot
 
-Model = TypeVar("Model", bound=BaseModel)
 Path = tuple[str | int, ...]
 OWN_WORDS = ("value_error", "assertion_error")
 # A default that is made from another field, which is wrong itself.
 FOLLOWS = "default_factory_not_called"
 
 
-def validate(kind: type[Model], tree: Any, prefix: str, place: Callable[[Path], str]) -> Model:
+def validate[Model: BaseModel](
+    kind: type[Model], tree: Any, prefix: str, place: Callable[[Path], str]
+) -> Model:
     """`tree` as `kind`. Raises ConfigError with one line per wrong key, `prefix` before each, and the
     place that `place` gives for its path."""
     try:
@@ -30,7 +31,7 @@ def validate(kind: type[Model], tree: Any, prefix: str, place: Callable[[Path], 
         raise ConfigError("\n".join(lines)) from error
 
 
-def read_fields(slot: Slot, kind: type[Model], key: str) -> Model:
+def read_fields[Model: BaseModel](slot: Slot, kind: type[Model], key: str) -> Model:
     """The method's own fields of a slot, as the method's own config. `key` is where the slot stands
     ("reward"). Raises ConfigError for an unknown key (the nearest is named) or a wrong value."""
     return validate(kind, slot.fields, key, lambda path: "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -15,7 +15,6 @@ from megatron_troll.weights.table import Place, Table
 from megatron_troll.weights.tensor_file import TensorFileWriter, nbytes
 
 FORMAT = 1
-T = TypeVar("T")
 DtypeOf = Callable[[Place], torch.dtype]
 
 
@@ -102,7 +101,7 @@ def cut_carried(carried: Carried, limit: int) -> list[Shard]:
     return [Shard((), names, size) for names, size in cut(sized, limit)]
 
 
-def cut(sized: Iterable[tuple[T, int]], limit: int) -> Iterator[tuple[tuple[T, ...], int]]:
+def cut[T](sized: Iterable[tuple[T, int]], limit: int) -> Iterator[tuple[tuple[T, ...], int]]:
     """Items in their order, in groups of at most `limit` bytes (one item at least), with the size of each."""
     group: list[T] = []
     total = 0
@@ -120,7 +119,7 @@ def elements(place: Place) -> int:
     return sum(prod(shape) for shape in place.entry.part_shapes)
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def ahead[T](items: Iterator[T]) -> Iterator[T]:
     """The same items, each made by a thread while the one before it is used: two are held at once."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(list, islice(items, 1))

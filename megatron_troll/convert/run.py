@@ -6,14 +6,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_troll.convert.draft import ConversionError, Draft, TargetError
 from megatron_troll.convert.plan import Conversion
 from megatron_troll.convert.progress import Silent
 from megatron_troll.parallel.groups import Group
 
-T = TypeVar("T")
 # Ranks wait for the one that has most to write.
 TIMEOUT = datetime.timedelta(days=7)
 PROBLEMS = (ConversionError, TargetError, ValueError, OSError)
@@ -75,7 +73,7 @@ def _check_space(draft: Draft, conversion: Conversion) -> None:
         )
 
 
-def _together(world: Group, action: Callable[[], T]) -> T:
+def _together[T](world: Group, action: Callable[[], T]) -> T:
     """`action()` on every rank; rank 0's result, or the first rank's error, on all."""
     result, problem = None, None
     try:

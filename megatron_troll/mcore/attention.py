@@ -5,7 +5,7 @@ and the masks and KV caches of in-process generation.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class CachedSelfAttention(SelfAttention):
         super().__init__(*args, **kwargs)
         self.stored: Callable[[Tensor], Tensor] | None = None
 
+    @override
     def _adjust_key_value_for_inference(
         self, context: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
@@ -38,6 +39,7 @@ class CachedSelfAttention(SelfAttention):
             key, value = self.stored(key), self.stored(value)
         return super()._adjust_key_value_for_inference(context, query, key, value, *args, **kwargs)
 
+    @override
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         """Megatron's, which it compiles: on a machine without CUDA, for minutes."""
         return (x * torch.sigmoid(gate.reshape(x.shape).float())).to(x.dtype)

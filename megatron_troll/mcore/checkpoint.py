@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -29,7 +29,6 @@ from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import described
 from megatron_troll.signals import spared
 
-T = TypeVar("T")
 VERSIONED = ("megatron-core", "torch")
 TENSORS = "tensors"
 # What Megatron raises on the rank that failed; torch's CheckpointException is raised on every rank.
@@ -102,7 +101,10 @@ class Checkpoints:
         with self._saving(), spared():
             self._everywhere(lambda: _rng_file(self._draft, self._world.rank).write_text(rng.captured()))
             request = dist_checkpointing.save(
-                self._sharded(loading=False), str(self._draft / TENSORS), async_sharded_save=True
+                self._sharded(loading=False),
+                str(self._draft / TENSORS),
+                async_sharded_save=True,
+                async_strategy="mcore",
             )
             assert request is not None
             request.add_finalize_fn(partial(self._publish, manifest))
@@ -242,7 +244,7 @@ class Checkpoints:
             f"usable: {self.steps() or 'none'}"
         )
 
-    def _everywhere(self, action: Callable[[], T]) -> T:
+    def _everywhere[T](self, action: Callable[[], T]) -> T:
         """`action()` on every rank; if it fails on any, CheckpointError on all."""
         result, problem = None, None
         try:
@@ -256,7 +258,7 @@ class Checkpoints:
             raise CheckpointError("; ".join(dict.fromkeys(problems)))
         return cast("T", result)
 
-    def _once(self, action: Callable[[], T]) -> T:
+    def _once[T](self, action: Callable[[], T]) -> T:
         """`action()` on rank 0; its result, or CheckpointError, on every rank."""
         result = self._everywhere(lambda: action() if self._world.rank == 0 else None)
         return self._world.broadcast_object(result, 0)

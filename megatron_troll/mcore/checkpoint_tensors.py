@@ -19,11 +19,11 @@ from megatron.core.dist_checkpointing.utils import (
 )
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_troll.mcore.model import MegatronModel
-from megatron_troll.mcore.optimizer import Trainable
+from megatron_troll.mcore.optimizer import Trainable, chained
 from megatron_troll.mcore.parallel import inside
 
 MASTER, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
@@ -39,12 +39,12 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     For saving, gathers the distributed optimizer's shards on the first data-parallel rank, which then holds
     3 fp32 copies of its model shard on the host, and blocks; for loading, every rank allocates the same.
     """
-    for part in _parts(trained.optimizer):
+    for part in chained(trained.optimizer):
         _allocate(part)
     with inside(trained.model.groups):
         chunks = _chunks(trained.model)
         # The optimizer's names derive from the weights': the prefix is added once, at the end.
-        parts = [_sharded_part(part, trained, chunks, loading) for part in _parts(trained.optimizer)]
+        parts = [_sharded_part(part, trained, chunks, loading) for part in chained(trained.optimizer)]
     # Megatron warns of ranks whose states differ, were it by an empty dict.
     optimizer = {str(i): part for i, part in enumerate(parts) if part}
     state = {**chunks, **({"optimizer": optimizer} if optimizer else {})}
@@ -68,7 +68,7 @@ def restore(trained: Trainable, loaded: State, counters: dict[str, int]) -> None
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
         missing += result.unexpected_keys
         assert not missing, missing
-    for i, part in enumerate(_parts(trained.optimizer)):
+    for i, part in enumerate(chained(trained.optimizer)):
         _restore_part(part, trained, loaded["optimizer"].get(str(i), {}))
         _set_steps(part, counters["optimizer_steps"])
     trained.schedule.num_steps = counters["schedule_steps"]
@@ -77,7 +77,7 @@ def restore(trained: Trainable, loaded: State, counters: dict[str, int]) -> None
 
 def counters(trained: Trainable) -> dict[str, int]:
     """Optimizer steps taken (Adam's bias correction) and the schedule's position."""
-    taken = [_steps_taken(part) for part in _parts(trained.optimizer)]
+    taken = [_steps_taken(part) for part in chained(trained.optimizer)]
     return {"optimizer_steps": max(taken, default=0), "schedule_steps": trained.schedule.num_steps}
 
 
@@ -109,12 +109,6 @@ def _without_empty_objects(state: State) -> State:
         for key, value in state.items()
         if not (isinstance(value, ShardedObject) and value.data is None)
     }
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron chains one optimizer for dense and one for expert parameters where their groups differ."""
-    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
 
 
 def _parameters(trained: Trainable) -> Iterator[nn.Parameter]:

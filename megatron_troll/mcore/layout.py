@@ -68,11 +68,6 @@ def check_layout(shape: ModelShape, layout: Layout) -> None:
         )
     if not shape.experts and (layout.ep > 1 or layout.etp > 1):
         raise ValueError(f"ep={layout.ep} and etp={layout.etp} need a model with experts; set both to 1")
-    if shape.experts and layout.ep == 1 and layout.etp != layout.tp:
-        raise ValueError(
-            f"tp={layout.tp} with ep=1 and etp={layout.etp} gives wrong expert gradients in megatron-core "
-            f"0.16.1 (it sums them over the wrong ranks): set ep above 1, or etp to {layout.tp}"
-        )
 
 
 def nearest_divisors(size: int, parts: int) -> list[int]:

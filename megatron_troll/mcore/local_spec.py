@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -40,7 +40,8 @@ def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
         backend=LocalSpecProvider(), num_experts=shape.experts or None, moe_grouped_gemm=False
     )
     if shape.experts:
-        mlp.submodules.router = StepBalancedRouter
+        experts: Any = get_submodules(mlp)
+        experts.router = StepBalancedRouter
     residual: Any = get_bias_dropout_add
     norm = _norm(shape)
     return ModuleSpec(

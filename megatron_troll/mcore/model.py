@@ -2,17 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -43,6 +37,7 @@ class HiddenStateModel(GPTModel):
 
     splits_head = True
 
+    @override
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
@@ -148,19 +143,8 @@ def _chunk(
         share_embeddings_and_output_weights=shape.tied,
         vp_stage=stage,
     )
-    _mark_shards(chunk)
     pad_dispatchers(chunk)
     return chunk.to(device())
-
-
-def _mark_shards(chunk: nn.Module) -> None:
-    """Megatron sets these attributes where it initialises weights, which we do not; without them its gradient
-    norm takes the shards of tensor-parallel ranks above 0 for copies and leaves them out."""
-    for module in chunk.modules():
-        sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
-        if sharded and module.weight is not None:
-            axis = int(isinstance(module, RowParallelLinear))
-            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def _data_parallel(

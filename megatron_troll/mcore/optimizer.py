@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_troll.config.tree import Optimizer
@@ -35,7 +36,7 @@ class Trainable:
             succeeded, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
             for chunk in _data_parallel(self.model):
                 if chunk.ddp_config.use_distributed_optimizer:
-                    chunk.start_param_sync(force_dispatch=True)
+                    chunk.start_param_sync()
         assert succeeded
         self.optimizer.zero_grad()
         move_biases(self.model.chunks)
@@ -61,6 +62,12 @@ def _data_parallel(model: MegatronModel) -> list[DistributedDataParallel]:
     if len(chunks) < len(model.chunks):
         raise ValueError("the model was built with trained=False: it has no gradients to optimize with")
     return chunks
+
+
+def chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Megatron chains one optimizer for dense and one for expert parameters where their groups differ."""
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
 
 def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trainable:
@@ -90,10 +97,11 @@ def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trai
     )
     with inside(model.groups):
         optimizer = get_megatron_optimizer(settings, model.chunks)  # pyright: ignore[reportArgumentType]
-    for chunk in _data_parallel(model):
-        # Dense and expert parameters have an optimizer each, and each would gather the new weights of both;
-        # told that this is done elsewhere they do not, and `Trainable.step` gathers them once.
-        chunk.overlap_param_gather_with_optimizer_step = True
+    for part in chained(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            # Dense and expert parameters have an optimizer each, and each would gather the new weights of
+            # both: `Trainable.step` gathers them once.
+            part._defer_param_sync = True  # pyright: ignore[reportAttributeAccessIssue]
     model.config.grad_scale_func = optimizer.scale_loss
     return Trainable(model, optimizer, _schedule(optimizer, config, total_steps))
 

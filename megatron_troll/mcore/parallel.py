@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_troll.config.tree import Layout
 from megatron_troll.mcore.cpu import patches
 from megatron_troll.mcore.layout import check_world
+from megatron_troll.mcore.version import check_version
 from megatron_troll.parallel.groups import ALONE, Group, Groups
 
 # A hang is the watchdog's to tell (observe/hang.py); a rank may wait long for one that makes progress.
@@ -37,8 +38,9 @@ def start(layout: Layout, seed: int) -> Groups:
     """Join the world (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT from the environment), form the groups of
     `layout` and seed this rank. May be called again with another layout. Blocks until every rank has joined.
 
-    Raises ValueError when the world does not divide by the layout.
+    Raises ValueError when the world does not divide by the layout, or for another megatron-core than ours.
     """
+    check_version()
     patches.install()
     if not dist.is_initialized():
         if torch.cuda.is_available():

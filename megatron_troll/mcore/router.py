@@ -12,7 +12,7 @@ Megatron has this for sigmoid scores only.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -186,10 +186,7 @@ def layer_of(router: StepBalancedRouter) -> int:
     return router.layer_number - 1
 
 
-Value = TypeVar("Value")
-
-
-def over_stages(mine: Mapping[int, Value], pp: Group) -> dict[int, Value]:
+def over_stages[Value](mine: Mapping[int, Value], pp: Group) -> dict[int, Value]:
     """What every stage has of its layers, in their order, on every rank. Blocks on the pipeline."""
     stages = pp.all_gather_objects(dict(mine))
     return dict(sorted((layer, value) for stage in stages for layer, value in stage.items()))

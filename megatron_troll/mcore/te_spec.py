@@ -10,7 +10,7 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -48,7 +48,8 @@ def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
     )
     layer: Any = spec.submodules
     if shape.experts:
-        layer.mlp.submodules.router = StepBalancedRouter
+        experts: Any = get_submodules(layer.mlp)
+        experts.router = StepBalancedRouter
     if kind == "linear_attention":
         submodules: Any = GatedDeltaNetSubmodules(
             in_proj=TELayerNormColumnParallelLinear, out_norm=RMSNorm, out_proj=TERowParallelLinear

@@ -1,24 +1,18 @@
 """Versions of what runs on a node."""
 
 import importlib.util
-import re
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, distribution, requires, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 
 import torch
 from torch.cuda import nccl
 
+from megatron_troll.mcore.version import pinned
 from megatron_troll.preflight.finding import Finding, failed, passed, warned
 
 # Ours and PyPI's name for it: PyPI's `apex` is another package.
 NVIDIA_APEX = "amp_C"
 EXTENSIONS = {"transformer-engine": "transformer_engine", "flash-linear-attention": "fla"}
-
-
-def pinned() -> str:
-    """The megatron-core that this package asks for."""
-    (line,) = (line for line in requires("megatron-troll") or [] if line.startswith("megatron-core"))
-    return re.split("==", line)[1].split(";")[0].strip()
 
 
 def findings(cuda: bool, find: Callable[[str], str] = version) -> Iterator[Finding]:

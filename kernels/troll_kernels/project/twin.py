@@ -20,6 +20,7 @@ from troll_kernels.project.solve import MAX_PASSES, MIN_VARIANCE, PRECISION
 
 MAX_SLOTS = 512
 CHUNK = 8
+# In products the tensor stands first: the interpreter of Triton 3.7 has no constexpr * tensor.
 PASSES = tl.constexpr(MAX_PASSES)
 NO_VARIANCE = tl.constexpr(MIN_VARIANCE)
 CLOSE = tl.constexpr(PRECISION[torch.float32].kl)
@@ -43,7 +44,7 @@ def _root(log_q, a, log_rest, bound, kl, mean, variance, psi):
     lo = tl.minimum(tl.sqrt(8.0 * bound) / span, 1.0)
     before, last = tl.full((), float("inf"), tl.float32), tl.full((), float("inf"), tl.float32)
     passes = tl.full((), 1, tl.int32)
-    found = ((kl > bound) == 0) | (bound <= 0.0) | (variance <= NO_VARIANCE) | (kl - bound <= CLOSE * bound)
+    found = ((kl > bound) == 0) | (bound <= 0.0) | (variance <= NO_VARIANCE) | (kl - bound <= bound * CLOSE)
     while (found == 0) & (passes < PASSES):
         width = tl.log(hi / lo)
         tau = _step(tau, kl, variance, bound, lo, hi, before, width)
@@ -51,7 +52,7 @@ def _root(log_q, a, log_rest, bound, kl, mean, variance, psi):
         psi, kl, mean, variance = sweep(tau, log_q, a, log_rest)
         passes += 1
         hi, lo = tl.where(kl > bound, tau, hi), tl.where(kl > bound, lo, tau)
-        found = (tl.abs(kl - bound) <= CLOSE * bound) | (hi - lo <= NARROW * hi)
+        found = (tl.abs(kl - bound) <= bound * CLOSE) | (hi - lo <= hi * NARROW)
     end = tl.where(bound > 0.0, tl.where(found, tau, lo), 0.0)
     if end != tau:
         psi, kl, mean, variance = sweep(end, log_q, a, log_rest)

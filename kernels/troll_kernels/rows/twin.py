@@ -79,7 +79,7 @@ def rows_kernel(
     row_top = tl.max(top, 0)
     share = tl.exp2(top - row_top)
     row_mass = tl.sum(mass * share, 0)
-    empty = row_top <= FLOOR * scale
+    empty = row_top <= scale * FLOOR
     lse = (row_top + tl.log2(row_mass)) / LOG2E
     mean = tl.sum(moment * share, 0) / row_mass * inverse_temperature
     tl.store(LSE + row, tl.where(empty, float("-inf"), lse))

@@ -4,10 +4,9 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
-Work = Coroutine[Any, Any, T]
+type Work[T] = Coroutine[Any, Any, T]
 
 
 class Background:
@@ -20,10 +19,10 @@ class Background:
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
 
-    def start(self, work: Work[T]) -> "Future[T]":
+    def start[T](self, work: Work[T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(self._noted(work), self._loop)
 
-    async def _noted(self, work: Work[T]) -> T:
+    async def _noted[T](self, work: Work[T]) -> T:
         task = asyncio.current_task()
         assert task is not None
         self._under_way.add(task)
@@ -32,11 +31,11 @@ class Background:
         finally:
             self._under_way.discard(task)
 
-    def run(self, work: Work[T]) -> T:
+    def run[T](self, work: Work[T]) -> T:
         """The result of `work`, which is cancelled where this thread is interrupted meanwhile."""
         return self.result(self.start(work))
 
-    def result(self, future: "Future[T]") -> T:
+    def result[T](self, future: "Future[T]") -> T:
         try:
             while True:
                 try:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.rollout.engine import EngineError
@@ -12,7 +11,6 @@ from megatron_troll.rollout.sglang.errors import NoServers, Passing
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, quietly
 from megatron_troll.weights.export import stream
 
-T = TypeVar("T")
 # Syncs that lose all their servers, before the run ends.
 ATTEMPTS = 3
 
@@ -24,7 +22,7 @@ class Agreed:
     model: MegatronModel
     desk: Desk | None
 
-    def on_first(self, act: Callable[[Desk], T]) -> T:
+    def on_first[T](self, act: Callable[[Desk], T]) -> T:
         """`act` on rank 0; its result on all ranks. Raises its EngineError on all ranks; a full disk and the
         like are one."""
         outcome: tuple[T | None, EngineError | None] | None = None

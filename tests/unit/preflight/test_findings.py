@@ -24,9 +24,9 @@ def test_the_pinned_megatron_core_is_asked_for() -> None:
 
 
 def test_another_megatron_core_is_refused() -> None:
-    finding = packages.core("0.15.0", "0.16.1")
+    finding = packages.core("0.16.1", "0.19.2")
     assert (finding.level, finding.text) == ("failed", "0.15.0")
-    assert finding.advice.startswith("install megatron-core==0.16.1")
+    assert finding.advice.startswith("install megatron-core==0.19.2")
 
 
 def test_pypis_apex_is_told_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
