@@ -33,8 +33,7 @@ RUN make nemo-env PYTHON=python3
 FROM base
 COPY --from=build /opt/megatron-troll /opt/megatron-troll
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    python3 -m pip install --no-deps --constraint /opt/pinned.txt megatron-core \
-    && python3 -m pip install --constraint /opt/pinned.txt /wheels/*.whl flash-linear-attention --editable /opt/megatron-troll
+    python3 -m pip install --constraint /opt/pinned.txt /wheels/*.whl flash-linear-attention --editable /opt/megatron-troll
 # Apex can be built without its extensions, and is then of no use.
 RUN python3 -c "import importlib.util as u; assert u.find_spec('amp_C') and u.find_spec('transformer_engine_torch')" \
     && mtroll --help

@@ -173,7 +173,7 @@ def _gathered(part: DistributedOptimizer, loading: bool) -> Whole:
     whole = {}
     for i, buffer in enumerate(part.buffers):
         (gathered,) = buffers[i].values()
-        # The gathered buckets lie end to end without their padding; Megatron 0.16.1's own way from here
+        # The gathered buckets lie end to end without their padding; Megatron's own way from here
         # (sharded_param_state_fully_reshardable) forgets that, and is wrong from the second bucket on.
         starts = list(accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
         for parameter, (start, end, bucket) in buffer.param_index_map.items():

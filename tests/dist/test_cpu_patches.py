@@ -1,19 +1,18 @@
-"""The patches under which megatron-core runs without CUDA: exactly these, for exactly this version, and none
-where CUDA exists. That each is needed was found by leaving it out of test_layouts.py, test_checkpoint.py and
+"""The patches under which megatron-core runs without CUDA: exactly these, and none where CUDA exists. That each is needed was found by leaving it out of test_layouts.py, test_checkpoint.py and
 test_generation.py.
 """
 
-import tomllib
 from collections.abc import Iterator
-from importlib.metadata import version
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from megatron_troll.config.tree import Layout
 from megatron_troll.mcore.cpu import patches
+from megatron_troll.mcore.parallel import start
+from megatron_troll.mcore.version import pinned
 from tests.dist.harness import RankPool
-from tests.house.markdown import ROOT
 
 PINNED = (
     "torch.cuda.current_device",
@@ -24,7 +23,6 @@ PINNED = (
     "torch.cuda.Stream",
     "torch.cuda.current_stream",
     "torch.cuda.synchronize",
-    "megatron.core.transformer.moe.moe_utils.te_general_gemm",
     "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
     "megatron.core.tensor_parallel.random._get_cuda_rng_state",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
@@ -39,12 +37,6 @@ def test_the_list_is_pinned() -> None:
     assert all(each.reason for each in patches.patches())
 
 
-def test_the_version_is_the_one_that_is_installed_and_required() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert version("megatron-core") == patches.MCORE_VERSION
-    assert f"megatron-core=={patches.MCORE_VERSION}" in project["dependencies"]
-
-
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[RankPool]:
     """A process in which nothing has been patched yet."""
@@ -57,8 +49,8 @@ def test_nothing_is_applied_where_cuda_exists(fresh: RankPool) -> None:
 
 
 def test_another_version_is_refused_before_anything_is_applied(fresh: RankPool) -> None:
-    ((error, changed),) = fresh.run(install_with, "megatron.core.__version__", "0.17.0")
-    assert "needs megatron-core 0.16.1, found 0.17.0" in error
+    ((error, changed),) = fresh.run(start_with, "0.17.0")
+    assert f"megatron-core 0.17.0 is installed, and this version of megatron-troll runs on {pinned()}" in error
     assert changed == []
 
 
@@ -81,20 +73,25 @@ def calls_queued() -> int:
     return len(torch.cuda._queued_calls) - before
 
 
-def install_with(name: str, value: object) -> tuple[tuple[str, ...] | str, list[str]]:
-    """What `install` returns or raises while `name` is, or returns, `value`; and what it changed."""
-    import megatron.core  # noqa: F401 - resolves the name
-
+def install_with(name: str, value: object) -> tuple[tuple[str, ...], list[str]]:
+    """What `install` returns while the function `name` returns `value`; and what it changed."""
     before = attributes()
-    stand_in = (lambda: value) if isinstance(value, bool) else value
-    with patch(name, stand_in):
+    with patch(name, lambda: value):
         patches.install.cache_clear()
-        try:
-            returned: tuple[str, ...] | str = patches.install()
-        except RuntimeError as error:
-            returned = str(error)
+        returned = patches.install()
     patches.install.cache_clear()
     return returned, changed_since(before)
+
+
+def start_with(installed: str) -> tuple[str, list[str]]:
+    """What `start` raises where megatron-core `installed` is found; and what it changed."""
+    before = attributes()
+    with (
+        patch("megatron_troll.mcore.version.version", lambda name: installed),
+        pytest.raises(ValueError, match="megatron-core") as caught,
+    ):
+        start(Layout(), seed=0)
+    return str(caught.value), changed_since(before)
 
 
 def install_twice() -> tuple[tuple[tuple[str, ...], tuple[str, ...]], list[str]]:

@@ -1,5 +1,5 @@
 """Megatron's buffers of parameters and gradients: how long they are, and which part each data-parallel rank
-keeps optimizer state for (megatron-core 0.16.1, distributed/param_and_grad_buffer.py)."""
+keeps optimizer state for (megatron-core 0.19.2, distributed/param_and_grad_buffer.py)."""
 
 import math
 from collections.abc import Sequence

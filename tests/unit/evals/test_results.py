@@ -12,6 +12,7 @@ from megatron_troll.config.tree import Config, EvalSet, Model, Models
 from megatron_troll.evals.report import table, write
 from megatron_troll.evals.results import Answers, Figure, Result, figures, joined, per_prompt
 from megatron_troll.judging import Judged
+from megatron_troll.mcore.version import pinned
 from megatron_troll.types import Prompt, Rollout
 
 # Two prompts, three samples each: reward, vote, length, how it ended.
@@ -117,4 +118,4 @@ def test_eval_json_holds_the_figures_and_what_made_them(tmp_path: Path) -> None:
     assert content["sets"]["hard"]["step"] == 1
     assert content["config"]["eval"]["hard"]["samples"] == 3
     assert content["seed"] == 7
-    assert content["versions"]["megatron-core"] == "0.16.1"
+    assert content["versions"]["megatron-core"] == pinned()
