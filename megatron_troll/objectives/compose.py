@@ -75,6 +75,8 @@ def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
         found.append("experimental: dfpo weights made from the projected policy have no paper behind them")
     if isinstance(region, Troll) and isinstance(region.bound, Budget):
         found.append("the bound is CPPO's budget on KL(new || old); CPPO itself measures KL(mu || new)")
+        if region.bound.remark:
+            found.append(region.bound.remark)
     return tuple(found)
 
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 from math import log
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, full_like, no_grad, where
 from troll_kernels.project import Projection, project
 from troll_kernels.sparsify import sparse_logp
@@ -42,15 +42,16 @@ class Budget(Node):
         default="projected", description="what a token spends: its KL after the projection, or before"
     )
 
-    @model_validator(mode="after")
-    def _is_for_kl(self) -> Self:
+    @property
+    def remark(self) -> str | None:
+        """What to say where the numbers look like those of another divergence."""
         deltas, deltas_b = budget.OF_TV
         if self.delta in deltas and self.delta_b in deltas_b:
-            raise ValueError(
-                f"delta={self.delta}, delta_b={self.delta_b} are CPPO's constants for TV; the bound is "
-                f"a KL: delta={budget.KL[0]}, delta_b={budget.KL[1]}"
+            return (
+                f"trust_region.bound: delta={self.delta}, delta_b={self.delta_b} are CPPO's constants for TV; "
+                f"the bound is a KL, for which they are delta={budget.KL[0]}, delta_b={budget.KL[1]}"
             )
-        return self
+        return None
 
     def bounds(self, kl: Tensor, inputs: ObjectiveInputs) -> Tensor:
         """eps [N] from KL(new' || old') [N], detached."""

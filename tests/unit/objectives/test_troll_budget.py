@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_troll.config.tree import ObjectiveConfig, Slot
@@ -44,6 +44,7 @@ def test_bounds_against_the_recursion(kl, delta, delta_b, w_min, accumulate):
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10_000), st.floats(0.001, 0.3), st.floats(0.0, 0.05))
+@example(0, 0.2, 0.03)
 def test_the_projection_keeps_within_the_budget(seed, delta, delta_b):
     rows = sample([6, 1, 0, 4], seed=seed)
     method = objective(delta=delta, delta_b=delta_b, w_min=1.0)

@@ -2,9 +2,9 @@
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_troll.config.tree import Observe
@@ -55,5 +55,5 @@ def test_summary_holds_result_and_versions(tmp_path: Path) -> None:
         "seconds": 300.5,
         "seed": 7,
     }
-    assert versions["torch"] == torch.__version__
+    assert versions["torch"] == version("torch")
     assert set(versions) == {"python", "torch", "megatron-core", "transformers", "megatron-troll"}
