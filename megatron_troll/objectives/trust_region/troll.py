@@ -48,7 +48,7 @@ class Budget(Node):
         deltas, deltas_b = budget.OF_TV
         if self.delta in deltas and self.delta_b in deltas_b:
             return (
-                f"trust_region.bound: delta={self.delta}, delta_b={self.delta_b} are CPPO's constants for TV; "
+                f"bound: delta={self.delta}, delta_b={self.delta_b} are CPPO's constants for TV; "
                 f"the bound is a KL, for which they are delta={budget.KL[0]}, delta_b={budget.KL[1]}"
             )
         return None
