@@ -1,8 +1,8 @@
 """What SGLang's wheels expect of CUDA at import, on a machine that has none. Importing this module first is
 all there is to it; spawned children import it again with the main module.
 
-- PyPI's torchvision is built for CUDA: beside a CPU build of torch its library does not load, and its Python part
-  then fails to register fake kernels for two operators that are missing. They are declared here.
+- PyPI's torchvision is built for CUDA. Beside a CPU build of torch its library does not load, and its Python
+  part then fails to register fake kernels for two operators that are missing: they are declared here.
 - `sgl_kernel` (beside this package) stands in for the CUDA kernels.
 - Returned expert routings are staged in page-locked memory, which there is none of without CUDA.
 """
