@@ -18,8 +18,9 @@ from megatron_troll.data.errors import DataError
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
 from megatron_troll.mcore.layout import check_layout, check_world, smallest_world, uses_te
-from megatron_troll.mcore.options import check_machine, check_options
+from megatron_troll.mcore.options import check_machine, check_muon_layout, check_options
 from megatron_troll.mcore.shape import ModelShape, read_shape
+from megatron_troll.mcore.version import check_version
 from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
 from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import Objective
@@ -55,6 +56,7 @@ class Task:
 def prepare(config: Config) -> Task:
     """Read and check what `config` names. Raises one of PROBLEMS with what is wrong and where; touches no
     device and writes nothing."""
+    check_version()
     data = data_of(config)
     config = config.model_copy(
         update={
@@ -341,6 +343,7 @@ def _check_model(name: str, model: Model, shape: ModelShape, world: int) -> None
         check_world(model.layout, world)
     with _about(f"models.{name}"):
         check_options(shape, model)
+        check_muon_layout(shape, model, world)
         check_machine(model)
         uses_te(model.spec)
     if model.init == "pretrained":

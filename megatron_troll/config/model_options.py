@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_troll.config.node import Node, NonNegative, Positive, PositiveFloat
+from megatron_troll.config.node import Fraction, Node, NonNegative, Positive, PositiveFloat
 
 RecomputeModule = Literal["core_attn", "moe_act", "moe", "mlp"]
 
@@ -43,6 +43,18 @@ class Distill(Node):
     )
     limits: tuple[PositiveFloat, PositiveFloat] = Field(
         default=(0.01, 100.0), description="the weight is moved within these"
+    )
+
+
+class Muon(Node):
+    """How matrices are updated by Muon: lr x scale x sqrt(the longer side) x the orthogonalised momentum
+    (https://kellerjordan.github.io/posts/muon/; the scale is that of arXiv:2502.16982)."""
+
+    momentum: Fraction = Field(default=0.95, description="decay rate of the mean of gradients")
+    nesterov: bool = Field(default=True, description="orthogonalise what the next momentum would be")
+    steps: Positive = Field(default=5, description="Newton-Schulz iterations")
+    scale: PositiveFloat = Field(
+        default=0.2, description="with 0.2 an update is as large as AdamW's, and its learning rates fit"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_troll.config.launching import Launch
-from megatron_troll.config.model_options import Distill, MoE, PrecisionAware, RecomputeModule
+from megatron_troll.config.model_options import Distill, MoE, Muon, PrecisionAware, RecomputeModule
 from megatron_troll.config.node import (
     Files,
     Fraction,
@@ -48,8 +48,14 @@ class Schedule(Node):
 
 
 class Optimizer(Node):
-    """AdamW on Megatron's (distributed) optimizer."""
+    """AdamW on Megatron's (distributed) optimizer, or Muon for matrices and AdamW for everything else."""
 
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: q, k, v, gate, up and each expert are matrices of their own; embeddings, head, "
+        "norms and whatever else is a vector stay with AdamW",
+    )
+    muon: Muon = Muon()
     lr: PositiveFloat = Field(default=1e-6, description="learning rate after the warm-up")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.99), description="Adam's decay rates")
     eps: PositiveFloat = Field(default=1e-8, description="Adam's epsilon")

@@ -1,8 +1,8 @@
 """Save and load whole training states with Megatron's distributed checkpoints (torch_dist).
 
-A checkpoint folder holds `tensors/` with Megatron's files (its `common.pt` is empty), `rng_<rank>.json`, and
-`checkpoint.json` with everything else. Ours is JSON and tensors are read with weights_only, but Megatron
-unpickles `tensors/.metadata`: load only checkpoints that you would run as code.
+A checkpoint folder holds `tensors/` with Megatron's files, `rng_<rank>.json`, and `checkpoint.json` with
+everything else. Ours is JSON, and tensors are read with weights_only. What Megatron and torch unpickle beside
+them is vetted first (checkpoint_pickle.py): loading a checkpoint runs no code from it, wherever it came from.
 """
 
 import json
@@ -19,17 +19,20 @@ from typing import Any, Literal, cast
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from packaging.version import InvalidVersion, Version
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_troll.mcore import checkpoint_folder as folders
 from megatron_troll.mcore import checkpoint_rng as rng
 from megatron_troll.mcore import checkpoint_tensors as tensors
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.mcore.checkpoint_pickle import vet
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import described
 from megatron_troll.signals import spared
 
-VERSIONED = ("megatron-core", "torch")
+MEGATRON = "megatron-core"
+VERSIONED = (MEGATRON, "torch")
 TENSORS = "tensors"
 # What Megatron raises on the rank that failed; torch's CheckpointException is raised on every rank.
 LOCAL_FAILURES = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
@@ -88,7 +91,7 @@ class Checkpoints:
         the first new one is complete.
 
         Raises CheckpointError on every rank; what was complete before stays usable. Only a disk that fills
-        during Megatron's own small files (`common.pt`, `.metadata`) raises on rank 0 alone.
+        during Megatron's own small files (`.metadata`, `metadata.json`) raises on rank 0 alone.
         """
         if score is not None and not math.isfinite(score):
             raise ValueError(f"the score of step {step} is {score}; leave it out or give a finite number")
@@ -129,14 +132,15 @@ class Checkpoints:
         random generators continue only where world and layouts are those of the save; sampling is keyed and
         needs none. A plain and a distributed optimizer read each other's checkpoints.
 
-        Raises CheckpointError, before anything is changed, where files are missing or cut short or the
-        models differ; later ones say that the models in memory are lost.
+        Raises CheckpointError, before anything is changed, where files are missing or cut short, hold more
+        than a checkpoint needs or are of a newer Megatron-Core, or the models differ; later ones say that the
+        models in memory are lost.
         """
         self.finish()
         wanted = None if step == "latest" else step
         manifest = self._once(lambda: folders.read(self.folder, wanted))
         path = folders.path_of(self.folder, manifest["step"])
-        self._once(lambda: self._check_models(path, manifest))
+        self._once(lambda: self._check(path, manifest))
         loaded = self._read(path)
         for name, trained in self.trainables.items():
             tensors.restore(trained, loaded[name], manifest["models"][name]["counters"])
@@ -181,12 +185,24 @@ class Checkpoints:
                 f"Steps in {self.folder}: {self.steps()}"
             ) from error
 
+    def _check(self, path: Path, manifest: dict[str, Any]) -> None:
+        """On rank 0: whether the checkpoint can be read, runs nothing, and is of these models."""
+        refuse_newer(path, manifest["versions"])
+        vet(path / TENSORS)
+        self._check_models(path, manifest)
+
     def _check_models(self, path: Path, manifest: dict[str, Any]) -> None:
-        """On rank 0: whether the checkpoint is of these models."""
         saved, ours = manifest["models"], self.trainables
         if saved.keys() != ours.keys():
             raise CheckpointError(f"{path} holds the models {sorted(saved)}, this run trains {sorted(ours)}")
         for name, trained in ours.items():
+            # Before 0.19.2 there was one optimizer, and no name for it.
+            here, there = tensors.algorithm(trained), saved[name].get("optimizer", "adamw")
+            if here != there:
+                raise CheckpointError(
+                    f"{path} holds the state of {name!r} for optimizer.name: {there}, this run has {here}: "
+                    "continue it with that optimizer, or start a new run from its exported weights"
+                )
             here, there = described(trained.model.shape), saved[name]["shape"]
             differing = [
                 f"{key} {there.get(key)} there, {here.get(key)} here"
@@ -205,7 +221,11 @@ class Checkpoints:
 
     def _manifest(self, step: int, state: dict[str, Any], score: float | None) -> dict[str, Any]:
         models = {
-            name: {"shape": described(trained.model.shape), "counters": tensors.counters(trained)}
+            name: {
+                "shape": described(trained.model.shape),
+                "optimizer": tensors.algorithm(trained),
+                "counters": tensors.counters(trained),
+            }
             for name, trained in self.trainables.items()
         }
         return {
@@ -275,6 +295,23 @@ def layout_of(trained: Trainable) -> dict[str, int]:
         "ep": config.expert_model_parallel_size,
         "etp": config.expert_tensor_parallel_size or 1,
     }
+
+
+def refuse_newer(path: Path, versions: dict[str, str]) -> None:
+    """Raise CheckpointError where a checkpoint was written by a newer Megatron-Core than is installed: older
+    ones are read."""
+    wrote, here = versions.get(MEGATRON, "unknown"), version(MEGATRON)
+    try:
+        # What follows a `+` names a build of the same release.
+        newer = Version(Version(wrote).public) > Version(Version(here).public)
+    except InvalidVersion as error:
+        raise CheckpointError(f"{path} names no release of {MEGATRON} that wrote it: {error}") from error
+    if newer:
+        raise CheckpointError(
+            f"{path} was written with {MEGATRON} {wrote}, and {here} is installed, which may misread it: "
+            f"resume with the release of this program that wrote it ({MEGATRON} {wrote}), or load an older "
+            "checkpoint"
+        )
 
 
 def _rng_file(path: Path, rank: int) -> Path:

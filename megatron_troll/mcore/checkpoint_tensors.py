@@ -1,8 +1,9 @@
 """A model and its optimizer as Megatron's sharded tensors, under names that no layout changes.
 
 `<model>.decoder.layers...` are the weights, `<model>.optimizer.state.{param,exp_avg,exp_avg_sq}.<weight>` the
-fp32 masters and Adam's moments, in the shape of the weight, whichever optimizer holds them. Everything else
-about the optimizer is two counters (`counters`): hyperparameters come from the config of the run.
+fp32 masters and Adam's moments (`momentum_buffer` for Muon's matrices), in the shape of the weight, whichever
+optimizer holds them. Everything else about the optimizer is two counters (`counters`): hyperparameters come
+from the config of the run.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from emerging_optimizers.orthogonalized_optimizers import OrthogonalizedOptimizer
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
@@ -23,10 +25,10 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_troll.mcore.model import MegatronModel
-from megatron_troll.mcore.optimizer import Trainable, chained
+from megatron_troll.mcore.optimizer import Trainable, chained, layer_wise
 from megatron_troll.mcore.parallel import inside
 
-MASTER, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
+MASTER, MOMENTS, MUON = "param", ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 State = dict[Any, Any]
 Whole = dict[nn.Parameter, dict[str, Tensor]]
@@ -81,6 +83,11 @@ def counters(trained: Trainable) -> dict[str, int]:
     return {"optimizer_steps": max(taken, default=0), "schedule_steps": trained.schedule.num_steps}
 
 
+def algorithm(trained: Trainable) -> str:
+    """`optimizer.name` of the run: whose state this is."""
+    return trained.optimizer.config.optimizer.replace("adam", "adamw")
+
+
 def first_difference(state: State, saved: State) -> str | None:
     """The first weight on this rank whose global shape is another in the checkpoint's metadata."""
     tensors, _ = extract_sharded_tensors_and_factories(state)
@@ -119,6 +126,10 @@ def _parameters(trained: Trainable) -> Iterator[nn.Parameter]:
 def _allocate(part: MegatronOptimizer) -> None:
     """Create Adam's moments where no step has been taken, changing no weight."""
     adam = part.optimizer
+    if isinstance(adam, OrthogonalizedOptimizer):
+        for group in adam.param_groups:
+            adam._init_group(group, skip_non_grad_params=False)
+        return
     if adam.state:
         return
     # Where Megatron's optimizer reads gradients that are not of the parameter's own dtype.
@@ -141,7 +152,7 @@ def _sharded_part(part: MegatronOptimizer, trained: Trainable, chunks: State, lo
     tensors, _ = extract_sharded_tensors_and_factories(chunks)
     weights = {id(weight.data): weight for weight in nested_values(tensors)}
     whole = _gathered(part, loading) if isinstance(part, DistributedOptimizer) else _plain(part, trained)
-    return {
+    state = {
         i: {
             key: make_sharded_optimizer_tensor(weights[id(parameter)], tensor, f"optimizer.state.{key}")
             for key, tensor in whole[parameter].items()
@@ -149,14 +160,28 @@ def _sharded_part(part: MegatronOptimizer, trained: Trainable, chunks: State, lo
         for i, parameter in enumerate(_parameters(trained))
         if parameter in whole
     }
+    if _has_owners(part, trained):
+        for tensor in nested_values(state):
+            # The one data-parallel rank that has it writes it, whichever it is.
+            tensor.replica_id = (*tensor.replica_id[:2], 0)
+    return state
+
+
+def _has_owners(part: MegatronOptimizer, trained: Trainable) -> bool:
+    """Whether each parameter of `part` has its state whole on one data-parallel rank."""
+    return any(part in chained(whole) for whole in layer_wise(trained.optimizer))
 
 
 def _plain(part: MegatronOptimizer, trained: Trainable) -> Whole:
-    """parameter -> its state: the fp32 master (in fp32, the parameter itself) and the moments."""
+    """parameter -> its state: the fp32 master (in fp32, the parameter itself), and the moments or Muon's
+    momentum."""
     mains = {parameter: getattr(parameter, "main_param", parameter) for parameter in _parameters(trained)}
     state = part.optimizer.state
     return {
-        parameter: {MASTER: main, **{key: state[main][key] for key in MOMENTS}}
+        parameter: {
+            MASTER: main,
+            **{key: value for key, value in state[main].items() if key in (*MOMENTS, *MUON)},
+        }
         for parameter, main in mains.items()
         if main in state
     }
@@ -227,6 +252,8 @@ def _steps_taken(part: MegatronOptimizer) -> int:
 
 def _set_steps(part: MegatronOptimizer, steps: int) -> None:
     """torch advances the counter of each parameter, so none may be shared."""
+    if isinstance(part.optimizer, OrthogonalizedOptimizer):
+        return  # it counts no steps
     for adam in _adams(part):
         fused = any("step" in group for group in adam.param_groups)
         for group in adam.param_groups:

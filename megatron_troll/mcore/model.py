@@ -4,8 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, override
 
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -17,7 +21,8 @@ from megatron_troll.config.tree import Model, Optimizer
 from megatron_troll.mcore.delta_rule import implementation
 from megatron_troll.mcore.dispatch import pad_dispatchers
 from megatron_troll.mcore.layout import check_layout, uses_te
-from megatron_troll.mcore.options import check_options
+from megatron_troll.mcore.muon import mark_matrices
+from megatron_troll.mcore.options import check_muon_layout, check_options
 from megatron_troll.mcore.packing import packed_sequences
 from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.router import replaying, routers
@@ -25,6 +30,9 @@ from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.mcore.transformer_config import transformer_config
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch
+
+# Megatron's numbers after which a bucket is closed.
+BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
 class HiddenStateModel(GPTModel):
@@ -98,6 +106,8 @@ def build(
     """
     check_layout(shape, model.layout)
     check_options(shape, model)
+    if trained:
+        check_muon_layout(shape, model, groups.world.size)
     config = transformer_config(model, shape)
     with inside(groups):
         chunks: list[nn.Module] = [
@@ -108,7 +118,7 @@ def build(
         if config.bf16:
             chunks = [Float16Module(config, chunk) for chunk in chunks]
         if trained:
-            chunks = _data_parallel(config, chunks, model.optimizer)
+            chunks = _data_parallel(config, chunks, model.optimizer, groups)
     return MegatronModel(shape, config, groups, chunks, progress)
 
 
@@ -148,19 +158,46 @@ def _chunk(
 
 
 def _data_parallel(
-    config: TransformerConfig, chunks: list[nn.Module], optimizer: Optimizer
+    config: TransformerConfig, chunks: list[nn.Module], optimizer: Optimizer, groups: Groups
 ) -> list[nn.Module]:
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=optimizer.distributed,
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
     )
-    wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+    if optimizer.name == "muon":
+        for chunk in chunks:
+            mark_matrices(chunk, sharded=optimizer.distributed)
+    wrapped = [
+        DistributedDataParallel(
+            config, settings, chunk, full_param_layout=_buffers(chunk, settings, optimizer, groups)
+        )
+        for chunk in chunks
+    ]
     if optimizer.overlap_grad_reduce:
         # The schedule keeps all but the last micro-batch from being reduced.
         unreduced = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = unreduced if len(unreduced) > 1 else unreduced[0]  # pyright: ignore[reportAttributeAccessIssue]
     return [*wrapped]
+
+
+def _buffers(
+    chunk: nn.Module, settings: DistributedDataParallelConfig, optimizer: Optimizer, groups: Groups
+) -> FullParamLayout | None:
+    """Where the parameters lie in the buffers that the optimizer's state is sharded along: by numbers, or by
+    whole matrices for Muon. None where it is not sharded."""
+    if not optimizer.distributed:
+        return None
+    kind = LayerWiseDistributedOptimizer if optimizer.name == "muon" else DistributedOptimizer
+    # As Megatron chooses: it cuts the buffers of the first stage alone, and only to overlap their reduction.
+    cut = optimizer.overlap_grad_reduce and groups.pp.rank == 0
+    return kind.compute_full_param_layout(
+        [parameter for parameter in chunk.parameters() if parameter.requires_grad],
+        max(BUCKET, BUCKET_PER_RANK * groups.dp.size) if cut else None,
+        groups.dp_cp.size,
+        settings,
+        expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
+    )
 
 
 def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor:

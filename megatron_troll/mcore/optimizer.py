@@ -7,6 +7,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -65,9 +66,17 @@ def _data_parallel(model: MegatronModel) -> list[DistributedDataParallel]:
 
 
 def chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron chains one optimizer for dense and one for expert parameters where their groups differ."""
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+    """Megatron chains one optimizer for dense and one for expert parameters where their groups differ, and
+    one for Muon's matrices, which may be a chain itself."""
+    if isinstance(optimizer, ChainedOptimizer):
+        return [part for inner in optimizer.chained_optimizers for part in chained(inner)]
+    return [] if getattr(optimizer, "is_stub_optimizer", False) else [optimizer]
+
+
+def layer_wise(optimizer: MegatronOptimizer) -> list[LayerWiseDistributedOptimizer]:
+    """Those of `optimizer` that shard their state by whole matrices."""
+    parts = [optimizer, *(optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [])]
+    return [part for part in parts if isinstance(part, LayerWiseDistributedOptimizer)]
 
 
 def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trainable:
@@ -82,7 +91,7 @@ def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trai
                 f"has {config.distributed}: give both the same configuration"
             )
     settings = OptimizerConfig(
-        optimizer="adam",
+        **_algorithm(model, config),
         lr=config.lr,
         min_lr=config.lr * config.schedule.min_lr_ratio,
         weight_decay=config.weight_decay,
@@ -92,18 +101,37 @@ def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trai
         clip_grad=config.grad_norm,
         bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
-        use_distributed_optimizer=config.distributed,
         **_smaller_state(config),
     )
     with inside(model.groups):
         optimizer = get_megatron_optimizer(settings, model.chunks)  # pyright: ignore[reportArgumentType]
     for part in chained(optimizer):
+        # Dense and expert parameters have an optimizer each, and each would gather the new weights of both:
+        # `Trainable.step` gathers them once.
         if isinstance(part, DistributedOptimizer):
-            # Dense and expert parameters have an optimizer each, and each would gather the new weights of
-            # both: `Trainable.step` gathers them once.
             part._defer_param_sync = True  # pyright: ignore[reportAttributeAccessIssue]
+    for whole in layer_wise(optimizer):
+        whole.overlap_param_gather = True
     model.config.grad_scale_func = optimizer.scale_loss
     return Trainable(model, optimizer, _schedule(optimizer, config, total_steps))
+
+
+def _algorithm(model: MegatronModel, config: Optimizer) -> dict[str, Any]:
+    """Megatron's fields for AdamW, or for Muon beside it."""
+    if config.name == "adamw":
+        return {"optimizer": "adam", "use_distributed_optimizer": config.distributed}
+    return {
+        "optimizer": "muon",
+        # With the other flag Megatron builds plain optimizers without a word, whose replicas drift apart.
+        "use_layer_wise_distributed_optimizer": config.distributed,
+        "muon_momentum": config.muon.momentum,
+        "muon_nesterov": config.muon.nesterov,
+        "muon_num_ns_steps": config.muon.steps,
+        "muon_extra_scale_factor": config.muon.scale,
+        # The default orthogonalises each tensor-parallel shard by itself: another update than one rank's.
+        "muon_tp_mode": "duplicated",
+        "muon_fp32_matmul_prec": "medium" if model.config.bf16 else "highest",
+    }
 
 
 def _smaller_state(config: Optimizer) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 
-from megatron_troll.config.model_options import MoE
+from megatron_troll.config.model_options import MoE, Muon
 from megatron_troll.config.tree import Model
 from megatron_troll.mcore.layout import uses_te
 from megatron_troll.mcore.shape import ModelShape
@@ -28,10 +28,46 @@ def check_options(shape: ModelShape, model: Model) -> None:
             raise ValueError(f"optimizer.{name} needs optimizer.distributed=true")
         if model.dtype != "bf16":
             raise ValueError(f"optimizer.{name} needs dtype=bf16; it is {model.dtype}")
+    _check_muon(model)
     if all(special.values()):
         raise ValueError(
             "optimizer.precision_aware and optimizer.offload exclude each other: Megatron keeps an offloaded "
             "state in fp32; leave one out"
+        )
+
+
+def _check_muon(model: Model) -> None:
+    optimizer = model.optimizer
+    if optimizer.name != "muon":
+        if optimizer.muon != Muon():
+            changed = optimizer.muon.model_dump(exclude_defaults=True)
+            raise ValueError(f"optimizer.muon={changed} needs optimizer.name=muon; leave it out")
+        return
+    if optimizer.distributed and model.dtype != "bf16":
+        raise ValueError(
+            "optimizer.name=muon shards its state by matrices, which Megatron does in bf16 alone; dtype is "
+            f"{model.dtype}: set optimizer.distributed=false or dtype=bf16"
+        )
+    for name in ("offload", "precision_aware"):
+        if getattr(optimizer, name):
+            raise ValueError(
+                f"optimizer.{name} is for the state of adamw; leave it out beside optimizer.name=muon"
+            )
+
+
+def check_muon_layout(shape: ModelShape, model: Model, world: int) -> None:
+    """Raise ValueError for a layout over `world` ranks in which experts have replicas and dense weights none:
+    Megatron then shards nothing, sums the gradient of an expert on one of its replicas alone, updates all of
+    them, and counts experts twice in the norm."""
+    layout, optimizer = model.layout, model.optimizer
+    if not (optimizer.name == "muon" and optimizer.distributed and shape.experts):
+        return
+    dense, experts = (world // (n * layout.pp) for n in (layout.tp, layout.ep * layout.etp))
+    if dense == 1 < experts:
+        raise ValueError(
+            f"optimizer.name=muon cannot shard its state where every expert is on {experts} ranks and every "
+            f"dense weight on one (tp={layout.tp}, ep={layout.ep}, etp={layout.etp}): set "
+            "optimizer.distributed=false, or ep or etp higher"
         )
 
 

@@ -1,8 +1,8 @@
 """Read and write the tensors of Megatron's distributed checkpoints (torch_dist) one by one, without Megatron.
 
 A folder holds `.metadata`, a pickle of where each chunk of each tensor lies, files in which every chunk is
-what torch.save writes, and two small files that Megatron asks for. Only the classes that describe tensors are
-let out of the pickle, and chunks are read with weights_only: a checkpoint can be read that would not be run.
+what torch.save writes, and two small files that Megatron asks for. The pickle is vetted before it is followed
+(mcore/checkpoint_pickle.py), and chunks are read with weights_only: nothing of a checkpoint is run.
 """
 
 import io
@@ -30,34 +30,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.mcore.checkpoint_pickle import COMMON, METADATA, read_index
 from megatron_troll.weights.megatron_keys import Region, Size
 from megatron_troll.weights.tensor_file import expect, read_into
 
-METADATA = ".metadata"
 CONFIG = "metadata.json"
-COMMON = "common.pt"
 BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
-}
-DESCRIPTIONS = {
-    "pathlib": ("PosixPath",),
-    "torch": ("Size",),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
 }
 
 
@@ -228,27 +211,18 @@ def _data_start(section: Section) -> int:
     return record.header_offset + 30 + name + extra
 
 
-class _Descriptions(pickle.Unpickler):
-    """Lets out the classes that describe tensors, and nothing else."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if name in DESCRIPTIONS.get(module, ()) or isinstance(dtype, torch.dtype):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no description of tensors needs")
-
-
 def _read_metadata(path: Path) -> dict[str, Saved]:
     try:
-        with open(path, "rb") as file:
-            metadata = _Descriptions(file).load()
+        metadata = read_index(path)
         return {
             key: _saved(key, entry, metadata.storage_data)
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, KeyError) as error:
-        raise TensorsError(f"{path} cannot be read as the index of a checkpoint: {error}") from error
+    except CheckpointError as error:
+        raise TensorsError(str(error)) from error
+    except KeyError as error:
+        raise TensorsError(f"{path} does not say where {error} lies: the checkpoint is damaged") from error
 
 
 def _saved(key: str, entry: TensorStorageMetadata, storage: Mapping[MetadataIndex, _StorageInfo]) -> Saved:

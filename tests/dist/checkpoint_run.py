@@ -35,6 +35,7 @@ class Run:
     config: dict[str, Any]
     dtype: str = "fp32"
     distributed: bool = True
+    optimizer: str = "adamw"
 
 
 @contextmanager
@@ -44,9 +45,15 @@ def training(run: Run) -> Iterator[Trainable]:
 
 
 def made(run: Run, groups: Groups) -> Trainable:
-    """A model with the run's weights, AdamW and a warm-up over 10 steps."""
-    optimizer = Optimizer(
-        lr=1e-3, weight_decay=0.1, distributed=run.distributed, schedule=Schedule(warmup_steps=10)
+    """A model with the run's weights, its optimizer and a warm-up over 10 steps."""
+    optimizer = Optimizer.model_validate(
+        {
+            "name": run.optimizer,
+            "lr": 1e-3,
+            "weight_decay": 0.1,
+            "distributed": run.distributed,
+            "schedule": Schedule(warmup_steps=10),
+        }
     )
     config = Model.model_validate(
         {"path": "none", "dtype": run.dtype, "layout": Layout(**run.sizes), "optimizer": optimizer}

@@ -10,6 +10,7 @@ import torch
 
 from megatron_troll.config.tree import Layout
 from megatron_troll.mcore.checkpoint import Checkpoints
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from tests.dist.checkpoint_run import (
     STEPS,
     Run,
@@ -118,6 +119,53 @@ def test_plain_and_distributed_optimizers_read_each_other_on_another_layout(
     uninterrupted = ranks2.run(save_then_continue, before, str(tmp_path))[0]
     resumed = ranks2.run(resume, after, str(tmp_path))[0]
     np.testing.assert_allclose(resumed, uninterrupted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "distributed"),
+    [({"tp": 2, "ep": 2}, "bf16", True), ({"pp": 2}, "bf16", True), ({"tp": 2}, "fp32", False)],
+)
+def test_muon_resumes_bitwise(
+    sizes: dict[str, int], dtype: str, distributed: bool, moe: Weights, ranks4: RankPool, tmp_path: Path
+) -> None:
+    run = Run(moe, sizes, MOE, dtype, distributed, "muon")
+    uninterrupted = ranks4.run(save_then_continue, run, str(tmp_path))[0]
+    assert ranks4.run(resume, run, str(tmp_path))[0] == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "distributed"),
+    [({"tp": 2, "ep": 2}, {"pp": 2}, True), ({"pp": 2}, {"tp": 2, "etp": 2}, False)],
+)
+def test_muon_continues_on_another_layout(
+    before: dict[str, int],
+    after: dict[str, int],
+    distributed: bool,
+    moe: Weights,
+    ranks2: RankPool,
+    ranks4: RankPool,
+    tmp_path: Path,
+) -> None:
+    """From matrices shared out over ranks to every rank holding them all, in bf16, and back; in fp32, where
+    nothing is shared out, to the digits that a layout moves."""
+    dtype, tolerance = ("bf16", 1e-2) if distributed else ("fp32", 1e-5)
+    run = Run(moe, before, MOE, dtype, distributed, "muon")
+    uninterrupted = ranks4.run(save_then_continue, run, str(tmp_path))[0]
+    moved = replace(run, sizes=after, distributed=False)
+    np.testing.assert_allclose(ranks2.run(resume, moved, str(tmp_path))[0], uninterrupted, rtol=tolerance)
+
+
+def test_the_state_of_another_optimizer_is_refused(moe: Weights, ranks2: RankPool, tmp_path: Path) -> None:
+    run = Run(moe, {"pp": 2}, MOE, "bf16")
+    ranks2.run(save_then_continue, run, str(tmp_path))
+    told = ranks2.run(refused, replace(run, optimizer="muon"), str(tmp_path))
+    assert all("for optimizer.name: adamw, this run has muon" in text for text in told)
+
+
+def refused(run: Run, folder: str) -> str:
+    with training(run) as trained, pytest.raises(CheckpointError) as caught:
+        Checkpoints(folder, {"policy": trained}).load()
+    return str(caught.value)
 
 
 def test_tied_embeddings_are_resharded(ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:

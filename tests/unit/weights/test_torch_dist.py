@@ -121,7 +121,7 @@ class Evil:
 
 def test_a_pickle_that_does_more_than_describe_is_not_run(folder: Path) -> None:
     (folder / METADATA).write_bytes(pickle.dumps(Evil(folder / "ran")))
-    with pytest.raises(TensorsError, match=r"holds posix\.mkdir, which no description of tensors needs"):
+    with pytest.raises(TensorsError, match=r"holds posix\.mkdir, which nothing in a checkpoint needs"):
         SavedTensors(folder)
     assert not (folder / "ran").exists()
 
