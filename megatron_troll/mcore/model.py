@@ -193,7 +193,7 @@ def _buffers(
     cut = optimizer.overlap_grad_reduce and groups.pp.rank == 0
     return kind.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
-        max(BUCKET, BUCKET_PER_RANK * groups.dp.size) if cut else None,
+        (settings.bucket_size or max(BUCKET, BUCKET_PER_RANK * groups.dp.size)) if cut else None,
         groups.dp_cp.size,
         settings,
         expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),

@@ -16,7 +16,7 @@ from megatron_troll.batching.build import Form, build
 from megatron_troll.config.tree import Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.head import Head
-from megatron_troll.mcore.optimizer import Trainable, trainable
+from megatron_troll.mcore.optimizer import Trainable, chained, trainable
 from megatron_troll.mcore.schedule import accumulate
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.parallel.groups import Groups
@@ -208,7 +208,7 @@ def gradients_of(model: mcore.MegatronModel) -> int:
 
 def optimizer_of(policy: Trainable) -> int:
     """Moments, and the fp32 weights where the model's are not; not the step counters."""
-    parts: Any = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    parts: Any = chained(policy.optimizer)
     adams = [part.optimizer for part in parts if part.optimizer is not None]
     parameters = {storage(p) for chunk in policy.model.chunks for p in chunk.parameters()}
     masters = [p for adam in adams for group in adam.param_groups for p in group["params"]]

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_troll.mcore.checkpoint import CheckpointError, Checkpoints
 from megatron_troll.mcore.checkpoint_folder import path_of, steps
+from megatron_troll.mcore.checkpoint_pickle import COMMON_OBJECT, METADATA, read_index
 from tests.dist.checkpoint_run import Run, fill, training, values_of
 from tests.dist.harness import RankPool
 from tests.dist.tiny import MOE, reference
@@ -277,7 +279,14 @@ def test_a_truncated_file_is_refused_and_the_usable_step_named(
 
 def test_garbage_of_the_right_size_is_an_error(alone: Run, ranks1: RankPool, tmp_path: Path) -> None:
     ranks1.run(save_filled, alone, str(tmp_path), [(1, None)])
-    for path in path_of(tmp_path, 1).rglob("*.distcp"):
-        path.write_bytes(bytes(path.stat().st_size))
+    (file,) = path_of(tmp_path, 1).rglob("*.distcp")
+    whole = file.read_bytes()
+    index = read_index(file.parent / METADATA)
+    start = index.storage_data[MetadataIndex(COMMON_OBJECT)].length
+    file.write_bytes(whole[:start] + bytes(len(whole) - start))
     with pytest.raises(RuntimeError, match="failed half-way, so that the models in memory are lost"):
         ranks1.run(load_filled, alone, str(tmp_path))
+    file.write_bytes(bytes(len(whole)))
+    (message,) = ranks1.run(refused, alone, str(tmp_path), "policy", "latest")
+    assert str(file) in message
+    assert "it is not what torch.save writes" in message

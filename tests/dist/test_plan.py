@@ -50,6 +50,20 @@ CASES = {
         4, {"tp": 2, "ep": 2}, fields=BF16 | {"recompute": "selective", "recompute_modules": ("moe",)}
     ),
     "dp2-overlapped": Case(2, {}, fields=BF16 | {"optimizer": {"overlap_grad_reduce": True}}),
+    "tp2": Case(2, {"tp": 2}, fields=BF16),
+    "tp2-dp2": Case(4, {"tp": 2}, fields=BF16),
+    "muon": Case(2, {}, fields=BF16 | {"optimizer": {"name": "muon"}}),
+    "muon-fp32": Case(2, {"ep": 2}, fields={"optimizer": {"name": "muon", "distributed": False}}),
+    "muon-hybrid-tp2-ep2-dp2": Case(
+        4, {"tp": 2, "ep": 2}, NEXT, BF16 | {"optimizer": {"name": "muon"}}
+    ),
+    "muon-tied-overlapped": Case(
+        4,
+        {"pp": 2},
+        DENSE | {"tie_word_embeddings": True},
+        BF16 | {"optimizer": {"name": "muon", "overlap_grad_reduce": True}},
+        micro_batches=3,
+    ),
     "hybrid": Case(1, {}, NEXT, BF16),
     "hybrid-tp2-cp2-ep2": Case(4, {"tp": 2, "cp": 2, "ep": 2}, NEXT),
 }

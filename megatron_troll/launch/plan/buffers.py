@@ -9,6 +9,8 @@ from megatron_troll.launch.plan.parameters import Parameter
 
 PARAMETER_ALIGN, BUCKET_ALIGN = 64, 128
 BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
+# The least share of a bucket of whole matrices that is not padding, where one of them is larger than others.
+FILLED = 0.9
 
 Interval = tuple[int, int]
 
@@ -43,7 +45,7 @@ def bucket_size(data_parallel: int) -> int:
 def layout_of(parameters: Sequence[Parameter], ranks: int, sharded: bool, bucket: int | None) -> Buffer:
     """The buffer of trained `parameters`, in the order of the model, over `ranks` data-parallel ranks.
     `sharded`: for the distributed optimizer, which alone pads; `bucket`: see bucket_size, None for one."""
-    align = (lambda n, multiple: math.ceil(n / multiple) * multiple) if sharded else (lambda n, _: n)
+    align = _aligned if sharded else (lambda n, _: n)
     whole = math.lcm(ranks, BUCKET_ALIGN)
     places: list[Interval] = []
     buckets: list[Interval] = []
@@ -67,3 +69,34 @@ def layout_of(parameters: Sequence[Parameter], ranks: int, sharded: bool, bucket
     if position > opened:
         close(position)
     return Buffer(opened, tuple(places), tuple(buckets))
+
+
+def layout_of_matrices(parameters: Sequence[Parameter], ranks: int, bucket: int | None) -> Buffer:
+    """The buffer of trained matrices whose state is sharded by whole matrices (megatron-core 0.19.2,
+    optimizer/layer_wise_optimizer.py): a bucket is cut into equal parts, one a rank, and the largest matrix
+    goes where there is most room."""
+    places: list[Interval] = []
+    buckets: list[Interval] = []
+    position, chunk = 0, list[int]()
+    sizes = [p.numel for p in reversed(parameters) if p.trained]
+    for i, numel in enumerate(sizes):
+        chunk.append(numel)
+        least = None if bucket is None else max(bucket, int(ranks * max(chunk) * FILLED))
+        if i + 1 < len(sizes) and (least is None or sum(chunk) < least):
+            continue
+        ends = [0] * ranks
+        within: list[tuple[int, int, int]] = []
+        for size in sorted(chunk, reverse=True):
+            rank = ends.index(min(ends))
+            start = _aligned(ends[rank], PARAMETER_ALIGN)
+            within.append((rank, start, start + size))
+            ends[rank] = start + size
+        part = _aligned(max(ends), math.lcm(PARAMETER_ALIGN, math.lcm(ranks, BUCKET_ALIGN) // ranks))
+        places += [(position + r * part + start, position + r * part + end) for r, start, end in within]
+        buckets.append((position, position + ranks * part))
+        position, chunk = buckets[-1][1], []
+    return Buffer(position, tuple(places), tuple(buckets))
+
+
+def _aligned(n: int, multiple: int) -> int:
+    return math.ceil(n / multiple) * multiple

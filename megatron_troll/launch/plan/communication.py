@@ -133,8 +133,11 @@ def of_step(planned: Planned, stage: int) -> Traffic:
     for chunk in planned.buffers[stage]:
         # Of a tied embedding the first and the last stage add what they have.
         total += Traffic(gradients=FLOAT * chunk.shared)
-        for buffer, size in ((chunk.dense, ranks.dp_cp), (chunk.expert, ranks.expert_dp)):
-            numbers = share(size) * buffer.numel
+        for kind, size in (("tensor", ranks.layout.tp), ("expert_tensor", ranks.layout.etp)):
+            # Muon sees whole matrices: each rank sends its part to all others.
+            total += Traffic(**{kind: FLOAT * (size - 1) * chunk.gathered.get(kind, 0.0)})
+        for buffers, size in ((chunk.of_dense, ranks.dp_cp), (chunk.of_experts, ranks.expert_dp)):
+            numbers = share(size) * sum(buffer.numel for buffer in buffers)
             if model.optimizer.distributed:
                 total += Traffic(gradients=FLOAT * numbers, weights=WIDTHS[model.dtype] * numbers)
             else:

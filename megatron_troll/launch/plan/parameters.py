@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch
 
@@ -27,6 +28,8 @@ class Parameter:
     expert    kept apart for each expert-parallel rank: its gradients have their own data-parallel group
     shared    the tied embedding, of which the first and the last stage have a copy each
     trained   has a gradient and optimizer state
+    matrix    Muon's, where that is the optimizer
+    cut       over which ranks, as a kind of Traffic; "" where every rank has it whole
     """
 
     name: str
@@ -35,6 +38,8 @@ class Parameter:
     expert: bool = False
     shared: bool = False
     trained: bool = True
+    matrix: bool = False
+    cut: Literal["", "tensor", "expert_tensor"] = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Holding:
             if entry.per_layer or first != (part == "embedding") or (entry.copy and alone):
                 continue
             vocabulary = first or entry.padded
-            yield self._parameter(entry, shared=self.tied and vocabulary and not alone)
+            yield self._parameter(entry, shared=self.tied and vocabulary and not alone, outside=True)
 
     def _layer(self, kind: str) -> Iterator[Parameter]:
         """Expert after expert; Transformer Engine's grouped ones lie otherwise, which moves their padding."""
@@ -73,26 +78,29 @@ class Holding:
             parameters = [self._parameter(entry) for entry in entries]
             yield from parameters * (self.table.experts // self.ranks.layout.ep if per_expert else 1)
 
-    def _parameter(self, entry: Entry, shared: bool = False) -> Parameter:
+    def _parameter(self, entry: Entry, shared: bool = False, outside: bool = False) -> Parameter:
+        """`outside`: of the layers."""
         layout = self.ranks.layout
         shards = layout.etp if entry.per_expert else layout.tp
-        numel, padding = shard_sizes(entry, shards)
+        shape, padding = shard_sizes(entry, shards)
         return Parameter(
             name=entry.megatron[0],
-            numel=numel,
+            numel=shape.numel(),
             padding=padding,
-            expert=entry.per_expert and layout.ep > 1,
+            expert=entry.per_expert and (layout.ep > 1 or layout.etp != layout.tp),
             shared=shared,
             trained=not (self.frozen_router and entry.megatron[0].endswith(ROUTER)),
+            matrix=not outside and len(shape) == 2 and shape[0] > 1,
+            cut="" if entry.axis is None else "expert_tensor" if entry.per_expert else "tensor",
         )
 
 
-def shard_sizes(entry: Entry, shards: int) -> tuple[int, int]:
-    """Numbers of the largest shard of an entry, and how many of all its shards' are padding."""
+def shard_sizes(entry: Entry, shards: int) -> tuple[torch.Size, int]:
+    """The shape of the largest shard of an entry, and how many numbers of all its shards are padding."""
     tensors = tuple(torch.empty(tensor.shape, device="meta") for tensor in entry.hf)
-    numel = entry.shard(tensors, 0, shards).numel()
+    shape = entry.shard(tensors, 0, shards).shape
     whole = sum(tensor.numel() for tensor in tensors)
-    return numel, numel * shards - whole if entry.padded else 0
+    return shape, shape.numel() * shards - whole if entry.padded else 0
 
 
 def carried_parameters(table: Table, shape: ModelShape) -> int:

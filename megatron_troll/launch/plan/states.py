@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from megatron_troll.config.tree import Model, Optimizer, PrecisionAware
-from megatron_troll.launch.plan.buffers import Buffer, bucket_size, layout_of
-from megatron_troll.launch.plan.parameters import Holding
+from megatron_troll.launch.plan.buffers import Buffer, bucket_size, layout_of, layout_of_matrices
+from megatron_troll.launch.plan.parameters import Holding, Parameter
 from megatron_troll.launch.plan.ranks import Ranks
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 GRADIENT = MASTER = 4
 MOMENTS = 8  # both, in fp32
+MOMENTUM = 4  # Muon's, in fp32
 REMAINDER = 2  # of an fp32 weight, beside its bf16 half
 HOST = 16  # fp32 weight, gradient and moments
 
@@ -27,34 +28,52 @@ class States:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Those of one chunk: dense parameters and, where experts are spread over ranks, theirs. Numbers in none
-    of them, and of `dense` those of a tied embedding that another stage has too."""
+    """Those of one chunk, of AdamW and of Muon: dense parameters and, where they have ranks of their own,
+    experts. Numbers in none of them, and those of a tied embedding that another stage has too; numbers that
+    an average rank gathers for the matrices it updates, by kind of Traffic."""
 
     dense: Buffer
     expert: Buffer
+    dense_matrices: Buffer
+    expert_matrices: Buffer
     untrained: int
     shared: int
+    gathered: dict[str, float]
+
+    @property
+    def of_dense(self) -> tuple[Buffer, Buffer]:
+        return self.dense, self.dense_matrices
+
+    @property
+    def of_experts(self) -> tuple[Buffer, Buffer]:
+        return self.expert, self.expert_matrices
+
+    @property
+    def numel(self) -> int:
+        return sum(buffer.numel for buffer in (*self.of_dense, *self.of_experts))
 
 
 def trained_states(model: Model, ranks: Ranks, stages: list[list[Buffers]], rank: int) -> States:
     """What one rank of a trained model holds; `stages`: the buffers of each stage's chunks."""
     chunks = stages[ranks.stage(rank)]
     width, optimizer = WIDTHS[model.dtype], model.optimizer
-    held = sum(b.dense.numel + b.expert.numel + b.untrained for b in chunks)
-    owned = sum(b.dense.used + b.expert.used for b in chunks)
-    if optimizer.distributed:
-        owned = sum(
-            b.dense.owned(ranks.dense_shard(rank), ranks.dp_cp)
-            + b.expert.owned(ranks.expert_shard(rank), ranks.expert_dp)
-            for b in chunks
-        )
+    held = sum(b.numel + b.untrained for b in chunks)
+
+    def owned(of_dense: Buffer, of_experts: Buffer) -> int:
+        if not optimizer.distributed:
+            return of_dense.used + of_experts.used
+        experts = of_experts.owned(ranks.expert_shard(rank), ranks.expert_dp)
+        return of_dense.owned(ranks.dense_shard(rank), ranks.dp_cp) + experts
+
     on_device, on_host = per_number(model.dtype, optimizer)
+    vectors = sum(owned(b.dense, b.expert) for b in chunks)
+    matrices = sum(owned(b.dense_matrices, b.expert_matrices) for b in chunks)
     return States(
         parameters=held,
         weights=width * held,
-        gradients=GRADIENT * sum(b.dense.numel + b.expert.numel for b in chunks),
-        optimizer=round(on_device * owned),
-        host=round(on_host * owned),
+        gradients=GRADIENT * sum(b.numel for b in chunks),
+        optimizer=round(on_device * vectors) + per_matrix_number(model.dtype) * matrices,
+        host=round(on_host * vectors),
     )
 
 
@@ -74,6 +93,11 @@ def per_number(dtype: str, optimizer: Optimizer) -> tuple[float, float]:
     return (MASTER + MOMENTS) * (1 - optimizer.offload), HOST * optimizer.offload
 
 
+def per_matrix_number(dtype: str) -> int:
+    """Bytes of Muon's state for each number of a weight."""
+    return MOMENTUM if dtype == "fp32" else MASTER + MOMENTUM
+
+
 def _moments(kept: PrecisionAware) -> int:
     return WIDTHS[kept.exp_avg] + WIDTHS[kept.exp_avg_sq]
 
@@ -81,18 +105,36 @@ def _moments(kept: PrecisionAware) -> int:
 def buffers_of(model: Model, holding: Holding) -> list[list[Buffers]]:
     """The buffers of every stage's chunks."""
     ranks, optimizer = holding.ranks, model.optimizer
+    muon = optimizer.name == "muon"
+
+    def gathered(held: list[Parameter]) -> dict[str, float]:
+        numbers: dict[str, float] = dict.fromkeys(("tensor", "expert_tensor"), 0.0)
+        for p in (p for p in held if p.trained and p.matrix and p.cut):
+            owners = (ranks.expert_dp if p.expert else ranks.dp_cp) if optimizer.distributed else 1
+            numbers[p.cut] += p.numel / owners
+        return numbers
 
     def chunk(stage: int, number: int) -> Buffers:
         held = holding.of_chunk(stage, number)
         # Megatron cuts the buffers of the first stage alone: the reduction of later ones is not waited for.
         cut = optimizer.overlap_grad_reduce and stage == 0
         bucket = bucket_size(ranks.dp) if cut else None
-        dense, expert = ([p for p in held if p.expert == kind] for kind in (False, True))
+
+        def buffer(experts: bool, matrices: bool) -> Buffer:
+            those = [p for p in held if (p.expert, muon and p.matrix) == (experts, matrices)]
+            over = ranks.expert_dp if experts else ranks.dp_cp
+            if matrices and optimizer.distributed:
+                return layout_of_matrices(those, over, bucket)
+            return layout_of(those, over, optimizer.distributed, bucket)
+
         return Buffers(
-            dense=layout_of(dense, ranks.dp_cp, optimizer.distributed, bucket),
-            expert=layout_of(expert, ranks.expert_dp, optimizer.distributed, bucket),
+            dense=buffer(False, False),
+            expert=buffer(True, False),
+            dense_matrices=buffer(False, True),
+            expert_matrices=buffer(True, True),
             untrained=sum(p.numel for p in held if not p.trained),
             shared=sum(p.numel for p in held if p.shared),
+            gathered=gathered(held) if muon else {},
         )
 
     return [[chunk(stage, i) for i in range(ranks.chunks)] for stage in range(ranks.layout.pp)]

@@ -1,8 +1,10 @@
 """Whole conversions of tiny models, both ways. Real Megatron checkpoints: tests/dist/test_conversion.py."""
 
 import json
+import pickle
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,14 @@ from megatron_troll.convert.to_megatron import ToMegatron
 from megatron_troll.launch.plan.models import PUBLISHED
 from megatron_troll.mcore.shape import read_shape, shape_of
 from megatron_troll.weights.checkpoint_source import open_source
-from megatron_troll.weights.torch_dist import Chunk, Saved, SavedTensors, write_chunk, write_index
+from megatron_troll.weights.torch_dist import (
+    Chunk,
+    Saved,
+    SavedTensors,
+    TensorsError,
+    write_chunk,
+    write_index,
+)
 from tests.dist.tiny import DENSE, MOE, NEXT
 from tests.unit.convert.tiny_folders import (
     MODELS,
@@ -214,6 +223,40 @@ def test_what_has_no_place_is_left_out_only_by_name(tmp_path: Path) -> None:
         ToHuggingFace(there, there, SMALL)
     run(ToHuggingFace(there, there, SMALL, ("router.expert_bias",)), tmp_path / "back")
     assert_equal(read_all(tmp_path / "back"), tensors)
+
+
+def leave_mark(folder: str) -> None:
+    (Path(folder) / "mark").touch()
+
+
+class Marking:
+    """Leaves a mark in `folder` when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return leave_mark, (self.folder,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    there = to_megatron(write_folder(MOE, tmp_path / "hf", tensors_of(MOE)), tmp_path / "mcore")
+    index = there / "tensors" / ".metadata"
+    index.write_bytes(pickle.dumps(Marking(tmp_path)))
+    with pytest.raises(TensorsError, match=re.escape(f"{index} cannot be read as the index")) as caught:
+        ToHuggingFace(there, there, SMALL)
+    assert f"it holds {__name__}.leave_mark, which nothing in a checkpoint needs" in str(caught.value)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_states_that_are_not_read_are_no_hindrance(tmp_path: Path) -> None:
+    """Another program's common state, which holds its arguments, is not opened."""
+    tensors = tensors_of(MOE)
+    there = to_megatron(write_folder(MOE, tmp_path / "hf", tensors), tmp_path / "mcore")
+    torch.save({"args": Marking(tmp_path)}, there / "tensors" / "common.pt")
+    run(ToHuggingFace(there, there, SMALL), tmp_path / "back")
+    assert_equal(read_all(tmp_path / "back"), tensors)
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_checkpoint_of_another_program_needs_a_config_beside_it(tmp_path: Path) -> None:
