@@ -1,10 +1,10 @@
-"""Options of a model's experts and of its optimizer's state."""
+"""Options of a model's experts, of its optimizer's algorithm, schedule and state."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from megatron_troll.config.node import Fraction, Node, NonNegative, Positive, PositiveFloat
+from megatron_troll.config.node import Fraction, Natural, Node, NonNegative, Positive, PositiveFloat
 
 RecomputeModule = Literal["core_attn", "moe_act", "moe", "mlp"]
 
@@ -44,6 +44,17 @@ class Distill(Node):
     limits: tuple[PositiveFloat, PositiveFloat] = Field(
         default=(0.01, 100.0), description="the weight is moved within these"
     )
+
+
+class Schedule(Node):
+    """Learning rate over optimizer steps."""
+
+    decay: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="after the warm-up"
+    )
+    warmup_steps: Natural = Field(default=0, description="optimizer steps of a linear rise from 0")
+    decay_steps: Positive | None = Field(default=None, description="default: all optimizer steps of the run")
+    min_lr_ratio: Fraction = Field(default=0.0, description="share of lr at which decay ends")
 
 
 class Muon(Node):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_troll.config.launching import Launch
-from megatron_troll.config.model_options import Distill, MoE, Muon, PrecisionAware, RecomputeModule
+from megatron_troll.config.model_options import Distill, MoE, Muon, PrecisionAware, RecomputeModule, Schedule
 from megatron_troll.config.node import (
     Files,
     Fraction,
@@ -34,17 +34,6 @@ class Layout(Node):
     cp: Positive = Field(default=1, description="context parallel: slices of every sequence")
     ep: Positive = Field(default=1, description="expert parallel: ranks that the experts are spread over")
     etp: Positive = Field(default=1, description="expert tensor parallel: ranks that one expert is cut over")
-
-
-class Schedule(Node):
-    """Learning rate over optimizer steps."""
-
-    decay: Literal["constant", "cosine", "linear"] = Field(
-        default="constant", description="after the warm-up"
-    )
-    warmup_steps: Natural = Field(default=0, description="optimizer steps of a linear rise from 0")
-    decay_steps: Positive | None = Field(default=None, description="default: all optimizer steps of the run")
-    min_lr_ratio: Fraction = Field(default=0.0, description="share of lr at which decay ends")
 
 
 class Optimizer(Node):
