@@ -20,42 +20,50 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
+
+from megatron_troll.mcore.packing import Flat
 
 CHUNK = 64
 NORM_EPS = 1e-6
+OLDEST_FLA = "0.6"
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+FlatRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Flat], Tensor]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The two forms of the rule, by one implementation."""
+    """The rule in fused kernels: in chunks, step by step (no backward), and in chunks over the sequences of a
+    `Flat`, whose inputs are [1, T, ...] and whose states start at zero."""
 
     chunked: Rule
     recurrent: Rule
+    flat: FlatRule
 
 
 def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """flash-linear-attention's kernels where they are installed and take `value` (CUDA, not fp32); the exact
-    rule in torch elsewhere. A decode step is recurrent, all else chunked: the recurrent kernel has no
-    backward."""
-    fused = flash_linear_attention() if takes_kernels(value.device, value.dtype) else None
-    kernels = fused or Kernels(chunked, recurrent)
-    decoding = value.shape[1] == 1 and not torch.is_grad_enabled()
-    rule = kernels.recurrent if decoding else kernels.chunked
+    """`kernels_for` the tensors, where there are any; the exact rule in torch elsewhere. A decode step is
+    recurrent, all else chunked."""
+    kernels = kernels_for(value.device, value.dtype)
+    if value.shape[1] == 1 and not torch.is_grad_enabled():
+        rule = kernels.recurrent if kernels else recurrent
+    else:
+        rule = kernels.chunked if kernels else chunked
     return rule(query, key, value, decay, beta, state)
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> str:
     """Which one `delta_rule` takes, and why, in words."""
-    if not takes_kernels(device, dtype):
+    if not _takes_kernels(device, dtype):
         return "linear attention: the exact rule in torch; flash-linear-attention is for CUDA and bf16"
-    if flash_linear_attention() is None:
+    if kernels_for(device, dtype) is None:
         return (
             "linear attention: the exact rule in torch, which is slow; `pip install flash-linear-attention` "
             "brings kernels"
@@ -63,15 +71,27 @@ def implementation(device: torch.device, dtype: torch.dtype) -> str:
     return "linear attention: flash-linear-attention's kernels"
 
 
-def takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels | None:
+    """flash-linear-attention's, for CUDA and anything but fp32; None where it is not installed. Raises
+    RuntimeError where it is too old."""
+    return _flash_linear_attention() if _takes_kernels(device, dtype) else None
+
+
+def _takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float32
 
 
 @functools.cache
-def flash_linear_attention() -> Kernels | None:
-    """Its kernels; None where it is not installed."""
+def _flash_linear_attention() -> Kernels | None:
     if importlib.util.find_spec("fla") is None:
         return None
+    # Older ones take the number of heads from the keys and leave the other value heads uninitialised.
+    if Version(found := version("fla-core")) < Version(OLDEST_FLA):
+        raise RuntimeError(
+            f"flash-linear-attention (fla-core) {found} is installed, whose kernels give wrong results where "
+            f"value heads share a key head; this model needs {OLDEST_FLA} or newer: "
+            f"pip install 'flash-linear-attention>={OLDEST_FLA}'"
+        )
     from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
         chunk_gated_delta_rule,
         fused_recurrent_gated_delta_rule,
@@ -93,7 +113,18 @@ def flash_linear_attention() -> Kernels | None:
 
         return rule
 
-    return Kernels(adapted(chunk_gated_delta_rule), adapted(fused_recurrent_gated_delta_rule))
+    def flat(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, packed: Flat) -> Tensor:
+        return chunk_gated_delta_rule(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            g=decay,
+            beta=beta,
+            cu_seqlens=packed.starts,
+            cu_seqlens_cpu=packed.starts_cpu,  # else it would be read from the device
+        )[0]
+
+    return Kernels(adapted(chunk_gated_delta_rule), adapted(fused_recurrent_gated_delta_rule), flat)
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The Gated DeltaNet layer of Qwen3-Next: linear attention whose state is a matrix per head.
 
-Megatron's own layer takes neither packed sequences nor generation nor context parallelism; this one takes all
-three. Heads are cut over the tensor-parallel ranks. Sequences go through the causal convolution and the delta
-rule as the rows of a dense batch, so nothing can pass from one to the next. Under context parallelism each
-rank has, there, every position of its share of the heads.
+Megatron's own layer needs flash-linear-attention, so a GPU, and takes no generation; this one runs anywhere.
+Heads are cut over the tensor-parallel ranks. Packed sequences go through the causal convolution and the delta
+rule end to end where a kernel takes their starts, as the rows of dense batches elsewhere. Under context
+parallelism each rank has, there, every position of its share of the heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_troll.mcore.delta_rule import delta_rule, unit, wide
+from megatron_troll.mcore.delta_rule import delta_rule, kernels_for, unit, wide
 from megatron_troll.mcore.head_exchange import HeadExchange
-from megatron_troll.mcore.packing import Bucket, PackedSequences
+from megatron_troll.mcore.packing import Flat, PackedSequences
+from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.sharding import cut_rows
 from megatron_troll.parallel.groups import Group
 
@@ -91,6 +93,7 @@ class GatedDeltaNet(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
+        kernels_for(device(), config.params_dtype)  # refuses one that is too old
         self.layer_number = layer_number
         self.recomputed = config.recompute_granularity == "selective"
         sizes: Any = config  # Megatron's type allows None
@@ -158,7 +161,7 @@ class GatedDeltaNet(MegatronModule):
             assert attention_mask is not None
             mixed = self._extend(rows, attention_mask, inference_context.key_value_memory_dict)
         elif packed_seq_params is not None:
-            mixed = self._packed(rows, packed_seq_params.buckets)
+            mixed = self._packed(rows, packed_seq_params)
         else:
             mixed = self._padded(rows)
         gated = self._gated(self.exchange.to_positions(mixed), z)
@@ -170,10 +173,14 @@ class GatedDeltaNet(MegatronModule):
         order = self.exchange.order(rows.shape[0], rows.device)
         return self._whole(rows[order.argsort()].transpose(0, 1)).transpose(0, 1)[order]
 
-    def _packed(self, rows: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
+    def _packed(self, rows: Tensor, packed: PackedSequences) -> Tensor:
         """Rows [cp x t, 1, w]. Positions of no sequence come out as zeros."""
-        mixed = rows.new_zeros(rows.shape[0], self.mine.value)
-        for bucket in buckets:
+        mixed, flat = rows.new_zeros(rows.shape[0], self.mine.value), packed.flat
+        if flat is not None and kernels_for(rows.device, rows.dtype):
+            return mixed.index_copy(0, flat.key, self._again(self._mix_flat, rows[flat.key, 0], flat))[
+                :, None
+            ]
+        for bucket in packed.buckets:
             sequences = self._whole(rows[bucket.key, 0])
             mixed = mixed.index_put((bucket.key[bucket.real],), sequences[bucket.real])
         return mixed[:, None]
@@ -188,33 +195,61 @@ class GatedDeltaNet(MegatronModule):
         return mixed.transpose(0, 1)
 
     def _whole(self, rows: Tensor) -> Tensor:
-        """Whole sequences [B, L, w]. Selective recomputation forms everything in here again, as it does in
-        core attention."""
+        """Whole sequences [B, L, w]."""
+        return self._again(self._mix, rows, None)[0]
+
+    def _again[**P, T](self, mix: Callable[P, T], *inputs: P.args, **named: P.kwargs) -> T:
+        """`mix` of the inputs. Selective recomputation forms everything in it again, as it does in core
+        attention."""
         if not (self.recomputed and self.training):
-            return self._mix(rows, None)[0]
-        run = checkpoint(self._mix, rows, None, use_reentrant=False, preserve_rng_state=False)
-        assert run is not None
-        return run[0]
+            return mix(*inputs, **named)
+        mixed: Any = checkpoint(mix, *inputs, **named, use_reentrant=False, preserve_rng_state=False)
+        return mixed
 
     def _mix(self, rows: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         """Whole sequences [B, L, w], or what follows `memory`, through convolution and delta rule to
         [B, L, heads x Dv], over this rank's heads."""
-        inputs, b, a = rows.split([sum(self.mine.convolved), self.mine.b, self.mine.a], -1)
+        inputs, b, a = self._split(rows)
         weight = self._convolution()
         before = inputs.new_zeros(len(rows), weight.shape[-1] - 1, inputs.shape[-1])
         seen = torch.cat([before if memory is None else memory.inputs, inputs], 1)
         convolved = F.silu(F.conv1d(seen.mT, weight, groups=inputs.shape[-1])).mT
+        mixed, state = delta_rule(
+            *self._rule_inputs(convolved, b, a), None if memory is None else memory.state
+        )
+        return mixed.flatten(2), Memory(seen[:, rows.shape[1] :], state)
+
+    def _mix_flat(self, rows: Tensor, flat: Flat) -> Tensor:
+        """Whole sequences end to end [T, w] through both, in kernels, to [T, heads x Dv]."""
+        inputs, b, a = self._split(rows)
+        weight = self._convolution()
+        gap = weight.shape[-1] - 1
+        # As many zeros before each sequence as the convolution looks back, so that it sees no other sequence.
+        at = torch.arange(len(rows), device=rows.device) + gap * flat.sequence
+        spaced = inputs.new_zeros(len(rows) + gap * (len(flat.starts_cpu) - 1), inputs.shape[-1])
+        spaced = spaced.index_copy(0, at + gap, inputs)
+        convolved = F.silu(F.conv1d(spaced.mT[None], weight, groups=inputs.shape[-1])).mT[:, at]
+        kernels = kernels_for(rows.device, rows.dtype)
+        assert kernels is not None
+        return kernels.flat(*self._rule_inputs(convolved, b[None], a[None]), flat)[0].flatten(1)
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The inputs of the convolution, b and a."""
+        return rows.split([sum(self.mine.convolved), self.mine.b, self.mine.a], -1)
+
+    def _rule_inputs(
+        self, convolved: Tensor, b: Tensor, a: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """query, key, value, decay and beta [B, L, ...] of the delta rule."""
         query, key, value = convolved.split(self.mine.convolved, -1)
         rate, bias = self.exchange.share(self.A_log), self.exchange.share(self.dt_bias)
-        mixed, state = delta_rule(
+        return (
             unit(query.unflatten(-1, self.key_head)),
             unit(key.unflatten(-1, self.key_head)),
             value.unflatten(-1, self.value_head),
             -wide(rate).exp() * F.softplus(wide(a) + wide(bias)),
             wide(b).sigmoid(),
-            None if memory is None else memory.state,
         )
-        return mixed.flatten(2), Memory(seen[:, rows.shape[1] :], state)
 
     def _convolution(self) -> Tensor:
         """[channels, 1, conv] of this rank's heads."""

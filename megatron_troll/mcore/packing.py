@@ -1,9 +1,10 @@
-"""Packed sequences as Megatron knows them, with the index lists that our core attention needs."""
+"""Packed sequences as Megatron knows them, with the index lists that our attention layers need."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -28,16 +29,34 @@ class Bucket:
     real: Tensor
 
 
+@dataclass(frozen=True)
+class Flat:
+    """The sequences that are not empty, one after another: what kernels of variable lengths take.
+
+    key         [T] row of each position in the flat tokens of all context-parallel ranks
+    sequence    [T] which sequence each position is of
+    starts      [S + 1] int64
+    starts_cpu  the same on the host
+    """
+
+    key: Tensor
+    sequence: Tensor
+    starts: Tensor
+    starts_cpu: Tensor
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's THD parameters plus the buckets of `buckets_of`."""
+    """Megatron's THD parameters, with the sequences as dense batches (`buckets_of`) and flat (`flat_of`)."""
 
-    buckets: tuple[Bucket, ...] = field(default=())
+    buckets: tuple[Bucket, ...] = ()
+    flat: Flat | None = None
 
 
 def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSequences:
     """THD parameters for padded sequence starts `cu_seqlens` [S + 1] int32, counted over all
     context-parallel ranks. Reads cu_seqlens on the host once."""
+    starts, device = cu_seqlens.tolist(), cu_seqlens.device
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -46,7 +65,8 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSe
         cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
-        buckets=tuple(buckets_of(cu_seqlens.tolist(), cp, cu_seqlens.device)),
+        buckets=tuple(buckets_of(starts, cp, device)),
+        flat=flat_of(starts, cp, device),
     )
 
 
@@ -62,18 +82,33 @@ def buckets_of(starts: list[int], cp: Group, device: torch.device) -> list[Bucke
 
 
 def _bucket(starts: list[int], members: list[int], cp: Group, device: torch.device) -> Bucket:
-    total = starts[-1]
     queries, keys = [], []
     for i in members:
         start, length = starts[i], starts[i + 1] - starts[i]
         queries.append(torch.arange(start // cp.size, start // cp.size + length // cp.size))
-        key = torch.empty(length, dtype=torch.long)
-        for rank in range(cp.size):
-            theirs = zigzag(length, cp.size, rank)
-            key[theirs] = (rank * total + start) // cp.size + torch.arange(len(theirs))
-        keys.append(key)
+        keys.append(_keys(starts, i, cp))
     used, real = ([torch.ones(len(row), dtype=torch.bool) for row in rows] for rows in (queries, keys))
     return Bucket(*(_pad(rows).to(device) for rows in (queries, keys, used, real)))
+
+
+def flat_of(starts: list[int], cp: Group, device: torch.device) -> Flat:
+    """The positions of all sequences, by sequence and position."""
+    members = [i for i, (start, end) in enumerate(pairwise(starts)) if end > start]
+    keys = [_keys(starts, i, cp) for i in members]
+    lengths = torch.tensor([len(key) for key in keys])
+    starts_cpu = F.pad(lengths.cumsum(0), (1, 0))
+    sequence = torch.arange(len(keys)).repeat_interleave(lengths)
+    return Flat(torch.cat(keys).to(device), sequence.to(device), starts_cpu.to(device), starts_cpu)
+
+
+def _keys(starts: list[int], i: int, cp: Group) -> Tensor:
+    """[L] row of each position of sequence `i` in the flat tokens of all context-parallel ranks."""
+    start, length = starts[i], starts[i + 1] - starts[i]
+    key = torch.empty(length, dtype=torch.long)
+    for rank in range(cp.size):
+        theirs = zigzag(length, cp.size, rank)
+        key[theirs] = (rank * starts[-1] + start) // cp.size + torch.arange(len(theirs))
+    return key
 
 
 def _pad(rows: list[Tensor]) -> Tensor:

@@ -8,7 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import Config, CriticOptimizer, Data, Layout, Model, Models, Optimizer, RolloutConfig, Sampling, Train
+from megatron_troll.config.tree import (
+    Config,
+    CriticOptimizer,
+    Data,
+    Layout,
+    Model,
+    Models,
+    Optimizer,
+    RolloutConfig,
+    Sampling,
+    Train,
+)
 from megatron_troll.config.tree import Critic as CriticModel
 from megatron_troll.critic import Critic, open_critic
 from megatron_troll.mcore.checkpoint import Checkpoints

@@ -61,7 +61,7 @@ def run_steps(config: Model, batch: Batch, steps: int) -> Routed:
 
 
 def micro_batches(batch: Batch, form: Form, rank: int, size: int) -> list[MicroBatch]:
-    """Those of one data-parallel rank: the responses are dealt out, and all ranks get as many micro-batches."""
+    """Those of one data-parallel rank: the responses are dealt out, and all ranks get equally many."""
     rollouts = batch.rollouts
     weights = [1.0 / len(rollouts)] * len(rollouts)
     dealt = [list(range(i, len(rollouts), size)) for i in range(size)]

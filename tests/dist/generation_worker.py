@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
@@ -136,9 +136,10 @@ def read_fully(model: MegatronModel, rollouts: Sequence[Rollout], sampling: Samp
     return readings
 
 
-def packed(
-    rollouts: Sequence[Rollout], groups: Groups, sampling: Sampling = Sampling()
-) -> list[MicroBatch]:
+WHOLE = Sampling()
+
+
+def packed(rollouts: Sequence[Rollout], groups: Groups, sampling: Sampling = WHOLE) -> list[MicroBatch]:
     """This data-parallel rank's share, in two micro-batches."""
     form = Form(VOCAB, tp_size=groups.tp.size, temperature=sampling.law_temperature)
     ones = [1.0] * len(rollouts)

@@ -40,7 +40,9 @@ def check_formed(result: RankResult, world: int, sizes: Sizes, config: dict[str,
             assert operations <= seen if size[axis] > 1 else not seen, (axis, seen)
 
 
-def check_shards(shapes: dict[str, tuple[int, ...]], size: Sizes, chunks: int, config: dict[str, Any]) -> None:
+def check_shards(
+    shapes: dict[str, tuple[int, ...]], size: Sizes, chunks: int, config: dict[str, Any]
+) -> None:
     hidden, width, ffn = config["hidden_size"], config["head_dim"], config["moe_intermediate_size"]
     heads, groups, tp = config["num_attention_heads"], config["num_key_value_heads"], size["tp"]
     rows = -(-config["vocab_size"] // tp)

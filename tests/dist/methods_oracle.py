@@ -1,6 +1,6 @@
 """What every method must give, on one process: Hugging Face's model runs each sequence alone in float64, and
-the objective reads its full rows of logits at once, as in the unit tests. Nothing here uses batching, packing,
-micro-batches, sharding, the LM head or the trainer.
+the objective reads its full rows of logits at once, as in the unit tests. Nothing here uses batching,
+packing, micro-batches, sharding, the LM head or the trainer.
 """
 
 from dataclasses import dataclass, replace
@@ -27,8 +27,8 @@ POLICIES = ("new", "old", "mu", "reference")
 
 @dataclass(frozen=True)
 class Expected:
-    """loss, the gradients of all Hugging Face tensors by name, and the mean of each diagnostic over the tokens
-    that have it."""
+    """loss, the gradients of all Hugging Face tensors by name, and the mean of each diagnostic over the
+    tokens that have it."""
 
     loss: float
     gradients: Weights

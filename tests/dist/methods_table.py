@@ -1,6 +1,6 @@
-"""Every method of the slots, configured so that on the fixed batch it acts on some tokens and not on others."""
+"""Every method of the slots, so configured that it acts on some tokens of the fixed batch and not on others."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_troll.config.tree import ObjectiveConfig
@@ -88,9 +88,7 @@ METHODS = {
         trust_region={"name": "dppo", "divergence": "topk_kl", "k": 8, "delta": 0.03, "against": "old"},
     ),
     "trm-max": method("responses_masked", trust_region={"name": "trm", "k": 8, "delta": 0.08}),
-    "trm-avg": method(
-        "responses_masked", trust_region={"name": "trm", "k": 8, "over": "avg", "delta": 0.03}
-    ),
+    "trm-avg": method("responses_masked", trust_region={"name": "trm", "k": 8, "over": "avg", "delta": 0.03}),
     "cispo": method("clipped", trust_region={"name": "cispo", "eps_low": 0.2, "eps_high": 0.25}),
     "minpro": method("clipped", trust_region={"name": "minpro", "eps_high": 0.0}),
     "troll-budget": method("projected", trust_region=TROLL | {"bound": BUDGET, "support": "own"}),

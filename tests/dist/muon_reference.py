@@ -67,7 +67,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 
 def each_matrix(name: str, weight: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """`act` on every matrix that a published tensor of Qwen3-Next holds interleaved by heads, or on it all."""
+    """`act` on every matrix that a published tensor of Qwen3-Next holds interleaved by heads, or on all."""
     keys, values = NEXT["linear_num_key_heads"], NEXT["linear_num_value_heads"]
     key, value = NEXT["linear_key_head_dim"], values // keys * NEXT["linear_value_head_dim"]
     if "in_proj_qkvz" in name:
@@ -79,9 +79,7 @@ def each_matrix(name: str, weight: Tensor, act: Callable[[Tensor], Tensor]) -> T
     return act(weight)
 
 
-def _interleaved(
-    weight: Tensor, groups: int, rows: Iterable[int], act: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _interleaved(weight: Tensor, groups: int, rows: Iterable[int], act: Callable[[Tensor], Tensor]) -> Tensor:
     parts = weight.unflatten(0, (groups, -1)).split(list(rows), 1)
     acted = [act(part.flatten(0, 1)).view_as(part) for part in parts]
     return torch.cat(acted, 1).flatten(0, 1)

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor

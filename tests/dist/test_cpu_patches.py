@@ -1,6 +1,4 @@
-"""The patches under which megatron-core runs without CUDA: exactly these, and none where CUDA exists. That each is needed was found by leaving it out of test_layouts.py, test_checkpoint.py and
-test_generation.py.
-"""
+"""The patches under which megatron-core runs without CUDA: exactly these, and none where CUDA exists."""
 
 from collections.abc import Iterator
 from unittest.mock import patch
@@ -50,7 +48,9 @@ def test_nothing_is_applied_where_cuda_exists(fresh: RankPool) -> None:
 
 def test_another_version_is_refused_before_anything_is_applied(fresh: RankPool) -> None:
     ((error, changed),) = fresh.run(start_with, "0.17.0")
-    assert f"megatron-core 0.17.0 is installed, and this version of megatron-troll runs on {pinned()}" in error
+    assert (
+        f"megatron-core 0.17.0 is installed, and this version of megatron-troll runs on {pinned()}" in error
+    )
     assert changed == []
 
 

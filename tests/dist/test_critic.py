@@ -26,9 +26,9 @@ from tests.dist.critic_worker import (
 )
 from tests.dist.harness import RankPool
 from tests.dist.layouts_batch import Weights
+from tests.dist.layouts_checks import global_norm, worst_gradient
 from tests.dist.methods_batch import Batch, make_methods_batch, model_of
 from tests.dist.methods_worker import Cut
-from tests.dist.layouts_checks import global_norm, worst_gradient
 from tests.dist.tiny import MOE, reference
 
 TOLERANCE = 1e-5

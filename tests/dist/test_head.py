@@ -227,7 +227,7 @@ def select(case: Case, k: int) -> tuple[Tensor, ...]:
 
 
 def tied_case(n: int, vocab: int) -> Case:
-    """Small whole numbers: logits are exact, and tie inside shards, across shards and across the k-th place."""
+    """Small whole numbers: logits are exact, and tie inside shards, across them and across the k-th place."""
     generator = torch.Generator().manual_seed(vocab)
     hidden = torch.randint(-1, 3, (n, SIZE), generator=generator).double()
     hidden[:1] = 0.0  # a row where every token ties
@@ -333,7 +333,9 @@ def collisions(tp: int) -> tuple[Tensor | None, Tensor]:
         target = torch.randint(0, shape.vocab, (9,), generator=generator)
         head = Head(model, temperature=0.7)
         rows = torch.cat(groups.tp.all_gather(head.log_probs(hidden)), -1)
-        return head.read(hidden, target, Reads(logp=True, collision=True)).collision, rows.exp().square().sum(1)
+        return head.read(hidden, target, Reads(logp=True, collision=True)).collision, rows.exp().square().sum(
+            1
+        )
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -39,7 +39,7 @@ def name_faults(layout: Layout, batch: Batch, wrong: Weights) -> dict[str, Named
         model = mcore.build(config, shape_of(batch.config), groups)
         policy, named = trainable(model, OPTIMIZER, total_steps=1), {}
         for objective in OBJECTIVES:
-            # Padded: the attention of a packed row weighs every sequence of it, be it by 0, and 0 x NaN is NaN.
+            # Padded: attention weighs every sequence of a packed row, be it by 0, and 0 x NaN is NaN.
             case = Case(objective, packed=False, token_budget=64, aux=0.0)
             batches, learner = cut(batch, case, groups, layout), trainer(policy, case)
             load(model, TensorSource(wrong))

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from megatron_troll.config.model_options import MoE
 from megatron_troll.config.tree import Layout, Model
-from megatron_troll.mcore.layout import check_layout
-from megatron_troll.mcore.shape import shape_of
 from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups
 from tests.dist.layouts_batch import (
     BOUND,
@@ -95,9 +93,7 @@ VARIANTS = {
         CASES[-1:],
         fields={"optimizer": OPTIMIZER.model_copy(update={"distributed": True})},
     ),
-    "hybrid-full-recompute": Variant(
-        2, {"tp": 2, "ep": 2}, HYBRID_CASES, "hybrid", {"recompute": "full"}
-    ),
+    "hybrid-full-recompute": Variant(2, {"tp": 2, "ep": 2}, HYBRID_CASES, "hybrid", {"recompute": "full"}),
     "hybrid-selective-recompute": Variant(2, {"cp": 2}, HYBRID_CASES, "hybrid", {"recompute": "selective"}),
     "tied-dense": Variant(4, {"tp": 2, "pp": 2}, (CASES[0], CASES[-1]), kind="tied-dense"),
     "soft-cap": Variant(2, {"tp": 2}, (CASES[0], CASES[2], CASES[-1]), kind="capped-dense"),

@@ -1,8 +1,8 @@
 """Every method gives the same loss, diagnostics and gradients on every layout, packed or padded, cut into
 micro-batches that split prompt groups; and they are those of full rows of logits in float64 on one process.
 
-methods_batch.py has the batch, methods_table.py the methods, methods_oracle.py the full rows, methods_worker.py
-what ranks run.
+methods_batch.py has the batch, methods_table.py the methods, methods_oracle.py the full rows,
+methods_worker.py what ranks run.
 """
 
 import pytest
@@ -12,11 +12,11 @@ from megatron_troll.objectives import compose
 from megatron_troll.observe.fields import EXPERTS
 from megatron_troll.trainer import PROBED
 from tests.dist.harness import RankPool
+from tests.dist.layouts_checks import check_metrics, worst_gradient
 from tests.dist.methods_batch import Batch, make_methods_batch
 from tests.dist.methods_oracle import Expected, Oracle
 from tests.dist.methods_table import METHODS
 from tests.dist.methods_worker import Cut, Outcome, run_methods
-from tests.dist.layouts_checks import check_metrics, worst_gradient
 from tests.dist.tiny import MOE, reference
 
 TOLERANCE = 1e-5

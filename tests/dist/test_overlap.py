@@ -4,7 +4,7 @@ after it, and the head's are on their way before backward reaches the body.
 test_layouts.py compares them with plain autograd on more layouts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Buckets
-from torch import Tensor
 
 from megatron_troll.config.tree import Model
 from megatron_troll.mcore import model as mcore
@@ -37,7 +36,7 @@ STEPS = (
 @dataclass(frozen=True)
 class Steps:
     """What optimizer steps gave: gradient norms, the weights at the end; for each step the bucket groups in
-    the order in which their reduction began before anything waited for one, and which of them has the head."""
+    the order in which their reduction began before anything waited for one, and which has the head."""
 
     norms: list[float]
     weights: Weights
@@ -82,9 +81,11 @@ def beginnings() -> Iterator[list[int]]:
         waiting.append(True)
         finish(group, *args, **fields)
 
-    with mock.patch.object(Buckets, "start_grad_sync", noted_begin):
-        with mock.patch.object(Buckets, "finish_grad_sync", noted_finish):
-            yield order
+    with (
+        mock.patch.object(Buckets, "start_grad_sync", noted_begin),
+        mock.patch.object(Buckets, "finish_grad_sync", noted_finish),
+    ):
+        yield order
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["replicated", "distributed"])

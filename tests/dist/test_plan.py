@@ -1,4 +1,4 @@
-"""`mtroll plan` against ranks of tiny models: states to the byte, saved tensors and what is sent within 10 %."""
+"""`mtroll plan` against ranks of tiny models: states to the byte, saved tensors and traffic within 10 %."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,8 +17,8 @@ from tests.dist.plan_worker import BUCKET, measure
 from tests.dist.tiny import DENSE, MOE, NEXT
 
 TOKENS = 256
-# Bytes a token of what plans leave out: what tensor-parallel ranks tell each other in the head, and sums of the
-# gradients of norms and routers; of the rest next to none. Of a model of full size all of it is less than 1 %.
+# Bytes a token of what plans leave out: what tensor-parallel ranks tell each other in the head, and sums of
+# the gradients of norms and routers; of the rest next to none. Of a full-sized model it is less than 1 %.
 SMALL = dict.fromkeys(asdict(communication.Traffic()), 2) | {"tensor": 160}
 CLIP = compose(ObjectiveConfig(trust_region=Slot(name="clip")))
 
@@ -54,9 +54,7 @@ CASES = {
     "tp2-dp2": Case(4, {"tp": 2}, fields=BF16),
     "muon": Case(2, {}, fields=BF16 | {"optimizer": {"name": "muon"}}),
     "muon-fp32": Case(2, {"ep": 2}, fields={"optimizer": {"name": "muon", "distributed": False}}),
-    "muon-hybrid-tp2-ep2-dp2": Case(
-        4, {"tp": 2, "ep": 2}, NEXT, BF16 | {"optimizer": {"name": "muon"}}
-    ),
+    "muon-hybrid-tp2-ep2-dp2": Case(4, {"tp": 2, "ep": 2}, NEXT, BF16 | {"optimizer": {"name": "muon"}}),
     "muon-tied-overlapped": Case(
         4,
         {"pp": 2},
@@ -89,7 +87,9 @@ def test_a_plan_is_what_ranks_hold(
         assert saved(planned, case, rank) == pytest.approx(held.saved, rel=0.1), f"rank {rank}"
         for kind, planned_bytes in sent(planned, case, rank).items():
             few = SMALL[kind] * TOKENS * case.micro_batches
-            assert held.sent.get(kind, 0) == pytest.approx(planned_bytes, rel=0.1, abs=few), f"rank {rank}: {kind}"
+            assert held.sent.get(kind, 0) == pytest.approx(planned_bytes, rel=0.1, abs=few), (
+                f"rank {rank}: {kind}"
+            )
 
 
 def plan_of(case: Case) -> Planned:

@@ -25,7 +25,7 @@ def check_folder(folders: list[Path]) -> Finding:
 
 def check_clock(offset: float) -> Finding:
     now = time.time
-    with mock.patch.object(time, "time", lambda: now() + offset * dist.get_rank()):
+    with mock.patch.object(time, "time", side_effect=lambda: now() + offset * dist.get_rank()):
         return together.clock(world())
 
 

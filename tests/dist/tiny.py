@@ -1,4 +1,4 @@
-"""A tiny Qwen3, Qwen3-MoE and Qwen3-Next: their Hugging Face configs, and reference models with weights worth testing."""
+"""A tiny Qwen3, Qwen3-MoE and Qwen3-Next: Hugging Face configs, and models with weights worth testing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
