@@ -19,7 +19,6 @@ from typing import Any, Literal, cast
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from packaging.version import InvalidVersion, Version
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_troll.mcore import checkpoint_folder as folders
@@ -31,8 +30,7 @@ from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import described
 from megatron_troll.signals import spared
 
-MEGATRON = "megatron-core"
-VERSIONED = (MEGATRON, "torch")
+VERSIONED = (folders.MEGATRON, "torch")
 TENSORS = "tensors"
 # What Megatron raises on the rank that failed; torch's CheckpointException is raised on every rank.
 LOCAL_FAILURES = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
@@ -187,7 +185,7 @@ class Checkpoints:
 
     def _check(self, path: Path, manifest: dict[str, Any]) -> None:
         """On rank 0: whether the checkpoint can be read, runs nothing, and is of these models."""
-        refuse_newer(path, manifest["versions"])
+        folders.refuse_newer(path, manifest)
         vet(path / TENSORS)
         self._check_models(path, manifest)
 
@@ -295,23 +293,6 @@ def layout_of(trained: Trainable) -> dict[str, int]:
         "ep": config.expert_model_parallel_size,
         "etp": config.expert_tensor_parallel_size or 1,
     }
-
-
-def refuse_newer(path: Path, versions: dict[str, str]) -> None:
-    """Raise CheckpointError where a checkpoint was written by a newer Megatron-Core than is installed: older
-    ones are read."""
-    wrote, here = versions.get(MEGATRON, "unknown"), version(MEGATRON)
-    try:
-        # What follows a `+` names a build of the same release.
-        newer = Version(Version(wrote).public) > Version(Version(here).public)
-    except InvalidVersion as error:
-        raise CheckpointError(f"{path} names no release of {MEGATRON} that wrote it: {error}") from error
-    if newer:
-        raise CheckpointError(
-            f"{path} was written with {MEGATRON} {wrote}, and {here} is installed, which may misread it: "
-            f"resume with the release of this program that wrote it ({MEGATRON} {wrote}), or load an older "
-            "checkpoint"
-        )
 
 
 def _rng_file(path: Path, rank: int) -> Path:

@@ -6,12 +6,16 @@ import os
 import re
 import shutil
 import uuid
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from packaging.version import InvalidVersion, Version
 
 from megatron_troll.files import flush
 
 MANIFEST = "checkpoint.json"
+MEGATRON = "megatron-core"
 FORMAT = 2
 _COMPLETE = re.compile(r"step_(\d{6,})")
 _UNFINISHED = ".tmp"
@@ -117,6 +121,22 @@ def verified(path: Path) -> dict[str, Any]:
             state = "is missing" if there is None else f"has {there} bytes instead of {size}"
             raise CheckpointError(f"{file} {state}: the checkpoint is damaged")
     return manifest
+
+
+def refuse_newer(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError where a checkpoint was written by a newer Megatron-Core than is installed: older
+    ones are read."""
+    wrote, here = manifest["versions"].get(MEGATRON, "unknown"), version(MEGATRON)
+    try:
+        # What follows a `+` names a build of the same release.
+        newer = Version(Version(wrote).public) > Version(Version(here).public)
+    except InvalidVersion as error:
+        raise CheckpointError(f"{path} names no release of {MEGATRON} that wrote it: {error}") from error
+    if newer:
+        raise CheckpointError(
+            f"{path} was written with {MEGATRON} {wrote}, and {here} is installed, which may misread it: "
+            f"use the release of this program that wrote it ({MEGATRON} {wrote}), or an older checkpoint"
+        )
 
 
 def _usable(folder: Path, candidates: list[int]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_troll.mcore.checkpoint_folder import MANIFEST, verified
+from megatron_troll.mcore.checkpoint_folder import MANIFEST, refuse_newer, verified
 from megatron_troll.mcore.shape import ModelShape, described
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.megatron_keys import Keys, Region
@@ -126,7 +126,7 @@ def checkpoint_of(folder: Path, shape: ModelShape, left_out: tuple[str, ...] = (
     program on Megatron-Core wrote. See CheckpointSource for `left_out`.
 
     Raises FileNotFoundError or ValueError where there is none, or of another shape; CheckpointError where a
-    run's is damaged.
+    run's is damaged or of a newer Megatron-Core.
     """
     place = folder / TENSORS if is_checkpoint(folder) else folder
     if not (place / CONFIG).is_file():
@@ -141,7 +141,9 @@ def checkpoint_of(folder: Path, shape: ModelShape, left_out: tuple[str, ...] = (
 
 
 def _check_run(folder: Path, shape: ModelShape) -> None:
-    saved, wanted = verified(folder)["models"][POLICY]["shape"], described(shape)
+    manifest = verified(folder)
+    refuse_newer(folder, manifest)
+    saved, wanted = manifest["models"][POLICY]["shape"], described(shape)
     differing = [
         f"{key} {saved.get(key)} there, {wanted.get(key)} here"
         for key in {**wanted, **saved}

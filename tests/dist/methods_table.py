@@ -1,4 +1,4 @@
-"""Every method of the slots, so configured that it acts on some tokens of the fixed batch and not on others."""
+"""Every method of the slots, so configured that on the fixed batch it acts on some tokens, not on others."""
 
 from dataclasses import dataclass
 from typing import Any

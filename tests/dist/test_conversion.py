@@ -243,6 +243,20 @@ def test_another_model_than_the_run_trained_is_refused(
         ToHuggingFace(families["moe"].step("one"), tmp_path, Options())
 
 
+def test_a_checkpoint_of_a_newer_megatron_is_refused(
+    families: dict[str, Family], readings: object, tmp_path: Path
+) -> None:
+    step = tmp_path / "step_000001"
+    shutil.copytree(families["moe"].step("one"), step)
+    manifest = json.loads((step / "checkpoint.json").read_text())
+    manifest["versions"]["megatron-core"] = "99.0.0"
+    (step / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        CheckpointError, match=r"was written with megatron-core 99\.0\.0, and .* is installed"
+    ):
+        ToHuggingFace(step, families["moe"].hugging_face, Options())
+
+
 def test_a_damaged_checkpoint_of_a_run_is_refused(
     families: dict[str, Family], readings: object, tmp_path: Path
 ) -> None:
