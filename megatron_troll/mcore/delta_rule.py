@@ -24,14 +24,13 @@ from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
-from packaging.version import Version
 from torch import Tensor
 
 from megatron_troll.mcore.packing import Flat
+from megatron_troll.mcore.version import check_linear_attention
 
 CHUNK = 64
 NORM_EPS = 1e-6
-OLDEST_FLA = "0.6"
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 FlatRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Flat], Tensor]
 
@@ -73,7 +72,7 @@ def implementation(device: torch.device, dtype: torch.dtype) -> str:
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels | None:
     """flash-linear-attention's, for CUDA and anything but fp32; None where it is not installed. Raises
-    RuntimeError where it is too old."""
+    ValueError where it is too old."""
     return _flash_linear_attention() if _takes_kernels(device, dtype) else None
 
 
@@ -85,13 +84,7 @@ def _takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 def _flash_linear_attention() -> Kernels | None:
     if importlib.util.find_spec("fla") is None:
         return None
-    # Older ones take the number of heads from the keys and leave the other value heads uninitialised.
-    if Version(found := version("fla-core")) < Version(OLDEST_FLA):
-        raise RuntimeError(
-            f"flash-linear-attention (fla-core) {found} is installed, whose kernels give wrong results where "
-            f"value heads share a key head; this model needs {OLDEST_FLA} or newer: "
-            f"pip install 'flash-linear-attention>={OLDEST_FLA}'"
-        )
+    check_linear_attention(version("fla-core"))
     from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
         chunk_gated_delta_rule,
         fused_recurrent_gated_delta_rule,

@@ -1,7 +1,11 @@
-"""The one megatron-core that this package runs on. Megatron-Core is not imported."""
+"""The one megatron-core and the oldest flash-linear-attention to run on. Neither is imported."""
 
 import re
 from importlib.metadata import requires, version
+
+from packaging.version import Version
+
+OLDEST_LINEAR_ATTENTION = "0.6"
 
 
 def pinned() -> str:
@@ -19,4 +23,15 @@ def check_version() -> None:
         raise ValueError(
             f"megatron-core {found} is installed, and this version of megatron-troll runs on {wanted} alone: "
             f"run `make env`, or pip install megatron-core=={wanted}"
+        )
+
+
+def check_linear_attention(found: str) -> None:
+    """Raise ValueError where `found` is too old. Before 0.6 the kernels take the number of heads from the
+    keys, and leave the output of all further value heads uninitialised."""
+    if Version(found) < Version(OLDEST_LINEAR_ATTENTION):
+        raise ValueError(
+            f"flash-linear-attention {found} is installed, whose kernels give wrong results where value "
+            f"heads share a key head; {OLDEST_LINEAR_ATTENTION} or newer is needed: "
+            f"pip install 'flash-linear-attention>={OLDEST_LINEAR_ATTENTION}'"
         )

@@ -1,18 +1,25 @@
 """Versions of what runs on a node."""
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution, version
 
 import torch
 from torch.cuda import nccl
 
-from megatron_troll.mcore.version import pinned
+from megatron_troll.mcore.version import check_linear_attention, pinned
 from megatron_troll.preflight.finding import Finding, failed, passed, warned
 
 # Ours and PyPI's name for it: PyPI's `apex` is another package.
 NVIDIA_APEX = "amp_C"
-EXTENSIONS = {"transformer-engine": "transformer_engine", "flash-linear-attention": "fla"}
+# What a run imports of them.
+EXTENSIONS = {
+    "transformer-engine": "transformer_engine.pytorch",
+    "flash-linear-attention": "fla.ops.gated_delta_rule",
+}
+LINEAR_ATTENTION = "flash-linear-attention"
 
 
 def findings(cuda: bool, find: Callable[[str], str] = version) -> Iterator[Finding]:
@@ -22,12 +29,34 @@ def findings(cuda: bool, find: Callable[[str], str] = version) -> Iterator[Findi
     if not cuda:
         return
     yield passed("nccl", ".".join(map(str, nccl.version())))
-    for name in EXTENSIONS:
-        try:
-            yield passed(name, find(name))
-        except PackageNotFoundError:
-            yield warned(name, "not installed", f"install {name}: without it the slower path in torch runs")
+    for name, module in EXTENSIONS.items():
+        yield extension(name, module, find)
     yield apex()
+
+
+def extension(name: str, module: str, find: Callable[[str], str] = version) -> Finding:
+    """Whether a package with compiled parts is there, not too old, and imports beside this torch. Waits for
+    the import, which is tried in a process of its own: what was built for another torch may end it."""
+    try:
+        found = find(name)
+    except PackageNotFoundError:
+        return warned(name, "not installed", f"install {name}: without it the slower path in torch runs")
+    try:
+        if name == LINEAR_ATTENTION:
+            check_linear_attention(found)
+    except ValueError as error:
+        return failed(name, found, str(error))
+    tried = subprocess.run(
+        [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False
+    )
+    if tried.returncode == 0:
+        return passed(name, found)
+    why = (tried.stderr.strip() or f"exit code {tried.returncode}").splitlines()[-1]
+    return failed(
+        name,
+        f"{found}, but `import {module}` fails: {why}",
+        f"build it beside torch {torch.__version__} (see the Dockerfile)",
+    )
 
 
 def core(found: str, wanted: str) -> Finding:

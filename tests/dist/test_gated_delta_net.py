@@ -55,5 +55,5 @@ def test_kernels_are_given_packed_sequences_end_to_end(
 def test_too_old_a_release_is_refused_when_the_layer_is_built(ranks1: RankPool) -> None:
     """0.4.2 has no value heads of its own: it leaves half of the output of Qwen3-Next uninitialised."""
     (said,) = ranks1.run(built_beside, "0.4.2", Model(path="none", dtype="bf16"))
-    assert "(fla-core) 0.4.2 is installed" in said
+    assert "flash-linear-attention 0.4.2 is installed" in said
     assert "pip install 'flash-linear-attention>=0.6'" in said

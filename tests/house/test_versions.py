@@ -74,8 +74,11 @@ def argument(name: str) -> str:
 
 def test_sources_are_pinned_too() -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", argument("APEX"))
-    assert re.fullmatch(r"\d+\.\d+\.\d+", argument("SGLANG"))
-    assert re.findall(r"git\+\S+@(\S+)\"", DOCKERFILE) == ["v${TRANSFORMER_ENGINE}", "${APEX}"]
+    for name in ("SGLANG", "TRANSFORMER_ENGINE"):
+        assert re.fullmatch(r"\d+\.\d+\.\d+", argument(name))
+    assert re.findall(r"git\+\S+@(\S+)\"", DOCKERFILE) == ["${APEX}"]
+    engine = re.findall(r'"(transformer-engine\S*)==\$\{TRANSFORMER_ENGINE\}"', DOCKERFILE)
+    assert sorted(engine) == ["transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"]
 
 
 def test_sglang_is_the_same_everywhere() -> None:

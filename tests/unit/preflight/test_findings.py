@@ -29,6 +29,24 @@ def test_another_megatron_core_is_refused() -> None:
     assert finding.advice.startswith("install megatron-core==0.19.2")
 
 
+def test_an_extension_that_does_not_import_is_a_failure() -> None:
+    fine = packages.extension("transformer-engine", "json", {"transformer-engine": "2.20.2"}.__getitem__)
+    assert (fine.level, fine.text) == ("ok", "2.20.2")
+    broken = packages.extension("transformer-engine", "no_such", {"transformer-engine": "2.20.2"}.__getitem__)
+    assert broken.level == "failed"
+    assert broken.text == (
+        "2.20.2, but `import no_such` fails: ModuleNotFoundError: No module named 'no_such'"
+    )
+    assert f"torch {torch.__version__}" in broken.advice
+    assert packages.extension("no-such-package", "json").level == "warning"
+
+
+def test_a_flash_linear_attention_that_is_too_old_is_a_failure() -> None:
+    finding = packages.extension(packages.LINEAR_ATTENTION, "json", lambda name: "0.4.2")
+    assert (finding.level, finding.text) == ("failed", "0.4.2")
+    assert "pip install 'flash-linear-attention>=0.6'" in finding.advice
+
+
 def test_pypis_apex_is_told_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     assert packages.apex().level == "warning"
