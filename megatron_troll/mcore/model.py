@@ -46,8 +46,8 @@ class HiddenStateModel(GPTModel):
     splits_head = True
 
     @override
-    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        return super().forward(*inputs, output_processor=_hidden_states, **options)
 
     @property
     def output_weight(self) -> Tensor:
@@ -57,6 +57,11 @@ class HiddenStateModel(GPTModel):
         weight = self.output_layer.weight
         assert weight is not None
         return weight
+
+
+def _hidden_states(*, hidden_states: Tensor, **_: Any) -> Tensor:
+    """What Megatron's last stage makes of them in place of logits."""
+    return hidden_states
 
 
 @dataclass(frozen=True)
