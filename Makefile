@@ -50,8 +50,10 @@ check: env
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# Tests of ranks start processes of their own, and run one at a time.
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 tests/unit tests/house
+	$(BIN)/python -m pytest tests/dist tests/e2e
 
 test-sglang: env sglang-env
 	$(BIN)/python -m pytest tests/sglang
