@@ -20,14 +20,13 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_troll.mcore.packing import Flat
-from megatron_troll.mcore.version import check_linear_attention
+from megatron_troll.mcore.version import check_linear_attention, linear_attention
 
 CHUNK = 64
 NORM_EPS = 1e-6
@@ -84,7 +83,7 @@ def _takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 def _flash_linear_attention() -> Kernels | None:
     if importlib.util.find_spec("fla") is None:
         return None
-    check_linear_attention(version("fla-core"))
+    check_linear_attention(linear_attention())
     from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
         chunk_gated_delta_rule,
         fused_recurrent_gated_delta_rule,

@@ -177,9 +177,8 @@ class GatedDeltaNet(MegatronModule):
         """Rows [cp x t, 1, w]. Positions of no sequence come out as zeros."""
         mixed, flat = rows.new_zeros(rows.shape[0], self.mine.value), packed.flat
         if flat is not None and kernels_for(rows.device, rows.dtype):
-            return mixed.index_copy(0, flat.key, self._again(self._mix_flat, rows[flat.key, 0], flat))[
-                :, None
-            ]
+            sequences = self._again(self._mix_flat, rows[flat.key, 0], flat)
+            return mixed.index_copy(0, flat.key, sequences)[:, None]
         for bucket in packed.buckets:
             sequences = self._whole(rows[bucket.key, 0])
             mixed = mixed.index_put((bucket.key[bucket.real],), sequences[bucket.real])

@@ -1,7 +1,7 @@
 """The one megatron-core and the oldest flash-linear-attention to run on. Neither is imported."""
 
 import re
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.version import Version
 
@@ -24,6 +24,15 @@ def check_version() -> None:
             f"megatron-core {found} is installed, and this version of megatron-troll runs on {wanted} alone: "
             f"run `make env`, or pip install megatron-core=={wanted}"
         )
+
+
+def linear_attention() -> str:
+    """The release of flash-linear-attention that is installed. Its kernels are in fla-core; the oldest
+    releases had no such part. Raises PackageNotFoundError."""
+    try:
+        return version("fla-core")
+    except PackageNotFoundError:
+        return version("flash-linear-attention")
 
 
 def check_linear_attention(found: str) -> None:

@@ -14,12 +14,12 @@ from megatron_troll.preflight.finding import Finding, failed, passed, warned
 
 # Ours and PyPI's name for it: PyPI's `apex` is another package.
 NVIDIA_APEX = "amp_C"
+LINEAR_ATTENTION = "flash-linear-attention"
 # What a run imports of them.
 EXTENSIONS = {
     "transformer-engine": "transformer_engine.pytorch",
-    "flash-linear-attention": "fla.ops.gated_delta_rule",
+    LINEAR_ATTENTION: "fla.ops.gated_delta_rule",
 }
-LINEAR_ATTENTION = "flash-linear-attention"
 
 
 def findings(cuda: bool, find: Callable[[str], str] = version) -> Iterator[Finding]:

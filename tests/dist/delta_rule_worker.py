@@ -66,7 +66,7 @@ def installed(version: str = "0.6.0") -> Iterator[FlashLinearAttention]:
     delta_rule._flash_linear_attention.cache_clear()
     with (
         mock.patch.dict(sys.modules, modules),
-        mock.patch.object(delta_rule, "version", {"fla-core": version}.__getitem__),
+        mock.patch.object(delta_rule, "linear_attention", return_value=version),
         mock.patch.object(delta_rule, "_takes_kernels", return_value=True),
     ):
         yield library

@@ -29,7 +29,8 @@ CASES = {
     **{
         f"{layout}-{kind}": (*LAYOUTS[layout], MOE, kind)
         for layout in LAYOUTS
-        for kind in ("fp32", "bf16" if layout in ("one-rank", "tp2") else "sharded")
+        for kind in KINDS
+        if (layout, kind) != ("tp2", "sharded")
     },
     "hybrid-tp2-ep2": (2, {"tp": 2, "ep": 2}, NEXT, "fp32"),
     "hybrid-tp2-sharded": (4, {"tp": 2}, NEXT, "sharded"),
