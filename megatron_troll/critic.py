@@ -19,10 +19,9 @@ from megatron_troll.mcore.shape import read_shape
 from megatron_troll.mcore.value import ValueModel, values
 from megatron_troll.observe.phases import Phases
 from megatron_troll.types import MicroBatch, Rollout
-from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
-from megatron_troll.weights.source import RandomSource
+from megatron_troll.weights.source import RandomSource, open_source
 from megatron_troll.weights.value import ValueSource, value_table
 
 

@@ -7,9 +7,8 @@ from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.load import load
-from megatron_troll.weights.source import RandomSource
+from megatron_troll.weights.source import RandomSource, open_source
 
 
 def open_policy(

@@ -10,8 +10,8 @@ from megatron_troll.mcore.head import Frozen, Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.types import MicroBatch, Readings, Reads, Support, TopK
-from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.load import load
+from megatron_troll.weights.source import open_source
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.hang import Watchdog
 from megatron_troll.observe.phases import Pace, Phases
 from megatron_troll.observe.progress import Progress, Silent, open_progress
-from megatron_troll.observe.report import report
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.observe.trackers import Summary, Together, open_trackers, write_summary
@@ -81,6 +80,9 @@ class Session:
             export(model, self.folder.hf, self.config.policy.path)
 
         def write() -> None:
+            # The libraries that draw take a second to import: only the rank that draws waits for them.
+            from megatron_troll.observe.report import report
+
             write_summary(self.folder.summary, summary)
             report([self.folder.root], self.folder.report)
 

@@ -17,10 +17,10 @@ from megatron_troll.convert.plan import (
     identity_of,
     write_carried,
 )
+from megatron_troll.mcore.checkpoint_folder import TENSORS
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.weights.carried import CARRIED, carried_by
 from megatron_troll.weights.check import check
-from megatron_troll.weights.checkpoint_source import TENSORS
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import CONFIG, file_name, write_companions
 from megatron_troll.weights.folder import write_index as write_carried_index

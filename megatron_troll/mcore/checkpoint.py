@@ -24,14 +24,13 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_troll.mcore import checkpoint_folder as folders
 from megatron_troll.mcore import checkpoint_rng as rng
 from megatron_troll.mcore import checkpoint_tensors as tensors
-from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.mcore.checkpoint_folder import TENSORS, CheckpointError
 from megatron_troll.mcore.checkpoint_pickle import vet
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import described
 from megatron_troll.signals import spared
 
 VERSIONED = (folders.MEGATRON, "torch")
-TENSORS = "tensors"
 # What Megatron raises on the rank that failed; torch's CheckpointException is raised on every rank.
 LOCAL_FAILURES = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
 

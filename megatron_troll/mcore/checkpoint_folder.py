@@ -15,6 +15,9 @@ from packaging.version import InvalidVersion, Version
 from megatron_troll.files import flush
 
 MANIFEST = "checkpoint.json"
+# The folder of the tensors, and the file in it that says how Megatron wrote them.
+TENSORS = "tensors"
+BACKENDS = "metadata.json"
 MEGATRON = "megatron-core"
 FORMAT = 2
 _COMPLETE = re.compile(r"step_(\d{6,})")
@@ -23,6 +26,11 @@ _UNFINISHED = ".tmp"
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or used; says which, why, and what to do."""
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the weights of a folder are those of a Megatron checkpoint beside config and tokenizer."""
+    return (folder / TENSORS / BACKENDS).is_file()
 
 
 def path_of(folder: Path, step: int) -> Path:

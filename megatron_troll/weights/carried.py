@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_troll.weights.checkpoint_source import is_checkpoint
+from megatron_troll.mcore.checkpoint_folder import is_checkpoint
 from megatron_troll.weights.source import INDEX, SINGLE, FolderSource, Source, TensorSource
 from megatron_troll.weights.table import Table
 

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from megatron_troll.mcore.shape import ModelShape
-from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.families import table_of
-from megatron_troll.weights.source import Source, Unstacked
+from megatron_troll.weights.source import Source, Unstacked, open_source
 from megatron_troll.weights.table import Table
 
 # Written by some tools although config.json ties the head to the embedding.

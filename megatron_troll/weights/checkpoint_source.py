@@ -7,15 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_troll.mcore.checkpoint_folder import MANIFEST, refuse_newer, verified
+from megatron_troll.mcore.checkpoint_folder import (
+    BACKENDS,
+    MANIFEST,
+    TENSORS,
+    is_checkpoint,
+    refuse_newer,
+    verified,
+)
 from megatron_troll.mcore.shape import ModelShape, described
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.megatron_keys import Keys, Region
-from megatron_troll.weights.source import FolderSource, Source
 from megatron_troll.weights.table import Place, Table, Tensors
-from megatron_troll.weights.torch_dist import CONFIG, SavedTensors, TensorsError
+from megatron_troll.weights.torch_dist import SavedTensors, TensorsError
 
-TENSORS = "tensors"
 POLICY = "policy"
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 OWN_LAYER = re.compile(r"decoder\.layers\.\d+\.")
@@ -116,11 +121,6 @@ def _fits(there: tuple[int, ...], wanted: tuple[int, ...], padded: int | None) -
     )
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether the weights of a folder are those of a Megatron checkpoint beside config and tokenizer."""
-    return (folder / TENSORS / CONFIG).is_file()
-
-
 def checkpoint_of(folder: Path, shape: ModelShape, left_out: tuple[str, ...] = ()) -> CheckpointSource:
     """The policy in a checkpoint of a run, or the model in a folder that `mtroll convert hf2mcore` or another
     program on Megatron-Core wrote. See CheckpointSource for `left_out`.
@@ -129,9 +129,9 @@ def checkpoint_of(folder: Path, shape: ModelShape, left_out: tuple[str, ...] = (
     run's is damaged or of a newer Megatron-Core.
     """
     place = folder / TENSORS if is_checkpoint(folder) else folder
-    if not (place / CONFIG).is_file():
+    if not (place / BACKENDS).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no Megatron checkpoint ({CONFIG}): give one step of a run, "
+            f"{folder} holds no Megatron checkpoint ({BACKENDS}): give one step of a run, "
             "runs/NAME/checkpoints/step_N, or a folder that `mtroll convert hf2mcore` wrote"
         )
     if (folder / MANIFEST).is_file():
@@ -151,12 +151,3 @@ def _check_run(folder: Path, shape: ModelShape) -> None:
     ]
     if differing:
         raise ValueError(f"{folder} is of another model than config.json: {', '.join(differing)}")
-
-
-def open_source(folder: str | Path, shape: ModelShape) -> Source:
-    """The weights of a folder in Hugging Face format, or of one that `mtroll convert hf2mcore` wrote.
-
-    Raises FileNotFoundError or ValueError where it has none or they cannot be read.
-    """
-    folder = Path(folder)
-    return checkpoint_of(folder, shape) if is_checkpoint(folder) else FolderSource(folder)

@@ -10,6 +10,7 @@ from typing import BinaryIO, Protocol
 import torch
 from torch import Tensor
 
+from megatron_troll.mcore.checkpoint_folder import is_checkpoint
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.table import Table
@@ -29,6 +30,20 @@ class Source(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, index: int | None = None) -> Tensor: ...
+
+
+def open_source(folder: str | Path, shape: ModelShape) -> Source:
+    """The weights of a folder in Hugging Face format, or of one that `mtroll convert hf2mcore` wrote.
+
+    Raises FileNotFoundError or ValueError where it has none or they cannot be read.
+    """
+    folder = Path(folder)
+    if not is_checkpoint(folder):
+        return FolderSource(folder)
+    # Importing torch.distributed.checkpoint takes half as long as torch: only what reads one waits for it.
+    from megatron_troll.weights.checkpoint_source import checkpoint_of
+
+    return checkpoint_of(folder, shape)
 
 
 class TensorSource:

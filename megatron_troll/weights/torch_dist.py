@@ -30,13 +30,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.mcore.checkpoint_folder import BACKENDS, CheckpointError
 from megatron_troll.mcore.checkpoint_pickle import COMMON, METADATA, read_index
 from megatron_troll.weights.megatron_keys import Region, Size
 from megatron_troll.weights.tensor_file import expect, read_into
 
-CONFIG = "metadata.json"
-BACKENDS = {
+WRITTEN_BY = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -266,4 +265,4 @@ def write_index(folder: Path, tensors: Mapping[str, Saved]) -> None:
     with open(folder / METADATA, "wb") as file:
         pickle.dump(Metadata(state_dict_metadata=described, storage_data=storage), file)
     torch.save({}, folder / COMMON)
-    (folder / CONFIG).write_text(json.dumps(BACKENDS))
+    (folder / BACKENDS).write_text(json.dumps(WRITTEN_BY))

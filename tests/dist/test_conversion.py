@@ -27,12 +27,11 @@ from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.parallel import inside
 from megatron_troll.mcore.shape import read_shape, shape_of
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.weights.checkpoint_source import open_source
 from megatron_troll.weights.export import stream
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
 from megatron_troll.weights.megatron_keys import written_keys
-from megatron_troll.weights.source import FolderSource
+from megatron_troll.weights.source import FolderSource, open_source
 from tests.dist.harness import RankPool
 from tests.dist.layout_table import Sizes
 from tests.dist.test_weights import Logits, fill_with_nan, read_logits

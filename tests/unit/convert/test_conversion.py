@@ -17,7 +17,7 @@ from megatron_troll.convert.to_hugging_face import ToHuggingFace, companions_of
 from megatron_troll.convert.to_megatron import ToMegatron
 from megatron_troll.launch.plan.models import PUBLISHED
 from megatron_troll.mcore.shape import read_shape, shape_of
-from megatron_troll.weights.checkpoint_source import open_source
+from megatron_troll.weights.source import open_source
 from megatron_troll.weights.torch_dist import (
     Chunk,
     Saved,
