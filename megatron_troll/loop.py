@@ -9,16 +9,14 @@ import torch
 
 from megatron_troll.advantages import zero_variance
 from megatron_troll.checks import Task
-from megatron_troll.collect import begin
-from megatron_troll.collected import Collected, ages
-from megatron_troll.estimate import Estimate, estimate
 from megatron_troll.launch.interrupts import Interrupts
-from megatron_troll.learner import Learned
-from megatron_troll.pending import Waiting
 from megatron_troll.rollout.engine import EngineError
-from megatron_troll.run import Run, Standing, open_run
-from megatron_troll.speed import speed
-from megatron_troll.trainer import Unhealthy
+from megatron_troll.run.collect import begin
+from megatron_troll.run.queue import Collected, Waiting, ages
+from megatron_troll.run.run import Run, Standing, open_run
+from megatron_troll.training.critic import Estimate, estimate
+from megatron_troll.training.throughput import speed
+from megatron_troll.training.trainer import Learned, Unhealthy
 from megatron_troll.types import Rollout
 
 # Probability outside the old support beyond which KL on that support means little (ALGORITHMS 1.8).

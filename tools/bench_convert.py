@@ -28,9 +28,9 @@ from megatron_troll.convert.progress import Silent
 from megatron_troll.convert.run import convert
 from megatron_troll.convert.to_hugging_face import ToHuggingFace
 from megatron_troll.convert.to_megatron import ToMegatron
-from megatron_troll.files import flush
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.parallel.groups import ALONE
+from megatron_troll.system import flush
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import file_name, write_index
 from megatron_troll.weights.source import FolderSource

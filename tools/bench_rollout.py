@@ -34,13 +34,13 @@ from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config, Sampling
 from megatron_troll.data.demo_model import write_base
 from megatron_troll.mcore import parallel
-from megatron_troll.policy import open_model
 from megatron_troll.rollout.engine import Answer, Setup
 from megatron_troll.rollout.engines.sglang import SGLangEngine
 from megatron_troll.rollout.sglang.client import Question
 from megatron_troll.rollout.sglang.desk import Desk
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.wire import Ask
+from megatron_troll.training.build import open_model
 
 GIB, MIB = 2**30, 2**20
 WAYS = ("disk", "tensor", "distributed")

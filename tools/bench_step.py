@@ -30,7 +30,6 @@ import torch.distributed as dist
 from bench_methods import MaterialisedHead, clip, sparse_clip, troll
 from torch import Tensor
 
-from megatron_troll.arrange import Arranger
 from megatron_troll.config.tree import (
     Config,
     Layout,
@@ -41,17 +40,17 @@ from megatron_troll.config.tree import (
     Sampling,
     Train,
 )
-from megatron_troll.learner import Learner
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Beside, Head
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.observe.phases import Phases
-from megatron_troll.policy import open_policy
 from megatron_troll.rollout.engine import Request, Setup
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
-from megatron_troll.trainer import PolicyTrainer
+from megatron_troll.training.build import open_policy
+from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.trainer import Learner, PolicyTrainer
 from megatron_troll.types import Prompt, Readings, Reads, Rollout
 
 BOUND = 1e-6

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_troll.cli import main
+from megatron_troll.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["plan", *sys.argv[1:]]))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_troll.cli import parser
+from megatron_troll.cli.main import parser
 from megatron_troll.config.load import load
 from megatron_troll.launch.slurm.cli import allocation_of
 from megatron_troll.launch.slurm.script import check_memory, write

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from megatron_troll.files import flush, write_atomic
+from megatron_troll.system import flush, write_atomic
 
 IDENTITY = "conversion.json"
 SUMS = "SHA256SUMS"

@@ -10,8 +10,8 @@ from rich.table import Table
 from megatron_troll.config.tree import Config
 from megatron_troll.evals.estimators import CONFIDENCE, RESAMPLES
 from megatron_troll.evals.results import Result
-from megatron_troll.files import write_atomic
 from megatron_troll.observe.trackers import versions
+from megatron_troll.system import write_atomic
 
 
 def write(path: Path, config: Config, results: Sequence[Result]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_troll.config.tree import EvalSet
 from megatron_troll.evals.estimators import interval, majority_at, pass_at
-from megatron_troll.judging import Judged, together
+from megatron_troll.rewards.batch import Judged, together
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from megatron_troll.signals import ASKING
+from megatron_troll.system import ASKING
 
 
 @dataclass

@@ -28,7 +28,7 @@ from megatron_troll.mcore.checkpoint_folder import TENSORS, CheckpointError
 from megatron_troll.mcore.checkpoint_pickle import vet
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import described
-from megatron_troll.signals import spared
+from megatron_troll.system import spared
 
 VERSIONED = (folders.MEGATRON, "torch")
 # What Megatron raises on the rank that failed; torch's CheckpointException is raised on every rank.

@@ -12,7 +12,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from megatron_troll.files import flush
+from megatron_troll.system import flush
 
 MANIFEST = "checkpoint.json"
 # The folder of the tensors, and the file in it that says how Megatron wrote them.

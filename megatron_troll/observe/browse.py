@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from megatron_troll.files import write_atomic
 from megatron_troll.observe.rollouts import Sample, read_step, stored_steps
 from megatron_troll.observe.run_folder import RunFolderError
+from megatron_troll.system import write_atomic
 
 SORTS: dict[str, Callable[[Sample], float]] = {
     "reward": lambda sample: sample.reward,

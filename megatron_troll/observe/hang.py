@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_troll.files import write_atomic
+from megatron_troll.system import write_atomic
 
 EXIT_HANG = 75
 POLLS_PER_HEARTBEAT = 10

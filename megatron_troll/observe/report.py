@@ -8,9 +8,9 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
-from megatron_troll.files import write_atomic
 from megatron_troll.observe.charts import CHARTS, Chart, Line, colour, write_png
 from megatron_troll.observe.runs import Run, differing_keys, read_runs
+from megatron_troll.system import write_atomic
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px }

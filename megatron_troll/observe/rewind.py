@@ -3,9 +3,9 @@
 import json
 import os
 
-from megatron_troll.files import write_atomic
 from megatron_troll.observe.rollouts import step_of
 from megatron_troll.observe.run_folder import RunFolder
+from megatron_troll.system import write_atomic
 
 
 def rewind(folder: RunFolder, step: int) -> int:

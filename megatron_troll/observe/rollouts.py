@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_troll.files import write_atomic
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
+from megatron_troll.system import write_atomic
 from megatron_troll.types import Rollout
 
 

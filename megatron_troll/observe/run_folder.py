@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import yaml
 
-from megatron_troll.files import write_atomic
 from megatron_troll.mcore.checkpoint_folder import steps
+from megatron_troll.system import write_atomic
 
 # What a resumed run may change: how long it runs, where and how it is computed, what is written down.
 CHANGEABLE = (

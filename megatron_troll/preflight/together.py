@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_troll.files import write_atomic
 from megatron_troll.parallel.groups import Group
 from megatron_troll.preflight.finding import Finding, failed, passed
+from megatron_troll.system import write_atomic
 
 SEEN_WITHIN_S = 30.0
 SKEW_S = 2.0

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 
 from megatron_troll.config.tree import RewardConfig
 from megatron_troll.rewards.reward import Question, build
-from megatron_troll.signals import spared
+from megatron_troll.system import spared
 
 START_LIMIT_S = 120.0
 

@@ -70,11 +70,11 @@ def run_command(arguments: Namespace) -> int:
 
 
 def report_command(arguments: Namespace) -> int:
-    from megatron_troll.files import write_atomic
     from megatron_troll.study.plan import load_plan
     from megatron_troll.study.plots import plot, plot_survival
     from megatron_troll.study.report import collapsing, markdown
     from megatron_troll.study.results import gather, results_path
+    from megatron_troll.system import write_atomic
 
     path = Path(arguments.study)
     try:

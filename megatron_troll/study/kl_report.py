@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from megatron_troll.files import write_atomic
 from megatron_troll.observe.charts import COLOURS
 from megatron_troll.study.kl import (
     Pool,
@@ -25,6 +24,7 @@ from megatron_troll.study.kl import (
     residuals,
     seconds,
 )
+from megatron_troll.system import write_atomic
 
 SIZES = (8, 32, 128, 512)
 KS = (8, 16, 32, 64, 128, 256)

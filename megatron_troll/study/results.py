@@ -9,10 +9,10 @@ from pathlib import Path
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config
-from megatron_troll.files import write_atomic
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.observe.runs import read_run
 from megatron_troll.study.plan import Cell, Plan
+from megatron_troll.system import write_atomic
 
 DIGITS = 5
 

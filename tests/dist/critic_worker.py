@@ -21,13 +21,13 @@ from megatron_troll.config.tree import (
     Train,
 )
 from megatron_troll.config.tree import Critic as CriticModel
-from megatron_troll.critic import Critic, open_critic
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.observe.phases import Phases
-from megatron_troll.trainer import PolicyTrainer
+from megatron_troll.training.critic import Critic, open_critic
+from megatron_troll.training.trainer import PolicyTrainer
 from megatron_troll.types import Rollout
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load

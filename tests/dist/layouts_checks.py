@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_troll.trainer import PROBED
+from megatron_troll.training.trainer import PROBED
 from tests.dist.layout_table import Sizes, expected_groups
 from tests.dist.layouts_batch import Weights
 from tests.dist.layouts_reference import Expected

@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_troll import trainer as policy_trainer
-from megatron_troll.arrange import routing_of
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.experts import Routing
 from megatron_troll.batching.plan import Capacity, Schedule, plan
@@ -25,7 +23,9 @@ from megatron_troll.mcore.router import routers
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives import compose
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.trainer import OldReadings, PolicyTrainer
+from megatron_troll.training import trainer as policy_trainer
+from megatron_troll.training.microbatches import routing_of
+from megatron_troll.training.trainer import OldReadings, PolicyTrainer
 from megatron_troll.types import MicroBatch
 from megatron_troll.weights.export import stream
 from megatron_troll.weights.families import table_of

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_troll.arrange import Arranger
 from megatron_troll.config.tree import (
     Config,
     Data,
@@ -20,8 +19,9 @@ from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives import compose
-from megatron_troll.reference import Reference, open_reference
-from megatron_troll.trainer import PolicyTrainer
+from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.reference import Reference, open_reference
+from megatron_troll.training.trainer import PolicyTrainer
 from megatron_troll.types import MicroBatch, Readings, Reads
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import TensorSource

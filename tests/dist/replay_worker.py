@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from megatron_troll import rollout
-from megatron_troll.arrange import routing_of
 from megatron_troll.batching.build import Form, build
 from megatron_troll.config.tree import Config, Model, Models, Sampling, Train
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.router import recording, routers
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.rollout.engine import Setup
+from megatron_troll.training.microbatches import routing_of
 from megatron_troll.types import MicroBatch, Rollout
 from tests.dist.generation_worker import STOPS, TOKENIZER, VOCAB, opened, requests
 from tests.dist.layout_table import Sizes

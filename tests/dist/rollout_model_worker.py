@@ -23,7 +23,7 @@ from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.observe.phases import Phases
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.rollout_model import RolloutModel, assembled
+from megatron_troll.training.rollout_model import RolloutModel, assembled
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
 from megatron_troll.weights.placement import held_parameters, shard_group

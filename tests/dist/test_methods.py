@@ -10,7 +10,7 @@ import torch
 
 from megatron_troll.objectives import compose
 from megatron_troll.observe.fields import EXPERTS
-from megatron_troll.trainer import PROBED
+from megatron_troll.training.trainer import PROBED
 from tests.dist.harness import RankPool
 from tests.dist.layouts_checks import check_metrics, worst_gradient
 from tests.dist.methods_batch import Batch, make_methods_batch

@@ -7,7 +7,7 @@ import pytest
 from megatron_troll.config.tree import Layout, Model, Sampling
 from megatron_troll.mcore.schedule import accumulate, infer
 from megatron_troll.mcore.shape import read_shape
-from megatron_troll.policy import open_policy
+from megatron_troll.training.build import open_policy
 from megatron_troll.weights.export import stream
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.placement import held_parameters

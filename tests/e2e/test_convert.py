@@ -61,7 +61,15 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def torchrun(place: Workplace, *arguments: str) -> Done:
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_troll.cli", *arguments]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "megatron_troll.cli.main",
+        *arguments,
+    ]
     process = subprocess.Popen(
         [sys.executable, *words], cwd=place.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import bench_tables
 import pytest
 
-from megatron_troll.cli import parser
+from megatron_troll.cli.main import parser
 from megatron_troll.config.load import dump, load
 from megatron_troll.config.methods import known_methods
 from megatron_troll.config.tree import Config, Layout

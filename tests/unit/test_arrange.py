@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from megatron_troll.arrange import frequencies
+from megatron_troll.training.microbatches import frequencies
 from tests.unit.rollout.test_archive import rollout
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.cli import main, parser
+from megatron_troll.cli.main import main, parser
 
 HEAVY = ("torch", "transformers", "megatron.core")
 
@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "megatron.core")
 def test_help_and_typing_errors_load_nothing_heavy() -> None:
     script = f"""
 import sys
-from megatron_troll.cli import main, parser
+from megatron_troll.cli.main import main, parser
 try:
     main(["--help"])
 except SystemExit as end:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_troll.collect import Collected, begin, chosen, collect, informative
 from megatron_troll.config.tree import RewardConfig, RolloutConfig, Sampling
 from megatron_troll.data.demo_model import write_base
 from megatron_troll.data.order import PromptOrder
@@ -18,6 +17,7 @@ from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Request
+from megatron_troll.run.collect import Collected, begin, chosen, collect, informative
 from megatron_troll.types import Message, Prompt, Rollout
 
 SAMPLES = 4

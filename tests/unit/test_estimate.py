@@ -9,8 +9,7 @@ import torch
 from megatron_troll.advantages import Values
 from megatron_troll.advantages.gae import Gae
 from megatron_troll.advantages.grpo import Grpo
-from megatron_troll.critic import Critic
-from megatron_troll.estimate import estimate, explained_variance
+from megatron_troll.training.critic import Critic, estimate, explained_variance
 from megatron_troll.types import Prompt, Rollout
 
 REWARDS = np.array([1.0, 0.0], dtype=np.float32)

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_troll.collected import Collected
-from megatron_troll.judging import Judged
-from megatron_troll.pending import Pending, Waiting
+from megatron_troll.rewards.batch import Judged
 from megatron_troll.rollout.engine import EngineError
+from megatron_troll.run.queue import Collected, Pending, Waiting
 from tests.unit.rollout.test_archive import PROMPTS, assert_arrays, assert_same, rollout
 
 

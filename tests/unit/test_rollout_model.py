@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_troll.config.model_options import Distill
-from megatron_troll.rollout_model import moved
+from megatron_troll.training.rollout_model import moved
 
 CONTROL = Distill(target_kl=0.1, gain=0.5)
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
-from megatron_troll.signals import ASKING, spared
+from megatron_troll.system import ASKING, spared
 
 
 def still_runs_after(number: int, context: AbstractContextManager[None]) -> bool:

@@ -1,7 +1,7 @@
 """The work of a token, counted by hand."""
 
 from megatron_troll.mcore.shape import shape_of
-from megatron_troll.speed import cost_of
+from megatron_troll.training.throughput import cost_of
 from tests.dist.tiny import DENSE, MOE, NEXT
 
 HIDDEN, VOCAB = 48, 131

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
-from megatron_troll.files import write_atomic
+from megatron_troll.system import write_atomic
 
 if TYPE_CHECKING:
     from megatron_troll.launch.slurm.script import Allocation

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_troll.files import write_atomic
+from megatron_troll.system import write_atomic
 
 # Below the ephemeral ports, of which any process may hold one at any time.
 PORTS = range(20_000, 32_000)

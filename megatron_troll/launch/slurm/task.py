@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_troll.files import write_atomic
 from megatron_troll.launch.local import Failure, run_ranks
 from megatron_troll.launch.slurm import network
 from megatron_troll.launch.slurm.meeting import attend, call
+from megatron_troll.system import write_atomic
 
 MEETING = "meeting.json"
 FAILED = "failed"
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     seat = Seat.of(os.environ)
     environment = join(seat, arguments.logs, arguments.interface)
-    command = [sys.executable, "-m", "megatron_troll.cli", *arguments.arguments]
+    command = [sys.executable, "-m", "megatron_troll.cli.main", *arguments.arguments]
     failure = run_ranks(command, {seat.rank: environment}, arguments.logs)
     if failure is None:
         return 0

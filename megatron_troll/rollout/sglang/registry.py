@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_troll.config.tree import Config
-from megatron_troll.files import write_atomic
+from megatron_troll.system import write_atomic
 
 
 def servers_folder(config: Config) -> Path:

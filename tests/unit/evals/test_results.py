@@ -11,8 +11,8 @@ from rich.console import Console
 from megatron_troll.config.tree import Config, EvalSet, Model, Models
 from megatron_troll.evals.report import table, write
 from megatron_troll.evals.results import Answers, Figure, Result, figures, joined, per_prompt
-from megatron_troll.judging import Judged
 from megatron_troll.mcore.version import pinned
+from megatron_troll.rewards.batch import Judged
 from megatron_troll.types import Prompt, Rollout
 
 # Two prompts, three samples each: reward, vote, length, how it ended.

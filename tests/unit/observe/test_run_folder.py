@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.files import write_atomic
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
+from megatron_troll.system import write_atomic
 
 CONFIG = "name: demo\nresume: false\ntrain: {steps: 30, updates: 4}\nmodels: {policy: {layout: {tp: 2}}}\n"
 

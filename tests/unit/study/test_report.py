@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from megatron_troll.cli import main
+from megatron_troll.cli.main import main
 from megatron_troll.config.load import dump
 from megatron_troll.study.plan import Cell, Plan, load_plan
 from megatron_troll.study.plots import plot, plot_survival

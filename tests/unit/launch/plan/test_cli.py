@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.cli import main
+from megatron_troll.cli.main import main
 
 JACKPOT = Path(__file__).parents[4] / "examples" / "configs" / "qwen3_8b_jackpot.yaml"
 CONFIG = """

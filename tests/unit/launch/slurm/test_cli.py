@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.cli import main
+from megatron_troll.cli.main import main
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "configs"
 

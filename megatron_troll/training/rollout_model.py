@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_troll.advantages import Advantage
-from megatron_troll.arrange import Arranger
 from megatron_troll.batching.build import Advantages
 from megatron_troll.checks import Task
 from megatron_troll.config.model_options import Distill
 from megatron_troll.config.tree import Config
 from megatron_troll.config.tree import RolloutModel as RolloutModelConfig
-from megatron_troll.learner import combine, finite, split
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel
@@ -27,8 +25,9 @@ from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.ratio.token import Token
 from megatron_troll.objectives.trust_region.clip import Clip
 from megatron_troll.observe.phases import Phases
-from megatron_troll.policy import open_policy
-from megatron_troll.trainer import PolicyTrainer
+from megatron_troll.training.build import open_policy
+from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.trainer import PolicyTrainer, combine, finite, split
 from megatron_troll.types import MicroBatch, Readings, Reads, Rollout, TopK
 
 # What is told of its updates, by the names of objectives.

@@ -48,7 +48,7 @@ def sft(arguments: Namespace) -> int:
         demonstrations(task)
 
     def run(task: "Task", interrupts: Interrupts) -> None:
-        from megatron_troll.warm_start import warm_start
+        from megatron_troll.sft import warm_start
 
         if warm_start(task, interrupts) and os.environ["RANK"] == "0":
             _say(f"exported to {_folder(task.config).hf}")
@@ -96,8 +96,8 @@ def preflight(arguments: Namespace) -> int:
 
 def serve(arguments: Namespace) -> int:
     from megatron_troll.checks import PROBLEMS
+    from megatron_troll.launch.serve import serve as run
     from megatron_troll.launch.servers import ServerFailed
-    from megatron_troll.serving import serve as run
 
     try:
         with watched() as interrupts:
@@ -179,7 +179,14 @@ def _configured[Prep: Prepared](arguments: Namespace, command: Command[Prep]) ->
     except (*PROBLEMS, RunFolderError) as error:
         return _refuse(error)
     ranks = world_size(task.config)
-    argv = [sys.executable, "-m", "megatron_troll.cli", command.name, arguments.config, *arguments.overrides]
+    argv = [
+        sys.executable,
+        "-m",
+        "megatron_troll.cli.main",
+        command.name,
+        arguments.config,
+        *arguments.overrides,
+    ]
     threads = task.config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
     _say(str(task))
     return launch(argv, ranks, threads, folder.logs)
@@ -201,7 +208,7 @@ def _run[Prep: Prepared](task: Prep, command: Command[Prep], interrupts: Interru
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.rewards.pool import RewardError
     from megatron_troll.rollout.engine import EngineError
-    from megatron_troll.trainer import Unhealthy
+    from megatron_troll.training.trainer import Unhealthy
 
     try:
         command.run(task, interrupts)

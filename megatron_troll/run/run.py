@@ -5,14 +5,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 
-from megatron_troll.arrange import Arranger
 from megatron_troll.checks import Task, data_of
-from megatron_troll.critic import Critic, open_critic
 from megatron_troll.data.order import PromptOrder
-from megatron_troll.evaluation import Evaluator, open_engine, open_judged
-from megatron_troll.files import write_atomic
 from megatron_troll.launch.interrupts import Interrupts
-from megatron_troll.learner import Learner
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import layer_remarks
@@ -20,14 +15,18 @@ from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.objectives.compose import head_gradient, remarks
 from megatron_troll.observe.rollouts import RolloutStore
 from megatron_troll.observe.trackers import Summary
-from megatron_troll.pending import Pending
-from megatron_troll.policy import open_policy
-from megatron_troll.reference import open_reference
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine
-from megatron_troll.rollout_model import RolloutModel, open_rollout_model
-from megatron_troll.session import Session, open_session
-from megatron_troll.trainer import PolicyTrainer
+from megatron_troll.run.evaluation import Evaluator, open_engine, open_judged
+from megatron_troll.run.queue import Pending
+from megatron_troll.run.session import Session, open_session
+from megatron_troll.system import write_atomic
+from megatron_troll.training.build import open_policy
+from megatron_troll.training.critic import Critic, open_critic
+from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.reference import open_reference
+from megatron_troll.training.rollout_model import RolloutModel, open_rollout_model
+from megatron_troll.training.trainer import Learner, PolicyTrainer
 from megatron_troll.weights.export import save as export
 
 

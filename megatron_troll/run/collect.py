@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_troll.collected import Collected
-from megatron_troll.judging import Judged, judge, together
-from megatron_troll.pending import Waiting
+from megatron_troll.rewards.batch import Judged, judge, together
 from megatron_troll.rollout.engine import requests_for
-from megatron_troll.run import Run
+from megatron_troll.run.queue import Collected, Waiting
+from megatron_troll.run.run import Run
 
 
 def begin(run: Run, step: int, trained: int) -> Waiting:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_troll import commands
+from megatron_troll.cli import commands
 from megatron_troll.convert import cli as convert
 from megatron_troll.launch.plan import cli as plan
 from megatron_troll.launch.slurm import cli as launch

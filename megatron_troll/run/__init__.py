@@ -1,0 +1,1 @@
+"""A run: its parts, where it stands, the rollouts it waits for."""

@@ -1,0 +1,1 @@
+"""How a rollout batch becomes optimizer steps."""

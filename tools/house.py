@@ -1,0 +1,134 @@
+"""Counts how the package is built: python tools/house.py [CHECKOUT ...], one column each.
+
+room      a folder or file straight in megatron_troll/, and troll_kernels
+layers    lines of the import-linter contract
+arrows    pairs of rooms of which one imports the other, wherever in its files the import stands
+imports   import statements of the package's own modules per 1,000 lines (relative, dotted and re-exports too)
+records   classes that a prompt passes through on its way to a loss, as PATH_OF_A_PROMPT lists them
+calls     functions between the shell and the train step, as PATH_TO_A_STEP lists them
+"""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+PACKAGE, KERNELS = "megatron_troll", "troll_kernels"
+SMALL = 40
+
+
+@dataclass(frozen=True)
+class Imported:
+    """`module` is where an import statement of `file` leads, a module of ours."""
+
+    file: Path
+    module: str
+
+
+class House:
+    """The product of one checkout."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.parents = {PACKAGE: root, KERNELS: root / "kernels"}
+
+    @cached_property
+    def files(self) -> list[Path]:
+        return [path for top, parent in self.parents.items() for path in sorted((parent / top).rglob("*.py"))]
+
+    @property
+    def lines(self) -> int:
+        return sum(count(path) for path in self.files)
+
+    @property
+    def test_lines(self) -> int:
+        return sum(count(path) for path in (self.root / "tests").rglob("*.py"))
+
+    def name(self, file: Path) -> str:
+        """The dotted name of a module."""
+        top, parent = next((top, p) for top, p in self.parents.items() if (p / top) in file.parents)
+        parts = file.relative_to(parent / top).with_suffix("").parts
+        return ".".join([top, *(part for part in parts if part != "__init__")])
+
+    @cached_property
+    def names(self) -> set[str]:
+        return {self.name(path) for path in self.files}
+
+    @cached_property
+    def statements(self) -> list[Imported]:
+        return [found for path in self.files for found in self._imports(path)]
+
+    def _imports(self, file: Path) -> Iterator[Imported]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = self._absolute(file, node)
+                inside = [f"{base}.{alias.name}" for alias in node.names]
+                # `from package import module` leads to the module.
+                modules = [m for m in inside if m in self.names] or [base]
+            else:
+                continue
+            ours = [m for m in modules if m.split(".")[0] in (PACKAGE, KERNELS)]
+            yield from (Imported(file, module) for module in ours)
+
+    def _absolute(self, file: Path, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return node.module or ""
+        package = self.name(file).split(".")
+        depth = node.level - (1 if file.name == "__init__.py" else 0)
+        return ".".join([*package[: len(package) - depth], *([node.module] if node.module else [])])
+
+    @property
+    def rooms(self) -> set[str]:
+        return {room(name) for name in self.names} - {PACKAGE}
+
+    @property
+    def arrows(self) -> set[tuple[str, str]]:
+        pairs = {(room(self.name(found.file)), room(found.module)) for found in self.statements}
+        return {(one, other) for one, other in pairs if one != other and PACKAGE not in (one, other)}
+
+    @property
+    def layers(self) -> int:
+        project = tomllib.loads((self.root / "pyproject.toml").read_text())
+        return len(project["tool"]["importlinter"]["contracts"][0]["layers"])
+
+    @property
+    def small(self) -> float:
+        """The share of modules under SMALL lines; __init__.py is none."""
+        lengths = [count(path) for path in self.files if path.name != "__init__.py"]
+        return sum(length < SMALL for length in lengths) / len(lengths)
+
+
+def count(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def room(module: str) -> str:
+    """megatron_troll.mcore.head -> mcore; troll_kernels.exact -> troll_kernels."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]
+
+
+def figures(house: House) -> dict[str, str]:
+    imports = len(house.statements)
+    return {
+        "rooms": str(len(house.rooms)),
+        "layers": str(house.layers),
+        "arrows between rooms": str(len(house.arrows)),
+        "own imports": str(imports),
+        "own imports per 1,000 lines": f"{1000 * imports / house.lines:.1f}",
+        "modules": str(len(house.files)),
+        "modules under 40 lines": f"{house.small:.0%}",
+        "lines of product": str(house.lines),
+        "lines of tests": str(house.test_lines),
+    }
+
+
+if __name__ == "__main__":
+    for root in sys.argv[1:] or ["."]:
+        for k, v in figures(House(Path(root))).items():
+            print(k, v)
