@@ -1,90 +1,25 @@
-"""Everything that can be refused before compute is spent: the task a configuration describes."""
+"""Everything of a configuration that can be refused before compute is spent."""
 
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedTokenizerBase
 from troll_kernels.dispatch import LARGEST_K
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Data, Model, Observe, Sampling, WarmStart
-from megatron_troll.data.demonstrations import load_demonstrations
-from megatron_troll.data.errors import DataError
-from megatron_troll.data.prompts import PromptSet, load_prompts
-from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
+from megatron_troll.config.tree import Config, Data, Model, Observe, Reference, RolloutModel, Sampling
+from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.mcore.layout import check_layout, check_world, smallest_world, uses_te
 from megatron_troll.mcore.options import check_machine, check_muon_layout, check_options
 from megatron_troll.mcore.shape import ModelShape, read_shape
-from megatron_troll.mcore.version import check_version
-from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
-from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import Objective
-from megatron_troll.rewards import reward as verifiers
-from megatron_troll.types import Rollout
-from megatron_troll.weights.check import check_folder
+from megatron_troll.weights.source import check_folder
 
 # The axes of a layout that say which tokens a rank has, and where a pipeline ends.
 CUT_ALIKE = ("tp", "pp", "vpp", "cp")
-PROBLEMS = (ConfigError, DataError, ValueError, OSError)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A configuration with all that it names read and found fit. `config` has every default of every
-    method written out."""
-
-    config: Config
-    shape: ModelShape
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: tuple[int, ...]
-    prompts: PromptSet
-    objective: Objective
-
-    def __str__(self) -> str:
-        return str(self.prompts)
-
-    def token_text(self, token: int) -> str:
-        """What one token id reads as."""
-        return str(self.tokenizer.decode([token]))
-
-
-def prepare(config: Config) -> Task:
-    """Read and check what `config` names. Raises one of PROBLEMS with what is wrong and where; touches no
-    device and writes nothing."""
-    check_version()
-    data = data_of(config)
-    config = config.model_copy(
-        update={
-            "objective": resolve(config.objective),
-            "reward": verifiers.resolve(config.reward),
-        }
-    )
-    objective = compose(config.objective)
-    if config.observe.energy:
-        objective = replace(objective, energy=Energy())
-    if config.objective.head == "sparse":
-        refuse_dense_head(objective)
-    shape = shape_of(config)
-    check_methods(config, objective, shape)
-    _check_models(config, objective, shape)
-    _check_rollout_model(config, shape)
-    if config.models.rollout is not None:
-        _check_bias(config, "rollout", config.models.rollout)
-        check_length(longest(config), read_shape(config.models.rollout.path))
-    _check_observe(config.observe)
-    tokenizer = tokenizer_of(config.policy, shape)
-    stops = stop_ids(tokenizer, config.policy.path, config.rollout.sampling.stop)
-    prompts = load_prompts(data, config.seed, tokenizer)
-    if config.rollout.prompts > len(prompts.train):
-        raise ConfigError(
-            f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"
-        )
-    return Task(config, shape, tokenizer, stops, prompts, objective)
 
 
 def check_methods(config: Config, objective: Objective, shape: ModelShape) -> None:
@@ -109,49 +44,11 @@ def longest(config: Config) -> dict[str, int]:
     }
 
 
-def shape_of(config: Config) -> ModelShape:
-    """The policy's sizes. Raises one of PROBLEMS where the folder, the layout or the engine does not fit."""
-    policy = config.policy
-    shape = read_shape(policy.path)
-    _check_model("policy", policy, shape, world_size(config))
-    rollout.check(config.rollout, policy.layout.cp)
-    return shape
-
-
-def tokenizer_of(model: Model, shape: ModelShape) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder. Raises one of PROBLEMS where it is not the model's."""
-    tokenizer = load_tokenizer(model.path)
-    check_vocab(tokenizer, shape.vocab)
-    return tokenizer
-
-
 def data_of(config: Config) -> Data:
     """What is trained on. Raises ConfigError where the configuration does not say."""
     if config.data is None:
         raise ConfigError("data: missing; training needs data.files, prompts to answer")
     return config.data
-
-
-def sft_of(config: Config) -> WarmStart:
-    """What `mtroll sft` does. Raises ConfigError where the configuration does not say."""
-    if config.sft is None:
-        raise ConfigError("sft: missing; `mtroll sft` needs sft.files, demonstrations to learn from")
-    if config.resume:
-        raise ConfigError("resume: a warm start is not resumed; delete its run folder or choose another name")
-    return config.sft
-
-
-def demonstrations(task: Task) -> list[Rollout]:
-    """The demonstrations of a warm start, in the form that batches are built from. Raises one of PROBLEMS."""
-    found = load_demonstrations(sft_of(task.config).files)
-    examples = [demonstration.example(task.tokenizer) for demonstration in found]
-    for example in examples:
-        if len(example.response_ids) > task.shape.max_positions:
-            raise DataError(
-                f"{example.prompt.id}: {len(example.response_ids) + 1} tokens, more than the model's "
-                f"max_position_embeddings {task.shape.max_positions}"
-            )
-    return examples
 
 
 def world_size(config: Config) -> int:
@@ -235,28 +132,35 @@ def _check_roles(config: Config, objective: Objective) -> None:
         )
 
 
-def _check_models(config: Config, objective: Objective, shape: ModelShape) -> None:
-    reference, critic = config.models.reference, config.models.critic
-    if objective.needs_reference and reference is not None:
-        check_folder(reference.path, read_shape(reference.path))
-        if read_shape(reference.path) != shape:
-            raise ConfigError(
-                f"models.reference: {reference.path} is of another shape than the policy {config.policy.path}"
-            )
-    if critic is None:
-        return
+def check_models(config: Config, objective: Objective, shape: ModelShape) -> None:
+    """Raises ConfigError where a model does not go with the policy, which has `shape`. Reads the folders of
+    the models, no weights."""
+    if config.models.reference is not None and objective.needs_reference:
+        _check_reference(config.models.reference, config, shape)
+    if config.models.critic is not None:
+        _check_critic(config.models.critic, config, shape)
+    if config.models.rollout is not None:
+        _check_rollout_model(config.models.rollout, config, shape)
+
+
+def _check_reference(reference: Reference, config: Config, shape: ModelShape) -> None:
+    check_folder(reference.path, read_shape(reference.path))
+    if read_shape(reference.path) != shape:
+        raise ConfigError(
+            f"models.reference: {reference.path} is of another shape than the policy {config.policy.path}"
+        )
+
+
+def _check_critic(critic: Model, config: Config, shape: ModelShape) -> None:
     body = read_shape(critic.path)
     if body.vocab != shape.vocab:
         raise ConfigError(f"models.critic: a vocabulary of {body.vocab}, the policy's has {shape.vocab}")
-    _check_model("critic", critic, body, world_size(config))
+    check_model("critic", critic, body, world_size(config))
 
 
-def _check_rollout_model(config: Config, shape: ModelShape) -> None:
-    model = config.models.rollout
-    if model is None:
-        return
+def _check_rollout_model(model: RolloutModel, config: Config, shape: ModelShape) -> None:
     other = read_shape(model.path)
-    _check_model("rollout", model, other, world_size(config))
+    check_model("rollout", model, other, world_size(config))
     if other.vocab != shape.vocab or _tokens(model) != _tokens(config.policy):
         raise ConfigError(
             f"models.rollout: {model.path} has other tokens than the policy {config.policy.path}; both learn "
@@ -264,6 +168,8 @@ def _check_rollout_model(config: Config, shape: ModelShape) -> None:
         )
     with _about("models.rollout.distill"):
         _check_k(min(model.distill.k, shape.vocab))
+    _check_bias(config, "rollout", model)
+    check_length(longest(config), other)
 
 
 def _check_pair(config: Config) -> None:
@@ -337,7 +243,7 @@ def _check_replay(config: Config, shape: ModelShape) -> None:
         )
 
 
-def _check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:
+def check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:
     with _about(f"models.{name}.layout"):
         check_layout(shape, model.layout)
         check_world(model.layout, world)
@@ -359,7 +265,7 @@ def _about(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def _check_observe(observe: Observe) -> None:
+def check_observe(observe: Observe) -> None:
     if observe.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "observe.wandb_project is set, but wandb is not installed: install megatron-troll[wandb], or set "

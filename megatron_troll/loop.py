@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from megatron_troll.advantages import zero_variance
-from megatron_troll.checks import Task
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.run.collect import begin
 from megatron_troll.run.queue import Collected, Waiting, ages
 from megatron_troll.run.run import Run, Standing, open_run
+from megatron_troll.system import Interrupts
+from megatron_troll.task import Task
 from megatron_troll.training.critic import Estimate, estimate
 from megatron_troll.training.throughput import speed
 from megatron_troll.training.trainer import Learned, Unhealthy

@@ -5,11 +5,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 from megatron_troll.batching.build import Form, build
-from megatron_troll.batching.plan import Schedule, plan
-from megatron_troll.batching.weights import step_weights
-from megatron_troll.checks import Task, demonstrations, sft_of
+from megatron_troll.batching.plan import Schedule, plan, step_weights
 from megatron_troll.data.order import PromptOrder
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import layer_remarks
 from megatron_troll.mcore.optimizer import Trainable
@@ -19,6 +16,8 @@ from megatron_troll.observe.trackers import Summary
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.run.evaluation import Evaluator, open_engine
 from megatron_troll.run.session import Session, open_session
+from megatron_troll.system import Interrupts
+from megatron_troll.task import Task, demonstrations, sft_of
 from megatron_troll.training.build import open_policy
 from megatron_troll.training.microbatches import capacity
 from megatron_troll.training.trainer import PolicyTrainer, Unhealthy

@@ -4,8 +4,10 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import FrameType
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -44,3 +46,29 @@ def spared() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@dataclass
+class Interrupts:
+    """Whether Ctrl-C, SIGTERM or SIGUSR1 has been asked of this process. A run stops between two steps."""
+
+    asked: bool = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+@contextmanager
+def watched() -> Iterator[Interrupts]:
+    """Remember such signals, instead of ending, until the block ends; those that were blocked so far come
+    now. A SIGTERM or SIGUSR1 that whoever started this process had ignored stays so. Needs the main
+    thread."""
+    interrupts = Interrupts()
+    heard = [n for n in ASKING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupts.handle) for number in heard}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

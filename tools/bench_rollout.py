@@ -29,7 +29,6 @@ import psutil
 from bench_record import record
 
 from megatron_troll import rollout
-from megatron_troll.checks import Task, prepare
 from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config, Sampling
 from megatron_troll.data.demo_model import write_base
@@ -40,6 +39,7 @@ from megatron_troll.rollout.sglang.client import Question
 from megatron_troll.rollout.sglang.desk import Desk
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.wire import Ask
+from megatron_troll.task import Task, prepare
 from megatron_troll.training.build import open_model
 
 GIB, MIB = 2**30, 2**20

@@ -15,8 +15,8 @@ from recipe import EXECUTORS, Job, recipe
 from torchx.specs import AppState
 
 from megatron_troll.config import ConfigError
-from megatron_troll.launch.interrupts import ASKING
 from megatron_troll.launch.slurm.cli import add_allocation, allocation_of
+from megatron_troll.system import ASKING
 
 FAILED, REFUSED = 1, 2
 

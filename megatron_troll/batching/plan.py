@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_troll.objectives.aggregation import Aggregation, token_weights
+from megatron_troll.types import Rollout
 
 MicroBatchIndices = tuple[int, ...]
 
@@ -139,3 +144,32 @@ def _fill(longest_first: Sequence[int], costs: Sequence[int], capacity: Capacity
             filled[m].append(i)
             sizes[m] += adds[m]
     return [tuple(members) for members in filled]
+
+
+def step_weights(
+    rollouts: Sequence[Rollout], responses: Sequence[int], aggregation: Aggregation, l_max: int | None
+) -> list[float]:
+    """The weight of each loss token of each rollout, one number per rollout of the whole batch.
+
+    `responses` are the rollouts of the step on all ranks: normalisation is global (ALGORITHMS 0). Rollouts of
+    other steps have weight 0. One whose mask is 0 throughout counts as an empty response.
+    """
+    lengths = [int(rollouts[i].mask.sum()) for i in responses]
+    weights = [0.0] * len(rollouts)
+    for i, weight in zip(responses, token_weights(lengths, aggregation, l_max)):
+        weights[i] = weight
+    return weights
+
+
+def zigzag(length: int, size: int, rank: int) -> Tensor:
+    """Positions [length / size] that context-parallel rank `rank` of `size` holds, ascending: chunks `rank`
+    and `2 size - 1 - rank` of 2 size, which balances causal attention. All of them when size is 1.
+
+    `length` must be a multiple of 2 size when size > 1.
+    """
+    if size == 1:
+        return torch.arange(length)
+    if length % (2 * size):
+        raise ValueError(f"a sequence of {length} tokens cannot be cut into {2 * size} equal chunks")
+    chunks = torch.arange(length).view(2 * size, -1)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])

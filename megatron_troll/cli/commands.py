@@ -13,13 +13,13 @@ from rich.console import Console
 
 from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import dump, load
-from megatron_troll.launch.interrupts import Interrupts, watched
 from megatron_troll.launch.local import launch
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
+from megatron_troll.system import Interrupts, watched
 
 if TYPE_CHECKING:
-    from megatron_troll.checks import Task
     from megatron_troll.evals.task import EvalTask
+    from megatron_troll.task import Task
 
 FAILED, REFUSED = 1, 2
 
@@ -43,7 +43,7 @@ def train(arguments: Namespace) -> int:
 
 def sft(arguments: Namespace) -> int:
     def check(task: "Task") -> None:
-        from megatron_troll.checks import demonstrations
+        from megatron_troll.task import demonstrations
 
         demonstrations(task)
 
@@ -77,10 +77,9 @@ def evaluate(arguments: Namespace) -> int:
 
 def preflight(arguments: Namespace) -> int:
     """On one rank of each node; alone where nothing has started it."""
-    from megatron_troll.checks import PROBLEMS
     from megatron_troll.preflight.needs import needs_of
-    from megatron_troll.preflight.run import examine, failures
-    from megatron_troll.preflight.table import table
+    from megatron_troll.preflight.run import examine, failures, table
+    from megatron_troll.task import PROBLEMS
 
     try:
         reports = examine(needs_of(_load(arguments), arguments.serve_nodes))
@@ -95,9 +94,9 @@ def preflight(arguments: Namespace) -> int:
 
 
 def serve(arguments: Namespace) -> int:
-    from megatron_troll.checks import PROBLEMS
     from megatron_troll.launch.serve import serve as run
     from megatron_troll.launch.servers import ServerFailed
+    from megatron_troll.task import PROBLEMS
 
     try:
         with watched() as interrupts:
@@ -159,7 +158,7 @@ class Command[Prep: Prepared]:
 
 
 def _task(config: Config) -> "Task":
-    from megatron_troll.checks import prepare
+    from megatron_troll.task import prepare
 
     return prepare(config)
 
@@ -168,7 +167,8 @@ def _configured[Prep: Prepared](arguments: Namespace, command: Command[Prep]) ->
     """Check the configuration; then be a rank, or start the ranks that will check it again."""
     if "RANK" in os.environ:
         return _as_rank(arguments, command)
-    from megatron_troll.checks import PROBLEMS, world_size
+    from megatron_troll.checks import world_size
+    from megatron_troll.task import PROBLEMS
 
     try:
         task = command.prepare(_load(arguments))
@@ -182,7 +182,7 @@ def _configured[Prep: Prepared](arguments: Namespace, command: Command[Prep]) ->
     argv = [
         sys.executable,
         "-m",
-        "megatron_troll.cli.main",
+        "megatron_troll.cli",
         command.name,
         arguments.config,
         *arguments.overrides,
@@ -194,7 +194,7 @@ def _configured[Prep: Prepared](arguments: Namespace, command: Command[Prep]) ->
 
 def _as_rank[Prep: Prepared](arguments: Namespace, command: Command[Prep]) -> int:
     with watched() as interrupts:
-        from megatron_troll.checks import PROBLEMS
+        from megatron_troll.task import PROBLEMS
 
         try:
             task = command.prepare(_load(arguments))
@@ -204,7 +204,7 @@ def _as_rank[Prep: Prepared](arguments: Namespace, command: Command[Prep]) -> in
 
 
 def _run[Prep: Prepared](task: Prep, command: Command[Prep], interrupts: Interrupts) -> int:
-    from megatron_troll.data.errors import DataError
+    from megatron_troll.data.rows import DataError
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.rewards.pool import RewardError
     from megatron_troll.rollout.engine import EngineError

@@ -87,7 +87,3 @@ def _configured(
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     command.set_defaults(run=run)
     return command
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-from megatron_troll.config.errors import ConfigError, nearest
+from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.tree import Config
 from megatron_troll.config.validate import read_fields
 

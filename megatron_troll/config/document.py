@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.node import ConfigError
 
 Scalar = str | int | float | bool | None
 DIGITS = list("-+.0123456789")

@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from megatron_troll.config.document import Entry, parse, render
-from megatron_troll.config.errors import ConfigError, nearest
+from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.shape import Shape
 from megatron_troll.config.tree import Config
 from megatron_troll.config.validate import validate

@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 from types import ModuleType
 
-from megatron_troll.config.errors import ConfigError, nearest
+from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.tree import Node, Slot
 from megatron_troll.config.validate import read_fields
 

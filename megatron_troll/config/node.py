@@ -1,5 +1,7 @@
 """What the configuration tree is made of: ranges, strict nodes, slots for methods."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,3 +29,16 @@ class Slot(BaseModel):
     @property
     def fields(self) -> dict[str, object]:
         return dict(self.model_extra or {})
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the file and line, the key, and what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at what `name` may have meant: the nearest known name, or all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + (", ".join(names) or "none")

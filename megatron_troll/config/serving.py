@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_troll.config.node import Natural, Node, Positive, PositiveFloat
+from megatron_troll.config.node import Natural, Node, NonNegative, Positive, PositiveFloat
 
 
 class WeightSync(Node):
@@ -128,3 +128,18 @@ class Serve(Node):
     )
     start_timeout_s: PositiveFloat = Field(default=900.0, description="until every server is healthy")
     restarts: Natural = Field(default=3, description="times that a server that died is started again")
+
+
+class Launch(Node):
+    """How many ranks `mtroll` starts by itself when nothing (srun, torchrun) has started it."""
+
+    ranks: Positive | None = Field(
+        default=None, description="default: the smallest world that holds the layouts"
+    )
+    threads: Positive | None = Field(default=None, description="CPU threads per rank; default: cores / ranks")
+    device_gib: PositiveFloat = Field(
+        default=139.0, description="memory of a GPU, for `mtroll plan`; default: an H200"
+    )
+    reserve_gib: NonNegative = Field(
+        default=10.0, description="of it, left to CUDA, NCCL and fragmentation; `mtroll plan`"
+    )

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from megatron_troll.config.launching import Launch
 from megatron_troll.config.model_options import Distill, MoE, Muon, PrecisionAware, RecomputeModule, Schedule
 from megatron_troll.config.node import (
     Files,
@@ -20,7 +19,7 @@ from megatron_troll.config.node import (
     PositiveFloat,
     Slot,
 )
-from megatron_troll.config.serving import Serve, SGLang
+from megatron_troll.config.serving import Launch, Serve, SGLang
 
 
 class Layout(Node):

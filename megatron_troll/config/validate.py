@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_troll.config.errors import ConfigError, nearest
+from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.shape import Shape
 from megatron_troll.config.tree import Slot
 

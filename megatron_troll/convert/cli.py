@@ -84,7 +84,7 @@ def _convert(arguments: Namespace, prepare: "Callable[[Options], Conversion]") -
     from megatron_troll.convert.draft import ConversionError
     from megatron_troll.convert.run import TIMEOUT
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
-    from megatron_troll.parallel.joined import joined
+    from megatron_troll.parallel.groups import joined
 
     with joined(TIMEOUT) as world:
         try:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 
-from megatron_troll.weights.carried import Carried
+from megatron_troll.weights.source import Carried
 from megatron_troll.weights.table import Place, Table
 from megatron_troll.weights.tensor_file import TensorFileWriter, nbytes
 

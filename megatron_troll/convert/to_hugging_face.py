@@ -19,11 +19,10 @@ from megatron_troll.convert.plan import (
     write_carried,
 )
 from megatron_troll.mcore.shape import read_shape
-from megatron_troll.weights.carried import carried_by
 from megatron_troll.weights.checkpoint_source import checkpoint_of
 from megatron_troll.weights.folder import CONFIG, file_name, write_companions, write_index
-from megatron_troll.weights.stream import tensors_of
-from megatron_troll.weights.table import Place
+from megatron_troll.weights.source import carried_by
+from megatron_troll.weights.table import Place, tensors_of
 from megatron_troll.weights.tensor_file import TensorFileWriter
 
 

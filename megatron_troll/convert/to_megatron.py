@@ -19,13 +19,11 @@ from megatron_troll.convert.plan import (
 )
 from megatron_troll.mcore.checkpoint_folder import TENSORS
 from megatron_troll.mcore.shape import read_shape
-from megatron_troll.weights.carried import CARRIED, carried_by
-from megatron_troll.weights.check import check
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import CONFIG, file_name, write_companions
 from megatron_troll.weights.folder import write_index as write_carried_index
 from megatron_troll.weights.megatron_keys import Keys, Size, written_keys
-from megatron_troll.weights.source import FolderSource, Source, Unstacked
+from megatron_troll.weights.source import CARRIED, FolderSource, Source, Unstacked, carried_by, check
 from megatron_troll.weights.table import Place, Tensors
 from megatron_troll.weights.torch_dist import Chunk, Saved, write_chunk, write_index
 

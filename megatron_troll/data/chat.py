@@ -6,7 +6,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.data.errors import DataError
+from megatron_troll.data.rows import DataError
 from megatron_troll.types import Message
 
 

@@ -7,9 +7,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.data.chat import encode_chat
-from megatron_troll.data.errors import DataError, Malformed
 from megatron_troll.data.messages import demonstration_messages
-from megatron_troll.data.rows import Row, read_rows
+from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
 from megatron_troll.types import Message, Prompt, Rollout
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_troll.data.errors import Malformed
+from megatron_troll.data.rows import Malformed
 from megatron_troll.types import Message
 
 

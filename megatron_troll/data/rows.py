@@ -9,7 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_troll.data.errors import DataError, Malformed
+
+class DataError(ValueError):
+    """Data or a tokenizer cannot be used; the message names the file, the line or row, and what to do."""
+
+
+class Malformed(ValueError):
+    """Why one record cannot be read. The reader adds the place, and raises or counts it."""
 
 
 @dataclass(frozen=True)

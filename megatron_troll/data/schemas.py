@@ -9,8 +9,8 @@ messages  {"id": ..., "messages": [turns], "answer": ...}
 from collections.abc import Callable
 from typing import Any
 
-from megatron_troll.data.errors import Malformed
 from megatron_troll.data.messages import content_key, prompt_messages
+from megatron_troll.data.rows import Malformed
 from megatron_troll.types import Message, Prompt
 
 Record = dict[str, Any]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_troll.data.errors import DataError
+from megatron_troll.data.rows import DataError
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -10,7 +10,6 @@ from megatron_troll import rollout
 from megatron_troll.evals.report import write
 from megatron_troll.evals.results import Answers, Result, figures, joined, majorities
 from megatron_troll.evals.task import DataSet, EvalTask
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.rollouts import RolloutStore
@@ -19,6 +18,7 @@ from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine, Request, Setup, requests_for
 from megatron_troll.run.evaluation import EVALUATION_ROUND, SHOWN
 from megatron_troll.run.session import Session, open_session
+from megatron_troll.system import Interrupts
 from megatron_troll.training.build import open_model
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from megatron_troll.launch.interrupts import ASKING
+from megatron_troll.system import ASKING
 
 GRACE_S = 15.0
 TAIL_LINES = 40

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import torch
 
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.launch.servers import Plan, Supervisor, command, environment, interpreter
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.rollout.sglang.http import read_key
 from megatron_troll.rollout.sglang.registry import register, servers_folder, unregister
-from megatron_troll.weights.check import check_folder
+from megatron_troll.system import Interrupts
+from megatron_troll.weights.source import check_folder
 
 
 def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) -> None:

@@ -17,8 +17,8 @@ import httpx
 import yaml
 
 from megatron_troll.config import ConfigError
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.launch.sglang_flags import SGLANG, Flags
+from megatron_troll.system import Interrupts
 
 POLL_S = 0.2
 STOP_S = 30.0

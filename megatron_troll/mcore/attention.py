@@ -5,6 +5,7 @@ and the masks and KV caches of in-process generation.
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, override
 
 import torch
@@ -16,10 +17,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-from megatron_troll.batching.context import zigzag
+from megatron_troll.batching.plan import zigzag
 from megatron_troll.mcore.packing import Bucket, PackedSequences
-from megatron_troll.mcore.suffix_attention import attend_suffix
 from megatron_troll.parallel.groups import Group
 
 
@@ -30,6 +31,20 @@ class CachedSelfAttention(SelfAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stored: Callable[[Tensor], Tensor] | None = None
+
+    @override
+    def forward(
+        self, *inputs: Any, rotary_pos_emb: Any = None, packed_seq_params: Any = None, **options: Any
+    ) -> Any:
+        """Rotary angles `rotary_pos_emb` are [longest, 1, 1, d]."""
+        if packed_seq_params is not None and rotary_pos_emb is not None:
+            # Given the angles of the longest sequence, Megatron 0.19 turns sequences one by one and copies
+            # each into the whole: the backward of every copy goes through the whole. Given those of every
+            # token, it turns all at once.
+            rotary_pos_emb = rotary_pos_emb[packed_seq_params.position]
+        return super().forward(
+            *inputs, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **options
+        )
 
     @override
     def _adjust_key_value_for_inference(
@@ -129,7 +144,7 @@ class CoreAttention(MegatronModule):
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """All [b, n, s, d], keys and values in the order of their positions; under context parallelism the
-        queries are this rank's two chunks of them (batching/context.py)."""
+        queries are this rank's two chunks of them (batching/plan.py)."""
         if self.cp.size == 1:
             return self._attend(query, key, value)
         chunk = key.size(2) // (2 * self.cp.size)
@@ -149,3 +164,55 @@ def _batch_first(tensor: Tensor) -> Tensor:
 
 def _flat(attended: Tensor) -> Tensor:
     return attended.permute(2, 0, 1, 3).flatten(2)
+
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attend_suffix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """query [b, n, c, d] stands at the last c of the positions of key and value [b, g, s, d], n a multiple of
+    g. Returns [b, n, c, d]. Saves its arguments, the result and a logsumexp per query."""
+    if query.is_cuda:
+        mask: Any = causal_lower_right(query.size(2), key.size(2))
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    output: Any = _Suffix.apply(query, key, value, scale)
+    return output
+
+
+class _Suffix(torch.autograd.Function):
+    """Two parts, the keys before the first query and those from there on, joined by their logsumexps. Given
+    the joined result and logsumexp, the backward of each part is its share of the whole (as in ring
+    attention, arXiv:2310.01889)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        parts = [
+            _forward(query, k, v, 0.0, causal, scale=scale) for k, v, causal in _parts(query, key, value)
+        ]
+        output, lse = parts[-1]
+        if len(parts) == 2:
+            earlier, earlier_lse = parts[0]
+            lse = torch.logaddexp(lse, earlier_lse)
+            weights = [(part_lse - lse).exp().unsqueeze(-1) for _, part_lse in parts]
+            output = (weights[0] * earlier + weights[1] * output).to(query.dtype)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, output, lse = ctx.saved_tensors
+        parts = [
+            _backward(grad, query, k, v, output, lse, 0.0, causal, scale=ctx.scale)
+            for k, v, causal in _parts(query, key, value)
+        ]
+        queries, keys, values = zip(*parts)
+        return reduce(torch.add, queries), torch.cat(keys, 2), torch.cat(values, 2), None
+
+
+def _parts(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
+    """Keys, values, whether they are causal: those before the first query, if any; then the queries' own."""
+    before = key.size(2) - query.size(2)
+    own = (key[:, :, before:], value[:, :, before:], True)
+    return [(key[:, :, :before], value[:, :, :before], False), own] if before else [own]

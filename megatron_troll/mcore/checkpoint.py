@@ -22,7 +22,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_troll.mcore import checkpoint_folder as folders
-from megatron_troll.mcore import checkpoint_rng as rng
 from megatron_troll.mcore import checkpoint_tensors as tensors
 from megatron_troll.mcore.checkpoint_folder import TENSORS, CheckpointError
 from megatron_troll.mcore.checkpoint_pickle import vet
@@ -99,7 +98,9 @@ class Checkpoints:
         self._draft = self._once(lambda: self._new_draft(step))
         self._once(lambda: attach(self._draft))
         with self._saving(), spared():
-            self._everywhere(lambda: _rng_file(self._draft, self._world.rank).write_text(rng.captured()))
+            self._everywhere(
+                lambda: _rng_file(self._draft, self._world.rank).write_text(tensors.captured_rng())
+            )
             request = dist_checkpointing.save(
                 self._sharded(loading=False),
                 str(self._draft / TENSORS),
@@ -142,7 +143,7 @@ class Checkpoints:
         for name, trained in self.trainables.items():
             tensors.restore(trained, loaded[name], manifest["models"][name]["counters"])
         if manifest["layouts"] == self._layouts():
-            self._everywhere(lambda: rng.restore(_rng_file(path, self._world.rank).read_text()))
+            self._everywhere(lambda: tensors.restore_rng(_rng_file(path, self._world.rank).read_text()))
         self._at = manifest["step"]
         return manifest["state"]
 

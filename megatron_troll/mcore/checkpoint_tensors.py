@@ -6,10 +6,14 @@ optimizer holds them. Everything else about the optimizer is two counters (`coun
 from the config of the run.
 """
 
+import base64
+import json
+import random
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from emerging_optimizers.orthogonalized_optimizers import OrthogonalizedOptimizer
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -263,3 +267,35 @@ def _set_steps(part: MegatronOptimizer, steps: int) -> None:
             for parameter in group["params"]:
                 if parameter in adam.state:
                     adam.state[parameter]["step"] = torch.tensor(float(steps))
+
+
+def captured_rng() -> str:
+    """The state of every generator of this process."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": _text(torch.get_rng_state()),
+        "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+    }
+    return json.dumps(state)
+
+
+def restore_rng(text: str) -> None:
+    """Continue from what `captured_rng` gave."""
+    state = json.loads(text)
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_tensor(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_tensor(state["cuda"]))
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _tensor(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -6,25 +6,26 @@ rule end to end where a kernel takes their starts, as the rows of dense batches 
 parallelism each rank has, there, every position of its share of the heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_troll.batching.plan import zigzag
 from megatron_troll.mcore.delta_rule import delta_rule, kernels_for, unit, wide
-from megatron_troll.mcore.head_exchange import HeadExchange
 from megatron_troll.mcore.packing import Flat, PackedSequences
 from megatron_troll.mcore.parallel import device
-from megatron_troll.mcore.sharding import cut_rows
 from megatron_troll.parallel.groups import Group
 
 
@@ -278,3 +279,54 @@ class GatedDeltaNet(MegatronModule):
             data = self.get_parameter(name)
             state[key] = cut_rows(key, data, dict(zip(kinds, rows, strict=True)), self.tp, replica)
         return state
+
+
+def cut_rows(
+    key: str, parameter: Tensor, kinds: dict[str, int], tp: Group, replica: ReplicaId
+) -> ShardedTensorFactory:
+    """`parameter` as the tensors `key`.<kind>, of which it holds, one below the other, this rank's `kinds`
+    rows each. For an optimizer's state of the same shape too."""
+
+    def build(key: str, tensor: Tensor, replica: ReplicaId, flattened_range: slice | None) -> Any:
+        assert flattened_range is None
+        pieces = tensor.split(list(kinds.values()))
+        return [
+            ShardedTensor.from_rank_offsets(f"{key}.{kind}", piece, (0, tp.rank, tp.size), replica_id=replica)
+            for kind, piece in zip(kinds, pieces, strict=True)
+        ]
+
+    def merge(pieces: Any) -> Tensor:
+        return torch.cat(pieces)
+
+    return ShardedTensorFactory(key, parameter, build, merge, replica)
+
+
+@dataclass(frozen=True)
+class HeadExchange:
+    """Between "my positions of every head" and "every position of my heads", a rank's heads being its equal
+    share of each kind. Without context parallelism nothing moves."""
+
+    cp: Group
+
+    def to_heads(self, kinds: Sequence[Tensor]) -> Tensor:
+        """Tensors [s, b, w_i], heads along w_i -> [cp x s, b, sum(w_i) / cp], the positions of each rank
+        together. Blocks."""
+        shares = [torch.cat([self.share(kind, rank) for kind in kinds], -1) for rank in range(self.cp.size)]
+        return shares[0] if self.cp.size == 1 else self._swap(torch.cat(shares))
+
+    def to_positions(self, mixed: Tensor) -> Tensor:
+        """[cp x s, b, w / cp] -> [s, b, w]. Blocks."""
+        return mixed if self.cp.size == 1 else torch.cat(self._swap(mixed).chunk(self.cp.size), -1)
+
+    def share(self, tensor: Tensor, rank: int | None = None) -> Tensor:
+        """The heads, along the last axis, of one rank (default: this one)."""
+        return tensor.chunk(self.cp.size, -1)[self.cp.rank if rank is None else rank]
+
+    def order(self, positions: int, device: torch.device) -> Tensor:
+        """[cp x s] which position of a whole, unpacked sequence each row of `to_heads` is."""
+        ranks = range(self.cp.size)
+        return torch.cat([zigzag(positions, self.cp.size, rank) for rank in ranks]).to(device)
+
+    def _swap(self, tensor: Tensor) -> Tensor:
+        swapped: Any = all_to_all(self.cp.handle, tensor)
+        return swapped

@@ -13,8 +13,7 @@ from torch import Tensor
 from troll_kernels import sparsify
 
 from megatron_troll.mcore.head_kl import full_kl
-from megatron_troll.mcore.head_ready import reporting
-from megatron_troll.mcore.head_shard import HeadShard, Rows, shard_of
+from megatron_troll.mcore.head_shard import HeadShard, Rows, reporting, shard_of
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.parallel import vocab
 from megatron_troll.types import Probe, Readings, Reads, Support, TopK

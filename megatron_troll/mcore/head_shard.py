@@ -1,9 +1,14 @@
 """The rows of the LM head on this rank: what its part of the vocabulary says, put together over all ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from troll_kernels import head as kernels
 from troll_kernels.transform import Transform
 
@@ -79,3 +84,37 @@ def shard_of(model: MegatronModel, temperature: float, chunk: int | None = None)
     transform = Transform(temperature, model.shape.softcap)
     shard = kernels.Shard(width, chunk or kernels.chunk_size(weight.device), transform)
     return HeadShard(weight if main_grad is None else weight.detach(), main_grad, first, vocab, shard, tp)
+
+
+def reporting(hidden: Tensor, model: MegatronModel) -> Tensor:
+    """`hidden` [N, h] for one reading of the head a micro-batch: when backward has passed everything that
+    reads it, the gradient of the head's weight counts as complete.
+
+    Megatron counts in its first step how often each weight is reported, and waits for as many reports: where
+    the embedding of the same stage is tied to the head, for its own too.
+    """
+    chunk = model.chunks[-1]
+    if not isinstance(chunk, DistributedDataParallel) or not chunk.ddp_config.overlap_grad_reduce:
+        return hidden
+    weight = model.stages[-1].output_weight
+    group: Any = chunk.param_to_bucket_group[weight]
+
+    def ready() -> None:
+        group.register_grad_ready(weight, chunk.force_all_reduce)
+
+    result = _Reporting.apply(hidden, ready)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _Reporting(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ready: Callable[[], None]) -> Tensor:
+        ctx.ready = ready
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.ready()
+        return upstream, None

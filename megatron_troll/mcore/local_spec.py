@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -11,13 +12,40 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
 
 from megatron_troll.mcore.attention import CachedSelfAttention, CoreAttention
 from megatron_troll.mcore.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
-from megatron_troll.mcore.norm import RMSNorm, ZeroCentredRMSNorm
 from megatron_troll.mcore.router import StepBalancedRouter
 from megatron_troll.mcore.shape import LayerType, ModelShape
+
+
+class RMSNorm(nn.Module):
+    """weight * x / rms(x). The gradient of `weight` is summed over tensor-parallel ranks, which see other
+    tokens or other heads."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * self._normed(hidden).to(hidden.dtype)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class ZeroCentredRMSNorm(RMSNorm):
+    """(1 + weight) * x / rms(x)."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return ((1.0 + self.weight.float()) * self._normed(hidden)).to(hidden.dtype)
+
 
 # Checkpoints keep a norm where Transformer Engine does, in the linear layer after it: either spec reads them.
 NORMS = {

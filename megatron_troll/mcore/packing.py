@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_troll.batching.context import zigzag
+from megatron_troll.batching.plan import zigzag
 from megatron_troll.parallel.groups import Group
 
 
@@ -47,10 +47,14 @@ class Flat:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's THD parameters, with the sequences as dense batches (`buckets_of`) and flat (`flat_of`)."""
+    """Megatron's THD parameters, with the sequences as dense batches (`buckets_of`) and flat (`flat_of`).
+
+    position  [t] int64, index inside its sequence of each of the tokens of all context-parallel ranks
+    """
 
     buckets: tuple[Bucket, ...] = ()
     flat: Flat | None = None
+    position: Tensor | None = None
 
 
 def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSequences:
@@ -67,6 +71,7 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSe
         max_seqlen_kv=max_seqlen,
         buckets=tuple(buckets_of(starts, cp, device)),
         flat=flat_of(starts, cp, device),
+        position=torch.cat([torch.arange(end - start) for start, end in pairwise(starts)]).to(device),
     )
 
 

@@ -10,8 +10,10 @@ of the chosen; after every step it falls for experts with more than the mean loa
 Megatron has this for sigmoid scores only.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +22,6 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from megatron_troll.config.model_options import MoE
-from megatron_troll.mcore.replay import Replay
 from megatron_troll.parallel.groups import Group, Groups
 
 
@@ -220,3 +221,42 @@ def replaying(chunk: nn.Module, experts: Mapping[int, Tensor] | None) -> Iterato
     finally:
         for router in found:
             router.replay.end()
+
+
+@dataclass
+class Replay:
+    """What one router records and repeats.
+
+    recorded  choices [n, k] of each forward; None: not recorded
+    given     choices [n, k] for the forward that runs; None: no such forward runs, or it chooses itself
+    waiting   those of forwards that the backward pass will recompute. Every schedule goes backward through a
+              chunk's micro-batches in the order of their forwards.
+    """
+
+    recorded: list[Tensor] | None = None
+    given: Tensor | None = None
+    recomputed: bool = False
+    waiting: deque[Tensor] = field(default_factory=deque)
+
+    def begin(self, experts: Tensor) -> None:
+        """Before a forward; whether gradients are on says whether there will be a backward."""
+        self.given, self.recomputed = experts, torch.is_grad_enabled()
+
+    def end(self) -> None:
+        self.given = None
+
+    def take(self) -> Tensor | None:
+        """The choices that the router has to repeat now. Outside of a forward it is called by recompute."""
+        if self.given is None:
+            return self.waiting.popleft() if self.waiting else None
+        # A checkpointed layer runs without gradient first.
+        if self.recomputed and not torch.is_grad_enabled():
+            self.waiting.append(self.given)
+        return self.given
+
+    def record(self, routing_map: Tensor, per_token: int) -> None:
+        """routing_map [n, E] bool."""
+        if self.recorded is None:
+            return
+        chosen = routing_map.byte().topk(per_token, dim=-1).indices.sort(-1).values
+        self.recorded.append(chosen.to(torch.uint8 if routing_map.shape[1] <= 256 else torch.uint16))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_troll.mcore.attention import CachedSelfAttention, CoreAttention
 from megatron_troll.mcore.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
-from megatron_troll.mcore.norm import RMSNorm
+from megatron_troll.mcore.local_spec import RMSNorm
 from megatron_troll.mcore.router import StepBalancedRouter
 from megatron_troll.mcore.shape import LayerType, ModelShape
 

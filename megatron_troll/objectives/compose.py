@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_troll.advantages import Advantage
-from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.methods import build_method
+from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import Node, ObjectiveConfig, Slot
 from megatron_troll.objectives.entropy import FullEntropy, SparseEntropy
 from megatron_troll.objectives.masking import Masking

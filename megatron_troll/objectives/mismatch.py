@@ -5,7 +5,7 @@ from torch import Tensor
 from megatron_troll.objectives.slots import Diagnostics, Term, importance_ratio, logp_of
 from megatron_troll.types import ObjectiveInputs
 
-# The square is there for the effective sample size (objectives/diagnostics.py).
+# The square is there for the effective sample size (objectives/correction/jackpot.py).
 DIAGNOSTICS: Diagnostics = {"correction_weight": ("mean", "max"), "correction_weight_squared": ("mean",)}
 
 

@@ -1,6 +1,8 @@
 """What the methods of slot `kl` share: a coefficient, and the frozen reference model (ALGORITHMS 3)."""
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from megatron_troll.config.tree import NonNegative
 from megatron_troll.objectives.slots import Kl
@@ -22,3 +24,20 @@ def reference_of(inputs: ObjectiveInputs) -> Readings:
     if inputs.reference is None:
         raise ValueError("objective.kl reads a reference model, and none was given: set models.reference")
     return inputs.reference
+
+
+def partial_kl(logp: Tensor, reference: Tensor, kept: Tensor, non_negative: bool) -> Tensor:
+    """sum_S pi log(pi / ref) [N], or with `non_negative` sum_S (pi log(pi / ref) - pi + ref).
+
+    logp, reference [N, W] log-probabilities, reference finite on S; kept [N, W] bool. Both are the KL where
+    S is the whole vocabulary; the first can be negative where it is not. Differentiable in logp; a kept
+    token with logp = -inf counts pi = 0 and has no gradient.
+    """
+    inside = kept & (logp != float("-inf"))
+    log_p = torch.where(inside, logp, 0.0)
+    log_ref = torch.where(inside, reference, 0.0)
+    p = torch.where(inside, log_p.exp(), 0.0)
+    terms = p * (log_p - log_ref)
+    if non_negative:
+        terms = terms - p + torch.where(kept, reference, float("-inf")).exp()
+    return terms.sum(1)

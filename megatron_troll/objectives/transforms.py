@@ -7,7 +7,7 @@ differentiable in the weights. Every group's advantages must sum to 0: `refuse_g
 import torch
 from torch import Tensor
 
-from megatron_troll.objectives.scans import scan
+from megatron_troll.objectives.budget import scan
 
 # |sum A| may be this part of sum |A|: rounding of centred advantages.
 CENTRED = 1e-4

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from megatron_troll.observe.run_folder import RunFolder, flatten
@@ -70,3 +71,11 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, list[Any]]:
     keys = sorted(set().union(*(run.config for run in runs)))
     rows = {key: [run.config.get(key) for run in runs] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def jitter2(series: Sequence[float]) -> float | None:
+    """mean |m_{t+2} - 2 m_{t+1} + m_t|, how unsteady a reward curve is (ALGORITHMS 4.3); None for fewer than
+    three points."""
+    if len(series) < 3:
+        return None
+    return float(np.abs(np.diff(np.asarray(series, dtype=np.float64), n=2)).mean())

@@ -1,6 +1,9 @@
 """Process groups as values: whoever communicates is handed the group it may use."""
 
-from collections.abc import Mapping
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,3 +104,18 @@ class Groups:
     @property
     def is_last_stage(self) -> bool:
         return self.pp.rank == self.pp.size - 1
+
+
+@contextmanager
+def joined(timeout: datetime.timedelta) -> Iterator[Group]:
+    """The ranks that torchrun or srun started, over gloo, until the block ends; without RANK this process
+    alone. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are in the environment. Blocks until all are there;
+    raises torch.distributed.DistError where they are not within `timeout`, which bounds collectives too."""
+    if "RANK" not in os.environ:
+        yield ALONE
+        return
+    dist.init_process_group("gloo", timeout=timeout)
+    try:
+        yield Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

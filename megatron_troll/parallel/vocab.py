@@ -108,3 +108,9 @@ def _logsumexp(real: Tensor, group: Group) -> Tensor:
     shift = top.masked_fill(top == -torch.inf, 0.0)
     mass = group.all_reduce((real - shift[:, None]).exp_().sum(1))
     return shift + mass.log()
+
+
+def kl(logp: Tensor, logq: Tensor, group: Group) -> Tensor:
+    """KL(p || q) [M] from shards [M, V / tp] of their log-probabilities. One all-reduce of M numbers."""
+    terms = torch.where(logp > -torch.inf, logp.exp() * (logp - logq), 0.0)
+    return group.all_reduce(terms.sum(1))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_troll.data.errors import DataError
+from megatron_troll.data.rows import DataError
 from megatron_troll.types import Prompt, Rollout, TokenTopK
 
 PER_TOKEN = ("response_ids", "mask", "logp", "uniform", "versions")

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_troll import rollout
-from megatron_troll.checks import Task
 from megatron_troll.config.tree import Model, Sampling
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.rewards.batch import judge
@@ -12,6 +11,7 @@ from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine, Setup, requests_for
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
 from megatron_troll.run.session import Session
+from megatron_troll.task import Task
 
 # Held-out prompts are always answered with the same random numbers, so that evaluations are paired.
 EVALUATION_ROUND = -1

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 
-from megatron_troll.checks import Task, data_of
+from megatron_troll.checks import data_of
 from megatron_troll.data.order import PromptOrder
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import layer_remarks
@@ -20,7 +19,8 @@ from megatron_troll.rollout.engine import Engine
 from megatron_troll.run.evaluation import Evaluator, open_engine, open_judged
 from megatron_troll.run.queue import Pending
 from megatron_troll.run.session import Session, open_session
-from megatron_troll.system import write_atomic
+from megatron_troll.system import Interrupts, write_atomic
+from megatron_troll.task import Task
 from megatron_troll.training.build import open_policy
 from megatron_troll.training.critic import Critic, open_critic
 from megatron_troll.training.microbatches import Arranger

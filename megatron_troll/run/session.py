@@ -13,7 +13,6 @@ from rich.console import Console
 
 from megatron_troll.config.load import dump
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.hang import Watchdog
@@ -23,7 +22,7 @@ from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.observe.trackers import Summary, Together, open_trackers, write_summary
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.system import write_atomic
+from megatron_troll.system import Interrupts, write_atomic
 from megatron_troll.types import Rollout
 from megatron_troll.weights.export import save as export
 

@@ -51,10 +51,10 @@ def integers(text: str) -> list[int]:
 
 
 def run_command(arguments: Namespace) -> int:
-    from megatron_troll.launch.interrupts import watched
     from megatron_troll.study.plan import load_plan
     from megatron_troll.study.results import results_path
     from megatron_troll.study.runner import run_study
+    from megatron_troll.system import watched
 
     path = Path(arguments.study)
     with watched() as interrupts:
@@ -97,10 +97,10 @@ def report_command(arguments: Namespace) -> int:
 
 
 def kl_command(arguments: Namespace) -> int:
-    from megatron_troll.checks import PROBLEMS, prepare
     from megatron_troll.config.load import load
     from megatron_troll.study.kl_report import analyse, write
     from megatron_troll.study.pool import draw_pool
+    from megatron_troll.task import PROBLEMS, prepare
 
     try:
         pool = draw_pool(prepare(load(arguments.config, arguments.overrides)))

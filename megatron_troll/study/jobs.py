@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_troll.launch.interrupts import Interrupts
+from megatron_troll.system import Interrupts
 
 POLL_S = 0.2
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_troll.observe.curves import jitter2
+from megatron_troll.observe.runs import jitter2
 from megatron_troll.study.plan import Outcome, Study
 from megatron_troll.study.results import Result
 

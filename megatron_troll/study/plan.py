@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_troll.config.document import Entry
-from megatron_troll.config.errors import ConfigError, nearest
 from megatron_troll.config.load import assemble, extended, merge, overlay, parse_file, place, read
+from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.shape import Shape
 from megatron_troll.config.tree import Config, Fraction, Natural, Node
 from megatron_troll.config.validate import validate

@@ -5,7 +5,6 @@ import os
 import torch
 from torch import Tensor
 
-from megatron_troll.checks import Task
 from megatron_troll.config import ConfigError
 from megatron_troll.config.tree import Layout
 from megatron_troll.launch.local import free_port, rank_environment
@@ -16,6 +15,7 @@ from megatron_troll.mcore.schedule import infer
 from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run.evaluation import EVALUATION_ROUND, open_engine
 from megatron_troll.study.kl import Pool
+from megatron_troll.task import Task
 from megatron_troll.training.build import open_model
 from megatron_troll.training.microbatches import Arranger
 from megatron_troll.types import MicroBatch

@@ -9,12 +9,11 @@ from megatron_troll.config import ConfigError
 from megatron_troll.config.load import dump
 from megatron_troll.config.tree import Config
 from megatron_troll.data.demo import write_demo
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.study.jobs import Ended, Job, run_jobs
 from megatron_troll.study.plan import Cell, Plan
 from megatron_troll.study.results import add, as_planned, beside, finished, gather, result_of
-from megatron_troll.system import write_atomic
+from megatron_troll.system import Interrupts, write_atomic
 
 
 def run_study(
@@ -86,7 +85,7 @@ def _job(command: str, name: str, config: Config, folder: Path, *overrides: str)
     """`mtroll command` on a configuration that is written beside the run folder."""
     path = beside(folder)
     write_atomic(path, dump(config))
-    argv = (sys.executable, "-m", "megatron_troll.cli.main", command, str(path), *overrides)
+    argv = (sys.executable, "-m", "megatron_troll.cli", command, str(path), *overrides)
     return Job(name, argv, folder.with_name(f"{folder.name}.log"))
 
 

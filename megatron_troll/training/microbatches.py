@@ -9,8 +9,7 @@ from torch import Tensor
 
 from megatron_troll.batching.build import Advantages, Form, build
 from megatron_troll.batching.experts import Routing
-from megatron_troll.batching.plan import Capacity, Schedule, Step, plan
-from megatron_troll.batching.weights import step_weights
+from megatron_troll.batching.plan import Capacity, Schedule, Step, plan, step_weights
 from megatron_troll.config.tree import Config, Layout
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_troll.advantages import Advantage
 from megatron_troll.batching.build import Advantages
-from megatron_troll.checks import Task
 from megatron_troll.config.model_options import Distill
 from megatron_troll.config.tree import Config
 from megatron_troll.config.tree import RolloutModel as RolloutModelConfig
@@ -25,6 +24,7 @@ from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.ratio.token import Token
 from megatron_troll.objectives.trust_region.clip import Clip
 from megatron_troll.observe.phases import Phases
+from megatron_troll.task import Task
 from megatron_troll.training.build import open_policy
 from megatron_troll.training.microbatches import Arranger
 from megatron_troll.training.trainer import PolicyTrainer, combine, finite, split

@@ -21,9 +21,8 @@ from megatron_troll.objectives.supervised import Supervised
 from megatron_troll.observe.experts import expert_metrics, replay_metrics
 from megatron_troll.observe.metrics import Reducer
 from megatron_troll.observe.phases import Phases
-from megatron_troll.parallel.divergence import kl
 from megatron_troll.parallel.segments import segments
-from megatron_troll.parallel.vocab import gather_logits
+from megatron_troll.parallel.vocab import gather_logits, kl
 from megatron_troll.training.microbatches import Arranger
 from megatron_troll.training.reference import Kept, Reference
 from megatron_troll.types import NO_ID, LossTerms, MicroBatch, ObjectiveInputs, Readings, Rollout

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel.groups import Group
-from megatron_troll.weights.carried import carried_by
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import FolderWriter, check_target
 from megatron_troll.weights.placement import held_parameters, shard_group
-from megatron_troll.weights.stream import tensors_of
-from megatron_troll.weights.table import Place, Table, Tensors
+from megatron_troll.weights.source import carried_by
+from megatron_troll.weights.table import Place, Table, Tensors, tensors_of
 
 MAX_SHARD_BYTES = 5 * 2**30
 Names = tuple[str, ...]

@@ -3,10 +3,9 @@
 import torch
 
 from megatron_troll.mcore.model import MegatronModel
-from megatron_troll.weights.check import check
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.placement import Held, held_parameters, shard_group
-from megatron_troll.weights.source import Source, Unstacked
+from megatron_troll.weights.source import Source, Unstacked, check
 from megatron_troll.weights.table import Table
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -219,3 +220,57 @@ class Unstacked:
                 single = piece.format(l=layer, e=expert)
                 self._inside[single] = (name, expert, i, len(pieces))
                 self._shapes[single] = (shape[1] // len(pieces), *shape[2:])
+
+
+# In a folder with a Megatron checkpoint, they lie in a folder of their own.
+CARRIED = "carried"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The names of the tensors that `source` carries."""
+
+    source: Source
+    names: tuple[str, ...]
+
+
+def carried_by(folder: Path, table: Table) -> Carried:
+    """What a folder with a model of `table` carries; nothing where it has no weights."""
+    place = folder / CARRIED if is_checkpoint(folder) else folder
+    if not table.carried or not any((place / name).is_file() for name in (INDEX, SINGLE)):
+        return Carried(TensorSource({}), ())
+    source = FolderSource(place)
+    return Carried(source, tuple(name for name in source.shapes if name.startswith(table.carried)))
+
+
+# Written by some tools although config.json ties the head to the embedding.
+TIED_HEAD = "lm_head.weight"
+
+
+def check_folder(folder: str | Path, shape: ModelShape) -> None:
+    """Raise ValueError or FileNotFoundError unless `folder` holds a model of `shape`. Reads headers only."""
+    table = table_of(shape)
+    check(Unstacked(open_source(folder, shape), table), table, tied=shape.tied)
+
+
+def check(source: Source, table: Table, *, tied: bool) -> None:
+    """Raise ValueError unless `source` holds exactly the tensors of `table`, in their shapes, besides those
+    that it carries."""
+    expected = {name: tensor.shape for name, tensor in table.tensors().items()}
+    found = source.shapes
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [
+        f"unused: {name} {shape}"
+        for name, shape in found.items()
+        if name not in expected and not name.startswith(table.carried) and not (tied and name == TIED_HEAD)
+    ]
+    problems += [
+        f"wrong shape: {name} {found[name]}, the config says {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise ValueError(
+            "the weights do not fit config.json (is it of another model, or was the download cut short?):\n  "
+            + "\n  ".join(problems)
+        )

@@ -6,7 +6,7 @@ counts are all derived from it.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -219,3 +219,10 @@ def parameters_of(table: Table) -> int:
         if not entry.copy
         for tensor in entry.hf
     )
+
+
+def tensors_of(parameters: Iterable[tuple[Place, Tensors]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every Hugging Face tensor that `parameters` (each as its full parts) hold, in their
+    order. One parameter is in memory at a time; a tensor may share memory with it: copy what is kept."""
+    for place, parts in parameters:
+        yield from zip(place.names, place.entry.from_parts(parts), strict=True)

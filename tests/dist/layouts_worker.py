@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.experts import Routing
-from megatron_troll.batching.plan import Capacity, Schedule, plan
-from megatron_troll.batching.weights import step_weights
+from megatron_troll.batching.plan import Capacity, Schedule, plan, step_weights
 from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.head import Head

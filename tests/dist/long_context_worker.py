@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
 from megatron_troll.batching.build import Form, build
 from megatron_troll.config.tree import Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.head import Head
-from megatron_troll.mcore.schedule import accumulate
+from megatron_troll.mcore.schedule import accumulate, infer
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.types import Message, Prompt, Reads, Rollout
 from megatron_troll.weights.load import load
@@ -82,3 +84,21 @@ def reset_peak() -> int:
 def resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def rotations(config: Model, sizes: dict, responses: int) -> int:
+    """How often Megatron turns queries or keys in the forward of one micro-batch with so many responses."""
+    shape = shape_of(sizes)
+    with (
+        started(config.layout) as groups,
+        mock.patch.object(
+            rope_utils, "_apply_rotary_pos_emb_bshd", wraps=rope_utils._apply_rotary_pos_emb_bshd
+        ) as turned,
+    ):
+        model = mcore.build(config, shape, groups)
+        load(model, RandomSource(shape, 0))
+        form = Form(vocab=shape.vocab, cp_rank=groups.cp.rank, cp_size=groups.cp.size)
+        rollouts = [response(5, shape.vocab)] * responses
+        batch = build(rollouts, [1.0] * responses, [1.0] * responses, list(range(responses)), form)
+        infer(model, [batch], lambda i, hidden: hidden)
+        return turned.call_count

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_troll.config.tree import Layout, Model, Optimizer
 from tests.dist.harness import RankPool
-from tests.dist.long_context_worker import Long, run_long
+from tests.dist.long_context_worker import Long, rotations, run_long
 from tests.dist.tiny import MOE
 
 TOKENS = 32_768
@@ -45,3 +45,13 @@ def test_32k_tokens_take_memory_in_proportion_to_their_number(ranks1: RankPool, 
     assert sum(part.loss for part in parts) == pytest.approx(alone.loss, rel=1e-5)
     assert all(part.grad_norm == pytest.approx(alone.grad_norm, rel=1e-4) for part in parts)
     assert max(part.peak for part in (alone, *parts)) < MOST
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_packed_sequences_are_turned_at_once(cp: int, ranks1: RankPool, ranks2: RankPool) -> None:
+    """Megatron would turn them one by one, with a copy whose backward goes through all of them."""
+    model = Model.model_validate(
+        {"path": "none", "dtype": "fp32", "layout": {"cp": cp}, "optimizer": {"distributed": False}}
+    )
+    ranks = {1: ranks1, 2: ranks2}[cp]
+    assert ranks.run(rotations, model, SIZES, 6) == [2 * SIZES["num_hidden_layers"]] * cp

@@ -67,7 +67,7 @@ def torchrun(place: Workplace, *arguments: str) -> Done:
         "--nproc-per-node",
         "2",
         "-m",
-        "megatron_troll.cli.main",
+        "megatron_troll.cli",
         *arguments,
     ]
     process = subprocess.Popen(

@@ -11,9 +11,8 @@ from megatron_troll.rollout.engine import Answer
 from megatron_troll.rollout.sglang.client import Client, Question
 from megatron_troll.rollout.sglang.control import Control
 from megatron_troll.rollout.sglang.http import QUICK_S, Http
-from megatron_troll.rollout.sglang.router import Router
-from megatron_troll.rollout.sglang.servers import CatchUp, Servers
-from megatron_troll.rollout.sglang.versions import Versions
+from megatron_troll.rollout.sglang.servers import CatchUp, Router, Servers
+from megatron_troll.rollout.sglang.wire import Versions
 
 VERSIONS = Versions("run", "0123abcd")
 

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_troll.config.tree import Sampling
-from megatron_troll.rollout.sglang.routed import Routed
-from megatron_troll.rollout.sglang.wire import Ask, Part, part_of
+from megatron_troll.rollout.sglang.wire import Ask, Part, Routed, part_of
 from tests.dist.tiny import reference
 from tests.sglang.farm import Farm
 from tests.sglang.model import CONFIG, VOCAB

@@ -5,11 +5,10 @@ from dataclasses import replace
 from megatron_troll.checks import data_of
 from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan.activations import flow_of, working_set
-from megatron_troll.launch.plan.caches import state_of_sequence, values_of_token
 from megatron_troll.launch.plan.models import Planned
 from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.launch.plan.saved.flow import FLOAT
-from megatron_troll.launch.plan.servers import GIB, server_share
+from megatron_troll.launch.plan.servers import GIB, server_share, state_of_sequence, values_of_token
 
 # Of each number of whole rows, on the last stage: logits and their gathered shards, log-probs, probabilities,
 # and a cumulative sum in fp64.

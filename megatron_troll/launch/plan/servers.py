@@ -1,10 +1,11 @@
 """What generation holds: weights and caches on the servers' GPUs. Bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.plan.caches import state_of_sequence, values_of_token
+from megatron_troll.launch.plan.saved.flow import FLOAT
 from megatron_troll.launch.sglang_flags import check_kv_cache, check_sizes
 from megatron_troll.mcore.shape import ModelShape
 
@@ -83,3 +84,21 @@ def check_servers(config: Config, world: int, shape: ModelShape, parameters: int
             f"into the {room} of each GPU that serve.memory_fraction leaves; raise one of the two, or lower "
             "rollout.sampling.max_tokens"
         )
+
+
+def values_of_token(shape: ModelShape, kinds: Sequence[str], tp: int) -> int:
+    """Keys and values, in numbers, of layers of these kinds on one of `tp` ranks; a head of them is copied
+    where there are more ranks than heads."""
+    heads = max(1, shape.kv_heads // tp)
+    return 2 * kinds.count("full_attention") * heads * shape.head_dim
+
+
+def state_of_sequence(shape: ModelShape, kinds: Sequence[str], tp: int, width: int) -> int:
+    """Bytes, whatever its length: the matrix of each value head in fp32, and what the convolution must see
+    again, `width` bytes a number."""
+    linear = shape.linear
+    if linear is None:
+        return 0
+    matrices = FLOAT * linear.value_heads * linear.key_dim * linear.value_dim
+    seen = width * (linear.conv - 1) * (2 * linear.key_width + linear.value_width)
+    return kinds.count("linear_attention") * (matrices + seen) // tp

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import join, quote
 
-from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.node import ConfigError
 from megatron_troll.config.serving import Serve
 from megatron_troll.config.tree import Config
 from megatron_troll.mcore.layout import check_world

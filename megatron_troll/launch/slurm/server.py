@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
         parser.error("SLURM_LAUNCH_NODE_IPADDR not set: this is started by srun, a task a node")
     named = arguments.interface
     own = network.address_of(named) if named else network.address_towards(launcher)
-    command = ["-m", "megatron_troll.cli.main", "serve", *arguments.arguments, f"serve.host={own}"]
+    command = ["-m", "megatron_troll.cli", "serve", *arguments.arguments, f"serve.host={own}"]
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.execv(sys.executable, [sys.executable, *command])

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     seat = Seat.of(os.environ)
     environment = join(seat, arguments.logs, arguments.interface)
-    command = [sys.executable, "-m", "megatron_troll.cli.main", *arguments.arguments]
+    command = [sys.executable, "-m", "megatron_troll.cli", *arguments.arguments]
     failure = run_ranks(command, {seat.rank: environment}, arguments.logs)
     if failure is None:
         return 0

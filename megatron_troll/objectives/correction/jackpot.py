@@ -1,6 +1,7 @@
 """Jackpot: rollout tokens rejected so that the accepted ones follow the trainer's policy more closely
 (arXiv 2602.06107, Alg. 1; ALGORITHMS 5)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -10,9 +11,7 @@ from torch import Tensor, where
 
 from megatron_troll.config.tree import Positive, PositiveFloat
 from megatron_troll.objectives import mismatch
-from megatron_troll.objectives.diagnostics import correlation, moments
 from megatron_troll.objectives.mismatch import described
-from megatron_troll.objectives.obrs import accept_prob, importance, kl_of_sparse, log_accepted
 from megatron_troll.objectives.records import at_rollout_of, at_sampled, first_slots, log_probs, record_of
 from megatron_troll.objectives.responses import once
 from megatron_troll.objectives.slots import (
@@ -198,3 +197,43 @@ class Jackpot(Correction):
         rollout = log_probs(record, "rollout")
         post = log_accepted(target, rollout, self.lam) - z.log()[:, None]
         return {"kl_rollout": kl_of_sparse(target, rollout), "kl_post": kl_of_sparse(target, post)}
+
+
+def accept_prob(target: Tensor, proposal: Tensor, lam: float) -> Tensor:
+    """min(1, p / (lam q)), elementwise."""
+    return (target - proposal - math.log(lam)).clamp(max=0.0).exp()
+
+
+def log_accepted(target: Tensor, proposal: Tensor, lam: float) -> Tensor:
+    """log min(q, p / lam), elementwise: the law of accepted tokens before it is normalised."""
+    return torch.minimum(proposal, target - math.log(lam))
+
+
+def importance(target: Tensor, proposal: Tensor, lam: float) -> Tensor:
+    """max(lam, p / q), elementwise: p over the law of accepted tokens, Z left out. The log-ratio is
+    clamped to [-20, 20]."""
+    return importance_ratio(target, proposal).clamp(min=lam)
+
+
+def kl_of_sparse(target: Tensor, other: Tensor) -> Tensor:
+    """sum_v p log(p / other) [N] over slots [N, W]; a slot with p = 0 adds 0."""
+    return torch.where(target == float("-inf"), 0.0, target.exp() * (target - other)).sum(1)
+
+
+def effective_sample_size(mean: Tensor, mean_square: Tensor) -> Tensor:
+    """(sum w)^2 / (N sum w^2) of non-negative weights, as a share of N in [0, 1]; 0 where all are 0.
+    Elementwise; from the means of w and w^2."""
+    return torch.where(mean_square > 0, mean.square() / mean_square, 0.0)
+
+
+def correlation(moments: Tensor) -> Tensor:
+    """Pearson's coefficient from the sums [6] of 1, x, y, x^2, y^2 and x y. NaN where x or y is constant."""
+    n, x, y, xx, yy, xy = moments.double()
+    spread = (n * xx - x.square()).clamp(min=0.0) * (n * yy - y.square()).clamp(min=0.0)
+    return ((n * xy - x * y) / spread.sqrt()).clamp(-1.0, 1.0)
+
+
+def moments(x: Tensor, y: Tensor, counted: Tensor) -> Tensor:
+    """The sums [6] of `correlation`, float64, of x [N] and y [N] where counted [N] is 1 (0 elsewhere)."""
+    x, y, counted = x.double(), y.double(), counted.double()
+    return torch.stack([torch.ones_like(x), x, y, x.square(), y.square(), x * y]) @ counted

@@ -6,9 +6,8 @@ from pydantic import Field
 from torch import Tensor, full_like, int64, where
 from troll_kernels.sparsify import sparse_logp
 
-from megatron_troll.objectives.partial_kl import partial_kl
 from megatron_troll.objectives.records import first_slots, record_of
-from megatron_troll.objectives.reference import ReferenceKl, reference_of
+from megatron_troll.objectives.reference import ReferenceKl, partial_kl, reference_of
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term
 from megatron_troll.objectives.sparse import Sparse
 from megatron_troll.types import ObjectiveInputs, Reads, Support

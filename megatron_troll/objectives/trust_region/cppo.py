@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megatron_troll.config.tree import NonNegative, Positive, PositiveFloat
 from megatron_troll.objectives import budget
+from megatron_troll.objectives.budget import places, scan
 from megatron_troll.objectives.divergence import Divergence
 from megatron_troll.objectives.masking import Masking, outward
 from megatron_troll.objectives.responses import lengths
-from megatron_troll.objectives.scans import places, scan
 from megatron_troll.objectives.slots import Diagnostics, Statistics, Term, logp_of
 from megatron_troll.types import ObjectiveInputs
 

@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import Tensor, minimum
 
 from megatron_troll.config.tree import NonNegative
-from megatron_troll.objectives.scans import before, scan
+from megatron_troll.objectives.budget import before, scan
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
 from megatron_troll.types import ObjectiveInputs
 

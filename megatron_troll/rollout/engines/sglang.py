@@ -8,7 +8,8 @@ from megatron_troll.config.tree import Sampling
 from megatron_troll.data.chat import render_prompt
 from megatron_troll.rollout.engine import Engine, EngineError, Request, Setup, rollout_of
 from megatron_troll.rollout.sampling import sample_key
-from megatron_troll.rollout.sglang import diagnosis, weights
+from megatron_troll.rollout.sglang import probe as diagnosis
+from megatron_troll.rollout.sglang import weights
 from megatron_troll.rollout.sglang.client import Question
 from megatron_troll.rollout.sglang.desk import Desk, open_desk
 from megatron_troll.rollout.sglang.drawing import Drawing
@@ -16,9 +17,8 @@ from megatron_troll.rollout.sglang.errors import Mismatch
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
 from megatron_troll.rollout.sglang.registry import buffer_folder, weights_folder
-from megatron_troll.rollout.sglang.routed import Routed
 from megatron_troll.rollout.sglang.weights import Agreed
-from megatron_troll.rollout.sglang.wire import Ask
+from megatron_troll.rollout.sglang.wire import Ask, Routed
 from megatron_troll.types import Rollout
 
 

@@ -20,10 +20,8 @@ from megatron_troll.rollout.sglang.errors import (
     Unreachable,
 )
 from megatron_troll.rollout.sglang.http import Http
-from megatron_troll.rollout.sglang.routed import continued
 from megatron_troll.rollout.sglang.servers import Server, Servers
-from megatron_troll.rollout.sglang.versions import Versions
-from megatron_troll.rollout.sglang.wire import Ask, Part, part_of, score_body, score_of
+from megatron_troll.rollout.sglang.wire import Ask, Part, Versions, continued, part_of, score_body, score_of
 from megatron_troll.types import TokenTopK
 
 # How long a server may take to hand over what it has of an answer that takes too long.

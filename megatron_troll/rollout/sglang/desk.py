@@ -15,10 +15,9 @@ from megatron_troll.rollout.sglang.control import Control, each
 from megatron_troll.rollout.sglang.http import Http, read_key
 from megatron_troll.rollout.sglang.identity import Identity
 from megatron_troll.rollout.sglang.registry import registered, servers_folder, weights_folder
-from megatron_troll.rollout.sglang.router import Router
-from megatron_troll.rollout.sglang.servers import Servers
+from megatron_troll.rollout.sglang.servers import Router, Servers
 from megatron_troll.rollout.sglang.transport import Disk, Shared, Transport
-from megatron_troll.rollout.sglang.versions import Versions
+from megatron_troll.rollout.sglang.wire import Versions
 
 MIB = 2**20
 LOOPBACK = ("localhost", "127.0.0.1", "::1")

@@ -3,14 +3,51 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from megatron_troll.config.tree import SGLang
 from megatron_troll.rollout.engine import EngineError
-from megatron_troll.rollout.sglang.errors import NoServers, Passing, Unreachable
-from megatron_troll.rollout.sglang.router import Router
+from megatron_troll.rollout.sglang.errors import NoServers, Passing, ServerFault, Unreachable
+from megatron_troll.rollout.sglang.http import Http
+
+
+class Router:
+    """Keeps the router's list of workers."""
+
+    def __init__(self, url: str, http: Http) -> None:
+        self.url = url
+        self._http = http
+
+    async def keep(self, urls: Collection[str]) -> None:
+        """The router is to use just these servers. Raises Passing where it cannot be reached, or does not
+        take one in."""
+        known = await self._workers()
+        for url in known.keys() - set(urls):
+            await self._http.delete(self.url, f"/workers/{known[url]}")
+        missing = [url for url in urls if url not in known]
+        for url in missing:
+            await self._http.post(self.url, "/workers", {"url": url, "worker_type": "regular"})
+        if missing:
+            await self._joined(missing)
+
+    async def _workers(self) -> dict[str, str]:
+        """Their ids by URL."""
+        reply = await self._http.get(self.url, "/workers")
+        try:
+            return {worker["url"]: worker["id"] for worker in reply["workers"]}
+        except (TypeError, LookupError):
+            raise ServerFault(f"{self.url}/workers is not a list of workers: {str(reply)[:200]}") from None
+
+    async def _joined(self, urls: Collection[str]) -> None:
+        """The router takes workers in behind its answer."""
+        for _ in range(int(JOIN_S / 0.2)):
+            if set(urls) <= (await self._workers()).keys():
+                return
+            await asyncio.sleep(0.2)
+        raise ServerFault(f"{self.url} has not taken in {', '.join(urls)} within {JOIN_S:g} s")
+
 
 POLL_S = 1.0
 # Failures in a row after which a server is left alone for a while; a lost connection is enough by itself.
@@ -232,3 +269,6 @@ class Servers:
     def outdated(self, server: Server) -> None:
         """It answered with weights that it should not have: check it before it is asked again."""
         server.version = None
+
+
+JOIN_S = 30.0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_troll.batching.weights import step_weights
+from megatron_troll.batching.plan import step_weights
 from tests.unit.batching.samples import rollout
 
 ROLLOUTS = [

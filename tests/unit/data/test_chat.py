@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_troll.data.chat import encode_chat, render_prompt
-from megatron_troll.data.errors import DataError
+from megatron_troll.data.rows import DataError
 from megatron_troll.types import Message
 
 USER = Message("user", "sort 21")

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_troll.data.demonstrations import load_demonstrations
-from megatron_troll.data.errors import DataError
+from megatron_troll.data.rows import DataError
 
 ASK = {"role": "user", "content": "sort 21"}
 ANSWER = {"role": "assistant", "content": "12"}

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_troll.config.tree import Data
-from megatron_troll.data.errors import DataError
 from megatron_troll.data.prompts import load_prompts, read_prompts
+from megatron_troll.data.rows import DataError
 
 
 def ours(number: int, text: str | None = None, answer: str = "1") -> dict:

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from megatron_troll.data.errors import DataError
+from megatron_troll.data.rows import DataError
 from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.checks import PROBLEMS
 from megatron_troll.config.load import load
 from megatron_troll.evals.task import EvalTask, prepare
+from megatron_troll.task import PROBLEMS
 from tests.unit.demo_task import write_config
 
 CONFIG = """

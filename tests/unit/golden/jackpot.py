@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_troll.objectives.correction.jackpot import Jackpot
-from megatron_troll.objectives.obrs import accept_prob, importance, kl_of_sparse, log_accepted
+from megatron_troll.objectives.correction.jackpot import (
+    Jackpot,
+    accept_prob,
+    importance,
+    kl_of_sparse,
+    log_accepted,
+)
 from megatron_troll.objectives.slots import Policy, Statistics
 from megatron_troll.types import NO_ID, ObjectiveInputs, Readings, TopK
 from tests.unit.golden.records import floats, inputs_of

@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_troll.objectives.kl.k1 import K1
 from megatron_troll.objectives.kl.k2 import K2
 from megatron_troll.objectives.kl.k3 import K3
-from megatron_troll.objectives.partial_kl import partial_kl
+from megatron_troll.objectives.reference import partial_kl
 from megatron_troll.objectives.sampled_kl import SampledKl
 from megatron_troll.objectives.slots import Policy, Term
 from megatron_troll.types import Readings

@@ -8,7 +8,7 @@ import torch
 
 from megatron_troll.advantages.dr_grpo import DrGrpo
 from megatron_troll.advantages.grpo import Grpo
-from megatron_troll.observe.curves import jitter2
+from megatron_troll.observe.runs import jitter2
 from tests.unit.golden.runner import TEXT, Runner
 
 

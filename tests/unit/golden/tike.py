@@ -6,8 +6,8 @@ from torch import Tensor
 
 from megatron_troll.objectives.kl.tike import Tike
 from megatron_troll.objectives.kl.tike_sparse import TikeSparse
-from megatron_troll.objectives.partial_kl import partial_kl
 from megatron_troll.objectives.records import first_slots
+from megatron_troll.objectives.reference import partial_kl
 from megatron_troll.objectives.slots import Kl, Policy, Term
 from megatron_troll.types import NO_ID, ObjectiveInputs, Readings, TopK
 from tests.unit.golden.records import floats, inputs_of, topk_record

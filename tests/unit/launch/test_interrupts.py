@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from megatron_troll.launch.interrupts import watched
+from megatron_troll.system import watched
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

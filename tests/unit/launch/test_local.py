@@ -40,7 +40,7 @@ import os, time
 from pathlib import Path
 Path(f"ready_{os.environ['RANK']}").write_text("imports")
 time.sleep(0.5)
-from megatron_troll.launch.interrupts import watched
+from megatron_troll.system import watched
 with watched() as interrupts:
     assert interrupts.asked
 Path(f"saved_{os.environ['RANK']}").write_text("checkpoint")

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import torch
 
-from megatron_troll.mcore.checkpoint_rng import captured, restore
+from megatron_troll.mcore.checkpoint_tensors import captured_rng, restore_rng
 
 
 def draw() -> tuple[float, ...]:
@@ -14,8 +14,8 @@ def draw() -> tuple[float, ...]:
 def test_generators_continue_where_they_were() -> None:
     draw()
     np.random.normal()
-    text = captured()
+    text = captured_rng()
     drawn = draw()
     assert draw() != drawn
-    restore(text)
+    restore_rng(text)
     assert draw() == drawn

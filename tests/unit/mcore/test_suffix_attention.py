@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.mcore.suffix_attention import attend_suffix
+from megatron_troll.mcore.attention import attend_suffix
 
 SCALE = 0.3
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.errors import ConfigError
 from megatron_troll.config.methods import known_methods
+from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose, resolve
 from megatron_troll.objectives.compose import SLOTS, head_gradient, refuse_dense_head, remarks

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
-from megatron_troll.objectives.diagnostics import effective_sample_size
+from megatron_troll.objectives.correction.jackpot import effective_sample_size
 from megatron_troll.types import ObjectiveInputs, Readings
 from tests.unit.golden.records import inputs_of
 from tests.unit.objectives.rows import sample

@@ -12,11 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad, gradcheck
 
-from megatron_troll.config.errors import ConfigError
+from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
-from megatron_troll.objectives.diagnostics import correlation, moments
-from megatron_troll.objectives.obrs import accept_prob, importance, kl_of_sparse, log_accepted
+from megatron_troll.objectives.correction.jackpot import (
+    accept_prob,
+    correlation,
+    importance,
+    kl_of_sparse,
+    log_accepted,
+    moments,
+)
 from megatron_troll.types import LossTerms
 from tests.unit.objectives.rows import Rows, sample, statistics_of
 

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_troll.objectives.scans import before, places, scan, starts
+from megatron_troll.objectives.budget import before, places, scan, starts
 
 numbers = st.floats(-100, 100, width=32)
 packed = st.lists(st.lists(numbers, max_size=9), max_size=5)

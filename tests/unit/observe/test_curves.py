@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_troll.observe.curves import jitter2
+from megatron_troll.observe.runs import jitter2
 
 
 def test_jitter2_by_hand():

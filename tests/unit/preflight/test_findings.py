@@ -10,8 +10,7 @@ from megatron_troll.launch.plan.build import GIB, plan
 from megatron_troll.preflight import node, packages
 from megatron_troll.preflight.finding import Finding
 from megatron_troll.preflight.needs import gpu_bytes
-from megatron_troll.preflight.run import Report, failures
-from megatron_troll.preflight.table import grouped
+from megatron_troll.preflight.run import Report, failures, grouped
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "configs"
 TIB = 2**40

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_troll.data.errors import DataError
+from megatron_troll.data.rows import DataError
 from megatron_troll.rollout import archive
 from megatron_troll.types import Message, Prompt, Rollout, TokenTopK
 

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.study.jobs import Ended, Job, run_jobs
+from megatron_troll.system import Interrupts
 
 WAIT_FOR_FILE = "import pathlib, time\nwhile not pathlib.Path({path!r}).exists(): time.sleep(0.01)"
 STOP_WELL = """

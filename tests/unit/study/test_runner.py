@@ -7,10 +7,10 @@ import pytest
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import dump
-from megatron_troll.launch.interrupts import Interrupts
 from megatron_troll.study.plan import Cell, load_plan
 from megatron_troll.study.results import beside, write_results
 from megatron_troll.study.runner import run_study
+from megatron_troll.system import Interrupts
 from tests.unit.study.test_outcomes import RESULT
 from tests.unit.study.test_plan import SMALL, write
 

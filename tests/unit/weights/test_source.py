@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_troll.mcore.shape import shape_of
-from megatron_troll.weights.check import check
 from megatron_troll.weights.families import table_of
-from megatron_troll.weights.source import FolderSource, RandomSource, TensorSource, Unstacked
+from megatron_troll.weights.source import FolderSource, RandomSource, TensorSource, Unstacked, check
 from tests.dist.tiny import MOE, NEXT
 
 SHAPE = shape_of(MOE)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_troll.config.load import PRESETS
 from megatron_troll.mcore.shape import ModelShape, shape_of
-from megatron_troll.weights.check import check
 from megatron_troll.weights.families import count_parameters, table_of
-from megatron_troll.weights.source import TensorSource
+from megatron_troll.weights.source import TensorSource, check
 from megatron_troll.weights.table import Entry, HFTensor, Table
 from tests.dist.tiny import DENSE, MOE, NEXT
 from tests.unit.weights.recorded_names import MODELS, OUTSIDE

@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_troll.launch.plan.caches import state_of_sequence, values_of_token
 from megatron_troll.launch.plan.models import PUBLISHED, shape_at
-from megatron_troll.launch.plan.servers import servers_of
+from megatron_troll.launch.plan.servers import servers_of, state_of_sequence, values_of_token
 from megatron_troll.mcore.shape import shape_of
 
 SMALL = {

@@ -7,7 +7,7 @@ import pytest
 from megatron_troll.config import ConfigError
 from megatron_troll.rollout.sglang.http import read_key
 from megatron_troll.rollout.sglang.registry import register, registered, unregister
-from megatron_troll.rollout.sglang.versions import Versions
+from megatron_troll.rollout.sglang.wire import Versions
 
 
 def test_servers_come_and_go(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.errors import BadReply, NoExperts
-from megatron_troll.rollout.sglang.routed import Routed, continued, experts_of
-from megatron_troll.rollout.sglang.wire import Ask, part_of
+from megatron_troll.rollout.sglang.wire import Ask, Routed, continued, experts_of, part_of
 from tests.sglang.model import VOCAB
 from tests.sglang.recordings import GREEDY, LENGTH, NEVER, PROMPT, recorded
 

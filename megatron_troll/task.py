@@ -1,0 +1,111 @@
+"""What a run was given: its configuration, with all that it names read and found fit."""
+
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_troll import rollout
+from megatron_troll.checks import check_methods, check_model, check_models, check_observe, data_of, world_size
+from megatron_troll.config import ConfigError
+from megatron_troll.config.tree import Config, Model, WarmStart
+from megatron_troll.data.demonstrations import load_demonstrations
+from megatron_troll.data.prompts import PromptSet, load_prompts
+from megatron_troll.data.rows import DataError
+from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
+from megatron_troll.mcore.shape import ModelShape, read_shape
+from megatron_troll.mcore.version import check_version
+from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
+from megatron_troll.objectives.energy import Energy
+from megatron_troll.objectives.objective import Objective
+from megatron_troll.rewards import reward as verifiers
+from megatron_troll.types import Rollout
+
+PROBLEMS = (ConfigError, DataError, ValueError, OSError)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A configuration with all that it names read and found fit. `config` has every default of every
+    method written out."""
+
+    config: Config
+    shape: ModelShape
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    prompts: PromptSet
+    objective: Objective
+
+    def __str__(self) -> str:
+        return str(self.prompts)
+
+    def token_text(self, token: int) -> str:
+        """What one token id reads as."""
+        return str(self.tokenizer.decode([token]))
+
+
+def prepare(config: Config) -> Task:
+    """Read and check what `config` names. Raises one of PROBLEMS with what is wrong and where; touches no
+    device and writes nothing."""
+    check_version()
+    data = data_of(config)
+    config = config.model_copy(
+        update={
+            "objective": resolve(config.objective),
+            "reward": verifiers.resolve(config.reward),
+        }
+    )
+    objective = compose(config.objective)
+    if config.observe.energy:
+        objective = replace(objective, energy=Energy())
+    if config.objective.head == "sparse":
+        refuse_dense_head(objective)
+    shape = shape_of(config)
+    check_methods(config, objective, shape)
+    check_models(config, objective, shape)
+    check_observe(config.observe)
+    tokenizer = tokenizer_of(config.policy, shape)
+    stops = stop_ids(tokenizer, config.policy.path, config.rollout.sampling.stop)
+    prompts = load_prompts(data, config.seed, tokenizer)
+    if config.rollout.prompts > len(prompts.train):
+        raise ConfigError(
+            f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"
+        )
+    return Task(config, shape, tokenizer, stops, prompts, objective)
+
+
+def shape_of(config: Config) -> ModelShape:
+    """The policy's sizes. Raises one of PROBLEMS where the folder, the layout or the engine does not fit."""
+    policy = config.policy
+    shape = read_shape(policy.path)
+    check_model("policy", policy, shape, world_size(config))
+    rollout.check(config.rollout, policy.layout.cp)
+    return shape
+
+
+def tokenizer_of(model: Model, shape: ModelShape) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder. Raises one of PROBLEMS where it is not the model's."""
+    tokenizer = load_tokenizer(model.path)
+    check_vocab(tokenizer, shape.vocab)
+    return tokenizer
+
+
+def sft_of(config: Config) -> WarmStart:
+    """What `mtroll sft` does. Raises ConfigError where the configuration does not say."""
+    if config.sft is None:
+        raise ConfigError("sft: missing; `mtroll sft` needs sft.files, demonstrations to learn from")
+    if config.resume:
+        raise ConfigError("resume: a warm start is not resumed; delete its run folder or choose another name")
+    return config.sft
+
+
+def demonstrations(task: Task) -> list[Rollout]:
+    """The demonstrations of a warm start, in the form that batches are built from. Raises one of PROBLEMS."""
+    found = load_demonstrations(sft_of(task.config).files)
+    examples = [demonstration.example(task.tokenizer) for demonstration in found]
+    for example in examples:
+        if len(example.response_ids) > task.shape.max_positions:
+            raise DataError(
+                f"{example.prompt.id}: {len(example.response_ids) + 1} tokens, more than the model's "
+                f"max_position_embeddings {task.shape.max_positions}"
+            )
+    return examples
