@@ -10,7 +10,15 @@ from troll_kernels.dispatch import LARGEST_K
 
 from megatron_troll import rollout
 from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Data, Model, Observe, Reference, RolloutModel, Sampling
+from megatron_troll.config.tree import (
+    Config,
+    Data,
+    Model,
+    Observe,
+    ReferenceConfig,
+    RolloutModelConfig,
+    Sampling,
+)
 from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.mcore.layout import check_layout, check_world, smallest_world, uses_te
 from megatron_troll.mcore.options import check_machine, check_muon_layout, check_options
@@ -143,7 +151,7 @@ def check_models(config: Config, objective: Objective, shape: ModelShape) -> Non
         _check_rollout_model(config.models.rollout, config, shape)
 
 
-def _check_reference(reference: Reference, config: Config, shape: ModelShape) -> None:
+def _check_reference(reference: ReferenceConfig, config: Config, shape: ModelShape) -> None:
     check_folder(reference.path, read_shape(reference.path))
     if read_shape(reference.path) != shape:
         raise ConfigError(
@@ -158,7 +166,7 @@ def _check_critic(critic: Model, config: Config, shape: ModelShape) -> None:
     check_model("critic", critic, body, world_size(config))
 
 
-def _check_rollout_model(model: RolloutModel, config: Config, shape: ModelShape) -> None:
+def _check_rollout_model(model: RolloutModelConfig, config: Config, shape: ModelShape) -> None:
     other = read_shape(model.path)
     check_model("rollout", model, other, world_size(config))
     if other.vocab != shape.vocab or _tokens(model) != _tokens(config.policy):

@@ -10,13 +10,13 @@ import torch
 from megatron_troll.advantages import zero_variance
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.run.collect import begin
-from megatron_troll.run.queue import Collected, Waiting, ages
-from megatron_troll.run.run import Run, Standing, open_run
+from megatron_troll.run.queue import BatchFuture, RolloutBatch, ages
+from megatron_troll.run.run import Run, TrainState, open_run
 from megatron_troll.system import Interrupts
 from megatron_troll.task import Task
-from megatron_troll.training.critic import Estimate, estimate
+from megatron_troll.training.critic import AdvantageEstimate, estimate
 from megatron_troll.training.throughput import speed
-from megatron_troll.training.trainer import Learned, Unhealthy
+from megatron_troll.training.trainer import Unhealthy, UpdateResult
 from megatron_troll.types import Rollout
 
 # Probability outside the old support beyond which KL on that support means little (ALGORITHMS 1.8).
@@ -43,7 +43,7 @@ def train(task: Task, interrupts: Interrupts) -> bool:
         return True
 
 
-def before_training(run: Run, standing: Standing) -> Standing:
+def before_training(run: Run, standing: TrainState) -> TrainState:
     began = time.perf_counter()
     synced = run.sync(0)
     success = run.evaluator.success()
@@ -51,7 +51,7 @@ def before_training(run: Run, standing: Standing) -> Standing:
     return run.since(replace(standing, before=success, after=success), began)
 
 
-def train_step(run: Run, standing: Standing) -> Standing:
+def train_step(run: Run, standing: TrainState) -> TrainState:
     """One rollout batch: sample, judge, learn, evaluate where that is due, write its row. A checkpoint comes
     after the row: a run that continues from it finds all its rows."""
     config, began, step = run.task.config, time.perf_counter(), standing.step + 1
@@ -91,7 +91,7 @@ def train_step(run: Run, standing: Standing) -> Standing:
     return standing
 
 
-def sample(run: Run, standing: Standing) -> tuple[dict[str, float], Waiting, Collected]:
+def sample(run: Run, standing: TrainState) -> tuple[dict[str, float], BatchFuture, RolloutBatch]:
     """Weights to the engine, and the next batch from it, whenever it was begun."""
     try:
         synced = run.sync(standing.step)
@@ -105,8 +105,8 @@ def sample(run: Run, standing: Standing) -> tuple[dict[str, float], Waiting, Col
 
 
 def learn(
-    run: Run, rollouts: list[Rollout], estimated: Estimate, standing: Standing
-) -> tuple[Learned, Standing]:
+    run: Run, rollouts: list[Rollout], estimated: AdvantageEstimate, standing: TrainState
+) -> tuple[UpdateResult, TrainState]:
     """The policy, then the critic and the rollout model, from one batch; the run stands a step further."""
     step = standing.step + 1
     learned = run.learner.learn(rollouts, estimated.advantages, step)
@@ -130,7 +130,7 @@ def evaluate(run: Run, step: int, metrics: dict[str, float]) -> EngineError | No
     return None
 
 
-def rescue(run: Run, standing: Standing) -> None:
+def rescue(run: Run, standing: TrainState) -> None:
     """A checkpoint before the run ends for want of an engine."""
     if standing.step > 0:
         run.save(standing)
@@ -140,7 +140,7 @@ def rescue(run: Run, standing: Standing) -> None:
         )
 
 
-def keep(run: Run, batch: Collected, rewards: np.ndarray, estimated: Estimate, step: int) -> None:
+def keep(run: Run, batch: RolloutBatch, rewards: np.ndarray, estimated: AdvantageEstimate, step: int) -> None:
     """Store everything sampled, also what is not trained on: with the verifier's reward and no advantage."""
     everything = batch.sampled.reward.copy()
     everything[batch.kept] = rewards
@@ -149,7 +149,7 @@ def keep(run: Run, batch: Collected, rewards: np.ndarray, estimated: Estimate, s
     run.store.write(step, batch.sampled.rollouts, everything.tolist(), advantages.tolist())
 
 
-def checkpoint(run: Run, standing: Standing) -> Standing:
+def checkpoint(run: Run, standing: TrainState) -> TrainState:
     """Save, with the held-out success of the policy where it was evaluated."""
     config, began = run.task.config, time.perf_counter()
     evaluated = due(standing.step, config.evaluation.every, config.train.steps)
@@ -167,7 +167,7 @@ def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
         )
 
 
-def guard(run: Run, learned: Learned, rollouts: Sequence[Rollout], standing: Standing) -> None:
+def guard(run: Run, learned: UpdateResult, rollouts: Sequence[Rollout], standing: TrainState) -> None:
     """Say and keep what made an update NaN or Inf; end the run when it does not stop. Raises Unhealthy."""
     if not learned.skipped:
         return

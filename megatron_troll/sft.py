@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 from megatron_troll.batching.build import Form, build
-from megatron_troll.batching.plan import Schedule, plan, step_weights
+from megatron_troll.batching.plan import UpdateSchedule, plan, step_weights
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import layer_remarks
@@ -21,9 +21,9 @@ from megatron_troll.task import Task, demonstrations, sft_of
 from megatron_troll.training.build import open_policy
 from megatron_troll.training.microbatches import capacity
 from megatron_troll.training.trainer import PolicyTrainer, Unhealthy
-from megatron_troll.types import MicroBatch, Readings, Rollout
+from megatron_troll.types import HeadOutputs, MicroBatch, Rollout
 
-NOTHING = Readings(None, None, None)
+NOTHING = HeadOutputs(None, None, None)
 
 
 def warm_start(task: Task, interrupts: Interrupts) -> bool:
@@ -101,7 +101,7 @@ def micro_batches(session: Session, policy: Trainable, chosen: list[Rollout]) ->
     arranged = plan(
         [len(r.response_ids) for r in chosen],
         list(range(len(chosen))),
-        Schedule(updates=1, epochs=1, seed=0),
+        UpdateSchedule(updates=1, epochs=1, seed=0),
         capacity(config, config.policy.layout, groups, form.align),
     ).steps[0]
     weights = step_weights(chosen, arranged.responses, "token-mean", None)

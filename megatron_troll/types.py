@@ -124,7 +124,7 @@ class Support:
 
 
 @dataclass(frozen=True)
-class Reads:
+class HeadRequest:
     """What an objective reads of the LM head.
 
     logp          full-softmax log-prob of the sampled token, with gradient
@@ -175,7 +175,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Readings:
+class HeadOutputs:
     """What the LM head gave for N positions; None where it was not read or never formed.
 
     logp [N]; topk; entropy [N] nats, with gradient only where `Reads.entropy` asked for it; probe;
@@ -239,8 +239,8 @@ class ObjectiveInputs:
     frequency    [N] share of the rollout batch's loss tokens that are the same token; None: not counted
     """
 
-    new: Readings
-    old: Readings
+    new: HeadOutputs
+    old: HeadOutputs
     rollout_logp: Tensor
     rollout_topk: TopK | None
     advantage: Tensor
@@ -251,7 +251,7 @@ class ObjectiveInputs:
     rollout: Tensor
     rollouts: int
     uniform: Tensor
-    reference: Readings | None = None
+    reference: HeadOutputs | None = None
     aggregation: str | None = None
     response_advantage: Tensor | None = None
     frequency: Tensor | None = None

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from megatron_troll.convert.plan import Conversion, Options
-from megatron_troll.convert.progress import Silent
+from megatron_troll.convert.progress import NoProgress
 from megatron_troll.convert.run import convert
 from megatron_troll.convert.to_hugging_face import ToHuggingFace
 from megatron_troll.convert.to_megatron import ToMegatron
@@ -175,7 +175,7 @@ def child(folder: Path, direction: str, target: str) -> None:
         conversion = ToMegatron(source, OPTIONS)
     else:
         conversion = ToHuggingFace(source, source, OPTIONS)
-    assert convert(conversion, Path(target), ALONE, Silent())
+    assert convert(conversion, Path(target), ALONE, NoProgress())
     seconds = time.perf_counter() - began
     print(json.dumps([seconds, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 

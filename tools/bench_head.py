@@ -34,11 +34,11 @@ from torch import Tensor
 
 from megatron_troll.config.tree import Layout
 from megatron_troll.mcore import parallel
-from megatron_troll.mcore.head import Beside, Head
+from megatron_troll.mcore.head import Head, HeadContext
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.parallel.groups import ALONE, Groups
 from megatron_troll.parallel.segments import segments
-from megatron_troll.types import ObjectiveInputs, Readings
+from megatron_troll.types import HeadOutputs, ObjectiveInputs
 
 TOLERANCE = 1e-3
 SHAPES = {
@@ -110,7 +110,7 @@ def through(head: Head, objective: Objective, case: Case, shape: Shape) -> Calla
     old = objective.check_old(old)
 
     def forward() -> Tensor:
-        new = head.read(case.hidden, case.target, objective.reads, Beside(old))
+        new = head.read(case.hidden, case.target, objective.reads, HeadContext(old))
         return objective.loss(inputs_of(case, shape, new, old)).loss
 
     return forward
@@ -123,7 +123,7 @@ def model_of(weight: Tensor) -> Any:
     return SimpleNamespace(stages=[stage], chunks=[stage], groups=Groups(), shape=shape)
 
 
-def inputs_of(case: Case, shape: Shape, new: Readings, old: Readings) -> ObjectiveInputs:
+def inputs_of(case: Case, shape: Shape, new: HeadOutputs, old: HeadOutputs) -> ObjectiveInputs:
     n, device = len(case.target), case.target.device
     token = torch.arange(n, device=device)
     owner, position = token // shape.answer, token % shape.answer

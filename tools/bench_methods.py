@@ -9,13 +9,13 @@ from troll_kernels.numbers import LOWEST, widened
 from troll_kernels.sparsify import select, sparse_logp
 
 from megatron_troll.config.tree import ObjectiveConfig, Slot
-from megatron_troll.mcore.head import Beside, Head, record_of
+from megatron_troll.mcore.head import Head, HeadContext, record_of
 from megatron_troll.objectives.compose import compose
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Policy, Statistics
 from megatron_troll.objectives.sparse import Sparse
 from megatron_troll.objectives.trust_region.clip import Clip
-from megatron_troll.types import ObjectiveInputs, Readings, Reads, Support, TopK
+from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs, Support, TopK
 
 
 def troll(**fields: Any) -> Objective:
@@ -34,10 +34,10 @@ class SparseClip(Sparse, Clip):
     """PPO-clip on TROLL's sparse policies, without projection: what the K-column gradient gives by itself."""
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads(topk=Support("own", self.k, self.delta))
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest(topk=Support("own", self.k, self.delta))
 
-    def prepare_old(self, old: Readings) -> Readings:
+    def prepare_old(self, old: HeadOutputs) -> HeadOutputs:
         return old
 
     def policy(self, inputs: ObjectiveInputs, statistics: Statistics | None) -> Policy:
@@ -54,18 +54,20 @@ class SparseClip(Sparse, Clip):
 class MaterialisedHead(Head):
     """Reads by plain autograd on logits [N, V], which live until backward; one rank."""
 
-    def read(self, hidden: Tensor, target: Tensor, reads: Reads, beside: Beside | None = None) -> Readings:
+    def read(
+        self, hidden: Tensor, target: Tensor, reads: HeadRequest, beside: HeadContext | None = None
+    ) -> HeadOutputs:
         product = F.linear(self.entered(hidden), self.model.stages[-1].output_weight)
         logits = self.shard.transform.apply(widened(product))
         old = None if beside is None else beside.old
-        return Readings(
+        return HeadOutputs(
             logp=-F.cross_entropy(logits, target, reduction="none") if reads.logp else None,
             topk=None if reads.topk is None else kept(logits, target, reads.topk, old),
             entropy=None,
         )
 
 
-def kept(logits: Tensor, target: Tensor, support: Support, old: Readings | None) -> TopK:
+def kept(logits: Tensor, target: Tensor, support: Support, old: HeadOutputs | None) -> TopK:
     """The record of whole rows [N, V], differentiable in them."""
     vocab, lse = logits.shape[1], logits.detach().logsumexp(1)
     if support.kind == "old":

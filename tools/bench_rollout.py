@@ -33,12 +33,12 @@ from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config, Sampling
 from megatron_troll.data.demo_model import write_base
 from megatron_troll.mcore import parallel
-from megatron_troll.rollout.engine import Answer, Setup
+from megatron_troll.rollout.engine import Completion, Setup
 from megatron_troll.rollout.engines.sglang import SGLangEngine
-from megatron_troll.rollout.sglang.client import Question
-from megatron_troll.rollout.sglang.desk import Desk
+from megatron_troll.rollout.sglang.client import NamedRequest
+from megatron_troll.rollout.sglang.desk import Connection
 from megatron_troll.rollout.sglang.journal import Journal
-from megatron_troll.rollout.sglang.wire import Ask
+from megatron_troll.rollout.sglang.wire import GenerationRequest
 from megatron_troll.task import Task, prepare
 from megatron_troll.training.build import open_model
 
@@ -47,7 +47,7 @@ WAYS = ("disk", "tensor", "distributed")
 AT_ONCE, QUESTIONS, LENGTH, TOP_K = 16, 32, 64, 64
 
 
-class Endless(Ask):
+class Endless(GenerationRequest):
     """Goes on to `max_tokens` whatever is drawn: every repeat draws as much."""
 
     def body(self, rid: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def client(config: Config, task: Task, model: Any, repeats: int) -> list[dict[st
         url = desk.servers.healthy[0]
         times: dict[str, list[float]] = {}
         sent: list[int] = []
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Completion] = {}
         for repeat in range(repeats + 1):
             turn = {
                 "bare": bare(url, TOP_K, sent),
@@ -126,10 +126,10 @@ def client(config: Config, task: Task, model: Any, repeats: int) -> list[dict[st
     ]
 
 
-def question(number: int, top_k: int) -> Question:
+def question(number: int, top_k: int) -> NamedRequest:
 
     ask = Endless([5, 6, 7, 8, 5 + number % 32], LENGTH, Sampling(), (4,), top_k, TOP_K, seed=number)
-    return Question(f"{number}", ask)
+    return NamedRequest(f"{number}", ask)
 
 
 def bare(url: str, top_k: int, sent: list[int]) -> float:
@@ -150,14 +150,14 @@ def bare(url: str, top_k: int, sent: list[int]) -> float:
     return asyncio.run(all_of_them())
 
 
-def drawn(desk: Desk, top_k: int, answers: dict[int, Answer]) -> float:
+def drawn(desk: Connection, top_k: int, answers: dict[int, Completion]) -> float:
     began = time.perf_counter()
     questions = [question(i, top_k) for i in range(QUESTIONS)]
     desk.background.run(desk.client.draw(questions, answers.__setitem__))
     return time.perf_counter() - began
 
 
-def stored(answers: dict[int, Answer]) -> dict[str, float]:
+def stored(answers: dict[int, Completion]) -> dict[str, float]:
     """Of a journal with every answer, beyond what it has of answers without a token."""
     with tempfile.TemporaryDirectory() as folder:
         for i, answer in answers.items():

@@ -41,7 +41,7 @@ from megatron_troll.config.tree import (
     Train,
 )
 from megatron_troll.mcore import parallel
-from megatron_troll.mcore.head import Beside, Head
+from megatron_troll.mcore.head import Head, HeadContext
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.objective import Objective
@@ -49,9 +49,9 @@ from megatron_troll.observe.phases import Phases
 from megatron_troll.rollout.engine import Request, Setup
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
 from megatron_troll.training.build import open_policy
-from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.trainer import Learner, PolicyTrainer
-from megatron_troll.types import Prompt, Readings, Reads, Rollout
+from megatron_troll.types import HeadOutputs, HeadRequest, Prompt, Rollout
 
 BOUND = 1e-6
 PROMPT_TOKENS, ANSWER_TOKENS, SAMPLES = 8, 256, 4
@@ -101,8 +101,10 @@ SHAPES = {
 class NoHead(Head):
     """Reads the hidden states and nothing else: what is left of a step is not the head."""
 
-    def read(self, hidden: Tensor, target: Tensor, reads: Reads, beside: Beside | None = None) -> Readings:
-        return Readings(logp=1e-3 * hidden.float().mean(1), topk=None, entropy=None)
+    def read(
+        self, hidden: Tensor, target: Tensor, reads: HeadRequest, beside: HeadContext | None = None
+    ) -> HeadOutputs:
+        return HeadOutputs(logp=1e-3 * hidden.float().mean(1), topk=None, entropy=None)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         return hidden.new_zeros(len(hidden), 1)
@@ -184,7 +186,7 @@ class Bench:
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
         trainer = PolicyTrainer(self.policy, variant.objective, variant.head)
         return Learner(
-            trainer, Arranger(self.config, self.policy.model, Layout()), Phases(synchronize=synchronize)
+            trainer, MicroBatcher(self.config, self.policy.model, Layout()), Phases(synchronize=synchronize)
         )
 
     @torch.no_grad()

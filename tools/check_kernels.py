@@ -49,7 +49,7 @@ def main() -> int:
     print(_line("operation", "form", "registers", "spilled", "shared", "LDG.128", "tensor", ""))
     failures = 0
     for operation in operations():
-        for build in importlib.import_module(f"troll_kernels.{operation}.twin").builds():
+        for build in importlib.import_module(f"troll_kernels.{operation}.triton_kernel").builds():
             machine = compiled(build, arch)
             wrong = faults(build, machine)
             failures += bool(wrong)
@@ -64,8 +64,8 @@ def _line(operation: str, form: str, *figures: str | int) -> str:
 
 
 def operations() -> list[str]:
-    """Every operation that has a Triton twin."""
-    return sorted(path.parent.name for path in Path(troll_kernels.__path__[0]).glob("*/twin.py"))
+    """Every operation that has a Triton kernel."""
+    return sorted(path.parent.name for path in Path(troll_kernels.__path__[0]).glob("*/triton_kernel.py"))
 
 
 def faults(build: Build, machine: Machine) -> list[str]:

@@ -16,7 +16,7 @@ from megatron_troll.objectives.compose import SLOTS, compose
 from megatron_troll.objectives.entropy import FullEntropy, SparseEntropy
 from megatron_troll.objectives.slots import Method
 from megatron_troll.objectives.trust_region.troll import Troll
-from megatron_troll.types import Reads
+from megatron_troll.types import HeadRequest
 
 Triple = tuple[str, str, str]
 AXES = ("ratio", "trust_region", "correction")
@@ -81,14 +81,14 @@ def methods() -> Iterator[tuple[str, Advantage | Method]]:
     yield "`entropy_over: sparse`", SparseEntropy(coef=0.01, region=Troll())
 
 
-def gradient_through(reads: Reads) -> str:
+def gradient_through(reads: HeadRequest) -> str:
     """What of the head has a gradient: the whole softmax, or the logits of kept tokens alone."""
     if reads.logp or reads.full or reads.entropy or reads.reference_kl:
         return "full softmax"
     return "kept logits" if reads.topk else ""
 
 
-def _read(reads: Reads) -> str:
+def _read(reads: HeadRequest) -> str:
     found = []
     if reads.logp:
         found.append("log-prob (N x V)")
@@ -107,7 +107,7 @@ def _read(reads: Reads) -> str:
 
 def _needs(method: Method) -> str:
     found = {
-        "reference": method.reads_reference != Reads(),
+        "reference": method.reads_reference != HeadRequest(),
         f"engine's top {method.rollout_k}": method.rollout_k > 0,
         "statistics pass": method.needs_statistics,
     }

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from megatron_troll.observe.charts import COLOURS
-from megatron_troll.observe.runs import Run, read_run
+from megatron_troll.observe.runs import RecordedRun, read_run
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(runs, [seed.name for seed in seeds]))
 
 
-def plot(runs: dict[Kind, list[Run]], output: Path) -> None:
+def plot(runs: dict[Kind, list[RecordedRun]], output: Path) -> None:
     """Held-out success against step: a thin line a seed, their mean in bold, training batches faint."""
     figure = Figure(figsize=(8, 4.2), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
@@ -66,7 +66,7 @@ def plot(runs: dict[Kind, list[Run]], output: Path) -> None:
     figure.savefig(output, facecolor="white")
 
 
-def _draw(axes: Axes, kind: Kind, runs: Sequence[Run], last: int) -> None:
+def _draw(axes: Axes, kind: Kind, runs: Sequence[RecordedRun], last: int) -> None:
     curves = [held_out(run, last) for run in runs]
     for run, (steps, values) in zip(runs, curves, strict=True):
         axes.plot(*run.curve("success"), color=kind.shade, alpha=0.2, linewidth=1)
@@ -75,7 +75,7 @@ def _draw(axes: Axes, kind: Kind, runs: Sequence[Run], last: int) -> None:
     axes.plot(curves[0][0], means, color=kind.shade, linewidth=2.5, marker="o", label=kind.label)
 
 
-def held_out(run: Run, last: int) -> tuple[list[int], list[float]]:
+def held_out(run: RecordedRun, last: int) -> tuple[list[int], list[float]]:
     """Steps and held-out success. Supervised runs are evaluated before and after only: 0 and `last`."""
     steps, values = run.curve("held_out_success")
     if len(steps) > 1:
@@ -83,7 +83,7 @@ def held_out(run: Run, last: int) -> tuple[list[int], list[float]]:
     return [0, last], [run.summary["held_out_success_before"], run.summary["held_out_success_after"]]
 
 
-def table(runs: dict[Kind, list[Run]], seeds: Sequence[str]) -> str:
+def table(runs: dict[Kind, list[RecordedRun]], seeds: Sequence[str]) -> str:
     """Markdown: held-out success after training, a column a seed."""
     lines = ["| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---" * (len(seeds) + 1) + "|"]
     before = [run.summary["held_out_success_before"] for run in runs[KINDS[0]]]

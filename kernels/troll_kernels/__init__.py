@@ -1,1 +1,1 @@
-"""Operations on sparse top-K token distributions, in torch (the specification) and Triton (its twin)."""
+"""Operations on sparse top-K token distributions, in torch (the specification) and Triton (its kernel)."""

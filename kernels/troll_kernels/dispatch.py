@@ -1,7 +1,7 @@
 """Which of the two implementations of an operation runs: the one place that decides.
 
 The torch reference runs on CPU, in float64, and on a GPU that the Triton kernels were not made for; the
-Triton twin everywhere else. Choosing never waits for the device.
+Triton kernel everywhere else. Choosing never waits for the device.
 """
 
 import importlib
@@ -21,25 +21,25 @@ LARGEST_K = 256
 
 def by_device[**P, R](reference: Callable[P, R]) -> Callable[P, R]:
     """The operation that `reference`, a function of `<operation>/ref.py`, specifies: on a GPU that has it,
-    the function of the same name in `<operation>/twin.py`."""
+    the function of the same name in `<operation>/triton_kernel.py`."""
 
     @wraps(reference)
     def operation(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        chosen = _twin(reference) if _takes_twin(tensors) else reference
+        chosen = _kernel(reference) if _takes_kernel(tensors) else reference
         return chosen(*args, **kwargs)
 
     return operation
 
 
-def _takes_twin(tensors: list[Tensor]) -> bool:
+def _takes_kernel(tensors: list[Tensor]) -> bool:
     if tensors[0].device.type != "cuda" or any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
     return supported(tensors[0].device.index)
 
 
-def _twin[**P, R](reference: Callable[P, R]) -> Callable[P, R]:
-    module = reference.__module__.removesuffix(".ref") + ".twin"
+def _kernel[**P, R](reference: Callable[P, R]) -> Callable[P, R]:
+    module = reference.__module__.removesuffix(".ref") + ".triton_kernel"
     return getattr(importlib.import_module(module), reference.__name__)
 
 

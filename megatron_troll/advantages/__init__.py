@@ -44,7 +44,7 @@ class Advantage(Node):
 
 
 @dataclass(frozen=True)
-class Groups:
+class PromptGroups:
     """Rewards against those of the other responses to the same prompt, float64.
 
     index   [B] which of the P prompts; size [P] float64, responses of each
@@ -60,7 +60,7 @@ class Groups:
         return values.new_zeros(len(self.size)).index_add(0, self.index, values)
 
 
-def compare(rewards: Tensor, group: Tensor, method: str) -> Groups:
+def compare(rewards: Tensor, group: Tensor, method: str) -> PromptGroups:
     """Raises ValueError for a prompt with a single response: it has nothing to be compared with."""
     names, index, size = group.unique(return_inverse=True, return_counts=True)
     if bool((size < 2).any()):
@@ -71,7 +71,7 @@ def compare(rewards: Tensor, group: Tensor, method: str) -> Groups:
     mean = values.new_zeros(len(names)).index_add(0, index, values) / size
     # Rounding of the mean must not become a signal where there is none.
     centred = (values - mean[index]).masked_fill(_all_equal(values, index, len(names))[index], 0.0)
-    return Groups(index, size.double(), centred)
+    return PromptGroups(index, size.double(), centred)
 
 
 def zero_variance(rewards: Tensor, group: Tensor) -> Tensor:

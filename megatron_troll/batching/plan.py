@@ -17,7 +17,7 @@ MicroBatchIndices = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Schedule:
+class UpdateSchedule:
     """How a rollout batch is trained on. `updates` optimizer steps in all, over `epochs` passes."""
 
     updates: int
@@ -44,7 +44,7 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStep:
     """One optimizer step. ranks[d][m] are the responses of micro-batch m on data-parallel rank d; every rank
     has the same number of micro-batches, some of which may be empty."""
 
@@ -58,13 +58,15 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class UpdatePlan:
     """The optimizer steps of one rollout batch, in order."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[PlannedStep, ...]
 
 
-def plan(lengths: Sequence[int], groups: Sequence[int], schedule: Schedule, capacity: Capacity) -> Plan:
+def plan(
+    lengths: Sequence[int], groups: Sequence[int], schedule: UpdateSchedule, capacity: Capacity
+) -> UpdatePlan:
     """Assigns response i, of `lengths[i]` tokens and prompt group `groups[i]`.
 
     Each epoch shuffles the groups anew and deals them out to its steps; a group's responses stay in one step.
@@ -78,11 +80,11 @@ def plan(lengths: Sequence[int], groups: Sequence[int], schedule: Schedule, capa
     for epoch in range(schedule.epochs):
         for chosen in _deal(groups, per_epoch, seed=(schedule.seed, epoch)):
             longest_first = sorted(chosen, key=lambda i: (-costs[i], i))
-            steps.append(Step(epoch, _arrange(longest_first, costs, capacity)))
-    return Plan(tuple(steps))
+            steps.append(PlannedStep(epoch, _arrange(longest_first, costs, capacity)))
+    return UpdatePlan(tuple(steps))
 
 
-def _steps_per_epoch(schedule: Schedule, n_groups: int) -> int:
+def _steps_per_epoch(schedule: UpdateSchedule, n_groups: int) -> int:
     per_epoch, rest = divmod(schedule.updates, schedule.epochs)
     if rest:
         raise ValueError(

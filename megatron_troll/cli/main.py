@@ -15,7 +15,7 @@ from megatron_troll.study import cli as study
 INTERRUPTED = 130
 
 
-class Parser(study.Parser):
+class Parser(study.StudyParser):
     """Options and positionals in any order: argparse alone takes no override after an option."""
 
     _mixing = False

@@ -13,10 +13,10 @@ DIGITS = list("-+.0123456789")
 
 
 @dataclass(frozen=True)
-class Entry:
+class YamlValue:
     """A value and its place, as errors name it ("run.yaml line 3")."""
 
-    value: "Scalar | list[Entry] | dict[str, Entry]"
+    value: "Scalar | list[YamlValue] | dict[str, YamlValue]"
     place: str
 
     def plain(self) -> Any:
@@ -27,7 +27,7 @@ class Entry:
             return [entry.plain() for entry in self.value]
         return self.value
 
-    def child(self, key: str | int) -> "Entry | None":
+    def child(self, key: str | int) -> "YamlValue | None":
         if isinstance(self.value, dict):
             return self.value.get(str(key))
         if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value):
@@ -57,12 +57,12 @@ _resolve(
 )
 
 
-def parse(text: str | bytes, name: str) -> Entry:
+def parse(text: str | bytes, name: str) -> YamlValue:
     """One YAML document. Raises ConfigError with `name` and the line on bad syntax or a repeated key."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return Entry({}, name) if node is None else _entry(loader, node, name)
+        return YamlValue({}, name) if node is None else _entry(loader, node, name)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = name if mark is None else f"{name} line {mark.line + 1}"
@@ -75,20 +75,20 @@ def render(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _entry(loader: _Loader, node: yaml.Node, name: str, place: str | None = None) -> Entry:
+def _entry(loader: _Loader, node: yaml.Node, name: str, place: str | None = None) -> YamlValue:
     place = place or f"{name} line {node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
-        return Entry(_mapping(loader, node, name), place)
+        return YamlValue(_mapping(loader, node, name), place)
     if isinstance(node, yaml.SequenceNode):
-        return Entry([_entry(loader, item, name) for item in node.value], place)
+        return YamlValue([_entry(loader, item, name) for item in node.value], place)
     value = loader.construct_object(node)
     if not isinstance(value, str | int | float | bool | None):
         raise ConfigError(f"{place}: a value of the YAML type {node.tag} cannot be used here")
-    return Entry(value, place)
+    return YamlValue(value, place)
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode, name: str) -> dict[str, Entry]:
-    entries: dict[str, Entry] = {}
+def _mapping(loader: _Loader, node: yaml.MappingNode, name: str) -> dict[str, YamlValue]:
+    entries: dict[str, YamlValue] = {}
     for key, value in node.value:
         place = f"{name} line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from megatron_troll.config.document import Entry, parse, render
+from megatron_troll.config.document import YamlValue, parse, render
 from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.shape import Shape
 from megatron_troll.config.tree import Config
@@ -23,15 +23,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return assemble([read(Path(path))], overrides)
 
 
-def assemble(parts: Sequence[Entry], overrides: Sequence[str] = ()) -> Config:
+def assemble(parts: Sequence[YamlValue], overrides: Sequence[str] = ()) -> Config:
     """One configuration of several mappings, later ones winning, and then overrides. Raises ConfigError."""
     tree = _with_names(overlay((*parts, *map(_override, overrides))), Shape.of(Config))
     return validate(Config, tree.plain(), "", lambda keys: place(tree, keys))
 
 
-def overlay(parts: Iterable[Entry]) -> Entry:
+def overlay(parts: Iterable[YamlValue]) -> YamlValue:
     """Parts of a configuration over each other, later ones winning: what was written, and no defaults."""
-    shape, tree = Shape.of(Config), Entry({}, "")
+    shape, tree = Shape.of(Config), YamlValue({}, "")
     for part in parts:
         tree = merge(tree, part, shape)
     return tree
@@ -42,7 +42,7 @@ def dump(config: Config) -> str:
     return render(config.model_dump(by_alias=True))
 
 
-def merge(base: Entry, over: Entry, shape: Shape | None) -> Entry:
+def merge(base: YamlValue, over: YamlValue, shape: Shape | None) -> YamlValue:
     """`over` on top of `base`; `shape` is what the tree allows here."""
     if not isinstance(base.value, dict) or not isinstance(over.value, dict):
         return over
@@ -53,27 +53,27 @@ def merge(base: Entry, over: Entry, shape: Shape | None) -> Entry:
     for key, entry in over.value.items():
         below = shape.child(key) if shape else None
         merged[key] = merge(merged[key], entry, below) if key in merged else entry
-    return Entry(merged, over.place)
+    return YamlValue(merged, over.place)
 
 
-def _method_changes(base: dict[str, Entry], over: dict[str, Entry], shape: Shape) -> bool:
+def _method_changes(base: dict[str, YamlValue], over: dict[str, YamlValue], shape: Shape) -> bool:
     if "name" not in over:
         return False
     before = base["name"].value if "name" in base else shape.default_name
     return over["name"].value != before
 
 
-def _with_names(tree: Entry, shape: Shape | None) -> Entry:
+def _with_names(tree: YamlValue, shape: Shape | None) -> YamlValue:
     """`tree` with the default method's name in every slot that has none."""
     if shape is None or not isinstance(tree.value, dict):
         return tree
     named = {key: _with_names(entry, shape.child(key)) for key, entry in tree.value.items()}
     if shape.is_slot and shape.default_name is not None:
-        named.setdefault("name", Entry(shape.default_name, tree.place))
-    return Entry(named, tree.place)
+        named.setdefault("name", YamlValue(shape.default_name, tree.place))
+    return YamlValue(named, tree.place)
 
 
-def read(path: Path, chain: tuple[Path, ...] = ()) -> Entry:
+def read(path: Path, chain: tuple[Path, ...] = ()) -> YamlValue:
     """The file over everything it extends. `chain` holds the files that led here. Raises ConfigError."""
     resolved = path.resolve()
     if resolved in chain:
@@ -81,7 +81,7 @@ def read(path: Path, chain: tuple[Path, ...] = ()) -> Entry:
     return extended(parse_file(path), path, (*chain, resolved))
 
 
-def parse_file(path: Path) -> Entry:
+def parse_file(path: Path) -> YamlValue:
     """A mapping. Raises ConfigError."""
     try:
         own = parse(path.read_bytes(), str(path))
@@ -92,26 +92,26 @@ def parse_file(path: Path) -> Entry:
     return own
 
 
-def extended(own: Entry, path: Path, chain: tuple[Path, ...] = ()) -> Entry:
+def extended(own: YamlValue, path: Path, chain: tuple[Path, ...] = ()) -> YamlValue:
     """A mapping that stands in the file `path`, over everything it `extends`. Raises ConfigError."""
     if not isinstance(own.value, dict):
         raise ConfigError(f"{own.place}: expected a mapping of keys to values")
     shape, deltas = Shape.of(Config), dict(own.value)
     extends = deltas.pop("extends", None)
-    tree = Entry({}, own.place)
+    tree = YamlValue({}, own.place)
     for source in _sources(extends, path):
         tree = merge(tree, read(source, chain), shape)
-    return merge(tree, Entry(deltas, own.place), shape)
+    return merge(tree, YamlValue(deltas, own.place), shape)
 
 
-def _sources(extends: Entry | None, path: Path) -> list[Path]:
+def _sources(extends: YamlValue | None, path: Path) -> list[Path]:
     if extends is None:
         return []
     entries = extends.value if isinstance(extends.value, list) else [extends]
     return [_source(entry, path) for entry in entries]
 
 
-def _source(entry: Entry, path: Path) -> Path:
+def _source(entry: YamlValue, path: Path) -> Path:
     name = entry.value
     if not isinstance(name, str):
         raise ConfigError(f"{entry.place}: extends: expected a preset or a path ending with .yaml")
@@ -124,18 +124,20 @@ def _source(entry: Entry, path: Path) -> Path:
     return preset
 
 
-def _override(text: str) -> Entry:
+def _override(text: str) -> YamlValue:
     key, sign, value = text.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
         raise ConfigError(f"override {text!r}: expected key=value, such as train.steps=10")
-    entry = Entry(parse(value, f"override {text!r}").value if value.strip() else None, f"override {text!r}")
+    entry = YamlValue(
+        parse(value, f"override {text!r}").value if value.strip() else None, f"override {text!r}"
+    )
     for part in reversed(parts):
-        entry = Entry({part: entry}, entry.place)
+        entry = YamlValue({part: entry}, entry.place)
     return entry
 
 
-def place(tree: Entry, keys: tuple[str | int, ...]) -> str:
+def place(tree: YamlValue, keys: tuple[str | int, ...]) -> str:
     """Where the deepest existing part of a path was written."""
     for key in keys:
         below = tree.child(key)

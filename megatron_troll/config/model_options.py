@@ -46,7 +46,7 @@ class Distill(Node):
     )
 
 
-class Schedule(Node):
+class LearningRateSchedule(Node):
     """Learning rate over optimizer steps."""
 
     decay: Literal["constant", "cosine", "linear"] = Field(

@@ -25,7 +25,7 @@ class WeightSync(Node):
     timeout_s: PositiveFloat = Field(default=600.0, description="for any one reply of a server meanwhile")
 
 
-class Probe(Node):
+class ProbeConfig(Node):
     """After each sync: the servers' log-probs beside the trainer's, on prompts of the run."""
 
     prompts: Natural = Field(default=8, description="prompts compared; 0: no probe")
@@ -65,7 +65,7 @@ class SGLang(Node):
         "it trains, and `mtroll serve` starts them so that they can (SGLang's --enable-memory-saver)",
     )
     sync: WeightSync = WeightSync()
-    probe: Probe = Probe()
+    probe: ProbeConfig = ProbeConfig()
 
     @property
     def own(self) -> bool:

@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from megatron_troll.config.model_options import Distill, MoE, Muon, PrecisionAware, RecomputeModule, Schedule
+from megatron_troll.config.model_options import (
+    Distill,
+    LearningRateSchedule,
+    MoE,
+    Muon,
+    PrecisionAware,
+    RecomputeModule,
+)
 from megatron_troll.config.node import (
     Files,
     Fraction,
@@ -64,7 +71,7 @@ class Optimizer(Node):
     offload: Fraction = Field(
         default=0.0, description="share of the state that is kept, and updated, in host memory (needs CUDA)"
     )
-    schedule: Schedule = Schedule()
+    schedule: LearningRateSchedule = LearningRateSchedule()
 
 
 class Model(Node):
@@ -95,7 +102,7 @@ class Model(Node):
     )
 
 
-class Reference(Node):
+class ReferenceConfig(Node):
     """A frozen model that the policy is kept near; everything else about it is the policy's: shape of the
     vocabulary, dtype, layout."""
 
@@ -109,13 +116,13 @@ class CriticOptimizer(Optimizer):
     weight_decay: NonNegative = Field(default=0.01, description="decoupled weight decay")
 
 
-class Critic(Model):
+class CriticConfig(Model):
     """The model that PPO's advantages come from: the body of a language model under a value head of zeros."""
 
     optimizer: CriticOptimizer = CriticOptimizer()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class RolloutModel(Model):
+class RolloutModelConfig(Model):
     """The model that draws the rollouts in the policy's place, usually a smaller one (Jackpot, arXiv
     2602.06107). It learns from the same batches: PPO with the clip's defaults on what it drew, and the
     policy's distribution."""
@@ -127,9 +134,11 @@ class Models(Node):
     """The models of a run, each with its own weights; only the policy must be there."""
 
     policy: Model
-    reference: Reference | None = Field(default=None, description="for objective.kl")
-    critic: Critic | None = Field(default=None, description="for objective.advantage gae")
-    rollout: RolloutModel | None = Field(default=None, description="draws the rollouts; null: the policy")
+    reference: ReferenceConfig | None = Field(default=None, description="for objective.kl")
+    critic: CriticConfig | None = Field(default=None, description="for objective.advantage gae")
+    rollout: RolloutModelConfig | None = Field(
+        default=None, description="draws the rollouts; null: the policy"
+    )
 
     @property
     def drawing(self) -> Model:
@@ -300,7 +309,7 @@ class WarmStart(Node):
     sequences: Positive = Field(default=128, description="demonstrations per optimizer step")
 
 
-class Evaluation(Node):
+class EvaluationConfig(Node):
     """Held-out success, sampled at training temperature unless set otherwise."""
 
     every: Natural = Field(
@@ -377,7 +386,7 @@ class Config(Node):
     objective: ObjectiveConfig = ObjectiveConfig()
     train: Train = Train()
     sft: WarmStart | None = None
-    evaluation: Evaluation = Evaluation()
+    evaluation: EvaluationConfig = EvaluationConfig()
     eval: dict[str, EvalSet] = Field(default={})
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()

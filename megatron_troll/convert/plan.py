@@ -19,7 +19,7 @@ DtypeOf = Callable[[Place], torch.dtype]
 
 
 @dataclass(frozen=True)
-class Shard:
+class TargetFile:
     """What goes into one file of the target: parameters, or carried tensors; about `nbytes` bytes."""
 
     places: tuple[Place, ...]
@@ -37,7 +37,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Sides:
+class BothFormats:
     """The same model in both formats, and a folder with its config.json."""
 
     hugging_face: Path
@@ -60,9 +60,9 @@ class Conversion(Protocol):
     def identity(self) -> dict[str, Any]: ...
 
     @property
-    def shards(self) -> Mapping[str, Shard]: ...
+    def shards(self) -> Mapping[str, TargetFile]: ...
 
-    def write(self, shard: Shard, file: BinaryIO) -> Any:
+    def write(self, shard: TargetFile, file: BinaryIO) -> Any:
         """Fill a file; what `complete` must know of it (JSON)."""
         ...
 
@@ -70,7 +70,7 @@ class Conversion(Protocol):
         """Write the small files beside the shards, given what `write` returned for each."""
         ...
 
-    def sides(self, target: Path) -> Sides:
+    def sides(self, target: Path) -> BothFormats:
         """The two folders once `target` is complete."""
         ...
 
@@ -86,19 +86,19 @@ def identity_of(kind: str, options: Options, sources: Iterable[Path]) -> dict[st
     }
 
 
-def cut_parameters(table: Table, dtype: DtypeOf, limit: int) -> list[Shard]:
+def cut_parameters(table: Table, dtype: DtypeOf, limit: int) -> list[TargetFile]:
     """Every parameter of a model, in files of at most `limit` bytes (one parameter at least)."""
     places = (place for place in table.places() if not place.entry.copy)
     sized = ((place, elements(place) * dtype(place).itemsize) for place in places)
-    return [Shard(places, (), size) for places, size in cut(sized, limit)]
+    return [TargetFile(places, (), size) for places, size in cut(sized, limit)]
 
 
-def cut_carried(carried: Carried, limit: int) -> list[Shard]:
+def cut_carried(carried: Carried, limit: int) -> list[TargetFile]:
     """Carried tensors, those of larger elements first."""
     source = carried.source
     names = sorted(carried.names, key=lambda name: -source.dtype(name).itemsize)
     sized = ((name, nbytes(source.dtype(name), source.shapes[name])) for name in names)
-    return [Shard((), names, size) for names, size in cut(sized, limit)]
+    return [TargetFile((), names, size) for names, size in cut(sized, limit)]
 
 
 def cut[T](sized: Iterable[tuple[T, int]], limit: int) -> Iterator[tuple[tuple[T, ...], int]]:

@@ -14,7 +14,7 @@ from megatron_troll.observe.progress import duration
 EVERY_S = 10.0
 
 
-class Silent:
+class NoProgress:
     """Shows nothing."""
 
     @contextmanager
@@ -26,7 +26,7 @@ class Silent:
         """`count` more bytes are written."""
 
 
-class Lines(Silent):
+class Lines(NoProgress):
     """A plain line every ten seconds, and at the end."""
 
     def __init__(self, console: Console) -> None:
@@ -55,7 +55,7 @@ class Lines(Silent):
         self._console.print(f"{done} of {total} | {decimal(int(speed))}/s | ETA {left}", highlight=False)
 
 
-class Live(Silent):
+class Live(NoProgress):
     """A bar that is redrawn in place."""
 
     def __init__(self, console: Console) -> None:
@@ -72,8 +72,8 @@ class Live(Silent):
         self._bar.advance(self._task, count)
 
 
-def open_progress(console: Console, rank: int) -> Silent:
+def open_progress(console: Console, rank: int) -> NoProgress:
     """What rank `rank` shows: its own share of the bytes."""
     if rank:
-        return Silent()
+        return NoProgress()
     return Live(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_troll.convert.draft import ConversionError, Draft, TargetError
 from megatron_troll.convert.plan import Conversion
-from megatron_troll.convert.progress import Silent
+from megatron_troll.convert.progress import NoProgress
 from megatron_troll.parallel.groups import Group
 
 # Ranks wait for the one that has most to write.
@@ -17,7 +17,7 @@ TIMEOUT = datetime.timedelta(days=7)
 PROBLEMS = (ConversionError, TargetError, ValueError, OSError)
 
 
-def convert(conversion: Conversion, target: Path, world: Group, progress: Silent) -> bool:
+def convert(conversion: Conversion, target: Path, world: Group, progress: NoProgress) -> bool:
     """Write `target`, the shards spread over the ranks of `world`; False where it is there already. Blocks.
 
     What is finished is never written again, whatever kills the processes. Raises TargetError, before anything
@@ -43,7 +43,7 @@ def convert(conversion: Conversion, target: Path, world: Group, progress: Silent
     return True
 
 
-def _write(draft: Draft, conversion: Conversion, world: Group, progress: Silent) -> None:
+def _write(draft: Draft, conversion: Conversion, world: Group, progress: NoProgress) -> None:
     mine = list(conversion.shards.items())[world.rank :: world.size]
     finished = {name for name, _ in mine if draft.known(name) is not None}
     sizes = {name: shard.nbytes for name, shard in mine}

@@ -8,9 +8,9 @@ import torch
 
 from megatron_troll.config.load import load
 from megatron_troll.convert.plan import (
+    BothFormats,
     Options,
-    Shard,
-    Sides,
+    TargetFile,
     ahead,
     cut_carried,
     cut_parameters,
@@ -43,7 +43,7 @@ class ToHuggingFace:
         shards = parameters + cut_carried(self.carried, options.shard_bytes)
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
 
-    def write(self, shard: Shard, file: BinaryIO) -> Any:
+    def write(self, shard: TargetFile, file: BinaryIO) -> Any:
         if shard.carried:
             return write_carried(self.carried, shard.carried, file)
         places = sorted(shard.places, key=lambda place: -self._dtype(place).itemsize)
@@ -68,8 +68,8 @@ class ToHuggingFace:
             sizes[self._dtype(place)] += elements(place) * self._dtype(place).itemsize
         write_companions(folder, self.like, sizes)
 
-    def sides(self, target: Path) -> Sides:
-        return Sides(hugging_face=target, megatron=self.folder, like=self.like)
+    def sides(self, target: Path) -> BothFormats:
+        return BothFormats(hugging_face=target, megatron=self.folder, like=self.like)
 
     def _dtype(self, place: Place) -> torch.dtype:
         return self.options.dtype or self.source.dtype_of(place)

@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_troll.convert.plan import (
+    BothFormats,
     Options,
-    Shard,
-    Sides,
+    TargetFile,
     ahead,
     cut_carried,
     cut_parameters,
@@ -25,7 +25,7 @@ from megatron_troll.weights.folder import write_index as write_carried_index
 from megatron_troll.weights.megatron_keys import Keys, Size, written_keys
 from megatron_troll.weights.source import CARRIED, FolderSource, Source, Unstacked, carried_by, check
 from megatron_troll.weights.table import Place, Tensors
-from megatron_troll.weights.torch_dist import Chunk, Saved, write_chunk, write_index
+from megatron_troll.weights.torch_dist import Chunk, SavedTensor, write_chunk, write_index
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,7 +52,7 @@ class ToMegatron:
         self.shards = {f"{TENSORS}/shard_{i + 1:05d}.distcp": shard for i, shard in enumerate(parameters)}
         self.shards |= {f"{CARRIED}/{file_name(i, len(carried))}": shard for i, shard in enumerate(carried)}
 
-    def write(self, shard: Shard, file: BinaryIO) -> Any:
+    def write(self, shard: TargetFile, file: BinaryIO) -> Any:
         """Records each chunk: key, start, shape, offset and length in the file."""
         if shard.carried:
             return write_carried(self.carried, shard.carried, file)
@@ -67,7 +67,7 @@ class ToMegatron:
                 chunks[key].append(chunk)
         write_index(
             folder / TENSORS,
-            {key: Saved(*self.tensors[key], tuple(found)) for key, found in chunks.items()},
+            {key: SavedTensor(*self.tensors[key], tuple(found)) for key, found in chunks.items()},
         )
         sizes: Counter[torch.dtype] = Counter()
         for dtype, whole in self.tensors.values():
@@ -77,8 +77,8 @@ class ToMegatron:
             names, total = [shard.carried for shard in carried], sum(shard.nbytes for shard in carried)
             write_carried_index(folder / CARRIED, names, total)
 
-    def sides(self, target: Path) -> Sides:
-        return Sides(hugging_face=self.folder, megatron=target, like=self.folder)
+    def sides(self, target: Path) -> BothFormats:
+        return BothFormats(hugging_face=self.folder, megatron=target, like=self.folder)
 
     def _parts(self, place: Place) -> Tensors:
         return place.entry.to_parts(tuple(self.source.read(name) for name in place.names))

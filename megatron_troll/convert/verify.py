@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_troll.config.tree import Layout, Model
-from megatron_troll.convert.plan import Sides
+from megatron_troll.convert.plan import BothFormats
 from megatron_troll.launch.local import free_port, rank_environment
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head
@@ -25,7 +25,7 @@ TOLERANCE, TOLERANCE_LINEAR = 1e-5, 1e-4
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitComparison:
     """The largest difference of two logits, the largest logit, and how much may differ."""
 
     difference: float
@@ -44,7 +44,7 @@ class Comparison:
         )
 
 
-def compare(sides: Sides, dtype: torch.dtype | None) -> Comparison:
+def compare(sides: BothFormats, dtype: torch.dtype | None) -> LogitComparison:
     """Compute with both in fp32, one after the other, on prompts of fixed token ids. `dtype`: what the
     weights were rounded to on the way. Each model is held whole in fp32."""
     shape = read_shape(sides.like)
@@ -53,11 +53,11 @@ def compare(sides: Sides, dtype: torch.dtype | None) -> Comparison:
     there, here = _hugging_face(sides, tokens, dtype), _megatron(sides, tokens, dtype)
     largest = float(there.abs().max())
     relative = TOLERANCE if shape.linear is None else TOLERANCE_LINEAR
-    return Comparison(float((here - there).abs().max()), largest, relative * max(largest, 1.0))
+    return LogitComparison(float((here - there).abs().max()), largest, relative * max(largest, 1.0))
 
 
 @torch.no_grad()
-def _hugging_face(sides: Sides, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _hugging_face(sides: BothFormats, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -68,7 +68,7 @@ def _hugging_face(sides: Sides, tokens: Tensor, dtype: torch.dtype | None) -> Te
 
 
 @torch.no_grad()
-def _megatron(sides: Sides, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _megatron(sides: BothFormats, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
     shape = read_shape(sides.like)
     config = Model(path=str(sides.like), dtype="fp32", spec="local")
     with _alone() as groups:

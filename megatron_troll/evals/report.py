@@ -9,12 +9,12 @@ from rich.table import Table
 
 from megatron_troll.config.tree import Config
 from megatron_troll.evals.estimators import CONFIDENCE, RESAMPLES
-from megatron_troll.evals.results import Result
+from megatron_troll.evals.results import EvalResult
 from megatron_troll.observe.trackers import versions
 from megatron_troll.system import write_atomic
 
 
-def write(path: Path, config: Config, results: Sequence[Result]) -> None:
+def write(path: Path, config: Config, results: Sequence[EvalResult]) -> None:
     """eval.json: every result by the name of its data set, and what made it."""
     content = {
         "sets": {result.name: {k: v for k, v in asdict(result).items() if k != "name"} for result in results},
@@ -26,7 +26,7 @@ def write(path: Path, config: Config, results: Sequence[Result]) -> None:
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def table(results: Sequence[Result]) -> Table:
+def table(results: Sequence[EvalResult]) -> Table:
     """A row a figure, and under them why one that was asked for is missing."""
     missing = [f"{one.name}: no maj@k, {one.no_majority}" for one in results if one.no_majority]
     interval = f"{CONFIDENCE:.0%} interval"
@@ -45,7 +45,7 @@ def table(results: Sequence[Result]) -> Table:
     return shown
 
 
-def _rows(result: Result) -> Iterator[tuple[str, str, str]]:
+def _rows(result: EvalResult) -> Iterator[tuple[str, str, str]]:
     for name, figure in result.figures.items():
         form = "{:.1f}" if name == "response_length" else "{:.3f}"
         low, high = form.format(figure.low), form.format(figure.high)

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_troll.config.tree import EvalSet
 from megatron_troll.evals.estimators import interval, majority_at, pass_at
-from megatron_troll.rewards.batch import Judged, together
+from megatron_troll.rewards.batch import ScoredBatch, together
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Answers:
     """Samples, a prompt's next to each other; votes [B], None where the verifier extracts no answers or no
     majority is asked for."""
 
-    judged: Judged
+    judged: ScoredBatch
     votes: list[str | None] | None
 
 
@@ -29,7 +29,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Result:
+class EvalResult:
     """One data set. `step` is the number under which its rollouts are stored; no_majority: why there is no
     maj@k although one is asked for."""
 

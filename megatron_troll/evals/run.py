@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_troll import rollout
 from megatron_troll.evals.report import write
-from megatron_troll.evals.results import Answers, Result, figures, joined, majorities
+from megatron_troll.evals.results import Answers, EvalResult, figures, joined, majorities
 from megatron_troll.evals.task import DataSet, EvalTask
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.rewind import rewind
@@ -22,17 +22,17 @@ from megatron_troll.system import Interrupts
 from megatron_troll.training.build import open_model
 
 
-def evaluate(task: EvalTask, interrupts: Interrupts) -> list[Result] | None:
+def evaluate(task: EvalTask, interrupts: Interrupts) -> list[EvalResult] | None:
     """Answer, judge and sum up every data set; write eval.json and every sample into the run folder. None
     after Ctrl-C or SIGTERM: an interrupted evaluation is started again. Runs on every rank."""
     config = task.config
     with open_session(config, task.batches, interrupts) as session:
         model = open_model(config.policy, task.shape, session.groups, config.seed, session.watchdog.beat)
         session.on_first(lambda: rewind(session.folder, 0))
-        results: list[Result] = []
+        results: list[EvalResult] = []
         drawn = 0
         for step, one in enumerate(task.sets, 1):
-            answers = Evaluation(task, session, model, one, drawn).answers()
+            answers = SetEvaluation(task, session, model, one, drawn).answers()
             if answers is None:
                 session.progress.say(f"stopped in {one.name}; an evaluation is not resumed: run it again")
                 return None
@@ -44,7 +44,7 @@ def evaluate(task: EvalTask, interrupts: Interrupts) -> list[Result] | None:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class SetEvaluation:
     """One data set on this rank, `drawn` batches after the start."""
 
     task: EvalTask
@@ -94,9 +94,9 @@ def keep(session: Session, store: RolloutStore, step: int, answers: Answers) -> 
     session.on_first(lambda: store.write(step, judged.rollouts, judged.reward.tolist(), no_advantage))
 
 
-def result(one: DataSet, step: int, answers: Answers, seed: int) -> Result:
+def result(one: DataSet, step: int, answers: Answers, seed: int) -> EvalResult:
     mute = answers.votes is None and majorities(one.config)
-    return Result(
+    return EvalResult(
         name=one.name,
         step=step,
         prompts=len(one.prompts),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_troll.config.tree import Config
-from megatron_troll.launch.servers import Plan, Supervisor, command, environment, interpreter
+from megatron_troll.launch.servers import ServerPlan, Supervisor, command, environment, interpreter
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.rollout.sglang.http import read_key
@@ -21,7 +21,7 @@ def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) 
     ServerFailed."""
     plans, folder = plans_of(config), servers_folder(config)
 
-    def announce(plan: Plan, pid: int | None) -> None:
+    def announce(plan: ServerPlan, pid: int | None) -> None:
         if pid is None:
             unregister(folder, plan.url)
         else:
@@ -33,7 +33,7 @@ def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) 
     Supervisor(config.serve.start_timeout_s, config.serve.restarts, announce, say).run(plans, interrupts)
 
 
-def plans_of(config: Config) -> list[Plan]:
+def plans_of(config: Config) -> list[ServerPlan]:
     """What would be started. Raises one of checks.PROBLEMS."""
     serve, model, key_file = config.serve, config.models.drawing, config.rollout.sglang.api_key_file
     check_address(serve, key_file)
@@ -43,7 +43,7 @@ def plans_of(config: Config) -> list[Plan]:
     python, device = interpreter(serve.python), device_of(serve.device)
     threads = serve.threads or max(1, (os.cpu_count() or 1) // serve.servers)
     return [
-        Plan(
+        ServerPlan(
             argv=command(str(python), device),
             environment=environment(device, threads),
             flags=flags_of(config, shape, number, device),

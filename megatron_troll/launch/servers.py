@@ -33,7 +33,7 @@ class ServerFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ServerPlan:
     """One server: what starts it, its flags, and where its log and its configuration go. `key` is written to
     the configuration only, which nobody else may read, and taken out of the log."""
 
@@ -72,7 +72,7 @@ class Plan:
 class Process:
     """One running server, the leader of a session of its own."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ServerPlan) -> None:
         self.plan = plan
         plan.folder.mkdir(parents=True, exist_ok=True)
         arguments = plan.folder / f"{plan.name}.yaml"
@@ -126,10 +126,10 @@ class Process:
 
 
 @dataclass
-class Slot:
+class ServerSlot:
     """A place that a server has: the process there now, and how often it was started again."""
 
-    plan: Plan
+    plan: ServerPlan
     process: Process
     restarts: int = 0
     healthy: bool = False
@@ -142,16 +142,16 @@ class Supervisor:
 
     start_timeout_s: float
     restarts: int
-    announce: Callable[[Plan, int | None], object]
+    announce: Callable[[ServerPlan, int | None], object]
     say: Callable[[str], object]
 
-    def run(self, plans: Sequence[Plan], interrupts: Interrupts) -> None:
+    def run(self, plans: Sequence[ServerPlan], interrupts: Interrupts) -> None:
         """Until asked to stop; every server is stopped then. Raises ServerFailed, after that, where one does
         not get healthy in time or dies once too often."""
         for plan in plans:
             _check_port(plan)
         deadline = time.monotonic() + self.start_timeout_s
-        slots = [Slot(plan, Process(plan)) for plan in plans]
+        slots = [ServerSlot(plan, Process(plan)) for plan in plans]
         try:
             while not interrupts.asked:
                 for slot in slots:
@@ -160,7 +160,7 @@ class Supervisor:
         finally:
             self._stop(slots)
 
-    def _look_after(self, slot: Slot, deadline: float) -> None:
+    def _look_after(self, slot: ServerSlot, deadline: float) -> None:
         plan, process = slot.plan, slot.process
         if process.exit_code is not None:
             self._replace(slot)
@@ -174,7 +174,7 @@ class Supervisor:
                 f"end of {plan.log}:\n{process.last_words()}"
             )
 
-    def _replace(self, slot: Slot) -> None:
+    def _replace(self, slot: ServerSlot) -> None:
         """A new process in the place of one that has ended."""
         plan, process = slot.plan, slot.process
         self.announce(plan, None)
@@ -186,7 +186,7 @@ class Supervisor:
         self.say(f"{ended}; starting it again")
         slot.process, slot.healthy, slot.restarts = Process(plan), False, slot.restarts + 1
 
-    def _stop(self, slots: Sequence[Slot]) -> None:
+    def _stop(self, slots: Sequence[ServerSlot]) -> None:
         for slot in slots:
             self.announce(slot.plan, None)
             slot.process.popen.terminate()
@@ -212,7 +212,7 @@ def refusal(host: str, port: int) -> str | None:
     return None
 
 
-def _check_port(plan: Plan) -> None:
+def _check_port(plan: ServerPlan) -> None:
     host = str(plan.flags["host"])
     if why := refusal(host, plan.port):
         raise ServerFailed(f"{host} port {plan.port}: {why}; set serve.port or serve.host")

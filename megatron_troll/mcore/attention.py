@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_troll.batching.plan import zigzag
-from megatron_troll.mcore.packing import Bucket, PackedSequences
+from megatron_troll.mcore.packing import PackedSequences, SequenceBucket
 from megatron_troll.parallel.groups import Group
 
 
@@ -126,7 +126,9 @@ class CoreAttention(MegatronModule):
         )
         return gathered
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
+    def _packed(
+        self, query: Tensor, key: Tensor, value: Tensor, buckets: tuple[SequenceBucket, ...]
+    ) -> Tensor:
         key, value = self._gather(key), self._gather(value)
         output = query.new_zeros(query.shape)
         for bucket in buckets:

@@ -16,7 +16,7 @@ from megatron_troll.mcore.head_kl import full_kl
 from megatron_troll.mcore.head_shard import HeadShard, Rows, reporting, shard_of
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.parallel import vocab
-from megatron_troll.types import Probe, Readings, Reads, Support, TopK
+from megatron_troll.types import HeadOutputs, HeadRequest, Probe, Support, TopK
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,21 @@ class Head:
         shard = self.shard
         return shard.transform.apply(F.linear(self.entered(hidden), shard.weight).float())
 
-    def read(self, hidden: Tensor, target: Tensor, reads: Reads, beside: "Beside | None" = None) -> Readings:
+    def read(
+        self, hidden: Tensor, target: Tensor, reads: HeadRequest, beside: "HeadContext | None" = None
+    ) -> HeadOutputs:
         """Everything `reads` names, for N hidden states [N, h] and sampled tokens [N]; every tensor-parallel
         rank returns the same. Holds a chunk of logits and N x K numbers for each record.
 
         Rows are formed only for what needs them: `support: old` alone has no entropy and no logsumexp.
         """
-        hidden, beside = self.entered(reporting(hidden, self.model)), beside or Beside()
+        hidden, beside = self.entered(reporting(hidden, self.model)), beside or HeadContext()
         rows, chosen = self._rows(hidden, target, reads)
         lse = None if rows is None else rows.lse if reads.full else rows.lse.detach()
         records = {
             kept: self._record(hidden, target, kept, lse, chosen, beside.old) for kept in reads.supports
         }
-        return Readings(
+        return HeadOutputs(
             logp=rows.target - rows.lse if rows is not None and reads.logp else None,
             topk=None if reads.topk is None else records[reads.topk],
             entropy=None if rows is None else rows.entropy if reads.entropy else rows.entropy.detach(),
@@ -80,7 +82,9 @@ class Head:
         rows, _, _ = self.shard.selection(hidden, target, 0)
         return rows.target - rows.lse, Frozen(self, hidden, rows.lse)
 
-    def _rows(self, hidden: Tensor, target: Tensor, reads: Reads) -> tuple[Rows | None, "Selection | None"]:
+    def _rows(
+        self, hidden: Tensor, target: Tensor, reads: HeadRequest
+    ) -> tuple[Rows | None, "Selection | None"]:
         """What is needed of whole rows: with gradient where something is differentiated through them, and the
         candidates of records that choose their own ids."""
         backward = reads.full_softmax and torch.is_grad_enabled()
@@ -121,7 +125,7 @@ class Head:
         support: Support,
         lse: Tensor | None,
         chosen: "Selection | None",
-        old: Readings | None,
+        old: HeadOutputs | None,
     ) -> TopK:
         if support.kind == "old":
             kept = record_of(old, support)
@@ -164,16 +168,16 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Beside:
+class HeadContext:
     """What was read of the same N positions before: of the old policy, by the rollout engine, of a frozen
     reference model."""
 
-    old: Readings | None = None
+    old: HeadOutputs | None = None
     rollout: TopK | None = None
     frozen: Frozen | None = None
 
 
-def record_of(old: Readings | None, support: Support) -> TopK:
+def record_of(old: HeadOutputs | None, support: Support) -> TopK:
     """The old policy's record whose ids `support: old` names: the one cut for just this support, or its only
     one."""
     kept = None if old is None else old.others.get(replace(support, kind="own"), old.topk)

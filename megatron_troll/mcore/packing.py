@@ -13,7 +13,7 @@ from megatron_troll.parallel.groups import Group
 
 
 @dataclass(frozen=True)
-class Bucket:
+class SequenceBucket:
     """Sequences of similar length attended to as one dense batch of B; of equal length under context
     parallelism.
 
@@ -52,7 +52,7 @@ class PackedSequences(PackedSeqParams):
     position  [t] int64, index inside its sequence of each of the tokens of all context-parallel ranks
     """
 
-    buckets: tuple[Bucket, ...] = ()
+    buckets: tuple[SequenceBucket, ...] = ()
     flat: Flat | None = None
     position: Tensor | None = None
 
@@ -75,7 +75,7 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSe
     )
 
 
-def buckets_of(starts: list[int], cp: Group, device: torch.device) -> list[Bucket]:
+def buckets_of(starts: list[int], cp: Group, device: torch.device) -> list[SequenceBucket]:
     """Sequences grouped by the power of two above their length, so that padding to the longest of a
     bucket at most doubles it; under context parallelism by their length, which says where chunks begin."""
     groups: dict[int, list[int]] = {}
@@ -86,14 +86,14 @@ def buckets_of(starts: list[int], cp: Group, device: torch.device) -> list[Bucke
     return [_bucket(starts, members, cp, device) for _, members in sorted(groups.items())]
 
 
-def _bucket(starts: list[int], members: list[int], cp: Group, device: torch.device) -> Bucket:
+def _bucket(starts: list[int], members: list[int], cp: Group, device: torch.device) -> SequenceBucket:
     queries, keys = [], []
     for i in members:
         start, length = starts[i], starts[i + 1] - starts[i]
         queries.append(torch.arange(start // cp.size, start // cp.size + length // cp.size))
         keys.append(_keys(starts, i, cp))
     used, real = ([torch.ones(len(row), dtype=torch.bool) for row in rows] for rows in (queries, keys))
-    return Bucket(*(_pad(rows).to(device) for rows in (queries, keys, used, real)))
+    return SequenceBucket(*(_pad(rows).to(device) for rows in (queries, keys, used, real)))
 
 
 def flat_of(starts: list[int], cp: Group, device: torch.device) -> Flat:

@@ -5,7 +5,7 @@ from torch import Tensor, where
 
 from megatron_troll.objectives.records import log_probs
 from megatron_troll.objectives.slots import Diagnostics, Kl, Policy, Statistics, Term
-from megatron_troll.types import ObjectiveInputs, Reads, Support
+from megatron_troll.types import HeadRequest, ObjectiveInputs, Support
 
 # Masses are sums of exponentials of float32: below this, what is left of 1 is rounding.
 REST = 1e-5
@@ -28,8 +28,8 @@ class Distillation(Kl):
         return Support("own", self.k, 0.0)
 
     @property
-    def reads(self) -> Reads:
-        return Reads(topk=Support("old", self.k, 0.0), full=True)
+    def reads(self) -> HeadRequest:
+        return HeadRequest(topk=Support("old", self.k, 0.0), full=True)
 
     @property
     def diagnostics(self) -> Diagnostics:

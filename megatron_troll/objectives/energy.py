@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_troll.objectives.slots import Diagnostics, Method, logp_of
-from megatron_troll.types import ObjectiveInputs, Reads
+from megatron_troll.types import HeadRequest, ObjectiveInputs
 
 # Bucket i holds the tokens whose share of the rollout batch is at least EDGES[i], the last one the rest.
 EDGES = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -20,8 +20,8 @@ class Energy(Method):
     """
 
     @property
-    def reads(self) -> Reads:
-        return Reads(logp=True, collision=True)
+    def reads(self) -> HeadRequest:
+        return HeadRequest(logp=True, collision=True)
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -8,7 +8,7 @@ from troll_kernels.sparsify import sparse_logp
 from megatron_troll.config.tree import NonNegative
 from megatron_troll.objectives.slots import Bonus
 from megatron_troll.objectives.trust_region.troll import Troll
-from megatron_troll.types import ObjectiveInputs, Reads
+from megatron_troll.types import HeadRequest, ObjectiveInputs
 
 
 class EntropyBonus(Bonus):
@@ -26,8 +26,8 @@ class FullEntropy(EntropyBonus):
     """H of the new policy over the whole vocabulary."""
 
     @property
-    def reads(self) -> Reads:
-        return Reads(entropy=True)
+    def reads(self) -> HeadRequest:
+        return HeadRequest(entropy=True)
 
     def _entropy(self, inputs: ObjectiveInputs) -> Tensor:
         if inputs.new.entropy is None:
@@ -44,11 +44,11 @@ class SparseEntropy(EntropyBonus):
     region: Troll
 
     @property
-    def reads(self) -> Reads:
+    def reads(self) -> HeadRequest:
         return self.region.reads
 
     @property
-    def reads_old(self) -> Reads:
+    def reads_old(self) -> HeadRequest:
         return self.region.reads_old
 
     def _entropy(self, inputs: ObjectiveInputs) -> Tensor:

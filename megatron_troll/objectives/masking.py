@@ -12,7 +12,7 @@ from megatron_troll.objectives.divergence import Divergence, binary, topk
 from megatron_troll.objectives.records import at_rollout_of, first_slots, log_probs, record_of
 from megatron_troll.objectives.responses import by_decile, decile_diagnostics
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion, limited
-from megatron_troll.types import ObjectiveInputs, Reads, Support
+from megatron_troll.types import HeadRequest, ObjectiveInputs, Support
 
 KEY = "objective.trust_region"
 
@@ -33,14 +33,14 @@ class Masking(TrustRegion):
     cap: PositiveFloat = Field(default=20.0, description="largest ratio that weighs a token")
 
     @property
-    def reads(self) -> Reads:
+    def reads(self) -> HeadRequest:
         if self._from_old:
-            return Reads(logp=True, topk=Support("old", self.k, 0.0))
-        return Reads(logp=True, at_rollout=self.rollout_k > 0)
+            return HeadRequest(logp=True, topk=Support("old", self.k, 0.0))
+        return HeadRequest(logp=True, at_rollout=self.rollout_k > 0)
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads(logp=True, topk=Support("own", self.k, 0.0) if self._from_old else None)
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest(logp=True, topk=Support("own", self.k, 0.0) if self._from_old else None)
 
     @property
     def rollout_k(self) -> int:

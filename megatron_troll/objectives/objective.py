@@ -20,7 +20,7 @@ from megatron_troll.objectives.slots import (
     limited,
 )
 from megatron_troll.objectives.support import cut
-from megatron_troll.types import LossTerms, ObjectiveInputs, Readings, Reads, Support
+from megatron_troll.types import HeadOutputs, HeadRequest, LossTerms, ObjectiveInputs, Support
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ class Objective:
         return (self.ratio, self.trust_region, self.kl, self.correction, *beside)
 
     @property
-    def reads(self) -> Reads:
+    def reads(self) -> HeadRequest:
         return merge_reads(tuple(method.reads for method in self.methods))
 
     @property
-    def reads_old(self) -> Reads:
+    def reads_old(self) -> HeadRequest:
         return merge_reads(tuple(method.reads_old for method in self.methods))
 
     @property
-    def reads_reference(self) -> Reads:
+    def reads_reference(self) -> HeadRequest:
         return merge_reads(tuple(method.reads_reference for method in self.methods))
 
     @property
     def needs_reference(self) -> bool:
-        return self.reads_reference != Reads()
+        return self.reads_reference != HeadRequest()
 
     @property
     def rollout_k(self) -> int:
@@ -84,14 +84,14 @@ class Objective:
         for method in self.methods:
             method.check(vocab)
 
-    def check_old(self, old: Readings) -> Readings:
+    def check_old(self, old: HeadOutputs) -> HeadOutputs:
         """The old readings, which were made for `reads_old`, as the trust region uses them; once, before any
         update. Waits for the device. Raises ValueError that names positions."""
         if self.reads_old.topk is not None and old.topk is None:
             raise ValueError("this objective reads the old policy's top-K record; none was given")
         return self.trust_region.prepare_old(old)
 
-    def prepare_old(self, old: Readings) -> Readings:
+    def prepare_old(self, old: HeadOutputs) -> HeadOutputs:
         """`check_old` for a record that keeps more than `reads_old` names, as a rollout engine's may: every
         record is cut to what this objective reads. Raises ValueError where it keeps less."""
         old, reads = self.check_old(old), self.reads_old
@@ -145,7 +145,7 @@ class Objective:
         return replace(inputs, new=new, old=old, reference=reference)
 
 
-def _seen(readings: Readings, kept: Support | None, first: Support | None) -> Readings:
+def _seen(readings: HeadOutputs, kept: Support | None, first: Support | None) -> HeadOutputs:
     """The readings with the record of `kept` as `topk`, where `first` is what `topk` is already."""
     if kept is None or kept == first:
         return readings
@@ -160,10 +160,10 @@ def approximate_kl(policy: Policy) -> Tensor:
     return torch.expm1(x) - x
 
 
-def merge_reads(parts: tuple[Reads, ...]) -> Reads:
+def merge_reads(parts: tuple[HeadRequest, ...]) -> HeadRequest:
     """Everything that any part reads."""
     supports = tuple(dict.fromkeys(kept for part in parts for kept in part.supports))
-    return Reads(
+    return HeadRequest(
         logp=any(part.logp for part in parts),
         topk=next(iter(supports), None),
         full=any(part.full for part in parts),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_troll.types import Readings, TopK
+from megatron_troll.types import HeadOutputs, TopK
 
 
 def record_of(topk: TopK | None, k: int, side: str, key: str) -> TopK:
@@ -18,7 +18,7 @@ def record_of(topk: TopK | None, k: int, side: str, key: str) -> TopK:
     return topk
 
 
-def at_rollout_of(readings: Readings, side: str, key: str) -> Tensor:
+def at_rollout_of(readings: HeadOutputs, side: str, key: str) -> Tensor:
     """[N, W] log-probs of the `side` policy at the ids of the rollout engine's record."""
     if readings.at_rollout is None:
         raise ValueError(f"{key} reads the {side} policy at the rollout engine's ids; it was not read there")

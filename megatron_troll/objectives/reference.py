@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_troll.config.tree import NonNegative
 from megatron_troll.objectives.slots import Kl
-from megatron_troll.types import ObjectiveInputs, Readings, Reads
+from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs
 
 
 class ReferenceKl(Kl):
@@ -15,12 +15,12 @@ class ReferenceKl(Kl):
     beta: NonNegative = Field(default=0.001, description="weight of the penalty, per nat; 0 only reports it")
 
     @property
-    def reads_reference(self) -> Reads:
+    def reads_reference(self) -> HeadRequest:
         """What must be known of the reference model."""
-        return Reads(logp=True)
+        return HeadRequest(logp=True)
 
 
-def reference_of(inputs: ObjectiveInputs) -> Readings:
+def reference_of(inputs: ObjectiveInputs) -> HeadOutputs:
     if inputs.reference is None:
         raise ValueError("objective.kl reads a reference model, and none was given: set models.reference")
     return inputs.reference

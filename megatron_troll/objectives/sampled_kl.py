@@ -16,7 +16,7 @@ from megatron_troll.objectives.slots import (
     limited,
     logp_of,
 )
-from megatron_troll.types import ObjectiveInputs, Reads
+from megatron_troll.types import HeadRequest, ObjectiveInputs
 
 K3_LIMIT = 10.0
 
@@ -43,12 +43,12 @@ class SampledKl(ReferenceKl):
         return self
 
     @property
-    def reads(self) -> Reads:
-        return Reads(logp=True)
+    def reads(self) -> HeadRequest:
+        return HeadRequest(logp=True)
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads(logp=self.is_weight == "token")
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest(logp=self.is_weight == "token")
 
     @property
     def diagnostics(self) -> Diagnostics:

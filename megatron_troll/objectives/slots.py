@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_troll.config.tree import Node
-from megatron_troll.types import ObjectiveInputs, Readings, Reads
+from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs
 
 Statistics = dict[str, Tensor]
 Reduction = Literal["mean", "p10", "p50", "p90", "p99", "max", "min"]
@@ -50,19 +50,19 @@ class Method(Node):
     """What any slot may ask for and report. The defaults ask for nothing."""
 
     @property
-    def reads(self) -> Reads:
+    def reads(self) -> HeadRequest:
         """What must be read of the current policy, with gradient."""
-        return Reads()
+        return HeadRequest()
 
     @property
-    def reads_old(self) -> Reads:
+    def reads_old(self) -> HeadRequest:
         """What must be known of the old policy."""
-        return Reads()
+        return HeadRequest()
 
     @property
-    def reads_reference(self) -> Reads:
+    def reads_reference(self) -> HeadRequest:
         """What must be known of the reference model; its records are at the ids of `reads`."""
-        return Reads()
+        return HeadRequest()
 
     @property
     def diagnostics(self) -> Diagnostics:
@@ -93,14 +93,14 @@ class TrustRegion(Method):
     """By default the full-softmax policy, unlimited."""
 
     @property
-    def reads(self) -> Reads:
-        return Reads(logp=True)
+    def reads(self) -> HeadRequest:
+        return HeadRequest(logp=True)
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads(logp=True)
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest(logp=True)
 
-    def prepare_old(self, old: Readings) -> Readings:
+    def prepare_old(self, old: HeadOutputs) -> HeadOutputs:
         """The old readings as this method uses them, checked: runs once, before any update. Waits for the
         device. Raises ValueError that names positions."""
         refuse_rows(
@@ -166,7 +166,7 @@ class Bonus(Method):
         """[N], its coefficient included; added to the objective."""
 
 
-def logp_of(readings: Readings, side: str) -> Tensor:
+def logp_of(readings: HeadOutputs, side: str) -> Tensor:
     if readings.logp is None:
         raise ValueError(
             f"this objective reads the {side} policy's log-prob of the sampled token; none was given"

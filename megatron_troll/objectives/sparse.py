@@ -7,7 +7,7 @@ from pydantic import Field
 
 from megatron_troll.config.tree import Positive
 from megatron_troll.objectives.slots import Method
-from megatron_troll.types import Reads, Support
+from megatron_troll.types import HeadRequest, Support
 
 
 class Sparse(Method):
@@ -25,8 +25,8 @@ class Sparse(Method):
     )
 
     @property
-    def reads(self) -> Reads:
-        return Reads(topk=Support(self.support, self.k, self.delta))
+    def reads(self) -> HeadRequest:
+        return HeadRequest(topk=Support(self.support, self.k, self.delta))
 
     def check(self, vocab: int) -> None:
         left_out = (vocab - 1) * self.p_d

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_troll.objectives.slots import Diagnostics, Statistics, logp_of
-from megatron_troll.types import LossTerms, ObjectiveInputs, Readings, Reads
+from megatron_troll.types import HeadOutputs, HeadRequest, LossTerms, ObjectiveInputs
 
 
 @dataclass(frozen=True)
@@ -13,21 +13,21 @@ class Supervised:
     needs_statistics: bool = False
 
     @property
-    def reads(self) -> Reads:
-        return Reads(logp=True)
+    def reads(self) -> HeadRequest:
+        return HeadRequest(logp=True)
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads()
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest()
 
     @property
     def diagnostics(self) -> Diagnostics:
         return {"objective": ("mean",)}
 
-    def check_old(self, old: Readings) -> Readings:
+    def check_old(self, old: HeadOutputs) -> HeadOutputs:
         return old
 
-    def prepare_old(self, old: Readings) -> Readings:
+    def prepare_old(self, old: HeadOutputs) -> HeadOutputs:
         return old
 
     def statistics(self, inputs: ObjectiveInputs) -> Statistics | None:

@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from megatron_troll.observe.runs import Run
+from megatron_troll.observe.runs import RecordedRun
 
 # Okabe and Ito's palette: told apart by colour-blind readers, on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -38,11 +38,11 @@ class Chart:
     lines: tuple[Line, ...]
     top: float = 0.0
 
-    def shown(self, runs: Sequence[Run]) -> tuple[Line, ...]:
+    def shown(self, runs: Sequence[RecordedRun]) -> tuple[Line, ...]:
         """Its lines that some run has a value for."""
         return tuple(line for line in self.lines if any(run.curve(line.field)[0] for run in runs))
 
-    def span(self, runs: Sequence[Run]) -> tuple[float, float]:
+    def span(self, runs: Sequence[RecordedRun]) -> tuple[float, float]:
         """The ends of its axis, a little room above the highest value."""
         values = [value for line in self.shown(runs) for run in runs for value in run.curve(line.field)[1]]
         low, high = min(0.0, *values), max(self.top, *values)
@@ -76,7 +76,7 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def write_png(runs: Sequence[Run], path: Path) -> None:
+def write_png(runs: Sequence[RecordedRun], path: Path) -> None:
     """The first four charts that have values, success first, at 2 x the size they have in a README."""
     charts = [chart for chart in CHARTS if chart.shown(runs)][:PNG_PANELS]
     figure = Figure(figsize=(10, 6.4), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
@@ -89,7 +89,7 @@ def write_png(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, facecolor="white")
 
 
-def _panel(axes: Axes, chart: Chart, runs: Sequence[Run]) -> None:
+def _panel(axes: Axes, chart: Chart, runs: Sequence[RecordedRun]) -> None:
     lines = chart.shown(runs)
     for index, run in enumerate(runs):
         for line in lines:
@@ -106,7 +106,7 @@ def _panel(axes: Axes, chart: Chart, runs: Sequence[Run]) -> None:
         axes.legend(handles=handles, fontsize=9, frameon=False)
 
 
-def _plot(axes: Axes, run: Run, line: Line, shade: str) -> None:
+def _plot(axes: Axes, run: RecordedRun, line: Line, shade: str) -> None:
     steps, values = run.curve(line.field)
     axes.plot(steps, values, **_style(line, shade), clip_on=False)
 

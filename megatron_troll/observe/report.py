@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import plotly.io
 
 from megatron_troll.observe.charts import CHARTS, Chart, Line, colour, write_png
-from megatron_troll.observe.runs import Run, differing_keys, read_runs
+from megatron_troll.observe.runs import RecordedRun, differing_keys, read_runs
 from megatron_troll.system import write_atomic
 
 STYLE = """
@@ -35,7 +35,7 @@ def report(runs: Sequence[Path], output: Path) -> None:
     write_png(read, output.parent / "curves.png")
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[RecordedRun]) -> str:
     """The whole page: summaries, differing keys, curves, versions."""
     figures = [_curves(chart, runs) for chart in CHARTS if chart.shown(runs)] + [_phases(runs)]
     divs = [_div(figure, include_plotly=index == 0) for index, figure in enumerate(figures)]
@@ -52,13 +52,13 @@ def page(runs: Sequence[Run]) -> str:
 SUMMARY = ("last step", "held-out success before", "held-out success after", "seconds", "seed")
 
 
-def _summary(run: Run) -> list[str]:
+def _summary(run: RecordedRun) -> list[str]:
     fields = ("held_out_success_before", "held_out_success_after", "seconds", "seed")
     state = "" if run.summary else " (not finished)"
     return [run.name, f"{run.rows[-1]['step']}{state}", *(_text(run.summary.get(f)) for f in fields)]
 
 
-def _versions(runs: Sequence[Run]) -> list[str]:
+def _versions(runs: Sequence[RecordedRun]) -> list[str]:
     """One line for all runs that were made with the same versions."""
     names: dict[str, list[str]] = {}
     for run in runs:
@@ -67,7 +67,7 @@ def _versions(runs: Sequence[Run]) -> list[str]:
     return [f"<p>{escape(', '.join(who))}: {escape(what)}</p>" for what, who in names.items() if what]
 
 
-def _curves(chart: Chart, runs: Sequence[Run]) -> go.Figure:
+def _curves(chart: Chart, runs: Sequence[RecordedRun]) -> go.Figure:
     figure = go.Figure()
     lines = chart.shown(runs)
     for index, run in enumerate(runs):
@@ -91,7 +91,7 @@ def _stroke(line: Line, shade: str) -> dict[str, Any]:
     return {"color": shade, "width": 1.2 if line.faint else 2, "dash": "dash" if line.dashed else "solid"}
 
 
-def _phases(runs: Sequence[Run]) -> go.Figure:
+def _phases(runs: Sequence[RecordedRun]) -> go.Figure:
     """Seconds of each phase over all steps, per step, stacked."""
     figure = go.Figure()
     names = dict.fromkeys(

@@ -17,7 +17,7 @@ class NoMetricsError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """rows: metrics.jsonl, a dict a step; summary: summary.json, empty while the run is not finished;
     config: dotted key -> value."""
 
@@ -32,14 +32,14 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
 
-def read_runs(roots: Sequence[Path]) -> list[Run]:
+def read_runs(roots: Sequence[Path]) -> list[RecordedRun]:
     """Runs by folder name, or by whole path where two folders share a name. Raises NoMetricsError."""
     names = [root.resolve().name for root in roots]
     unique = len(set(names)) == len(names)
     return [read_run(root, name if unique else str(root)) for root, name in zip(roots, names, strict=True)]
 
 
-def read_run(root: Path, name: str) -> Run:
+def read_run(root: Path, name: str) -> RecordedRun:
     folder = RunFolder(root)
     rows = read_json_lines(folder.metrics) if folder.metrics.exists() else []
     if not rows:
@@ -50,7 +50,7 @@ def read_run(root: Path, name: str) -> Run:
         )
     summary = json.loads(folder.summary.read_text()) if folder.summary.exists() else {}
     config = yaml.safe_load(folder.config.read_text()) if folder.config.exists() else {}
-    return Run(name, rows, summary, flatten(config))
+    return RecordedRun(name, rows, summary, flatten(config))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def differing_keys(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differing_keys(runs: Sequence[RecordedRun]) -> dict[str, list[Any]]:
     """Dotted config key -> its value in each run, for the keys that are not the same in all."""
     keys = sorted(set().union(*(run.config for run in runs)))
     rows = {key: [run.config.get(key) for run in runs] for key in keys}

@@ -16,7 +16,7 @@ from megatron_troll.config.tree import Config
 from megatron_troll.parallel.groups import Group, joined
 from megatron_troll.preflight import node, packages, serving, together
 from megatron_troll.preflight.finding import Finding
-from megatron_troll.preflight.serving import Servers
+from megatron_troll.preflight.serving import NodeServers
 
 TIMEOUT = datetime.timedelta(seconds=120)
 
@@ -30,7 +30,7 @@ class Needs:
     disk_bytes: int
     gpus: int
     gpu_bytes: int
-    servers: Servers | None
+    servers: NodeServers | None
 
     @property
     def folder(self) -> Path:

@@ -17,7 +17,7 @@ KV_SCALES = "kv scales"
 
 
 @dataclass(frozen=True)
-class Servers:
+class NodeServers:
     """Those of one node: `python` runs SGLang, `host` is where they listen."""
 
     python: str
@@ -25,15 +25,15 @@ class Servers:
     ports: tuple[int, ...]
 
 
-def servers_of(config: Config, host: str) -> Servers:
+def servers_of(config: Config, host: str) -> NodeServers:
     """Those that `mtroll serve` starts on one node, with every port that the configuration fixes."""
     serve = config.serve
     own = (value for name, value in serve.flags.items() if name.replace("_", "-").endswith("-port"))
     ports = (*range(serve.port, serve.port + serve.servers), *(port for port in own if type(port) is int))
-    return Servers(serve.python, host, ports)
+    return NodeServers(serve.python, host, ports)
 
 
-def findings(servers: Servers) -> Iterator[Finding]:
+def findings(servers: NodeServers) -> Iterator[Finding]:
     yield sglang(servers.python)
     yield ports(servers.host, servers.ports)
 

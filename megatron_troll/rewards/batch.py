@@ -11,7 +11,7 @@ from megatron_troll.types import Rollout
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredBatch:
     """rollouts: the batch, with mask 0 where a response is taken out of the loss; reward [B] float32."""
 
     rollouts: list[Rollout]
@@ -32,9 +32,9 @@ class Judged:
         return metrics | {name: float(count) for name, count in failed.items() if count}
 
 
-def together(parts: Sequence[Judged]) -> Judged:
+def together(parts: Sequence[ScoredBatch]) -> ScoredBatch:
     """Several batches as one, in order."""
-    return Judged(
+    return ScoredBatch(
         rollouts=[rollout for part in parts for rollout in part.rollouts],
         reward=np.concatenate([part.reward for part in parts]),
         timeouts=sum(part.timeouts for part in parts),
@@ -42,7 +42,7 @@ def together(parts: Sequence[Judged]) -> Judged:
     )
 
 
-def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> Judged:
+def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> ScoredBatch:
     """Every rank scores its share and gathers the rest, so all return the same. Blocks."""
     shares = world.all_gather_objects(scorer.score(rollouts[world.rank :: world.size]))
     reward = np.empty(len(rollouts), dtype=np.float32)
@@ -50,7 +50,7 @@ def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> Judged:
     for rank, share in enumerate(shares):
         reward[rank :: world.size], keep[rank :: world.size] = share.reward, share.keep
     kept = [r if k else replace(r, mask=np.zeros_like(r.mask)) for r, k in zip(rollouts, keep)]
-    return Judged(kept, reward, sum(s.timeouts for s in shares), sum(s.crashes for s in shares))
+    return ScoredBatch(kept, reward, sum(s.timeouts for s in shares), sum(s.crashes for s in shares))
 
 
 def extract(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> list[str | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
 from megatron_troll.config.tree import RewardConfig
-from megatron_troll.rewards.reward import Question
+from megatron_troll.rewards.reward import VerifierCall
 from megatron_troll.rewards.worker import START_LIMIT_S, Failed, Worker
 
 ATTEMPTS = 2
@@ -18,11 +18,11 @@ class RewardError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoringTask:
     """A question about one answer; `name` is what errors call it."""
 
     name: str
-    question: Question
+    question: VerifierCall
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Outcomes:
 class _Batch:
     """The tasks of one call: those still to hand out, and the outcomes so far."""
 
-    def __init__(self, tasks: Sequence[Task]):
+    def __init__(self, tasks: Sequence[ScoringTask]):
         self.tasks = tasks
         self.queue = deque(range(len(tasks)))
         self.outcomes = Outcomes()
@@ -56,7 +56,7 @@ class _Batch:
             self.outcomes.crashes.add(index)
 
 
-class Pool:
+class WorkerPool:
     """Up to `size` workers, started when there is work and kept until `close`. `progress` is called after
     each answer."""
 
@@ -66,7 +66,7 @@ class Pool:
         self._progress = progress
         self._workers: list[Worker] = []
 
-    def run(self, tasks: Sequence[Task]) -> Outcomes:
+    def run(self, tasks: Sequence[ScoringTask]) -> Outcomes:
         """Blocks until every task has an outcome. A worker over the time limit is ended and replaced; one
         that a signal killed (out of memory) is replaced and its task tried once more. Raises RewardError
         where the verifier raises or cannot be built."""

@@ -36,7 +36,7 @@ class Votes(Protocol):
 
 
 @dataclass(frozen=True)
-class Question:
+class VerifierCall:
     """What is asked of a verifier about one text: its reward, or its vote."""
 
     text: str

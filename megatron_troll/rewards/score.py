@@ -8,8 +8,8 @@ from types import TracebackType
 import numpy as np
 
 from megatron_troll.config.tree import RewardConfig
-from megatron_troll.rewards.pool import Outcomes, Pool, RewardError, Task
-from megatron_troll.rewards.reward import Question, Votes, Wanted, build
+from megatron_troll.rewards.pool import Outcomes, RewardError, ScoringTask, WorkerPool
+from megatron_troll.rewards.reward import VerifierCall, Votes, Wanted, build
 from megatron_troll.types import Rollout
 
 
@@ -34,7 +34,7 @@ class Scorer:
         self._config = config
         self._verifier = build(config)
         self._progress = progress
-        self._pool = None if self._verifier.cheap else Pool(config, workers, progress)
+        self._pool = None if self._verifier.cheap else WorkerPool(config, workers, progress)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Blocks until all are scored. Aborted rollouts, and with `overlong.mode: penalise` those cut at
@@ -91,7 +91,7 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def _run(self, tasks: Sequence[Task]) -> Outcomes:
+    def _run(self, tasks: Sequence[ScoringTask]) -> Outcomes:
         if self._pool is not None:
             return self._pool.run(tasks)
         outcomes = Outcomes()
@@ -101,9 +101,11 @@ class Scorer:
         return outcomes
 
 
-def _tasks(rollouts: Sequence[Rollout], chosen: Sequence[int], wanted: Wanted) -> list[Task]:
+def _tasks(rollouts: Sequence[Rollout], chosen: Sequence[int], wanted: Wanted) -> list[ScoringTask]:
     asked = [rollouts[i] for i in chosen]
-    return [Task(rollout.name, Question(rollout.text, rollout.prompt, wanted)) for rollout in asked]
+    return [
+        ScoringTask(rollout.name, VerifierCall(rollout.text, rollout.prompt, wanted)) for rollout in asked
+    ]
 
 
 def _checked(value: object, sample: str, verifier: str) -> float:

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 from megatron_troll.config.tree import RewardConfig
-from megatron_troll.rewards.reward import Question, build
+from megatron_troll.rewards.reward import VerifierCall, build
 from megatron_troll.system import spared
 
 START_LIMIT_S = 120.0
@@ -39,7 +39,7 @@ def _answer(connection: Connection, config: RewardConfig) -> None:
     connection.send(Ready())
     while True:
         try:
-            question: Question = connection.recv()
+            question: VerifierCall = connection.recv()
         except EOFError:
             return
         connection.send(question.put_to(reward))
@@ -66,7 +66,7 @@ class Worker:
     def waited_for(self) -> bool:
         return self.task is not None or not self.ready
 
-    def ask(self, task: int, question: Question, limit_s: float) -> None:
+    def ask(self, task: int, question: VerifierCall, limit_s: float) -> None:
         self.task = task
         self.deadline = time.monotonic() + limit_s
         # One that died while it rested is noticed when its answer is read.

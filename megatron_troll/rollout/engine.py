@@ -35,7 +35,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """What was drawn for a request, the stop token included. ids, versions int64, logp float32 [T]; experts,
     where train.replay=rollout asks for them; see Rollout."""
 
@@ -111,7 +111,7 @@ class Engine(ABC):
         """Give back what the engine holds. Called once, also after an error, and maybe on some ranks only."""
 
 
-def rollout_of(setup: Setup, request: Request, answer: Answer, sampling: Sampling, round: int) -> Rollout:
+def rollout_of(setup: Setup, request: Request, answer: Completion, sampling: Sampling, round: int) -> Rollout:
     """The record of an answer."""
     ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
     return Rollout(

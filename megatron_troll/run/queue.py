@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_troll.rewards.batch import Judged
+from megatron_troll.rewards.batch import ScoredBatch
 from megatron_troll.rollout import archive
 from megatron_troll.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
-class Collected:
+class RolloutBatch:
     """What was sampled for one step.
 
     sampled   everything, in the order drawn, the samples of a prompt next to each other
@@ -23,7 +23,7 @@ class Collected:
     rounds    times that prompts were drawn
     """
 
-    sampled: Judged
+    sampled: ScoredBatch
     kept: np.ndarray
     rollouts: list[Rollout]
     rounds: int
@@ -57,7 +57,7 @@ def ages(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
 
 
 @dataclass
-class Waiting:
+class BatchFuture:
     """A batch that is under way, or there.
 
     trained   rollout batches that the policy had been trained on when it was begun
@@ -68,10 +68,10 @@ class Waiting:
 
     trained: int
     position: int
-    finish: Callable[[], Collected]
-    batch: Collected | None = None
+    finish: Callable[[], RolloutBatch]
+    batch: RolloutBatch | None = None
 
-    def wait(self) -> Collected:
+    def wait(self) -> RolloutBatch:
         """Blocks until it is there."""
         if self.batch is None:
             self.batch = self.finish()
@@ -79,15 +79,15 @@ class Waiting:
 
 
 @dataclass
-class Pending:
+class RolloutQueue:
     """Batches for training `staleness` steps after they were begun, oldest first; `last` is the last step.
     In a checkpoint, batch i is pending_<i>.npz, .json and .batch.json."""
 
     staleness: int
     last: int
-    batches: deque[Waiting] = field(default_factory=deque)
+    batches: deque[BatchFuture] = field(default_factory=deque)
 
-    def next(self, step: int, begin: Callable[[int], Waiting]) -> Waiting:
+    def next(self, step: int, begin: Callable[[int], BatchFuture]) -> BatchFuture:
         """The batch to train on in `step`, which is there, after `begin(number)` of every batch that is due
         by now: first `staleness` + 1 of them, then one a step, and none that no step is left for. Blocks."""
         due = min(step + self.staleness, self.last)
@@ -124,7 +124,7 @@ class Pending:
         self.batches.clear()
         for file in sorted(folder.glob("pending_*.batch.json")):
             rest = json.loads(file.read_text())
-            sampled = Judged(
+            sampled = ScoredBatch(
                 rollouts=archive.read(folder / file.name.removesuffix(".batch.json"), prompts),
                 reward=np.array(rest["reward"], dtype=np.float32),
                 timeouts=rest["timeouts"],
@@ -133,5 +133,5 @@ class Pending:
             kept = np.array(rest["kept"], dtype=bool)
             trained_on = [rollout for rollout, keep in zip(sampled.rollouts, kept) if keep]
             rollouts = [replace(rollout, group=group) for rollout, group in zip(trained_on, rest["groups"])]
-            batch = Collected(sampled, kept, rollouts, rest["rounds"])
-            self.batches.append(Waiting(rest["trained"], 0, lambda batch=batch: batch, batch))
+            batch = RolloutBatch(sampled, kept, rollouts, rest["rounds"])
+            self.batches.append(BatchFuture(rest["trained"], 0, lambda batch=batch: batch, batch))

@@ -17,13 +17,13 @@ from megatron_troll.observe.trackers import Summary
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine
 from megatron_troll.run.evaluation import Evaluator, open_engine, open_judged
-from megatron_troll.run.queue import Pending
+from megatron_troll.run.queue import RolloutQueue
 from megatron_troll.run.session import Session, open_session
 from megatron_troll.system import Interrupts, write_atomic
 from megatron_troll.task import Task
 from megatron_troll.training.build import open_policy
 from megatron_troll.training.critic import Critic, open_critic
-from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.reference import open_reference
 from megatron_troll.training.rollout_model import RolloutModel, open_rollout_model
 from megatron_troll.training.trainer import Learner, PolicyTrainer
@@ -31,7 +31,7 @@ from megatron_troll.weights.export import save as export
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrainState:
     """Where a run stands: rollout batches trained on, prompts drawn, seconds spent, consecutive batches
     with skipped updates, held-out success at the start and last; the weight of the rollout model's
     distillation at the next batch, None: that of the configuration."""
@@ -62,23 +62,23 @@ class Run:
     order: PromptOrder
     store: RolloutStore
     checkpoints: Checkpoints
-    pending: Pending
+    pending: RolloutQueue
 
-    def resume(self) -> Standing:
+    def resume(self) -> TrainState:
         """Take up the newest checkpoint where `resume` is set and one exists; otherwise start. Blocks."""
         # One rank looks: a network file system may show the others something older.
         there = self.session.groups.world.broadcast_object(self.checkpoints.latest() is not None, 0)
         if not (self.task.config.resume and there):
             self.session.begin_at(0)
-            return Standing()
-        standing = Standing(**self.checkpoints.load())
+            return TrainState()
+        standing = TrainState(**self.checkpoints.load())
         self.order.seek(standing.position)
         prompts = {prompt.id: prompt for prompt in self.task.prompts.train}
         self.pending.read(self.checkpoints.path(standing.step), prompts)
         self.session.begin_at(standing.step + 1)
         return standing
 
-    def save(self, standing: Standing, score: float | None = None) -> None:
+    def save(self, standing: TrainState, score: float | None = None) -> None:
         """A checkpoint of `standing`, with the held-out success of just this policy where it is known.
         Batches under way are not in it: a run that continues begins them anew, and the engine may have kept
         answers. Blocks; with checkpoint.asynchronous the writing goes on behind."""
@@ -110,19 +110,19 @@ class Run:
                 self.evaluator.engine.sync(step)
             return metrics
 
-    def since(self, standing: Standing, began: float) -> Standing:
+    def since(self, standing: TrainState, began: float) -> TrainState:
         """`standing` with the clock and the prompt position of now."""
         seconds = standing.seconds + time.perf_counter() - began
         return replace(standing, seconds=seconds, position=self.order.position)
 
-    def stop(self, standing: Standing) -> None:
+    def stop(self, standing: TrainState) -> None:
         """The end of a run that was asked to stop, once its checkpoint is on disk; a launcher sees it by a
         file in the run folder. Blocks."""
         self._finish_saving()
         self.session.on_first(lambda: write_atomic(self.session.folder.stopped, f"{standing.step}\n"))
         self.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
 
-    def finish(self, standing: Standing) -> None:
+    def finish(self, standing: TrainState) -> None:
         """Export, summary and report of a run that is complete."""
         self._finish_saving()
         self.engine.forget(standing.step)
@@ -175,7 +175,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             order=PromptOrder(len(task.prompts.train), config.seed, data_of(config).shuffle),
             store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy, critic, rollout_model),
-            pending=Pending(config.rollout.staleness, config.train.steps),
+            pending=RolloutQueue(config.rollout.staleness, config.train.steps),
         )
 
 
@@ -198,7 +198,7 @@ def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
     )
 
 
-def open_arranger(task: Task, policy: Trainable) -> Arranger:
+def open_arranger(task: Task, policy: Trainable) -> MicroBatcher:
     """Cuts batches for the policy; the engine's record is packed where something reads it."""
     config, objective = task.config, task.objective
     read = (
@@ -207,7 +207,7 @@ def open_arranger(task: Task, policy: Trainable) -> Arranger:
         or objective.reads.at_rollout
         or objective.reads_old.at_rollout
     )
-    return Arranger(
+    return MicroBatcher(
         config,
         policy.model,
         config.policy.layout,

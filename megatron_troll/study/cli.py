@@ -15,7 +15,7 @@ KINDS = ("run", "report", "kl")
 K = "1,2,4,8,16,32,64,128,256"
 
 
-class Parser(argparse.ArgumentParser):
+class StudyParser(argparse.ArgumentParser):
     """`mtroll study FILE.yaml` is `mtroll study run FILE.yaml`."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from troll_kernels import sparsify
 
-from megatron_troll.objectives.kl.exact import Exact
+from megatron_troll.objectives.kl.exact import ExactKl
 from megatron_troll.objectives.kl.k1 import K1
 from megatron_troll.objectives.kl.k2 import K2
 from megatron_troll.objectives.kl.k3 import K3
@@ -24,7 +24,7 @@ from megatron_troll.objectives.sampled_kl import SampledKl
 from megatron_troll.objectives.slots import Policy, Term
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.types import NO_ID, ObjectiveInputs, Readings, Segments, Support, TopK
+from megatron_troll.types import NO_ID, HeadOutputs, ObjectiveInputs, Segments, Support, TopK
 
 RESAMPLES = 2_000
 # Edges of the mass that the top-k holds.
@@ -32,7 +32,7 @@ REGIMES = (0.0, 0.9, 0.99, 0.999, 0.9999, 1.0)
 
 
 @dataclass(frozen=True)
-class Pool:
+class TokenPool:
     """N sampled tokens with both models' full rows.
 
     policy, reference  [N, V] log-probabilities (or logits: only differences in a row count)
@@ -84,12 +84,12 @@ def estimators(ks: Sequence[int]) -> dict[str, ReferenceKl]:
         "k2": K2(beta=1.0),
         "k3": K3(beta=1.0),
         "k3 without limits": K3(beta=1.0, clamp=False),
-        "exact": Exact(beta=1.0),
+        "exact": ExactKl(beta=1.0),
     }
     return known | {f"tike {k}": Tike(beta=1.0, k=k) for k in ks}
 
 
-def estimate(method: ReferenceKl, pool: Pool) -> Term:
+def estimate(method: ReferenceKl, pool: TokenPool) -> Term:
     """The method's value [N] and what it reports."""
     inputs = _inputs(method, pool)
     logp = inputs.new.logp
@@ -97,7 +97,7 @@ def estimate(method: ReferenceKl, pool: Pool) -> Term:
     return method.penalty(inputs, Policy(logp, logp.detach(), torch.zeros_like(logp)), None)
 
 
-def expectation(method: ReferenceKl, pool: Pool) -> Tensor:
+def expectation(method: ReferenceKl, pool: TokenPool) -> Tensor:
     """[N] the method's mean over the tokens that each position may draw. Holds N x V for those that read the
     sampled token alone; the others do not depend on it."""
     if not isinstance(method, SampledKl):
@@ -148,18 +148,18 @@ def residuals(k: int, term: Term, exact: Tensor) -> list[Residual]:
     return found
 
 
-def seconds(method: ReferenceKl, pool: Pool, repeats: int) -> float:
+def seconds(method: ReferenceKl, pool: TokenPool, repeats: int) -> float:
     """Of reading both rows, forward and backward, per 1,000 tokens: the fastest of `repeats`."""
     taken = []
     for _ in range(repeats):
         rows = pool.policy.clone().requires_grad_()
         began = perf_counter()
-        estimate(method, Pool(rows, pool.reference, pool.target, pool.response)).value.sum().backward()
+        estimate(method, TokenPool(rows, pool.reference, pool.target, pool.response)).value.sum().backward()
         taken.append(perf_counter() - began)
     return 1_000 * min(taken) / len(pool.target)
 
 
-def _inputs(method: ReferenceKl, pool: Pool) -> ObjectiveInputs:
+def _inputs(method: ReferenceKl, pool: TokenPool) -> ObjectiveInputs:
     """What the LM head would read of the rows for this method."""
     rows, reference = pool.policy.log_softmax(1), pool.reference.log_softmax(1)
     kl = record = at_record = None
@@ -169,12 +169,12 @@ def _inputs(method: ReferenceKl, pool: Pool) -> ObjectiveInputs:
         record = _record(rows, pool.target, method.reads.topk)
         at_record = replace(record, logits=_at(reference, record.ids))
     logp, reference_logp = (at.gather(1, pool.target[:, None])[:, 0] for at in (rows, reference))
-    new = Readings(logp, record, None, reference_kl=kl)
-    beside = Readings(reference_logp, at_record, None)
+    new = HeadOutputs(logp, record, None, reference_kl=kl)
+    beside = HeadOutputs(reference_logp, at_record, None)
     ones = torch.ones_like(logp.detach())
     return ObjectiveInputs(
         new=new,
-        old=Readings(logp.detach(), None, None),
+        old=HeadOutputs(logp.detach(), None, None),
         rollout_logp=logp.detach(),
         rollout_topk=None,
         advantage=ones,

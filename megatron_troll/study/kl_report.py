@@ -14,9 +14,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from megatron_troll.observe.charts import COLOURS
 from megatron_troll.study.kl import (
-    Pool,
     Quality,
     Residual,
+    TokenPool,
     estimate,
     estimators,
     expectation,
@@ -48,7 +48,7 @@ class Analysis:
     seconds: dict[str, float]
 
 
-def analyse(pool: Pool, ks: Sequence[int]) -> Analysis:
+def analyse(pool: TokenPool, ks: Sequence[int]) -> Analysis:
     """Of a pool, with TIKE at each of `ks` that is below its vocabulary."""
     small = [k for k in ks if k < pool.vocab]
     terms = {name: estimate(method, pool) for name, method in estimators(small).items()}
@@ -68,13 +68,13 @@ def analyse(pool: Pool, ks: Sequence[int]) -> Analysis:
     )
 
 
-def random_rows() -> Pool:
+def random_rows() -> TokenPool:
     """Two models that differ a little, over a large vocabulary."""
     generator = torch.Generator().manual_seed(0)
     rows = 3 * torch.randn(COST_TOKENS, COST_VOCAB, generator=generator)
     other = rows + 0.1 * torch.randn(rows.shape, generator=generator)
     order = torch.arange(COST_TOKENS)
-    return Pool(rows, other, rows.argmax(1), order)
+    return TokenPool(rows, other, rows.argmax(1), order)
 
 
 def write(analysis: Analysis, output: Path, command: str, date: str) -> None:

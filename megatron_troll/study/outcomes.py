@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_troll.observe.runs import jitter2
 from megatron_troll.study.plan import Outcome, Study
-from megatron_troll.study.results import Result
+from megatron_troll.study.results import RunResult
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -22,7 +22,7 @@ class Interval:
     high: float
 
 
-def outcome(name: Outcome, result: Result, study: Study) -> float:
+def outcome(name: Outcome, result: RunResult, study: Study) -> float:
     """One number for one run. A success that is not finite counts as 0; steps_to_threshold of a run that
     never gets there is one more than its steps; collapses is 1 or 0."""
     curve = [value or 0.0 for value in result.held_out]
@@ -40,7 +40,7 @@ def outcome(name: Outcome, result: Result, study: Study) -> float:
             return float(collapse_step(result, study) is not None)
 
 
-def collapse_step(result: Result, study: Study) -> int | None:
+def collapse_step(result: RunResult, study: Study) -> int | None:
     """The step at which a run collapses: from it to the end, held-out success stays below the study's share
     of the run's best, the warm start included. None of one that does not."""
     curve = [result.before, *(value or 0.0 for value in result.held_out)]
@@ -48,7 +48,7 @@ def collapse_step(result: Result, study: Study) -> int | None:
     return None if fine[-1] == len(curve) - 1 else fine[-1] + 1
 
 
-def survival(runs: Sequence[Result], study: Study) -> list[float]:
+def survival(runs: Sequence[RunResult], study: Study) -> list[float]:
     """The share of the runs, of as many steps each, that have not collapsed by step 0, 1, ..."""
     ends = [collapse_step(run, study) for run in runs]
     steps = range(len(runs[0].held_out) + 1)
@@ -63,7 +63,9 @@ def mean(values: Sequence[float]) -> Interval:
     return Interval(float(sample.mean()), float(low), float(high))
 
 
-def difference(a: Sequence[Result], b: Sequence[Result], of: Callable[[Result], float]) -> Interval | None:
+def difference(
+    a: Sequence[RunResult], b: Sequence[RunResult], of: Callable[[RunResult], float]
+) -> Interval | None:
     """a - b over the seeds that both have; None where they share fewer than two."""
     other = {result.seed: result for result in b}
     pairs = [of(result) - of(other[result.seed]) for result in a if result.seed in other]

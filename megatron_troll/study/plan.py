@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_troll.config.document import Entry
+from megatron_troll.config.document import YamlValue
 from megatron_troll.config.load import assemble, extended, merge, overlay, parse_file, place, read
 from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.shape import Shape
@@ -20,10 +20,10 @@ Outcome = Literal["final_success", "steps_to_threshold", "jitter2", "entropy", "
 PATHS = ("base", "warm_start", "rollout_warm_start")
 # Keys whose values are parts of configurations.
 DELTAS = ("config", "settings", "methods")
-NOTHING = Entry({}, "")
+NOTHING = YamlValue({}, "")
 
 
-class Comparison(Node):
+class Claim(Node):
     """One claim that the study tests."""
 
     claim: str = Field(description="who claims what, in a sentence")
@@ -59,7 +59,7 @@ class Study(Node):
     baseline: str | None = Field(
         default=None, description="the method that tables show differences from; default: the first"
     )
-    comparisons: tuple[Comparison, ...] = Field(default=(), description="the confirmatory ones, all of them")
+    comparisons: tuple[Claim, ...] = Field(default=(), description="the confirmatory ones, all of them")
     pilots: str | None = Field(
         default=None, description="what had been run before the comparisons were written; null: nothing"
     )
@@ -78,13 +78,13 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study and the parts of its configurations."""
 
     study: Study
-    common: Entry
-    settings: dict[str, Entry]
-    methods: dict[str, Entry]
+    common: YamlValue
+    settings: dict[str, YamlValue]
+    methods: dict[str, YamlValue]
 
     @property
     def root(self) -> Path:
@@ -146,7 +146,7 @@ class Plan:
         }
         return assemble(parts, _overrides(changes))
 
-    def _parts(self, cell: Cell) -> list[Entry]:
+    def _parts(self, cell: Cell) -> list[YamlValue]:
         of_cell = (self.settings[cell.setting], self.methods[cell.method])
         return [read(Path(self.study.base)), self.common, *of_cell]
 
@@ -155,17 +155,17 @@ class Plan:
         return {"data.files": [str(data / "train.jsonl")], "data.held_out": [str(data / "held_out.jsonl")]}
 
 
-def load_plan(path: str | Path) -> Plan:
+def load_plan(path: str | Path) -> StudyPlan:
     """Read a study, and refuse it where a run of it has no valid configuration, where the methods of a
     setting do not get the same compute, or where a comparison names what is not there. Raises ConfigError."""
     tree = _read(Path(path))
     assert isinstance(tree.value, dict)
-    own = Entry({key: entry for key, entry in tree.value.items() if key not in DELTAS}, tree.place)
+    own = YamlValue({key: entry for key, entry in tree.value.items() if key not in DELTAS}, tree.place)
     study = validate(Study, own.plain(), "", lambda keys: place(own, keys))
     settings, methods = (tree.value.get(key, NOTHING).value or {} for key in ("settings", "methods"))
     if not (isinstance(settings, dict) and settings and isinstance(methods, dict) and methods):
         raise ConfigError(f"{path}: settings and methods must each map one name or more to a part")
-    plan = Plan(study, tree.value.get("config", NOTHING), settings, methods)
+    plan = StudyPlan(study, tree.value.get("config", NOTHING), settings, methods)
     _refuse_unmatched(plan)
     if study.baseline is not None:
         _known(study.baseline, methods, "baseline")
@@ -175,7 +175,7 @@ def load_plan(path: str | Path) -> Plan:
     return plan
 
 
-def _read(path: Path) -> Entry:
+def _read(path: Path) -> YamlValue:
     """The file with its paths and parts resolved, over the study that it extends."""
     own = parse_file(path)
     assert isinstance(own.value, dict)
@@ -185,22 +185,22 @@ def _read(path: Path) -> Entry:
     assert isinstance(before.value, dict)
     for key in PATHS:
         if key in keys and keys[key].value is not None:
-            keys[key] = Entry(str(path.parent / str(keys[key].value)), keys[key].place)
+            keys[key] = YamlValue(str(path.parent / str(keys[key].value)), keys[key].place)
     for key in ("settings", "methods"):
         if key in keys and isinstance(named := keys[key].value, dict):
             parts = {name: extended(part, path) for name, part in named.items()}
-            keys[key] = Entry(parts, keys[key].place)
+            keys[key] = YamlValue(parts, keys[key].place)
     if "config" in keys:
         common = extended(keys["config"], path)
         keys["config"] = merge(before.value.get("config", NOTHING), common, Shape.of(Config))
-    return Entry({**before.value, **keys}, own.place)
+    return YamlValue({**before.value, **keys}, own.place)
 
 
 def _overrides(changes: dict[str, object]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 
-def _refuse_unmatched(plan: Plan) -> None:
+def _refuse_unmatched(plan: StudyPlan) -> None:
     """The methods of a setting must sample, update and spend alike."""
     for setting in plan.settings:
         spent: dict[tuple[int, ...], str] = {}
@@ -221,6 +221,6 @@ def _compute(config: Config) -> tuple[int, ...]:
     return (train.steps, responses, train.updates, train.epochs, rollout.sampling.max_tokens)
 
 
-def _known(name: str, known: dict[str, Entry], where: str) -> None:
+def _known(name: str, known: dict[str, YamlValue], where: str) -> None:
     if name not in known:
         raise ConfigError(f"{where}: no {name!r}; {nearest(name, list(known))}")

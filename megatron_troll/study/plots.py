@@ -12,17 +12,17 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from megatron_troll.observe.charts import COLOURS
 from megatron_troll.study.outcomes import survival
-from megatron_troll.study.plan import Cell, Plan, Study
-from megatron_troll.study.results import Result
+from megatron_troll.study.plan import Cell, Study, StudyPlan
+from megatron_troll.study.results import RunResult
 
 COLUMNS = 5
 BASELINE: dict[str, Any] = {"color": "0.5", "linewidth": 1.2, "linestyle": "--"}
 
 
-Runs = Sequence[Result]
+Runs = Sequence[RunResult]
 
 
-def plot(plan: Plan, setting: str, results: Mapping[Cell, Result], path: Path) -> None:
+def plot(plan: StudyPlan, setting: str, results: Mapping[Cell, RunResult], path: Path) -> None:
     """Held-out success against rollout batches, for the methods of one setting that have runs: each seed a
     thin line, their mean a thick one."""
 
@@ -36,7 +36,7 @@ def plot(plan: Plan, setting: str, results: Mapping[Cell, Result], path: Path) -
     _panels(plan, setting, results, "held-out success", draw).savefig(_ready(path), facecolor="white")
 
 
-def plot_survival(plan: Plan, setting: str, results: Mapping[Cell, Result], path: Path) -> None:
+def plot_survival(plan: StudyPlan, setting: str, results: Mapping[Cell, RunResult], path: Path) -> None:
     """The share of each method's runs that have not collapsed, against rollout batches."""
 
     def draw(axes: Axes, runs: Runs, baseline: Runs) -> None:
@@ -48,9 +48,9 @@ def plot_survival(plan: Plan, setting: str, results: Mapping[Cell, Result], path
 
 
 def _panels(
-    plan: Plan,
+    plan: StudyPlan,
     setting: str,
-    results: Mapping[Cell, Result],
+    results: Mapping[Cell, RunResult],
     title: str,
     draw: Callable[[Axes, Runs, Runs], None],
 ) -> Figure:
@@ -85,7 +85,7 @@ def _steps(runs: Runs, study: Study) -> tuple[range, list[float]]:
     return range(len(shares)), shares
 
 
-def _curve(run: Result) -> list[float]:
+def _curve(run: RunResult) -> list[float]:
     """From the warm start on; NaN where there is no figure."""
     return [run.before, *(float("nan") if value is None else value for value in run.held_out)]
 

@@ -14,14 +14,14 @@ from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.rollout.engine import requests_for
 from megatron_troll.run.evaluation import EVALUATION_ROUND, open_engine
-from megatron_troll.study.kl import Pool
+from megatron_troll.study.kl import TokenPool
 from megatron_troll.task import Task
 from megatron_troll.training.build import open_model
-from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.types import MicroBatch
 
 
-def draw_pool(task: Task) -> Pool:
+def draw_pool(task: Task) -> TokenPool:
     """rollout.samples answers to rollout.prompts held-out prompts, read by models.policy and by
     models.reference, in this process alone. Holds 2 x N x V numbers in fp32 for the N sampled tokens. Raises
     ConfigError without a reference, and for a layout of several ranks."""
@@ -38,7 +38,7 @@ def draw_pool(task: Task) -> Pool:
         requests = requests_for(prompts, config.rollout.samples, task.tokenizer)
         engine = open_engine(task, policy)
         rollouts = engine.generate(requests, config.rollout.sampling, EVALUATION_ROUND)
-        updates = Arranger(config, policy, Layout()).updates(rollouts, [0.0] * len(rollouts), step=0)
+        updates = MicroBatcher(config, policy, Layout()).updates(rollouts, [0.0] * len(rollouts), step=0)
         batches = [
             batch for update in updates[: config.train.updates // config.train.epochs] for batch in update
         ]
@@ -47,7 +47,7 @@ def draw_pool(task: Task) -> Pool:
         reference = open_model(frozen, task.shape, groups, config.seed, unwatched)
         temperature = config.rollout.sampling.temperature
         rows = (full_rows(model, batches, temperature) for model in (policy, reference))
-        return Pool(
+        return TokenPool(
             *rows,
             target=torch.cat([batch.target for batch in batches]).cpu(),
             response=torch.cat([torch.tensor(batch.rollouts)[batch.sequence.cpu()] for batch in batches]),

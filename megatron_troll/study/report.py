@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
 
 from megatron_troll.study.outcomes import Interval, collapse_step, difference, mean, outcome
-from megatron_troll.study.plan import Cell, Comparison, Outcome, Plan
-from megatron_troll.study.results import Result
+from megatron_troll.study.plan import Cell, Claim, Outcome, StudyPlan
+from megatron_troll.study.results import RunResult
 
 DIGITS: dict[Outcome, int] = {
     "final_success": 3,
@@ -17,7 +17,7 @@ DIGITS: dict[Outcome, int] = {
 SHOWN, OPPOSITE, NOT_SHOWN = "as claimed", "**the opposite**", "did not show"
 
 
-def markdown(plan: Plan, results: Mapping[Cell, Result], source: str, picture: str | None) -> str:
+def markdown(plan: StudyPlan, results: Mapping[Cell, RunResult], source: str, picture: str | None) -> str:
     """The whole page. `source`: the study file as the page names it; `picture`: a path relative to it, with
     {setting} in it, which is followed by -survival for the second one of a setting."""
     study = plan.study
@@ -46,12 +46,12 @@ def markdown(plan: Plan, results: Mapping[Cell, Result], source: str, picture: s
     return "\n".join([*lines, ""])
 
 
-def collapsing(plan: Plan, done: Iterable[Result]) -> set[str]:
+def collapsing(plan: StudyPlan, done: Iterable[RunResult]) -> set[str]:
     """The settings where a run collapsed: those with curves of survival."""
     return {result.setting for result in done if collapse_step(result, plan.study) is not None}
 
 
-def _pictures(plan: Plan, setting: str, done: Sequence[Result], picture: str) -> list[str]:
+def _pictures(plan: StudyPlan, setting: str, done: Sequence[RunResult], picture: str) -> list[str]:
     lines = ["", f"![{setting}]({picture.format(setting=setting)})"]
     if setting not in collapsing(plan, done):
         return lines
@@ -59,7 +59,7 @@ def _pictures(plan: Plan, setting: str, done: Sequence[Result], picture: str) ->
     return [*lines, "", "Survival: the share of runs that have not collapsed.", "", f"![Survival]({path})"]
 
 
-def _what_ran(plan: Plan, done: Sequence[Result]) -> list[str]:
+def _what_ran(plan: StudyPlan, done: Sequence[RunResult]) -> list[str]:
     study, planned = plan.study, len(list(plan.cells()))
     seconds = sum(result.seconds for result in done)
     dates = sorted({result.date for result in done})
@@ -98,7 +98,7 @@ def _what_ran(plan: Plan, done: Sequence[Result]) -> list[str]:
     ]
 
 
-def _comparisons(plan: Plan, done: Sequence[Result]) -> list[str]:
+def _comparisons(plan: StudyPlan, done: Sequence[RunResult]) -> list[str]:
     if not plan.study.comparisons:
         return ["None: this study only describes."]
     head = ["| claim | setting | outcome | a | b | claimed | a - b | verdict |", "|---" * 8 + "|"]
@@ -119,33 +119,33 @@ def _comparisons(plan: Plan, done: Sequence[Result]) -> list[str]:
     return [*head, *rows, *said]
 
 
-def compare(comparison: Comparison, plan: Plan, done: Iterable[Result]) -> Interval | None:
+def compare(comparison: Claim, plan: StudyPlan, done: Iterable[RunResult]) -> Interval | None:
     """a - b of a comparison; None where two paired runs are not there."""
     of_setting = [result for result in done if result.setting == comparison.setting]
     a, b = ([r for r in of_setting if r.method == name] for name in (comparison.a, comparison.b))
     return difference(a, b, lambda result: outcome(comparison.outcome, result, plan.study))
 
 
-def verdict_of(comparison: Comparison, found: Interval) -> str:
+def verdict_of(comparison: Claim, found: Interval) -> str:
     """Whether the whole interval lies on the side that is claimed."""
     if found.low <= 0 <= found.high:
         return NOT_SHOWN
     return SHOWN if (found.low > 0) == (comparison.expect == "higher") else OPPOSITE
 
 
-def _setting(plan: Plan, setting: str, done: Sequence[Result]) -> list[str]:
+def _setting(plan: StudyPlan, setting: str, done: Sequence[RunResult]) -> list[str]:
     baseline = plan.study.baseline or next(iter(plan.methods))
     names: tuple[Outcome, ...] = get_args(Outcome)
     by_method = {method: [r for r in done if r.method == method] for method in plan.methods}
 
-    def cells(method: str, show: Callable[[Sequence[Result], Outcome], str]) -> str:
+    def cells(method: str, show: Callable[[Sequence[RunResult], Outcome], str]) -> str:
         return " | ".join(show(by_method[method], name) for name in names)
 
-    def level(runs: Sequence[Result], name: Outcome) -> str:
+    def level(runs: Sequence[RunResult], name: Outcome) -> str:
         values = [outcome(name, run, plan.study) for run in runs]
         return _level(values, name) if values else "-"
 
-    def apart(runs: Sequence[Result], name: Outcome) -> str:
+    def apart(runs: Sequence[RunResult], name: Outcome) -> str:
         found = difference(runs, by_method[baseline], lambda run: outcome(name, run, plan.study))
         return "-" if found is None else _interval(found, name, signed=True)
 
@@ -180,6 +180,6 @@ def _interval(found: Interval, name: Outcome, signed: bool) -> str:
     return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
-def _name(name: Outcome, plan: Plan) -> str:
+def _name(name: Outcome, plan: StudyPlan) -> str:
     words = {"steps_to_threshold": f"steps to {plan.study.threshold:g}", "jitter2": "Jitter2"}
     return words.get(name, name.replace("_", " "))

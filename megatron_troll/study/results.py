@@ -11,14 +11,14 @@ from megatron_troll.config.load import load
 from megatron_troll.config.tree import Config
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.observe.runs import read_run
-from megatron_troll.study.plan import Cell, Plan
+from megatron_troll.study.plan import Cell, StudyPlan
 from megatron_troll.system import write_atomic
 
 DIGITS = 5
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """One finished run. held_out[i] and entropy[i] are of step i + 1, None where the figure is absent or not
     finite; before: held-out success of the warm start. tokens: sampled for training, stop tokens included;
     date: the day it ended (UTC); digest: `Plan.digest` of the run."""
@@ -47,7 +47,7 @@ def results_path(study: Path) -> Path:
     return study.parent / "results" / f"{study.stem}.json"
 
 
-def finished(plan: Plan, cell: Cell) -> bool:
+def finished(plan: StudyPlan, cell: Cell) -> bool:
     """Whether the run, as it is planned now, has come to its last step and said so."""
     folder, config = RunFolder(plan.folder(cell)), plan.config(cell)
     if not folder.summary.exists() or not as_planned(folder.root, config):
@@ -68,7 +68,7 @@ def beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.yaml")
 
 
-def result_of(plan: Plan, cell: Cell) -> Result:
+def result_of(plan: StudyPlan, cell: Cell) -> RunResult:
     """The result of a finished run, from its folder."""
     folder, config = RunFolder(plan.folder(cell)), plan.config(cell)
     run = read_run(folder.root, str(cell))
@@ -76,7 +76,7 @@ def result_of(plan: Plan, cell: Cell) -> Result:
     responses = config.rollout.prompts * config.rollout.samples
     skipped = int(sum(row["skipped_updates"] for row in rows))
     ended = datetime.fromtimestamp(folder.summary.stat().st_mtime, UTC)
-    return Result(
+    return RunResult(
         setting=cell.setting,
         method=cell.method,
         seed=cell.seed,
@@ -93,28 +93,30 @@ def result_of(plan: Plan, cell: Cell) -> Result:
     )
 
 
-def read_results(path: Path) -> dict[Cell, Result]:
+def read_results(path: Path) -> dict[Cell, RunResult]:
     """Empty where there is no such file."""
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())
-    results = [Result(**row | {name: tuple(row[name]) for name in ("held_out", "entropy")}) for row in rows]
+    results = [
+        RunResult(**row | {name: tuple(row[name]) for name in ("held_out", "entropy")}) for row in rows
+    ]
     return {result.cell: result for result in results}
 
 
-def write_results(path: Path, results: Iterable[Result]) -> None:
+def write_results(path: Path, results: Iterable[RunResult]) -> None:
     """A JSON array, a line a run, in a fixed order."""
     ordered = sorted(results, key=lambda result: (result.setting, result.method, result.seed))
     lines = ",\n".join(json.dumps(asdict(result), allow_nan=False) for result in ordered)
     write_atomic(path, f"[\n{lines}\n]\n")
 
 
-def add(path: Path, result: Result) -> None:
+def add(path: Path, result: RunResult) -> None:
     """To the results file, in the place of what it has of that run."""
     write_results(path, (read_results(path) | {result.cell: result}).values())
 
 
-def gather(plan: Plan, path: Path) -> dict[Cell, Result]:
+def gather(plan: StudyPlan, path: Path) -> dict[Cell, RunResult]:
     """The results of the plan's finished runs: those in the results file, which is brought up to date, but
     for runs of which the study now says something else. The file loses none of them until they are run
     again."""

@@ -11,13 +11,13 @@ from megatron_troll.config.tree import Config
 from megatron_troll.data.demo import write_demo
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.study.jobs import Ended, Job, run_jobs
-from megatron_troll.study.plan import Cell, Plan
+from megatron_troll.study.plan import Cell, StudyPlan
 from megatron_troll.study.results import add, as_planned, beside, finished, gather, result_of
 from megatron_troll.system import Interrupts, write_atomic
 
 
 def run_study(
-    plan: Plan, results: Path, at_once: int, interrupts: Interrupts, say: Callable[[str], None]
+    plan: StudyPlan, results: Path, at_once: int, interrupts: Interrupts, say: Callable[[str], None]
 ) -> bool:
     """Run to the end; started again, it goes on where it was stopped. Every finished run is added to the file
     `results`; one that is there is not run again, even where its folder is gone. Returns whether all of them
@@ -44,12 +44,12 @@ def run_study(
     return all(cell in found for cell in plan.cells())
 
 
-def prepared(plan: Plan, seed: int) -> bool:
+def prepared(plan: StudyPlan, seed: int) -> bool:
     """Whether the seed has what its runs start from."""
     return all(_warm(plan, seed, name) for name in plan.warm_starts())
 
 
-def _warm(plan: Plan, seed: int, name: str) -> bool:
+def _warm(plan: StudyPlan, seed: int, name: str) -> bool:
     folder = RunFolder(plan.of_seed(seed) / name)
     return folder.summary.exists() and as_planned(folder.root, plan.warm_start(seed, name))
 
@@ -62,7 +62,7 @@ def _check(folder: Path, config: Config) -> None:
         )
 
 
-def warm_starts(plan: Plan, seed: int) -> list[Job]:
+def warm_starts(plan: StudyPlan, seed: int) -> list[Job]:
     """Those that are missing. Writes the seed's demo task. Deletes a warm start that was not finished, since
     none is resumed."""
     folder, jobs = plan.of_seed(seed), []
@@ -77,7 +77,7 @@ def warm_starts(plan: Plan, seed: int) -> list[Job]:
     return jobs
 
 
-def training(plan: Plan, cell: Cell) -> Job:
+def training(plan: StudyPlan, cell: Cell) -> Job:
     return _job("train", str(cell), plan.config(cell), plan.folder(cell), "resume=true")
 
 

@@ -18,7 +18,7 @@ from megatron_troll.mcore.schedule import accumulate, infer, survey
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.mcore.value import ValueModel, values
 from megatron_troll.observe.phases import Phases
-from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.types import MicroBatch, Rollout
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
@@ -35,7 +35,7 @@ class Critic:
     """
 
     trained: Trainable
-    arranger: Arranger
+    arranger: MicroBatcher
     phases: Phases
 
     def values(self, rollouts: Sequence[Rollout], step: int) -> Values:
@@ -116,11 +116,11 @@ def open_critic(config: Config, policy: MegatronModel, phases: Phases) -> Critic
     load(built, ValueSource(body, shape.hidden), value_table(table_of(shape), shape.hidden))
     updates = config.train.steps * config.train.updates
     trained = trainable(built, model.optimizer, updates)
-    return Critic(trained, Arranger(config, built, model.layout), phases)
+    return Critic(trained, MicroBatcher(config, built, model.layout), phases)
 
 
 @dataclass(frozen=True)
-class Estimate:
+class AdvantageEstimate:
     """advantages: one per response, or with a critic one per token. targets [T] of each response: what the
     critic should have expected; empty without one. metrics: how well it expected it."""
 
@@ -136,17 +136,17 @@ class Estimate:
 
 def estimate(
     method: Advantage, critic: Critic | None, rollouts: Sequence[Rollout], rewards: np.ndarray, step: int
-) -> Estimate:
+) -> AdvantageEstimate:
     """With a critic, asks it for the values of every token. Blocks on all ranks then."""
     reward, group = torch.from_numpy(rewards), torch.tensor([rollout.group for rollout in rollouts])
     if critic is None:
-        return Estimate(method(reward, group).tolist(), [], {})
+        return AdvantageEstimate(method(reward, group).tolist(), [], {})
     values = critic.values(rollouts, step)
     lengths = values.length.tolist()
     advantages = method(reward, group, values).split(lengths)
     wanted = method.targets(reward, values)
     targets = wanted.float().split(lengths)
-    return Estimate(
+    return AdvantageEstimate(
         [spread(part.numpy(), rollout) for part, rollout in zip(advantages, rollouts)],
         [spread(part.numpy(), rollout) for part, rollout in zip(targets, rollouts)],
         {"critic_explained_variance": explained_variance(values.value, wanted)},

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_troll.batching.build import Advantages, Form, build
 from megatron_troll.batching.experts import Routing
-from megatron_troll.batching.plan import Capacity, Schedule, Step, plan, step_weights
+from megatron_troll.batching.plan import Capacity, PlannedStep, UpdateSchedule, plan, step_weights
 from megatron_troll.config.tree import Config, Layout
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
@@ -19,7 +19,7 @@ from megatron_troll.types import MicroBatch, Rollout
 
 
 @dataclass(frozen=True)
-class Arranger:
+class MicroBatcher:
     """Cuts rollout batches for `model`. topk: entries of the engine's record that are packed; 0: none.
     replay: the experts of the rollouts are packed, for the routers of this rank."""
 
@@ -40,14 +40,14 @@ class Arranger:
         arranged = plan(
             lengths,
             [rollout.group for rollout in rollouts],
-            Schedule(config.train.updates, config.train.epochs, seed),
+            UpdateSchedule(config.train.updates, config.train.epochs, seed),
             capacity(config, self.layout, groups, form.align),
         )
         objective = config.objective
         length = objective.sum_norm_length or config.rollout.sampling.max_tokens
         table = frequencies(rollouts, form.vocab) if config.observe.energy else None
 
-        def batch(update: Step, chosen: Sequence[int]) -> MicroBatch:
+        def batch(update: PlannedStep, chosen: Sequence[int]) -> MicroBatch:
             weights = step_weights(rollouts, update.responses, objective.aggregation, length)
             built = build(rollouts, advantages, weights, chosen, form)
             counted = built if table is None else replace(built, frequency=table[built.target])

@@ -9,13 +9,13 @@ from megatron_troll.config.tree import Model
 from megatron_troll.mcore.head import Frozen, Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.schedule import infer
-from megatron_troll.types import MicroBatch, Readings, Reads, Support, TopK
+from megatron_troll.types import HeadOutputs, HeadRequest, MicroBatch, Support, TopK
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import open_source
 
 
 @dataclass(frozen=True)
-class Kept:
+class ReferenceOutputs:
     """What is kept of one micro-batch: logp [N] of the sampled tokens; frozen, where rows of the head are
     read again: the hidden states [N, h] in the model's dtype on the last stage's device."""
 
@@ -30,24 +30,24 @@ class Reference:
 
     model: MegatronModel
     head: Head
-    reads: Reads
+    reads: HeadRequest
 
-    def keep(self, batches: Sequence[MicroBatch]) -> list[Kept]:
+    def keep(self, batches: Sequence[MicroBatch]) -> list[ReferenceOutputs]:
         """One forward of the micro-batches, on the last stage ([] elsewhere). Blocks on every rank."""
         again = bool(self.reads.supports) or self.reads.reference_kl
 
-        def read(i: int, hidden: Tensor) -> Kept:
+        def read(i: int, hidden: Tensor) -> ReferenceOutputs:
             logp, frozen = self.head.freeze(hidden, batches[i].target)
-            return Kept(logp, frozen if again else None)
+            return ReferenceOutputs(logp, frozen if again else None)
 
         # Replayed experts are the policy's: its reference has routers of its own.
         return infer(self.model, [replace(batch, experts=None) for batch in batches], read)
 
-    def beside(self, kept: Kept, new: Readings, reads: Reads) -> Readings:
+    def beside(self, kept: ReferenceOutputs, new: HeadOutputs, reads: HeadRequest) -> HeadOutputs:
         """The reference's side of what was `reads` of the new policy: log-probs, and records at the same
         ids."""
         if not self.reads.supports:
-            return Readings(kept.logp, None, None)
+            return HeadOutputs(kept.logp, None, None)
         frozen = kept.frozen
         assert frozen is not None
         records: dict[Support, TopK] = {}
@@ -56,10 +56,10 @@ class Reference:
             assert record is not None
             records[support] = frozen.at(record)
         first = None if reads.topk is None else records.get(reads.topk)
-        return Readings(kept.logp, first, None, others=records)
+        return HeadOutputs(kept.logp, first, None, others=records)
 
 
-def open_reference(model: Model, policy: MegatronModel, temperature: float, reads: Reads) -> Reference:
+def open_reference(model: Model, policy: MegatronModel, temperature: float, reads: HeadRequest) -> Reference:
     """The model with the weights of its folder in the shape of `policy` and on its layout, without gradient
     buffers or optimizer."""
     built = build(model, policy.shape, policy.groups, trained=False, progress=policy.progress)

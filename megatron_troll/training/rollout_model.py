@@ -11,7 +11,7 @@ from megatron_troll.advantages import Advantage
 from megatron_troll.batching.build import Advantages
 from megatron_troll.config.model_options import Distill
 from megatron_troll.config.tree import Config
-from megatron_troll.config.tree import RolloutModel as RolloutModelConfig
+from megatron_troll.config.tree import RolloutModelConfig as RolloutModelConfig
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel
@@ -26,16 +26,16 @@ from megatron_troll.objectives.trust_region.clip import Clip
 from megatron_troll.observe.phases import Phases
 from megatron_troll.task import Task
 from megatron_troll.training.build import open_policy
-from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.trainer import PolicyTrainer, combine, finite, split
-from megatron_troll.types import MicroBatch, Readings, Reads, Rollout, TopK
+from megatron_troll.types import HeadOutputs, HeadRequest, MicroBatch, Rollout, TopK
 
 # What is told of its updates, by the names of objectives.
 TOLD = ("clipped", "approx_kl", "entropy")
 
 
 @dataclass(frozen=True)
-class Taught:
+class DistillResult:
     """metrics of a batch, and the weight that distillation has at the next."""
 
     metrics: dict[str, float]
@@ -52,7 +52,7 @@ class RolloutModel:
 
     trainer: PolicyTrainer
     teacher: Head
-    arranger: Arranger
+    arranger: MicroBatcher
     distill: Distill
     phases: Phases
 
@@ -62,12 +62,12 @@ class RolloutModel:
 
     def learn(
         self, rollouts: Sequence[Rollout], advantages: Advantages, step: int, weight: float | None
-    ) -> Taught:
+    ) -> DistillResult:
         """One optimizer step for each of the policy's; `weight` of the distillation, None: that of the
         configuration. A step with NaN or Inf is left out and counted. Blocks on all ranks."""
         weight = self.distill.weight if weight is None else weight
         if not all(finite(rollout, 0) for rollout in rollouts):
-            return Taught({"rollout_model_skipped": float(self.arranger.config.train.updates)}, weight)
+            return DistillResult({"rollout_model_skipped": float(self.arranger.config.train.updates)}, weight)
         with self.phases("rollout_model"):
             updates = self.arranger.updates(rollouts, advantages, step)
             learner = with_weight(self.trainer, weight)
@@ -79,11 +79,11 @@ class RolloutModel:
             "rollout_model_lr": self.trainer.trainable.lr,
             "distill_weight": weight,
         }
-        return Taught(metrics, moved(self.distill, weight, metrics.get("distill_kl", math.nan)))
+        return DistillResult(metrics, moved(self.distill, weight, metrics.get("distill_kl", math.nan)))
 
     def _records(self, batches: Sequence[MicroBatch]) -> list[TopK]:
         """The policy's, one per micro-batch on the last stage."""
-        reads = Reads(topk=_distillation(self.trainer).record)
+        reads = HeadRequest(topk=_distillation(self.trainer).record)
 
         def read(i: int, hidden: Tensor) -> TopK:
             record = self.teacher.read(hidden, batches[i].target, reads).topk
@@ -95,7 +95,7 @@ class RolloutModel:
 
 def _step(learner: PolicyTrainer, batches: Sequence[MicroBatch], records: Sequence[TopK]) -> dict[str, float]:
     """{} where it was left out."""
-    old = [Readings(batch.rollout_logp, record, None) for batch, record in zip(batches, records)]
+    old = [HeadOutputs(batch.rollout_logp, record, None) for batch, record in zip(batches, records)]
     gradients = learner.accumulate(batches, old, [None] * len(batches))
     if not learner.healthy(gradients):
         return {}
@@ -164,5 +164,5 @@ def assembled(
     trainer = PolicyTrainer(
         trained, objective, Head(trained.model, temperature), "engine", None, config.objective.aggregation
     )
-    arranger = Arranger(config, trained.model, model.layout)
+    arranger = MicroBatcher(config, trained.model, model.layout)
     return RolloutModel(trainer, Head(policy, temperature), arranger, model.distill, phases)

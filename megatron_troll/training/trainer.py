@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_troll.batching.build import Advantages
-from megatron_troll.mcore.head import Beside, Head
+from megatron_troll.mcore.head import Head, HeadContext
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import expert_loads, recording, replay_changes, routers
@@ -23,9 +23,9 @@ from megatron_troll.observe.metrics import Reducer
 from megatron_troll.observe.phases import Phases
 from megatron_troll.parallel.segments import segments
 from megatron_troll.parallel.vocab import gather_logits, kl
-from megatron_troll.training.microbatches import Arranger
-from megatron_troll.training.reference import Kept, Reference
-from megatron_troll.types import NO_ID, LossTerms, MicroBatch, ObjectiveInputs, Readings, Rollout
+from megatron_troll.training.microbatches import MicroBatcher
+from megatron_troll.training.reference import Reference, ReferenceOutputs
+from megatron_troll.types import NO_ID, HeadOutputs, LossTerms, MicroBatch, ObjectiveInputs, Rollout
 
 PROBED_POSITIONS = 16
 PROBED: Diagnostics = {"true_kl": ("mean",), "sparse_kl": ("mean",), "outside_mass": ("mean", "max")}
@@ -47,12 +47,12 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class OldReadings:
+class OldPolicyOutputs:
     """readings: one per micro-batch on the last stage, [] elsewhere. broken: rollouts, on any rank, with a
     log-prob that is NaN or infinite; their readings cannot be trained on. batches: the micro-batches to train
     on, with the experts of this pass where it recorded them."""
 
-    readings: list[Readings]
+    readings: list[HeadOutputs]
     broken: tuple[int, ...]
     batches: list[MicroBatch]
 
@@ -74,12 +74,12 @@ class PolicyTrainer:
     aggregation: str | None = None
     replay: Literal["none", "old", "rollout"] = "none"
 
-    def old_readings(self, batches: Sequence[MicroBatch]) -> OldReadings:
+    def old_readings(self, batches: Sequence[MicroBatch]) -> OldPolicyOutputs:
         """Readings of the policy before its update, one per micro-batch. Blocks on every rank."""
         broken: list[int] = []
         checked = self.objective.prepare_old if self.old == "engine" else self.objective.check_old
 
-        def prepared(i: int, readings: Readings) -> Readings:
+        def prepared(i: int, readings: HeadOutputs) -> HeadOutputs:
             assert readings.logp is not None
             finite = torch.isfinite(readings.logp)
             if bool(finite.all()):
@@ -93,19 +93,19 @@ class PolicyTrainer:
             batches = with_experts(batches, chosen)
         else:
             readings = self._read_old(batches, prepared)
-        return OldReadings(readings, self.agree_on(broken), list(batches))
+        return OldPolicyOutputs(readings, self.agree_on(broken), list(batches))
 
     def _read_old(
-        self, batches: Sequence[MicroBatch], prepared: Callable[[int, Readings], Readings]
-    ) -> list[Readings]:
+        self, batches: Sequence[MicroBatch], prepared: Callable[[int, HeadOutputs], HeadOutputs]
+    ) -> list[HeadOutputs]:
         if self.old == "engine":
             records = [engine_readings(batch) for batch in batches]
             return [prepared(i, record) for i, record in enumerate(records)] if self._last else []
         reads = replace(self.objective.reads_old, logp=True)
 
-        def read(i: int, hidden: Tensor) -> Readings:
+        def read(i: int, hidden: Tensor) -> HeadOutputs:
             readings = self.head.read(
-                hidden, batches[i].target, reads, Beside(rollout=batches[i].rollout_topk)
+                hidden, batches[i].target, reads, HeadContext(rollout=batches[i].rollout_topk)
             )
             probe = self.head.probe(hidden, probed_rows(len(hidden)).to(hidden.device))
             return prepared(i, replace(readings, probe=probe))
@@ -122,7 +122,7 @@ class PolicyTrainer:
         finite = self.trainable.gradients_finite()
         return finite and math.isfinite(gradients.loss)
 
-    def mismatch(self, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> dict[str, float]:
+    def mismatch(self, batches: Sequence[MicroBatch], old: Sequence[HeadOutputs]) -> dict[str, float]:
         """How far the engine's log-probs lie from the old policy's, over all loss tokens. Blocks."""
         reducer = self._reducer(MISMATCH)
         for batch, readings in zip(batches, old):
@@ -132,7 +132,10 @@ class PolicyTrainer:
         return self._from_last_stage(reducer)
 
     def accumulate(
-        self, batches: Sequence[MicroBatch], old: Sequence[Readings], kept: Sequence[Kept | None]
+        self,
+        batches: Sequence[MicroBatch],
+        old: Sequence[HeadOutputs],
+        kept: Sequence[ReferenceOutputs | None],
     ) -> Gradients:
         """Gradients of one optimizer step, in `main_grad`, from zero. `kept` of the reference, where there is
         one: None for each micro-batch otherwise. Blocks on every rank."""
@@ -186,7 +189,10 @@ class PolicyTrainer:
         return probed
 
     def _statistics(
-        self, batches: Sequence[MicroBatch], old: Sequence[Readings], kept: Sequence[Kept | None]
+        self,
+        batches: Sequence[MicroBatch],
+        old: Sequence[HeadOutputs],
+        kept: Sequence[ReferenceOutputs | None],
     ) -> Statistics | None:
         """A forward of the whole step without gradient, where the objective or the balancing loss needs
         numbers over all of it. Blocks."""
@@ -206,9 +212,11 @@ class PolicyTrainer:
         totals = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
         return {name: model.groups.dp_cp.all_reduce(total) for name, total in totals.items()}
 
-    def _inputs(self, batch: MicroBatch, hidden: Tensor, old: Readings, kept: Kept | None) -> ObjectiveInputs:
+    def _inputs(
+        self, batch: MicroBatch, hidden: Tensor, old: HeadOutputs, kept: ReferenceOutputs | None
+    ) -> ObjectiveInputs:
         reads, frozen = self.objective.reads, None if kept is None else kept.frozen
-        new = self.head.read(hidden, batch.target, reads, Beside(old, batch.rollout_topk, frozen))
+        new = self.head.read(hidden, batch.target, reads, HeadContext(old, batch.rollout_topk, frozen))
         reference = None
         if kept is not None:
             assert self.reference is not None
@@ -246,10 +254,10 @@ class PolicyTrainer:
         return pp.broadcast_object(reducer.result() if self._last else None, pp.size - 1)
 
 
-def engine_readings(batch: MicroBatch) -> Readings:
+def engine_readings(batch: MicroBatch) -> HeadOutputs:
     """The rollout engine's record in the place of the old policy's."""
     topk = batch.rollout_topk
-    return Readings(batch.rollout_logp, topk, None, at_rollout=None if topk is None else topk.logits)
+    return HeadOutputs(batch.rollout_logp, topk, None, at_rollout=None if topk is None else topk.logits)
 
 
 def with_experts(batches: Sequence[MicroBatch], chosen: Mapping[int, Sequence[Tensor]]) -> list[MicroBatch]:
@@ -271,7 +279,7 @@ def rollouts_of(batch: MicroBatch, marked: Tensor) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Learned:
+class UpdateResult:
     """What a rollout batch taught: metrics over its updates (means; max and min of those names), how many
     updates were skipped for NaN or Inf, and the rollouts at fault where they are known."""
 
@@ -285,21 +293,21 @@ class Learner:
     """Turns rollouts into the optimizer steps that `config.train` asks for."""
 
     trainer: PolicyTrainer
-    arranger: Arranger
+    arranger: MicroBatcher
     phases: Phases
 
-    def learn(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> Learned:
+    def learn(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> UpdateResult:
         """Train on `rollouts` (the whole batch, on every rank). `step` seeds the plan. Blocks on every
         rank."""
         unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.arranger.topk))
         if unusable:
-            return Learned({}, self.arranger.config.train.updates, unusable)
+            return UpdateResult({}, self.arranger.config.train.updates, unusable)
         updates = self.arranger.updates(rollouts, advantages, step)
         every = [batch for update in updates for batch in update]
         with self.phases("old_policy"):
             old = self.trainer.old_readings(every)
         if old.broken:
-            return Learned({}, len(updates), old.broken)
+            return UpdateResult({}, len(updates), old.broken)
         kept = self._references(every)
         rows = [self.trainer.mismatch(every, old.readings)]
         broken: set[int] = set()
@@ -314,9 +322,9 @@ class Learner:
                 grad_norm = self.trainer.trainable.step()
             rows.append({"loss": gradients.loss, "grad_norm": grad_norm, **gradients.metrics})
         skipped = len(updates) + 1 - len(rows)
-        return Learned(combine(rows), skipped, tuple(sorted(broken)))
+        return UpdateResult(combine(rows), skipped, tuple(sorted(broken)))
 
-    def _references(self, batches: Sequence[MicroBatch]) -> Sequence[Kept | None]:
+    def _references(self, batches: Sequence[MicroBatch]) -> Sequence[ReferenceOutputs | None]:
         if self.trainer.reference is None:
             return [None] * len(batches)
         with self.phases("reference"):

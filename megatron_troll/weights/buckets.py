@@ -20,7 +20,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class TensorBucket:
     """Tensors of one dtype end to end: flat uint8 [bytes], without gaps."""
 
     pieces: tuple[Piece, ...]
@@ -37,7 +37,7 @@ def allocated(size: int, device: torch.device) -> Tensor:
 
 def buckets(
     tensors: Iterable[tuple[str, Tensor]], max_bytes: int, allocate: Allocate = allocated
-) -> Iterator[Bucket]:
+) -> Iterator[TensorBucket]:
     """Copies of `tensors`, at most `max_bytes` at once (a larger one has a bucket for itself), on their
     device, in memory of `allocate`.
 
@@ -52,7 +52,7 @@ def buckets(
         fits = flat is not None and start + tensor.nbytes <= flat.numel()
         if pieces and not (fits and tensor.dtype == pieces[0].dtype):
             assert flat is not None
-            yield Bucket(tuple(pieces), flat[:start])
+            yield TensorBucket(tuple(pieces), flat[:start])
             pieces, start, flat = [], 0, None
         if flat is None:
             flat = memory.take(tensor)
@@ -61,7 +61,7 @@ def buckets(
         pieces.append(Piece(name, tuple(tensor.shape), tensor.dtype, start, end))
     if pieces:
         assert flat is not None
-        yield Bucket(tuple(pieces), flat[: pieces[-1].end])
+        yield TensorBucket(tuple(pieces), flat[: pieces[-1].end])
 
 
 class _Memory:

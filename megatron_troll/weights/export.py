@@ -21,7 +21,7 @@ Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardHeader:
     """What the other pipeline stages must know of a parameter to receive its shard."""
 
     stage: int
@@ -94,16 +94,17 @@ def _local_places(table: Table, ep: Group) -> Iterator[Place]:
             yield place
 
 
-def _shards(mine: dict[Names, nn.Parameter], pp: Group) -> dict[Names, Shard]:
+def _shards(mine: dict[Names, nn.Parameter], pp: Group) -> dict[Names, ShardHeader]:
     """Which stage holds what, agreed over the pipeline."""
     own = {
-        names: Shard(pp.rank, tuple(parameter.shape), parameter.dtype) for names, parameter in mine.items()
+        names: ShardHeader(pp.rank, tuple(parameter.shape), parameter.dtype)
+        for names, parameter in mine.items()
     }
     return {names: shard for stage in pp.all_gather_objects(own) for names, shard in stage.items()}
 
 
 def _assemble(
-    model: MegatronModel, place: Place, parameter: nn.Parameter | None, shard: Shard
+    model: MegatronModel, place: Place, parameter: nn.Parameter | None, shard: ShardHeader
 ) -> Iterator[tuple[Place, Tensors]]:
     """One parameter, or that of each expert-parallel rank."""
     groups, entry = model.groups, place.entry

@@ -59,7 +59,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedTensor:
     """One tensor of a checkpoint; its chunks in the order of their first index."""
 
     dtype: torch.dtype
@@ -99,7 +99,7 @@ class SavedTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._opened: tuple[str, BinaryIO | None] = ("", None)
-        self.tensors: Mapping[str, Saved] = dict(sorted(_read_metadata(folder / METADATA).items()))
+        self.tensors: Mapping[str, SavedTensor] = dict(sorted(_read_metadata(folder / METADATA).items()))
         if problems := [*self._files_cut_short(), *self._incomplete()]:
             raise TensorsError("\n".join(problems))
 
@@ -210,7 +210,7 @@ def _data_start(section: Section) -> int:
     return record.header_offset + 30 + name + extra
 
 
-def _read_metadata(path: Path) -> dict[str, Saved]:
+def _read_metadata(path: Path) -> dict[str, SavedTensor]:
     try:
         metadata = read_index(path)
         return {
@@ -224,14 +224,16 @@ def _read_metadata(path: Path) -> dict[str, Saved]:
         raise TensorsError(f"{path} does not say where {error} lies: the checkpoint is damaged") from error
 
 
-def _saved(key: str, entry: TensorStorageMetadata, storage: Mapping[MetadataIndex, _StorageInfo]) -> Saved:
+def _saved(
+    key: str, entry: TensorStorageMetadata, storage: Mapping[MetadataIndex, _StorageInfo]
+) -> SavedTensor:
     chunks = []
     for chunk in entry.chunks:
         info = storage[MetadataIndex(key, chunk.offsets)]
         where = (info.relative_path, info.offset, info.length)
         chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), *where))
     chunks.sort(key=lambda chunk: chunk.start)
-    return Saved(entry.properties.dtype, tuple(entry.size), tuple(chunks))
+    return SavedTensor(entry.properties.dtype, tuple(entry.size), tuple(chunks))
 
 
 def write_chunk(file: BinaryIO, tensor: Tensor) -> tuple[int, int]:
@@ -244,7 +246,7 @@ def write_chunk(file: BinaryIO, tensor: Tensor) -> tuple[int, int]:
     return offset, file.tell() - offset
 
 
-def write_index(folder: Path, tensors: Mapping[str, Saved]) -> None:
+def write_index(folder: Path, tensors: Mapping[str, SavedTensor]) -> None:
     """Write what makes a checkpoint of the files with the chunks of `tensors`."""
     storage = {
         MetadataIndex(key, chunk.start): _StorageInfo(chunk.file, chunk.offset, chunk.length)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import Layout, Model, Optimizer, Schedule
+from megatron_troll.config.tree import Layout, LearningRateSchedule, Model, Optimizer
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.schedule import accumulate
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.types import MicroBatch, Reads
+from megatron_troll.types import HeadRequest, MicroBatch
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import TensorSource
 from tests.dist.tiny import MOE, started, unpacked
@@ -52,7 +52,7 @@ def made(run: Run, groups: Groups) -> Trainable:
             "lr": 1e-3,
             "weight_decay": 0.1,
             "distributed": run.distributed,
-            "schedule": Schedule(warmup_steps=10),
+            "schedule": LearningRateSchedule(warmup_steps=10),
         }
     )
     config = Model.model_validate(
@@ -77,7 +77,7 @@ def train_step(trained: Trainable, step: int) -> Step:
 
     def loss(i: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         hidden = hidden.to(trained.model.config.params_dtype)
-        logp = head.read(hidden, batches[i].target, Reads(logp=True)).logp
+        logp = head.read(hidden, batches[i].target, HeadRequest(logp=True)).logp
         assert logp is not None
         value = -(batches[i].weight * logp).sum()
         return value, value.detach()

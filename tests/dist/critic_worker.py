@@ -20,7 +20,7 @@ from megatron_troll.config.tree import (
     Sampling,
     Train,
 )
-from megatron_troll.config.tree import Critic as CriticModel
+from megatron_troll.config.tree import CriticConfig as CriticModel
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import trainable

@@ -14,7 +14,7 @@ from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.router import expert_loads, routers
 from megatron_troll.mcore.schedule import accumulate, infer
 from megatron_troll.mcore.shape import shape_of
-from megatron_troll.types import MicroBatch, Reads
+from megatron_troll.types import HeadRequest, MicroBatch
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import TensorSource
 from tests.dist.layouts_batch import TEMPERATURE, Batch, Weights
@@ -71,7 +71,7 @@ def micro_batches(batch: Batch, form: Form, rank: int, size: int) -> list[MicroB
 
 
 def loss_of(model: mcore.MegatronModel, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, None]:
-    logp = Head(model, TEMPERATURE).read(hidden, batch.target, Reads(logp=True)).logp
+    logp = Head(model, TEMPERATURE).read(hidden, batch.target, HeadRequest(logp=True)).logp
     assert logp is not None
     return -(batch.weight * logp).sum(), None
 

@@ -21,7 +21,7 @@ from megatron_troll.mcore.schedule import infer
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.rollout.engine import Engine, Request, Setup
-from megatron_troll.types import MicroBatch, Prompt, Reads, Rollout, Support
+from megatron_troll.types import HeadRequest, MicroBatch, Prompt, Rollout, Support
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import FolderSource
 from tests.dist.layout_table import Sizes, formed_groups
@@ -115,7 +115,7 @@ def generate_cases(sizes: Sizes, folder: str, cases: dict[str, Case], dtype: str
 def read_fully(model: MegatronModel, rollouts: Sequence[Rollout], sampling: Sampling) -> dict[str, Reading]:
     """This data-parallel rank's share of the rollouts, packed; nothing off the last stage."""
     head = Head(model, sampling.law_temperature)
-    reads = Reads(logp=True, topk=Support("own", TOP_K, 0.0))
+    reads = HeadRequest(logp=True, topk=Support("own", TOP_K, 0.0))
     batches = packed(rollouts, model.groups, sampling)
     readings: dict[str, Reading] = {}
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.experts import Routing
-from megatron_troll.batching.plan import Capacity, Schedule, plan, step_weights
+from megatron_troll.batching.plan import Capacity, UpdateSchedule, plan, step_weights
 from megatron_troll.config.tree import Layout, Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.head import Head
@@ -24,7 +24,7 @@ from megatron_troll.objectives import compose
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.training import trainer as policy_trainer
 from megatron_troll.training.microbatches import routing_of
-from megatron_troll.training.trainer import OldReadings, PolicyTrainer
+from megatron_troll.training.trainer import OldPolicyOutputs, PolicyTrainer
 from megatron_troll.types import MicroBatch
 from megatron_troll.weights.export import stream
 from megatron_troll.weights.families import table_of
@@ -134,7 +134,7 @@ def cut(
     step = plan(
         [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in batch.rollouts],
         [rollout.group for rollout in batch.rollouts],
-        Schedule(updates=1, epochs=1, seed=0),
+        UpdateSchedule(updates=1, epochs=1, seed=0),
         Capacity(
             dp=groups.dp.size,
             token_budget=case.token_budget,
@@ -150,7 +150,7 @@ def cut(
     ]
 
 
-def accumulate(policy: Trainable, case: Case, before: OldReadings, scattered: bool) -> Outcome:
+def accumulate(policy: Trainable, case: Case, before: OldPolicyOutputs, scattered: bool) -> Outcome:
     learner, batches, old = trainer(policy, case), before.batches, before.readings
     mismatch = learner.mismatch(batches, old)
     with Collectives(policy.model.groups) as collectives:

@@ -15,7 +15,7 @@ from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.schedule import accumulate, infer
 from megatron_troll.mcore.shape import shape_of
-from megatron_troll.types import Message, Prompt, Reads, Rollout
+from megatron_troll.types import HeadRequest, Message, Prompt, Rollout
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import RandomSource
 from tests.dist.parameters import main_gradient, parameters_by_name
@@ -44,7 +44,7 @@ def run_long(config: Model, sizes: dict, tokens: int) -> Long:
         head = Head(model)
 
         def loss(i: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            logp = head.read(hidden, batch.target, Reads(logp=True)).logp
+            logp = head.read(hidden, batch.target, HeadRequest(logp=True)).logp
             assert logp is not None
             value = -(batch.weight * logp).sum()
             return value, value.detach()

@@ -19,10 +19,10 @@ from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives import compose
-from megatron_troll.training.microbatches import Arranger
+from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.reference import Reference, open_reference
 from megatron_troll.training.trainer import PolicyTrainer
-from megatron_troll.types import MicroBatch, Readings, Reads
+from megatron_troll.types import HeadOutputs, HeadRequest, MicroBatch
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import TensorSource
 from tests.dist.layouts_batch import TEMPERATURE, Weights
@@ -60,7 +60,7 @@ def run_methods(cut: Cut, batch: Batch, frozen: str, names: Sequence[str]) -> di
     with started(layout) as groups:
         model = build(config, shape_of(MOE), groups)
         policy = trainable(model, config.optimizer, total_steps=1)
-        beside = open_reference(config, model, TEMPERATURE, Reads())
+        beside = open_reference(config, model, TEMPERATURE, HeadRequest())
         arranged = {name: arrange(name, cut, batch, model) for name in names}
         trainers = {name: trainer(name, policy, beside) for name in names}
         load(model, TensorSource(batch.before))
@@ -81,7 +81,7 @@ def arrange(name: str, cut: Cut, batch: Batch, model: MegatronModel) -> list[Mic
         train=Train(updates=1, packing=cut.packed, token_budget=cut.token_budget),
     )
     advantages = batch.token_advantages if objective.advantage.name == "gae" else batch.advantages
-    arranger = Arranger(config, model, Layout(**cut.sizes), topk=ENGINE_K)
+    arranger = MicroBatcher(config, model, Layout(**cut.sizes), topk=ENGINE_K)
     return arranger.updates(batch.rollouts, advantages, step=0)[0]
 
 
@@ -95,7 +95,7 @@ def trainer(name: str, policy: Trainable, beside: Reference | None) -> PolicyTra
     return PolicyTrainer(policy, objective, head, config.old, reference, config.aggregation)
 
 
-def accumulate(trainer: PolicyTrainer, batches: Sequence[MicroBatch], old: Sequence[Readings]) -> Outcome:
+def accumulate(trainer: PolicyTrainer, batches: Sequence[MicroBatch], old: Sequence[HeadOutputs]) -> Outcome:
     model, reference = trainer.trainable.model, trainer.reference
     kept = [None] * len(batches) if reference is None else reference.keep(batches)
     result = trainer.accumulate(batches, old, kept)

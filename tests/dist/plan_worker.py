@@ -20,7 +20,7 @@ from megatron_troll.mcore.optimizer import Trainable, chained, trainable
 from megatron_troll.mcore.schedule import accumulate
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.types import Message, MicroBatch, Prompt, Reads, Rollout
+from megatron_troll.types import HeadRequest, Message, MicroBatch, Prompt, Rollout
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import RandomSource
 from tests.dist.layouts_worker import buckets_of
@@ -41,7 +41,9 @@ class Held:
     sent: dict[str, float]
 
 
-def measure(config: Model, sizes: dict[str, Any], tokens: int, micro_batches: int, reads: Reads) -> Held:
+def measure(
+    config: Model, sizes: dict[str, Any], tokens: int, micro_batches: int, reads: HeadRequest
+) -> Held:
     """One optimizer step of micro-batches of `tokens` tokens in two sequences, over all context-parallel
     ranks. Gradients that are reduced during backward are so in buckets of BUCKET numbers."""
     shape = shape_of(sizes)

@@ -15,7 +15,7 @@ from megatron_troll.config.tree import (
     Sampling,
     Train,
 )
-from megatron_troll.config.tree import RolloutModel as RolloutModelConfig
+from megatron_troll.config.tree import RolloutModelConfig as RolloutModelConfig
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.model import MegatronModel, build

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_troll.config.tree import Layout, Model, Optimizer
 from megatron_troll.convert.plan import Options
-from megatron_troll.convert.progress import Silent
+from megatron_troll.convert.progress import NoProgress
 from megatron_troll.convert.run import convert
 from megatron_troll.convert.to_hugging_face import ToHuggingFace
 from megatron_troll.convert.to_megatron import ToMegatron
@@ -85,7 +85,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
 
 
 def converted(source: Path, target: Path) -> None:
-    assert convert(ToMegatron(source, Options(shard_bytes=200_000)), target, ALONE, Silent())
+    assert convert(ToMegatron(source, Options(shard_bytes=200_000)), target, ALONE, NoProgress())
 
 
 @pytest.mark.parametrize("config", [*FAMILIES.values(), MOE | {"tie_word_embeddings": True}])
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_every_layout_comes_back_bit_equal(
 ) -> None:
     made = families[family]
     conversion = ToHuggingFace(made.step(layout), made.hugging_face, Options(shard_bytes=200_000))
-    assert convert(conversion, tmp_path / "back", ALONE, Silent())
+    assert convert(conversion, tmp_path / "back", ALONE, NoProgress())
     back, source = FolderSource(tmp_path / "back"), FolderSource(made.hugging_face)
     assert back.shapes.keys() == source.shapes.keys()
     assert [name for name in source.shapes if not torch.equal(back.read(name), source.read(name))] == []

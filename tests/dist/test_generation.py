@@ -12,7 +12,7 @@ from megatron_troll.mcore.decode import Decoder, round_to_fp8
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.schedule import accumulate
-from megatron_troll.types import Reads, Rollout
+from megatron_troll.types import HeadRequest, Rollout
 from tests.dist.generation_worker import (
     CONFIG,
     STOPS,
@@ -213,7 +213,7 @@ def gradients_of(model: MegatronModel, rollouts: list[Rollout]) -> dict[str, Ten
     head = Head(model)
 
     def loss(i: int, hidden: Tensor) -> tuple[Tensor, None]:
-        logp = head.read(hidden, batches[i].target, Reads(logp=True)).logp
+        logp = head.read(hidden, batches[i].target, HeadRequest(logp=True)).logp
         assert logp is not None
         return -logp.sum(), None
 

@@ -21,7 +21,7 @@ from megatron_troll.mcore.model import build
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.parallel import shards
 from megatron_troll.parallel.groups import ALONE, Group
-from megatron_troll.types import NO_ID, Reads
+from megatron_troll.types import NO_ID, HeadRequest
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import RandomSource
 from tests.dist.harness import RankPool
@@ -333,9 +333,9 @@ def collisions(tp: int) -> tuple[Tensor | None, Tensor]:
         target = torch.randint(0, shape.vocab, (9,), generator=generator)
         head = Head(model, temperature=0.7)
         rows = torch.cat(groups.tp.all_gather(head.log_probs(hidden)), -1)
-        return head.read(hidden, target, Reads(logp=True, collision=True)).collision, rows.exp().square().sum(
-            1
-        )
+        return head.read(
+            hidden, target, HeadRequest(logp=True, collision=True)
+        ).collision, rows.exp().square().sum(1)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

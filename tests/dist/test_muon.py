@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_troll.config.tree import Layout, Model, Optimizer, Schedule
+from megatron_troll.config.tree import Layout, LearningRateSchedule, Model, Optimizer
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import shape_of
@@ -96,7 +96,7 @@ def made(config: dict[str, Any], groups: Groups, sizes: Sizes, dtype: str, distr
         weight_decay=DECAY,
         grad_norm=LIMIT,
         distributed=distributed,
-        schedule=Schedule(decay="constant"),
+        schedule=LearningRateSchedule(decay="constant"),
     )
     model = Model.model_validate(
         {"path": "none", "dtype": dtype, "layout": Layout(**sizes), "optimizer": optimizer}

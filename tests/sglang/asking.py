@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_troll.config.serving import SGLang
-from megatron_troll.rollout.engine import Answer
-from megatron_troll.rollout.sglang.client import Client, Question
+from megatron_troll.rollout.engine import Completion
+from megatron_troll.rollout.sglang.client import Client, NamedRequest
 from megatron_troll.rollout.sglang.control import Control
 from megatron_troll.rollout.sglang.http import QUICK_S, Http
-from megatron_troll.rollout.sglang.servers import CatchUp, Router, Servers
+from megatron_troll.rollout.sglang.servers import CatchUp, Router, ServerPool
 from megatron_troll.rollout.sglang.wire import Versions
 
 VERSIONS = Versions("run", "0123abcd")
@@ -22,11 +22,11 @@ class Asked:
     """What came of some questions. `times`: how often each was answered; `sent`: where each request went, and
     how many tokens it asked for."""
 
-    answers: dict[int, Answer] = field(default_factory=dict)
+    answers: dict[int, Completion] = field(default_factory=dict)
     times: dict[int, int] = field(default_factory=dict)
     sent: list[tuple[str, int]] = field(default_factory=list)
 
-    def add(self, i: int, answer: Answer) -> None:
+    def add(self, i: int, answer: Completion) -> None:
         self.answers[i] = answer
         self.times[i] = self.times.get(i, 0) + 1
 
@@ -49,7 +49,7 @@ class Parts:
     """What a client is made of, for what goes on beside it."""
 
     client: Client
-    servers: Servers
+    servers: ServerPool
     control: Control
     asked: Asked
 
@@ -65,7 +65,7 @@ class Asking:
 
     def draw(
         self,
-        questions: Sequence[Question],
+        questions: Sequence[NamedRequest],
         meanwhile: Callable[[Parts], Coroutine[Any, Any, object]] | None = None,
     ) -> Asked:
         """Every answer. `meanwhile` runs beside, and is cancelled once all are there."""
@@ -91,7 +91,7 @@ class Asking:
 
     async def _parts(self, http: Http, asked: Asked) -> Parts:
         router = None if self.config.router is None else Router(self.config.router, http)
-        servers = Servers(self.config, self.discover, checker(http), router)
+        servers = ServerPool(self.config, self.discover, checker(http), router)
         control = Control(http, timeout_s=60.0)
         if self.catch_up is not None:
             servers.catch_up = self.catch_up(control)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from megatron_troll.config.tree import Sampling
-from megatron_troll.rollout.sglang.wire import Ask, score_body
+from megatron_troll.rollout.sglang.wire import GenerationRequest, score_body
 from tests.sglang.farm import Farm
 from tests.sglang.model import END_ID, VOCAB, write_model
 
@@ -24,7 +24,7 @@ NEVER = (VOCAB - 1,)
 LENGTH = 12
 
 
-class Endless(Ask):
+class Endless(GenerationRequest):
     """Goes on to `max_tokens` whatever is drawn."""
 
     def body(self, rid: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class Endless(Ask):
         return body
 
 
-def ask_of(top_k: int = 8) -> Ask:
+def ask_of(top_k: int = 8) -> GenerationRequest:
     # Greedy, so that a recording can be made again.
     return Endless(PROMPT, LENGTH, GREEDY, NEVER, top_k, VOCAB, seed=1)
 

@@ -12,7 +12,7 @@ import httpx
 from megatron_troll.config.serving import SGLang
 from megatron_troll.launch.local import free_port
 from megatron_troll.launch.servers import environment
-from megatron_troll.rollout.sglang.client import Question
+from megatron_troll.rollout.sglang.client import NamedRequest
 from tests.sglang.asking import VERSIONS, Asked, Asking
 from tests.sglang.farm import PYTHON, START_S, RealServer
 from tests.sglang.model import VOCAB
@@ -48,13 +48,13 @@ def slow(server: RealServer, seconds: float) -> Iterator[None]:
         tell(server, "/slow_down", forward_sleep_time=None)
 
 
-def question(number: int, length: int, prompt: Sequence[int] = PROMPT) -> Question:
+def question(number: int, length: int, prompt: Sequence[int] = PROMPT) -> NamedRequest:
     """Drawn greedily, so that any server with the same weights gives the same; the prompt is its own."""
     ids = [*prompt, 5 + number % 50]
-    return Question(f"p{number}#0", Endless(ids, length, GREEDY, NEVER, TOP_K, VOCAB, seed=1))
+    return NamedRequest(f"p{number}#0", Endless(ids, length, GREEDY, NEVER, TOP_K, VOCAB, seed=1))
 
 
-def questions(count: int, length: int) -> list[Question]:
+def questions(count: int, length: int) -> list[NamedRequest]:
     """Of up to `length` tokens: they do not end together."""
     return [question(i, length // 2 + i * 7 % (length // 2) + 1) for i in range(count)]
 

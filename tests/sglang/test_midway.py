@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_troll.rollout.engine import Answer
-from megatron_troll.rollout.sglang.client import Question
+from megatron_troll.rollout.engine import Completion
+from megatron_troll.rollout.sglang.client import NamedRequest
 from megatron_troll.rollout.sglang.control import Pause
 from tests.sglang.asking import VERSIONS, Parts
 from tests.sglang.farm import RealServer
@@ -63,7 +63,9 @@ def test_the_rest_of_an_answer_is_drawn_from_new_weights(
         assert_drawn_from(references, asked_for[i], answer)
 
 
-def assert_drawn_from(references: dict[int, torch.nn.Module], question: Question, answer: Answer) -> None:
+def assert_drawn_from(
+    references: dict[int, torch.nn.Module], question: NamedRequest, answer: Completion
+) -> None:
     """The law of each token is that of its version, whatever drew the tokens before it."""
     prompt = len(question.ask.ids)
     tokens = torch.tensor([[*question.ask.ids, *answer.ids.tolist()]])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_troll.config.tree import Sampling
-from megatron_troll.rollout.sglang.wire import Ask, Part, Routed, part_of
+from megatron_troll.rollout.sglang.wire import GenerationRequest, Part, Routed, part_of
 from tests.dist.tiny import reference
 from tests.sglang.farm import Farm
 from tests.sglang.model import CONFIG, VOCAB
@@ -32,7 +32,9 @@ def test_a_server_tells_the_experts_of_every_token_that_it_read(farm: Farm, fold
 
 
 def ask(url: str, ids: list[int], length: int) -> Part:
-    question = Ask(ids, length, Sampling(temperature=0.0), (VOCAB - 1,), 4, VOCAB, seed=1, routed=ROUTED)
+    question = GenerationRequest(
+        ids, length, Sampling(temperature=0.0), (VOCAB - 1,), 4, VOCAB, seed=1, routed=ROUTED
+    )
     body = question.body("routed-")
     body["sampling_params"]["ignore_eos"] = True
     reply = httpx.post(f"{url}/generate", json=body, timeout=60, trust_env=False).raise_for_status()

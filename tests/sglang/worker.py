@@ -23,7 +23,7 @@ from megatron_troll.rollout.engine import Engine, EngineError, Setup, requests_f
 from megatron_troll.rollout.sglang import transport
 from megatron_troll.rollout.sglang.control import Control
 from megatron_troll.types import Rollout
-from megatron_troll.weights.buckets import Allocate, Bucket, buckets
+from megatron_troll.weights.buckets import Allocate, TensorBucket, buckets
 from tests.dist.generation_worker import opened
 from tests.dist.layout_table import Sizes
 from tests.sglang.model import PROMPTS, VOCAB, ends
@@ -159,7 +159,9 @@ def sync_without_name(job: Job) -> tuple[str, str]:
 def sync_with_a_fault(job: Job) -> tuple[str, str]:
     """One family of weights arrives as zeros."""
 
-    def faulty(tensors: Iterable[tuple[str, Tensor]], max_bytes: int, allocate: Allocate) -> Iterator[Bucket]:
+    def faulty(
+        tensors: Iterable[tuple[str, Tensor]], max_bytes: int, allocate: Allocate
+    ) -> Iterator[TensorBucket]:
         for bucket in buckets(tensors, max_bytes, allocate):
             for piece in bucket.pieces:
                 if "q_norm" in piece.name:

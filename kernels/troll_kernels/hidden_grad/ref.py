@@ -12,7 +12,7 @@ def hidden_grad(grad: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
     grad [N, W] float32 or float64, of raw logits; columns [N, W] int64, below 0 on slots that do not count;
     weight [V, H]. Sums in float32 or better. Deterministic. Under tensor parallelism each rank sums over its
     own columns, and the caller adds the ranks up. For 16-bit weights holds a float32 copy of the rows that
-    are used (the twin: not).
+    are used (the kernel: not).
     """
     at = entries(columns)
     rows, place = table(weight, at.columns)

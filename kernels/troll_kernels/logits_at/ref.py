@@ -12,7 +12,7 @@ def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
 
     hidden [N, H], weight [V, H] of one dtype, columns [N, W] int64; a column may repeat. Sums over H in
     float32 or better whatever the dtype. Holds N x W; for 16-bit weights also a float32 copy of the rows that
-    are used (the twin: not). Not differentiable: `head.sparse_logits` is.
+    are used (the kernel: not). Not differentiable: `head.sparse_logits` is.
     """
     at = entries(columns)
     rows, place = table(weight.detach(), at.columns)

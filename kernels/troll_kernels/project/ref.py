@@ -58,7 +58,7 @@ def project(
     must have mass 1 with p_d on every token it does not list. Ids are int64; passing one tensor as
     new_ids and old_ids says that the slots are shared, and skips the matching.
     A bound of 0 gives pi = old' with zero gradient. Raises ValueError for a negative or NaN bound.
-    Waits for the device once a solver pass (the twin, which holds 512 slots a side at most: once).
+    Waits for the device once a solver pass (the kernel, which holds 512 slots a side at most: once).
     """
     shared = checked(new_ids, new_logp, old_ids, old_logp, bound)
     old_logp = old_logp.detach().to(new_logp.dtype)

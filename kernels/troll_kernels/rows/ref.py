@@ -35,7 +35,7 @@ def row_statistics(
     columns are tokens. target [C] int64 column, outside [0, V_local) where another shard has it.
 
     Over shards: lse = logsumexp_r lse_r, mean = sum_r exp(lse_r - lse) mean_r, target = max_r.
-    Not differentiable. Holds temporaries of half a million numbers, or of a row (the twin: none).
+    Not differentiable. Holds temporaries of half a million numbers, or of a row (the kernel: none).
     """
     here = (target >= 0) & (target < width)
     at = target.masked_fill(~here, 0)[:, None]

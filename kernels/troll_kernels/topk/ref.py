@@ -17,7 +17,7 @@ def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tu
 
     logits [C, V_local] and tile_max [C, ceil(width / tile)] as `row_statistics` takes and gives them, without
     NaN. -0.0 equals +0.0 and comes out as +0.0; -inf is a value like any other. Not differentiable.
-    Holds C x K x tile values and columns. Every k here; the twin refuses k > 256.
+    Holds C x K x tile values and columns. Every k here; the kernel refuses k > 256.
     """
     tiles = tile_max.shape[1]
     if tiles == 0 or k == 0:

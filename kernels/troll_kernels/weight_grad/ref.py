@@ -13,7 +13,7 @@ def add_weight_grad(main_grad: Tensor, grad: Tensor, columns: Tensor, hidden: Te
 
     main_grad [V, H] float32 or float64, rows contiguous; grad [N, W] float32 or float64, of raw logits;
     columns [N, W] int64, below 0 on slots that do not count; hidden [N, H]. Deterministic: entries are sorted
-    by column and summed in order of (n, w). Holds the U x H rows that get a gradient (the twin: 2 rows for
+    by column and summed in order of (n, w). Holds the U x H rows that get a gradient (the kernel: 2 rows for
     every 128 entries).
     """
     at = entries(columns)

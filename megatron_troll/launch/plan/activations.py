@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_troll.launch.plan.models import Planned
 from megatron_troll.launch.plan.pipeline import Work, in_flight
-from megatron_troll.launch.plan.saved.flow import Flow, Saved
+from megatron_troll.launch.plan.saved.flow import Flow, SavedBytes
 from megatron_troll.launch.plan.saved.layers import NOTHING, Recompute, final_norm, of_layers
 
 
@@ -31,7 +31,7 @@ def activations_of(planned: Planned, work: Work, stage: int, mode: Recompute) ->
     return Activations(flying * most.kept + most.again, flying * most.experts, flying)
 
 
-def _chunk(planned: Planned, flow: Flow, stage: int, chunk: int, mode: Recompute) -> Saved:
+def _chunk(planned: Planned, flow: Flow, stage: int, chunk: int, mode: Recompute) -> SavedBytes:
     layers = of_layers(flow, planned.ranks.layers(stage, chunk, planned.shape.layers), mode)
     return layers + (final_norm(flow) if planned.ranks.is_last(stage, chunk) else NOTHING)
 

@@ -14,7 +14,7 @@ from megatron_troll.launch.plan.models import Planned, drawing_of, models_of
 from megatron_troll.launch.plan.parameters import carried_parameters
 from megatron_troll.launch.plan.pipeline import Work, work_of
 from megatron_troll.launch.plan.saved.layers import MODES
-from megatron_troll.launch.plan.servers import BF16, GIB, Server, check_servers, server_share, servers_of
+from megatron_troll.launch.plan.servers import BF16, GIB, ServerShare, check_servers, server_share, servers_of
 from megatron_troll.mcore.layout import Cut, cuts, smallest_world
 from megatron_troll.objectives.compose import compose, resolve
 from megatron_troll.objectives.objective import Objective
@@ -78,7 +78,7 @@ class Plan:
     stages: list[Stage]
     logits: head.Logits
     traffic: communication.Traffic
-    servers: list[Server]
+    servers: list[ServerShare]
     sync: int
     limit: int
 

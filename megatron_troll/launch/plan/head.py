@@ -2,10 +2,10 @@
 
 from dataclasses import asdict, dataclass
 
-from megatron_troll.config.tree import RolloutModel
+from megatron_troll.config.tree import RolloutModelConfig
 from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow
 from megatron_troll.objectives.objective import Objective
-from megatron_troll.types import Reads
+from megatron_troll.types import HeadRequest
 
 GPU_CHUNK = 2048
 STATISTICS = 3 * FLOAT  # logsumexp, entropy, logit of the sampled token
@@ -51,7 +51,7 @@ def saved_by_head(flow: Flow, objective: Objective) -> int:
     return hidden + flow.tokens * (STATISTICS + SHORT * _kept(objective.reads))
 
 
-def records_of(tokens: int, flow: Flow, objective: Objective, drawing: RolloutModel | None) -> int:
+def records_of(tokens: int, flow: Flow, objective: Objective, drawing: RolloutModelConfig | None) -> int:
     """What is kept of `tokens` tokens from before the update until the rollout batch is done: readings of the
     old policy and of the reference model, beside which its hidden states are read again, and of the policy
     for a rollout model, which learns after it."""
@@ -64,12 +64,12 @@ def records_of(tokens: int, flow: Flow, objective: Objective, drawing: RolloutMo
     return kept
 
 
-def _kept(reads: Reads) -> int:
+def _kept(reads: HeadRequest) -> int:
     """Columns of every record: the K kept and the sampled token."""
     return sum(support.k + 1 for support in reads.supports)
 
 
-def _mode(reads: Reads) -> str:
+def _mode(reads: HeadRequest) -> str:
     if reads.full_softmax:
         return "dense"
     return "own" if reads.own else "old"

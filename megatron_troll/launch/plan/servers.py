@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerShare:
     """One server of `tp` GPUs, on each of them.
 
     weights      of the model, in bf16
@@ -38,19 +38,19 @@ def server_share(config: Config) -> float:
     return config.serve.memory_fraction or 0.85
 
 
-def servers_of(shape: ModelShape, parameters: int, longest: int, memory: int) -> list[Server]:
+def servers_of(shape: ModelShape, parameters: int, longest: int, memory: int) -> list[ServerShare]:
     """Servers of 1 to 8 GPUs, for sequences of `longest` tokens and `memory` bytes a GPU for weights and
     caches. None where the weights do not fit, or where the heads cannot be cut so."""
     found = (server_of(shape, parameters, longest, memory, tp) for tp in SIZES if shape.heads % tp == 0)
     return [server for server in found if server.weights < memory]
 
 
-def server_of(shape: ModelShape, parameters: int, longest: int, memory: int, tp: int) -> Server:
+def server_of(shape: ModelShape, parameters: int, longest: int, memory: int, tp: int) -> ServerShare:
     weights = BF16 * parameters // tp
     values = values_of_token(shape, shape.layer_types, tp)
     state = state_of_sequence(shape, shape.layer_types, tp, BF16)
     room = max(0, memory - weights)
-    return Server(
+    return ServerShare(
         tp=tp,
         weights=weights,
         token_bf16=BF16 * values,

@@ -9,7 +9,7 @@ from torch import where
 from megatron_troll.config.tree import NonNegative, PositiveFloat
 from megatron_troll.objectives.mismatch import DIAGNOSTICS, described, old_over_rollout
 from megatron_troll.objectives.slots import Correction, Diagnostics, Policy, Statistics, Term
-from megatron_troll.types import ObjectiveInputs, Reads
+from megatron_troll.types import HeadRequest, ObjectiveInputs
 
 
 class IcePop(Correction):
@@ -28,8 +28,8 @@ class IcePop(Correction):
         return self
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads(logp=True)
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest(logp=True)
 
     @property
     def diagnostics(self) -> Diagnostics:

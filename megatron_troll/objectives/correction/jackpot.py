@@ -24,7 +24,7 @@ from megatron_troll.objectives.slots import (
     importance_ratio,
     logp_of,
 )
-from megatron_troll.types import ObjectiveInputs, Reads, TopK
+from megatron_troll.types import HeadRequest, ObjectiveInputs, TopK
 
 KEY = "objective.correction"
 KAPPA_LIMITS = (0.5, 4.0)
@@ -97,12 +97,12 @@ class Jackpot(Correction):
         return self
 
     @property
-    def reads(self) -> Reads:
-        return Reads(at_rollout=self.target == "new")
+    def reads(self) -> HeadRequest:
+        return HeadRequest(at_rollout=self.target == "new")
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads(logp=self.target == "new", at_rollout=self.target == "ref")
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest(logp=self.target == "new", at_rollout=self.target == "ref")
 
     @property
     def needs_statistics(self) -> bool:

@@ -6,7 +6,7 @@ from pydantic import Field
 from megatron_troll.config.tree import PositiveFloat
 from megatron_troll.objectives.mismatch import DIAGNOSTICS, described, old_over_rollout
 from megatron_troll.objectives.slots import Correction, Diagnostics, Policy, Statistics, Term
-from megatron_troll.types import ObjectiveInputs, Reads
+from megatron_troll.types import HeadRequest, ObjectiveInputs
 
 
 class Tis(Correction):
@@ -15,8 +15,8 @@ class Tis(Correction):
     cap: PositiveFloat = Field(default=2.0, description="largest weight")
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads(logp=True)
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest(logp=True)
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -2,20 +2,20 @@
 
 from megatron_troll.objectives.reference import ReferenceKl
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term
-from megatron_troll.types import ObjectiveInputs, Reads
+from megatron_troll.types import HeadRequest, ObjectiveInputs
 
 
-class Exact(ReferenceKl):
+class ExactKl(ReferenceKl):
     """K_t = KL(new || reference) at the position of token t, whatever token was drawn there. The head
     forms it while it holds both full rows, N x V."""
 
     @property
-    def reads(self) -> Reads:
-        return Reads(reference_kl=True)
+    def reads(self) -> HeadRequest:
+        return HeadRequest(reference_kl=True)
 
     @property
-    def reads_reference(self) -> Reads:
-        return Reads(reference_kl=True)
+    def reads_reference(self) -> HeadRequest:
+        return HeadRequest(reference_kl=True)
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -18,11 +18,11 @@ from megatron_troll.objectives.slots import (
     importance_ratio,
     logp_of,
 )
-from megatron_troll.types import ObjectiveInputs, Reads, Support, TopK
+from megatron_troll.types import HeadRequest, ObjectiveInputs, Support, TopK
 
 
 @dataclass(frozen=True)
-class Sides:
+class LogpPair:
     """Log-probabilities [N, W] of both models at the ids of one record; kept [N, W]: the set S; inside [N]:
     where the sampled token is in S; floored [N]: where the reference was raised to the floor."""
 
@@ -71,17 +71,17 @@ class Tike(ReferenceKl):
         return self
 
     @property
-    def reads(self) -> Reads:
-        return Reads(topk=Support(self.support, self.k, 0.0), full=True)
+    def reads(self) -> HeadRequest:
+        return HeadRequest(topk=Support(self.support, self.k, 0.0), full=True)
 
     @property
-    def reads_old(self) -> Reads:
+    def reads_old(self) -> HeadRequest:
         topk = Support("own", self.k, 0.0) if self.support == "old" else None
-        return Reads(logp=self._weighs, topk=topk)
+        return HeadRequest(logp=self._weighs, topk=topk)
 
     @property
-    def reads_reference(self) -> Reads:
-        return Reads(topk=self.reads.topk)
+    def reads_reference(self) -> HeadRequest:
+        return HeadRequest(topk=self.reads.topk)
 
     @property
     def diagnostics(self) -> Diagnostics:
@@ -113,23 +113,23 @@ class Tike(ReferenceKl):
         per_token["reference_kl_negative"] = (value.detach() < 0).to(value.dtype)
         return Term(self.beta * value, per_token)
 
-    def _sides(self, inputs: ObjectiveInputs) -> Sides:
+    def _sides(self, inputs: ObjectiveInputs) -> LogpPair:
         topk = record_of(inputs.new.topk, self.k, "new", "objective.kl")
         frozen = record_of(reference_of(inputs).topk, self.k, "reference", "objective.kl")
         reference = log_probs(frozen, "reference")
         kept = first_slots(topk, self.k, self.union_sampled)
         inside = (topk.place >= 0) & kept.gather(1, topk.place.clamp(min=0)[:, None])[:, 0]
         floored = (kept & (reference < self.floor)).any(1)
-        return Sides(topk, log_probs(topk, "new"), reference.clamp(min=self.floor), kept, inside, floored)
+        return LogpPair(topk, log_probs(topk, "new"), reference.clamp(min=self.floor), kept, inside, floored)
 
-    def _outside(self, sides: Sides) -> Tensor:
+    def _outside(self, sides: LogpPair) -> Tensor:
         """What the sampled token adds [N] where it lies outside S, 0 elsewhere."""
         x = at_sampled(sides.new, sides.topk) - at_sampled(sides.reference, sides.topk)
         x = where(sides.inside | (sides.topk.place < 0), 0.0, x)
         return x + (-x).expm1() if self.non_negative else x
 
 
-def _report(sides: Sides) -> dict[str, Tensor]:
+def _report(sides: LogpPair) -> dict[str, Tensor]:
     """Measured without gradient: the mass of S, and whether the sampled token lies outside it."""
     new = sides.new.detach()
     return {

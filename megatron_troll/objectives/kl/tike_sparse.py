@@ -10,7 +10,7 @@ from megatron_troll.objectives.records import first_slots, record_of
 from megatron_troll.objectives.reference import ReferenceKl, partial_kl, reference_of
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term
 from megatron_troll.objectives.sparse import Sparse
-from megatron_troll.types import ObjectiveInputs, Reads, Support
+from megatron_troll.types import HeadRequest, ObjectiveInputs, Support
 
 
 class TikeSparse(Sparse, ReferenceKl):
@@ -28,12 +28,12 @@ class TikeSparse(Sparse, ReferenceKl):
     )
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads(topk=Support("own", self.k, self.delta) if self.support == "old" else None)
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest(topk=Support("own", self.k, self.delta) if self.support == "old" else None)
 
     @property
-    def reads_reference(self) -> Reads:
-        return Reads(topk=self.reads.topk)
+    def reads_reference(self) -> HeadRequest:
+        return HeadRequest(topk=self.reads.topk)
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -15,7 +15,7 @@ from megatron_troll.objectives.transforms import totals
 from megatron_troll.types import ObjectiveInputs
 
 
-class Groups(NamedTuple):
+class ResponseGroups(NamedTuple):
     """The P responses of an optimizer step, float64.
 
     rollout   [P] index in the rollout batch
@@ -137,7 +137,7 @@ class Dfpo(Ratio):
         per_token = {name: once(on_tokens(values), inputs) for name, values in report.items()}
         return Term(on_tokens(coefficient) * unit(policy.logp), per_token)
 
-    def weights(self, groups: Groups, log_s: Tensor, region: TrustRegion) -> tuple[Tensor, Tensor]:
+    def weights(self, groups: ResponseGroups, log_s: Tensor, region: TrustRegion) -> tuple[Tensor, Tensor]:
         """s_bar and s~ [P]."""
         s = log_s.clamp(max=LARGEST).exp()
         counted = region.limit(s, groups.advantage)
@@ -146,7 +146,7 @@ class Dfpo(Ratio):
             weights = torch.where((counted != s) & (groups.advantage != 0), 0.0, weights)
         return counted, weights
 
-    def _transformed(self, weights: Tensor, groups: Groups) -> Tensor:
+    def _transformed(self, weights: Tensor, groups: ResponseGroups) -> Tensor:
         arguments = weights, groups.advantage, groups.group, len(groups.names)
         match self.transform:
             case "min":
@@ -158,7 +158,7 @@ class Dfpo(Ratio):
             case "orth":
                 return transforms.orthogonal(*arguments)
 
-    def _slope(self, groups: Groups, region: TrustRegion) -> Tensor:
+    def _slope(self, groups: ResponseGroups, region: TrustRegion) -> Tensor:
         """[P] what the product rule adds to the coefficient of each token's log pi, before aggregation: log s
         is the mean of the response's log-ratios, and the tokens of a response share one weight."""
         with torch.enable_grad():
@@ -167,7 +167,7 @@ class Dfpo(Ratio):
             (slope,) = torch.autograd.grad((weights * groups.advantage * groups.value).sum(), log_s)
         return torch.where(groups.weight > 0, slope / groups.weight, 0.0)
 
-    def _report(self, groups: Groups, counted: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    def _report(self, groups: ResponseGroups, counted: Tensor, weights: Tensor) -> dict[str, Tensor]:
         a, s = groups.advantage, groups.log_s.clamp(max=LARGEST).exp()
         within = groups.group, len(groups.names)
         size = totals(torch.ones_like(a), *within)
@@ -192,7 +192,7 @@ class Dfpo(Ratio):
         }
 
 
-def groups_of(statistics: Statistics) -> Groups:
+def groups_of(statistics: Statistics) -> ResponseGroups:
     copies = statistics["dfpo_copies"]
     rollout = copies.nonzero()[:, 0]
     sums = {
@@ -202,6 +202,6 @@ def groups_of(statistics: Statistics) -> Groups:
     }
     names, group = (sums["group"] / sums["copies"]).round().long().unique(return_inverse=True)
     log_s = sums["log_ratio"] / sums["tokens"].clamp(min=1.0)
-    return Groups(
+    return ResponseGroups(
         rollout, log_s, sums["advantage"] / sums["copies"], group, names, sums["weight"], sums["value"]
     )

@@ -15,7 +15,7 @@ from megatron_troll.objectives.budget import places
 from megatron_troll.objectives.responses import lengths
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, TrustRegion, refuse_rows
 from megatron_troll.objectives.sparse import Sparse
-from megatron_troll.types import ObjectiveInputs, Readings, Reads, Support, TopK
+from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs, Support, TopK
 
 
 class Budget(Node):
@@ -82,14 +82,14 @@ class Troll(Sparse, TrustRegion):
     )
 
     @property
-    def reads_old(self) -> Reads:
-        return Reads(topk=Support("own", self.k, self.delta))
+    def reads_old(self) -> HeadRequest:
+        return HeadRequest(topk=Support("own", self.k, self.delta))
 
     @property
     def diagnostics(self) -> Diagnostics:
         return {**PROJECTION_DIAGNOSTICS, **support.DIAGNOSTICS, **OWN_DIAGNOSTICS}
 
-    def prepare_old(self, old: Readings) -> Readings:
+    def prepare_old(self, old: HeadOutputs) -> HeadOutputs:
         """Refuses a sampled token that the old policy could not have drawn."""
         place = _topk(old, "old").place
         refuse_rows(place < 0, "the old policy gives the sampled token a logit of -inf: corrupt data")
@@ -158,7 +158,7 @@ def _of_projection(projection: Projection) -> dict[str, Tensor]:
     }
 
 
-def _topk(readings: Readings, side: str) -> TopK:
+def _topk(readings: HeadOutputs, side: str) -> TopK:
     if readings.topk is None:
         raise ValueError(f"troll reads the {side} policy's top-K record; none was given")
     return readings.topk

@@ -8,7 +8,7 @@ from megatron_troll.rewards.reward import Reward
 from megatron_troll.types import Prompt
 
 
-class Exact(Reward):
+class ExactMatch(Reward):
     cheap: ClassVar[bool] = True
     strip: bool = Field(default=True, description="leave out white space around both")
     ignore_case: bool = Field(default=False, description="compare without case")

@@ -14,7 +14,7 @@ from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import over_stages, recording
 from megatron_troll.parallel import vocab
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.rollout.engine import Answer, Engine, Request, Setup, rollout_of
+from megatron_troll.rollout.engine import Completion, Engine, Request, Setup, rollout_of
 from megatron_troll.rollout.sampling import draw, sample_key, uniforms
 from megatron_troll.types import Rollout, TokenTopK
 
@@ -44,7 +44,7 @@ class InProcessEngine(Engine):
         dp = self.model.groups.dp
         mine = requests[dp.rank :: dp.size]
         rounds = -(-len(requests[:: dp.size]) // self.config.max_sequences)
-        answers: list[Answer] = []
+        answers: list[Completion] = []
         with generation_mode(self.model, self.config.kv_cache):
             for i in range(rounds):
                 batch = mine[i * self.config.max_sequences : (i + 1) * self.config.max_sequences]
@@ -56,7 +56,7 @@ class InProcessEngine(Engine):
             for i, request in enumerate(requests)
         ]
 
-    def _decode(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Answer]:
+    def _decode(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Completion]:
         """One static batch to its end; the answers on the last pipeline stage, [] elsewhere. A rank without
         requests still decodes one padding row, since experts may be spread over data-parallel ranks."""
         keys = [sample_key(self.seed, round, r.prompt.id, r.sample) for r in requests] or [0]
@@ -64,7 +64,7 @@ class InProcessEngine(Engine):
         tokens, padding = left_pad([r.prompt_ids for r in requests] or [np.zeros(1, dtype=np.int64)])
         decoder = Decoder(self.model, padding, tokens.shape[1] + sampling.max_tokens)
         done = torch.full((len(keys),), not requests, device=tokens.device)
-        steps: list[Step] = []
+        steps: list[DecodeStep] = []
         with recording(self.model.chunks if self._records else []) as chosen:
             for position in range(sampling.max_tokens):
                 step = self._step(decoder.extend(tokens), keys, position, sampling)
@@ -97,13 +97,15 @@ class InProcessEngine(Engine):
         flag = torch.tensor(float(value), device=device())
         return bool(self.model.groups.world.all_reduce(flag, torch.distributed.ReduceOp.MAX).item())
 
-    def _step(self, hidden: Tensor | None, keys: list[int], position: int, sampling: Sampling) -> "Step":
+    def _step(
+        self, hidden: Tensor | None, keys: list[int], position: int, sampling: Sampling
+    ) -> "DecodeStep":
         """Draw on the last stage from full rows [B, V], gathered over the tensor-parallel ranks, and tell
         the other stages the tokens."""
         pp, tp, size = self.model.groups.pp, self.model.groups.tp, self.model.shape.vocab
         if hidden is None:
             empty = torch.empty(len(keys), dtype=torch.long, device=device())
-            return Step(pp.broadcast(empty, pp.size - 1), None, None, None)
+            return DecodeStep(pp.broadcast(empty, pp.size - 1), None, None, None)
         logits = torch.cat(tp.all_gather(Head(self.model).logits(hidden)), -1)[:, :size]
         law = torch.log_softmax(logits / sampling.law_temperature, -1)
         uniform = torch.from_numpy(uniforms(keys, position)).to(law.device)
@@ -111,13 +113,13 @@ class InProcessEngine(Engine):
         pp.broadcast(token, pp.size - 1)
         logp = law.gather(1, token[:, None])[:, 0]
         if not self.config.top_k:
-            return Step(token, logp, None, None)
+            return DecodeStep(token, logp, None, None)
         values, ids = vocab.topk(law, self.config.top_k, ALONE, size)
-        return Step(token, logp, ids, values)
+        return DecodeStep(token, logp, ids, values)
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodeStep:
     """One decode step of B rows: token [B] everywhere; logp [B] and top-K [B, K] on the last stage."""
 
     token: Tensor
@@ -138,11 +140,11 @@ def left_pad(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def answers_of(
-    steps: Sequence[Step],
+    steps: Sequence[DecodeStep],
     stop_ids: Sequence[int],
     version: int,
     experts: Sequence[np.ndarray] | None = None,
-) -> list[Answer]:
+) -> list[Completion]:
     """Rows of the steps, each cut after its first stop token, all drawn from the weights `version`. `experts`
     [t, layers, k] of each row cover its prompt and all but the last of the steps."""
     unread = len(steps) - 1
@@ -155,7 +157,7 @@ def answers_of(
     ended = np.any(stops, axis=1)
     lengths = np.where(ended, stops.argmax(axis=1) + 1, ids.shape[1])
     return [
-        Answer(
+        Completion(
             ids=ids[row, :length],
             logp=logp[row, :length],
             topk=None if topk is None else TokenTopK(topk[0][row, :length], topk[1][row, :length]),

@@ -10,15 +10,15 @@ from megatron_troll.rollout.engine import Engine, EngineError, Request, Setup, r
 from megatron_troll.rollout.sampling import sample_key
 from megatron_troll.rollout.sglang import probe as diagnosis
 from megatron_troll.rollout.sglang import weights
-from megatron_troll.rollout.sglang.client import Question
-from megatron_troll.rollout.sglang.desk import Desk, open_desk
-from megatron_troll.rollout.sglang.drawing import Drawing
+from megatron_troll.rollout.sglang.client import NamedRequest
+from megatron_troll.rollout.sglang.desk import Connection, open_desk
+from megatron_troll.rollout.sglang.drawing import GenerationBatch
 from megatron_troll.rollout.sglang.errors import Mismatch
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
 from megatron_troll.rollout.sglang.registry import buffer_folder, weights_folder
-from megatron_troll.rollout.sglang.weights import Agreed
-from megatron_troll.rollout.sglang.wire import Ask, Routed
+from megatron_troll.rollout.sglang.weights import RankZero
+from megatron_troll.rollout.sglang.wire import GenerationRequest, Routed
 from megatron_troll.types import Rollout
 
 
@@ -39,8 +39,8 @@ class SGLangEngine(Engine):
         rendered = [render_prompt(prompt.messages, setup.tokenizer) for prompt in setup.prompts]
         probe = setup.rollout.sglang.probe
         self._probed = sequences(rendered, probe.tokens)[: probe.prompts]
-        self.desk: Desk | None = None
-        self._agreed = Agreed(setup.model, None)
+        self.desk: Connection | None = None
+        self._agreed = RankZero(setup.model, None)
         self._open()
 
     def _open(self) -> None:
@@ -53,7 +53,7 @@ class SGLangEngine(Engine):
         problem = world.broadcast_object(problem, 0)
         if problem is not None:
             raise problem
-        self._agreed = Agreed(self.setup.model, self.desk)
+        self._agreed = RankZero(self.setup.model, self.desk)
 
     def sync(self, version: int) -> dict[str, float]:
         """See weights.sync; then the probe. Raises Mismatch where a server is too far from the trainer."""
@@ -81,7 +81,7 @@ class SGLangEngine(Engine):
         self, requests: Sequence[Request], sampling: Sampling, round: int, journal: Journal | None
     ) -> Callable[[], list[Rollout]]:
         questions = [self._question(request, sampling, round) for request in requests]
-        drawing = Drawing(questions, round, journal)
+        drawing = GenerationBatch(questions, round, journal)
         self._agreed.on_first(drawing.begin)
 
         def finish() -> list[Rollout]:
@@ -113,12 +113,12 @@ class SGLangEngine(Engine):
         if self._journal is not None:
             self._journal.close()
 
-    def _question(self, request: Request, sampling: Sampling, round: int) -> Question:
+    def _question(self, request: Request, sampling: Sampling, round: int) -> NamedRequest:
         shape = self.setup.model.shape
         vocab, routed = shape.vocab, None
         if self.setup.config.train.replay == "rollout":
             routed = Routed(shape.layers, shape.experts_per_token, shape.experts)
-        ask = Ask(
+        ask = GenerationRequest(
             ids=request.prompt_ids.tolist(),
             max_tokens=sampling.max_tokens,
             sampling=sampling,
@@ -130,7 +130,7 @@ class SGLangEngine(Engine):
             seed=sample_key(self.setup.config.seed, round, request.prompt.id, request.sample) >> 1,
             routed=routed,
         )
-        return Question(f"{request.prompt.id}#{request.sample}", ask)
+        return NamedRequest(f"{request.prompt.id}#{request.sample}", ask)
 
     def _probe(self, urls: Sequence[str]) -> dict[str, float]:
         if not self._probed:

@@ -15,7 +15,7 @@ from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.control import Control
 from megatron_troll.rollout.sglang.errors import Unreachable
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, in_session, quietly
-from megatron_troll.weights.buckets import Bucket, buckets
+from megatron_troll.weights.buckets import TensorBucket, buckets
 
 POLL_S = 0.001
 # For a group to form, and for one bucket.
@@ -50,7 +50,7 @@ class Broadcast:
         try:
             group = self._joined(tuple(urls))
 
-            async def send(bucket: Bucket) -> None:
+            async def send(bucket: TensorBucket) -> None:
                 await self._send(group, bucket)
 
             return in_session(self, buckets(tensors, self.max_bytes), urls, send, {})
@@ -58,7 +58,7 @@ class Broadcast:
             self.close()
             raise
 
-    async def _send(self, group: Joined, bucket: Bucket) -> None:
+    async def _send(self, group: Joined, bucket: TensorBucket) -> None:
         """A server that answers before the broadcast is through has refused it: nobody waits for it then."""
         asked = [
             asyncio.create_task(self.control.take_broadcast(url, group.name, bucket)) for url in group.urls

@@ -10,7 +10,7 @@ import numpy as np
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_troll.config.tree import SGLang
-from megatron_troll.rollout.engine import Answer, EngineError
+from megatron_troll.rollout.engine import Completion, EngineError
 from megatron_troll.rollout.sglang.control import each
 from megatron_troll.rollout.sglang.errors import (
     Passing,
@@ -20,8 +20,16 @@ from megatron_troll.rollout.sglang.errors import (
     Unreachable,
 )
 from megatron_troll.rollout.sglang.http import Http
-from megatron_troll.rollout.sglang.servers import Server, Servers
-from megatron_troll.rollout.sglang.wire import Ask, Part, Versions, continued, part_of, score_body, score_of
+from megatron_troll.rollout.sglang.servers import ServerPool, ServerState
+from megatron_troll.rollout.sglang.wire import (
+    GenerationRequest,
+    Part,
+    Versions,
+    continued,
+    part_of,
+    score_body,
+    score_of,
+)
 from megatron_troll.types import TokenTopK
 
 # How long a server may take to hand over what it has of an answer that takes too long.
@@ -30,11 +38,11 @@ BACKOFF_S = (0.1, 5.0)
 
 
 @dataclass(frozen=True)
-class Question:
+class NamedRequest:
     """`name` is what errors call it."""
 
     name: str
-    ask: Ask
+    ask: GenerationRequest
 
 
 class Client:
@@ -44,7 +52,7 @@ class Client:
         self,
         config: SGLang,
         http: Http,
-        servers: Servers,
+        servers: ServerPool,
         versions: Versions,
         progress: Callable[[], object] = lambda: None,
     ) -> None:
@@ -55,7 +63,9 @@ class Client:
         self._progress = progress
         self._numbers = itertools.count()
 
-    async def draw(self, questions: Sequence[Question], answered: Callable[[int, Answer], object]) -> None:
+    async def draw(
+        self, questions: Sequence[NamedRequest], answered: Callable[[int, Completion], object]
+    ) -> None:
         """Every question answered once; `answered(i, answer)` is called as they come. What a server had of an
         answer when it was aborted is kept, and continued anywhere. Raises the first EngineError that no other
         attempt can mend; what is then under way is given up."""
@@ -105,7 +115,7 @@ class Client:
             reraise=True,
         )
 
-    async def _answer(self, question: Question) -> Answer:
+    async def _answer(self, question: NamedRequest) -> Completion:
         parts: list[tuple[Part, np.ndarray]] = []
         fruitless = 0
         while not parts or parts[-1][0].finish == "abort":
@@ -119,9 +129,9 @@ class Client:
                 raise ServerFault(f"sample {question.name}: aborted {fruitless} times before a first token")
         return _joined(parts)
 
-    async def _part(self, question: Question) -> tuple[Part, np.ndarray]:
+    async def _part(self, question: NamedRequest) -> tuple[Part, np.ndarray]:
         """From whichever server gives one, tried `attempts` times, with the versions of its tokens."""
-        failed: Server | None = None
+        failed: ServerState | None = None
         async for attempt in self._attempts():
             with attempt:
                 server = await self._servers.acquire(avoid=failed and failed.url)
@@ -129,7 +139,7 @@ class Client:
                 return await self._attempt(question, server)
         raise AssertionError("tenacity returns or raises")
 
-    async def _attempt(self, question: Question, server: Server) -> tuple[Part, np.ndarray]:
+    async def _attempt(self, question: NamedRequest, server: ServerState) -> tuple[Part, np.ndarray]:
         error: Passing | None = None
         try:
             reply, slow = await self._reply(question, server)
@@ -145,7 +155,7 @@ class Client:
         finally:
             await self._servers.release(server, error)
 
-    async def _reply(self, question: Question, server: Server) -> tuple[object, bool]:
+    async def _reply(self, question: NamedRequest, server: ServerState) -> tuple[object, bool]:
         """The reply, and whether it had to be asked for before it was done."""
         rid = f"{self._versions.run}-{next(self._numbers)}-"
         asked = asyncio.create_task(
@@ -164,13 +174,13 @@ class Client:
         finally:
             asked.cancel()
 
-    async def _abort(self, rid: str, server: Server) -> None:
+    async def _abort(self, rid: str, server: ServerState) -> None:
         """At every server: only a router knows which one it asked."""
         urls = self._servers.healthy if server.url == self._config.router else [server.url]
         with suppress(Passing, Refused):
             await asyncio.gather(*(self._http.post(url, "/abort_request", {"rid": rid}) for url in urls))
 
-    def _numbered(self, part: Part, server: Server) -> np.ndarray:
+    def _numbered(self, part: Part, server: ServerState) -> np.ndarray:
         """[T] int64, the weights of each token. Raises StaleWeights where this run did not put them there."""
         versions = np.empty(len(part.ids), dtype=np.int64)
         for span in part.spans:
@@ -185,17 +195,17 @@ class Client:
         return versions
 
 
-def _rest(ask: Ask, parts: Sequence[Part]) -> Ask:
+def _rest(ask: GenerationRequest, parts: Sequence[Part]) -> GenerationRequest:
     """What is still to be drawn after `parts`."""
     drawn = [int(token) for part in parts for token in part.ids]
     return replace(ask, ids=[*ask.ids, *drawn], max_tokens=ask.max_tokens - len(drawn))
 
 
-def _joined(parts: Sequence[tuple[Part, np.ndarray]]) -> Answer:
+def _joined(parts: Sequence[tuple[Part, np.ndarray]]) -> Completion:
     """The whole answer. One that an abort cut after its last token has the length that was asked for."""
     records = [part.topk for part, _ in parts if part.topk is not None]
     finish = parts[-1][0].finish
-    return Answer(
+    return Completion(
         ids=np.concatenate([part.ids for part, _ in parts]),
         logp=np.concatenate([part.logp for part, _ in parts]),
         topk=_stacked(records) if records else None,

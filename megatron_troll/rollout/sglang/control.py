@@ -13,7 +13,7 @@ from megatron_troll.rollout.sglang.errors import (
     VersionMissing,
 )
 from megatron_troll.rollout.sglang.http import Http
-from megatron_troll.weights.buckets import Bucket
+from megatron_troll.weights.buckets import TensorBucket
 
 # What becomes of requests under way: handed back with what they have; put back in the server's queue, their
 # caches thrown away; or left as they are, caches of the old weights included.
@@ -74,7 +74,7 @@ class Control:
         }
         await self._update(url, "/update_weights_from_tensor", body)
 
-    async def take_broadcast(self, url: str, group: str, bucket: Bucket) -> None:
+    async def take_broadcast(self, url: str, group: str, bucket: TensorBucket) -> None:
         """A bucket that rank 0 of `group` broadcasts; answers once it has come, or at once where the server
         refuses."""
         body = {

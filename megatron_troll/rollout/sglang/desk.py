@@ -15,7 +15,7 @@ from megatron_troll.rollout.sglang.control import Control, each
 from megatron_troll.rollout.sglang.http import Http, read_key
 from megatron_troll.rollout.sglang.identity import Identity
 from megatron_troll.rollout.sglang.registry import registered, servers_folder, weights_folder
-from megatron_troll.rollout.sglang.servers import Router, Servers
+from megatron_troll.rollout.sglang.servers import Router, ServerPool
 from megatron_troll.rollout.sglang.transport import Disk, Shared, Transport
 from megatron_troll.rollout.sglang.wire import Versions
 
@@ -26,12 +26,12 @@ NO_PROMPT = "1 + 1 = "
 
 
 @dataclass(frozen=True)
-class Desk:
+class Connection:
     """One event loop and what lives on it."""
 
     background: Background
     http: Http
-    servers: Servers
+    servers: ServerPool
     client: Client
     control: Control
     transport: Transport
@@ -48,16 +48,16 @@ class Desk:
         self.background.close()
 
 
-def open_desk(setup: Setup) -> Desk:
+def open_desk(setup: Setup) -> Connection:
     """Waits until a server is healthy and serves the model. Raises EngineError."""
     config, background = setup.rollout.sglang, Background(setup.model.progress)
     versions = Versions(setup.config.name)
 
-    async def assemble() -> tuple[Http, Servers, Client]:
+    async def assemble() -> tuple[Http, ServerPool, Client]:
         http = Http(read_key(config.api_key_file))
         identity = _identity(setup)
         router = None if config.router is None else Router(config.router, http)
-        servers = Servers(config, _discover(setup), lambda url: identity.check(http, url), router)
+        servers = ServerPool(config, _discover(setup), lambda url: identity.check(http, url), router)
         client = Client(config, http, servers, versions, setup.model.progress)
         await servers.ready()
         return http, servers, client
@@ -71,7 +71,7 @@ def open_desk(setup: Setup) -> Desk:
     transport = _transport(setup, background, control, versions)
     if isinstance(transport, Disk):
         servers.catch_up = transport.catch_up
-    return Desk(background, http, servers, client, control, transport, versions)
+    return Connection(background, http, servers, client, control, transport, versions)
 
 
 def _discover(setup: Setup) -> Callable[[], Sequence[str]]:

@@ -4,25 +4,25 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from megatron_troll.rollout.engine import Answer
-from megatron_troll.rollout.sglang.client import Question
-from megatron_troll.rollout.sglang.desk import Desk
+from megatron_troll.rollout.engine import Completion
+from megatron_troll.rollout.sglang.client import NamedRequest
+from megatron_troll.rollout.sglang.desk import Connection
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.servers import OutOfDate
 
 
 @dataclass
-class Drawing:
+class GenerationBatch:
     """What rank 0 does of a batch. Answers that `journal` has of the round are taken from there, new ones are
     added to it."""
 
-    questions: Sequence[Question]
+    questions: Sequence[NamedRequest]
     round: int
     journal: Journal | None
-    answers: dict[int, Answer] = field(default_factory=dict)
+    answers: dict[int, Completion] = field(default_factory=dict)
     _under_way: "Future[None] | None" = None
 
-    def begin(self, desk: Desk) -> None:
+    def begin(self, desk: Connection) -> None:
         """Ask, and return."""
         there = {} if self.journal is None else self.journal.read(self.round)
         self.answers = {
@@ -32,7 +32,7 @@ class Drawing:
         }
         self._ask(desk)
 
-    def complete(self, desk: Desk) -> bool:
+    def complete(self, desk: Connection) -> bool:
         """Wait for every answer. False where servers need a sync first; what came is kept."""
         if self._under_way is None:
             self._ask(desk)
@@ -44,10 +44,10 @@ class Drawing:
             return False
         return True
 
-    def _ask(self, desk: Desk) -> None:
+    def _ask(self, desk: Connection) -> None:
         missing = [i for i in range(len(self.questions)) if i not in self.answers]
 
-        def answered(place: int, answer: Answer) -> None:
+        def answered(place: int, answer: Completion) -> None:
             i = missing[place]
             self.answers[i] = answer
             if self.journal is not None:
@@ -58,6 +58,6 @@ class Drawing:
         )
 
 
-def _width(answer: Answer) -> int:
+def _width(answer: Completion) -> int:
     """Entries of its top-K: rollout.top_k may be another one since."""
     return 0 if answer.topk is None else answer.topk.ids.shape[1]

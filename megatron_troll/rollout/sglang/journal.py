@@ -8,7 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_troll.rollout.engine import Answer
+from megatron_troll.rollout.engine import Completion
 from megatron_troll.types import TokenTopK
 
 # What a record has, and in which dtype: 12 bytes a token, 8 an entry of its top-K, 2 an expert.
@@ -31,7 +31,7 @@ class Journal:
         self._folder = folder
         self._open: dict[int, IO[bytes]] = {}
 
-    def read(self, round: int) -> dict[str, Answer]:
+    def read(self, round: int) -> dict[str, Completion]:
         """The answers of a round, by the names of their questions."""
         path = self._path(round)
         if not path.is_file():
@@ -44,7 +44,7 @@ class Journal:
                 file.truncate(whole)
         return answers
 
-    def add(self, round: int, name: str, answer: Answer) -> None:
+    def add(self, round: int, name: str, answer: Completion) -> None:
         if round not in self._open:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._open[round] = open(self._path(round), "ab", buffering=0)  # noqa: SIM115
@@ -67,7 +67,7 @@ class Journal:
         return self._folder / f"round_{round:06d}.bin"
 
 
-def _record(name: str, answer: Answer) -> bytes:
+def _record(name: str, answer: Completion) -> bytes:
     arrays: dict[str, np.ndarray] = {"ids": answer.ids, "logp": answer.logp, "versions": answer.versions}
     if answer.topk is not None:
         arrays |= {"topk_ids": answer.topk.ids, "topk_logp": answer.topk.logp}
@@ -79,7 +79,7 @@ def _record(name: str, answer: Answer) -> bytes:
     return json.dumps(head).encode() + b"\n" + body
 
 
-def _records(data: bytes) -> Iterator[tuple[str, Answer, int]]:
+def _records(data: bytes) -> Iterator[tuple[str, Completion, int]]:
     """Each whole record's name and answer, and where it ends."""
     start = 0
     while (line := data.find(b"\n", start)) >= 0:
@@ -97,13 +97,13 @@ def _records(data: bytes) -> Iterator[tuple[str, Answer, int]]:
         start = end
 
 
-def _answer(head: dict[str, Any], body: bytes, sizes: dict[str, int]) -> Answer:
+def _answer(head: dict[str, Any], body: bytes, sizes: dict[str, int]) -> Completion:
     arrays: dict[str, np.ndarray] = {}
     at = 0
     for key, size in sizes.items():
         arrays[key] = np.frombuffer(body[at : at + size], DTYPES[key]).reshape(head["shapes"][key])
         at += size
-    return Answer(
+    return Completion(
         ids=arrays["ids"].astype(np.int64),
         logp=arrays["logp"],
         topk=TokenTopK(arrays["topk_ids"], arrays["topk_logp"]) if "topk_ids" in arrays else None,

@@ -17,10 +17,10 @@ from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.objectives.divergence import topk as divergence
 from megatron_troll.parallel.vocab import gather_logits
-from megatron_troll.rollout.sglang.desk import Desk
+from megatron_troll.rollout.sglang.desk import Connection
 from megatron_troll.rollout.sglang.errors import Passing, UpdateRefused
 from megatron_troll.rollout.sglang.transport import Disk, Failed, Tensors
-from megatron_troll.rollout.sglang.weights import Agreed, delivered
+from megatron_troll.rollout.sglang.weights import RankZero, delivered
 from megatron_troll.types import NO_ID, MicroBatch, Prompt, Rollout, TokenTopK
 
 # Entries of a server's law; the rest of it is compared as one.
@@ -114,16 +114,16 @@ def sequences(prompts: Sequence[np.ndarray], tokens: int) -> list[Probed]:
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
-def told(agreed: Agreed, url: str, source_folder: Path, folder: Path) -> str:
+def told(agreed: RankZero, url: str, source_folder: Path, folder: Path) -> str:
     """What is at fault with the weights of the server at `url`, in words: they are compared, parameter by
     parameter, with what the server has after loading a fresh export from `folder`. The server has lost its
     version then. Blocks on all ranks."""
 
-    def load_afresh(desk: Desk, tensors: Tensors) -> Failed:
+    def load_afresh(desk: Connection, tensors: Tensors) -> Failed:
         disk = Disk(desk.background, desk.control, folder, source_folder, max_bytes=2**30)
         return disk.deliver(tensors, [url], "diagnosis")
 
-    def sums(desk: Desk) -> dict[str, str]:
+    def sums(desk: Connection) -> dict[str, str]:
         return desk.background.run(desk.control.checksums(url))
 
     try:

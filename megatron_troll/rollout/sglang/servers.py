@@ -65,7 +65,7 @@ class OutOfDate(EngineError):
 
 
 @dataclass
-class Server:
+class ServerState:
     """What is known of one server.
 
     version   the weights it was last seen to have; None: to be checked before it is asked
@@ -84,7 +84,7 @@ class Server:
     wrong: EngineError | None = None
 
 
-class Servers:
+class ServerPool:
     """`check` says which weights the server at a URL has, or raises; `discover` lists the URLs there are now.
     All of it belongs to one event loop."""
 
@@ -99,15 +99,15 @@ class Servers:
         self._discover = discover
         self._check = check
         self._router = router
-        self._front = None if router is None else Server(router.url)
-        self._servers: dict[str, Server] = {}
+        self._front = None if router is None else ServerState(router.url)
+        self._servers: dict[str, ServerState] = {}
         self._changed = asyncio.Condition()
         self._wanted: str | None = None
         self._alone_since: float | None = None
         self.catch_up: CatchUp | None = None
 
     @property
-    def usable(self) -> list[Server]:
+    def usable(self) -> list[ServerState]:
         """Those with the wanted weights that are not left alone."""
         if self._wanted is None:
             return []
@@ -130,7 +130,7 @@ class Servers:
         for url in self._servers.keys() - set(found):
             del self._servers[url]
         for url in found:
-            self._servers.setdefault(url, Server(url))
+            self._servers.setdefault(url, ServerState(url))
         now = time.monotonic()
         await asyncio.gather(
             *(
@@ -144,10 +144,10 @@ class Servers:
         async with self._changed:
             self._changed.notify_all()
 
-    def _doubtful(self, server: Server) -> bool:
+    def _doubtful(self, server: ServerState) -> bool:
         return server.version is None or (self.catch_up is not None and server.version != self._wanted)
 
-    async def _recheck(self, server: Server) -> None:
+    async def _recheck(self, server: ServerState) -> None:
         try:
             server.version = await self._check(server.url)
             if self.catch_up is not None and self._wanted not in (None, server.version):
@@ -165,7 +165,7 @@ class Servers:
             server.closed_until, server.wrong = 0.0, None
             server.trouble = f"it has weights {server.version}"
 
-    async def _check_router(self, router: Router, front: Server) -> None:
+    async def _check_router(self, router: Router, front: ServerState) -> None:
         try:
             await router.keep([server.url for server in self.usable])
         except Passing as error:
@@ -173,7 +173,7 @@ class Servers:
         else:
             front.version = self._wanted
 
-    def _leave_alone(self, server: Server, error: EngineError) -> None:
+    def _leave_alone(self, server: ServerState, error: EngineError) -> None:
         """For longer each time; failures of requests that were under way together count once."""
         now = time.monotonic()
         server.version, server.trouble = None, str(error)
@@ -208,7 +208,7 @@ class Servers:
                 await asyncio.sleep(POLL_S)
         self._alone_since = None
 
-    async def acquire(self, avoid: str | None = None) -> Server:
+    async def acquire(self, avoid: str | None = None) -> ServerState:
         """The least busy server, another than `avoid` where there is one; waits while all are busy, and for
         `patience_s` where there is none. Give it back by `release`. Raises NoServers, OutOfDate, or what is
         wrong where every server is wrong."""
@@ -221,7 +221,7 @@ class Servers:
                     async with asyncio.timeout(POLL_S):
                         await self._changed.wait()
 
-    def _choose(self, avoid: str | None) -> Server | None:
+    def _choose(self, avoid: str | None) -> ServerState | None:
         usable = self.usable
         if not usable and self._wanted is not None:
             self._give_up_in_time()
@@ -254,7 +254,7 @@ class Servers:
                 + "\nStart servers with `mtroll serve`, or name them in rollout.sglang.servers"
             )
 
-    async def release(self, server: Server, error: Passing | None = None) -> None:
+    async def release(self, server: ServerState, error: Passing | None = None) -> None:
         """After an answer, or the `error` there was instead."""
         server.under_way -= 1
         if error is None:
@@ -266,7 +266,7 @@ class Servers:
         async with self._changed:
             self._changed.notify()
 
-    def outdated(self, server: Server) -> None:
+    def outdated(self, server: ServerState) -> None:
         """It answered with weights that it should not have: check it before it is asked again."""
         server.version = None
 

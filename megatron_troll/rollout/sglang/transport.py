@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.control import Control, each
 from megatron_troll.rollout.sglang.errors import Passing
-from megatron_troll.weights.buckets import Bucket, allocated, buckets
+from megatron_troll.weights.buckets import TensorBucket, allocated, buckets
 from megatron_troll.weights.folder import FolderWriter
 
 Tensors = Iterator[tuple[str, Tensor]]
@@ -104,7 +104,7 @@ class Shared:
         ranks = {url: self.background.run(self.control.ranks(url)) for url in urls}
         failed: Failed = {}
 
-        async def send(bucket: Bucket) -> None:
+        async def send(bucket: TensorBucket) -> None:
             payload = shared_payload(bucket)
             there = [url for url in urls if url not in failed]
             failed.update(await each(there, lambda url: self.control.take_tensors(url, payload, ranks[url])))
@@ -129,7 +129,7 @@ def _start_sharing() -> None:
         os.close(nowhere)
 
 
-def shared_payload(bucket: Bucket) -> str:
+def shared_payload(bucket: TensorBucket) -> str:
     """Where the bucket's memory is and what it holds, as SGLang unpickles it: base64 text of some hundred
     bytes a tensor. The memory is the sender's: it has to stay until the server has answered."""
     pieces = [
@@ -160,9 +160,9 @@ class Bucketed(Protocol):
 
 def in_session(
     way: Bucketed,
-    filled: Iterator[Bucket],
+    filled: Iterator[TensorBucket],
     urls: Sequence[str],
-    send: Callable[[Bucket], Awaitable[None]],
+    send: Callable[[TensorBucket], Awaitable[None]],
     failed: Failed,
 ) -> Failed:
     """Bucket by bucket between the opening and closing of an update, the next one filled while one is under
@@ -183,7 +183,7 @@ def in_session(
     return failed
 
 
-async def _awaited(send: Callable[[Bucket], Awaitable[None]], bucket: Bucket) -> None:
+async def _awaited(send: Callable[[TensorBucket], Awaitable[None]], bucket: TensorBucket) -> None:
     await send(bucket)
 
 

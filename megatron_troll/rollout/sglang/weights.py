@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.control import Pause, each
-from megatron_troll.rollout.sglang.desk import Desk
+from megatron_troll.rollout.sglang.desk import Connection
 from megatron_troll.rollout.sglang.errors import NoServers, Passing
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, quietly
 from megatron_troll.weights.export import stream
@@ -16,13 +16,13 @@ ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Agreed:
+class RankZero:
     """Acts of rank 0 whose results, or errors, all ranks have. `desk` is rank 0's."""
 
     model: MegatronModel
-    desk: Desk | None
+    desk: Connection | None
 
-    def on_first[T](self, act: Callable[[Desk], T]) -> T:
+    def on_first[T](self, act: Callable[[Connection], T]) -> T:
         """`act` on rank 0; its result on all ranks. Raises its EngineError on all ranks; a full disk and the
         like are one."""
         outcome: tuple[T | None, EngineError | None] | None = None
@@ -39,7 +39,7 @@ class Agreed:
         return value
 
 
-def sync(agreed: Agreed, number: int, pause: Pause = "retract") -> list[str]:
+def sync(agreed: RankZero, number: int, pause: Pause = "retract") -> list[str]:
     """Give the weights that the model has now to every healthy server, which then calls them `number`; URLs
     of those that have them. Requests under way are dealt with by `pause`. Blocks on all ranks, which all
     stream the weights to the end whatever rank 0 meets.
@@ -58,10 +58,10 @@ def sync(agreed: Agreed, number: int, pause: Pause = "retract") -> list[str]:
     raise NoServers(f"every server was lost during a sync, {ATTEMPTS} times in a row.{_told(lost)}")
 
 
-def _attempt(agreed: Agreed, urls: Sequence[str], number: int) -> tuple[list[str], Failed]:
+def _attempt(agreed: RankZero, urls: Sequence[str], number: int) -> tuple[list[str], Failed]:
     """The servers of `urls` that have the weights, and those that were lost."""
 
-    def send(desk: Desk, tensors: Tensors) -> Failed:
+    def send(desk: Connection, tensors: Tensors) -> Failed:
         return desk.transport.deliver(tensors, urls, desk.versions.called(number))
 
     lost = delivered(agreed, urls, send)
@@ -78,7 +78,7 @@ def _told(lost: Failed) -> str:
     )
 
 
-def _paused(desk: Desk, pause: Pause) -> list[str]:
+def _paused(desk: Connection, pause: Pause) -> list[str]:
     """URLs of the servers that wait for weights."""
 
     async def stop_asking() -> list[str]:
@@ -91,11 +91,11 @@ def _paused(desk: Desk, pause: Pause) -> list[str]:
     return desk.background.run(stop_asking())
 
 
-def delivered(agreed: Agreed, urls: Sequence[str], send: Callable[[Desk, Tensors], Failed]) -> Failed:
+def delivered(agreed: RankZero, urls: Sequence[str], send: Callable[[Connection, Tensors], Failed]) -> Failed:
     """Rank 0 sends what all ranks stream; the servers of `urls` that were lost, on all ranks."""
     tensors = stream(agreed.model)
 
-    def deliver(desk: Desk) -> Failed:
+    def deliver(desk: Connection) -> Failed:
         try:
             return send(desk, tensors)
         except Passing as error:
@@ -116,7 +116,7 @@ def _drain(tensors: Iterator[object]) -> None:
         pass
 
 
-def _resumed(desk: Desk, urls: Sequence[str], lost: Failed, number: int) -> list[str]:
+def _resumed(desk: Connection, urls: Sequence[str], lost: Failed, number: int) -> list[str]:
     """Servers at work again with their weights named and verified; the lost ones are left to be checked."""
     version = desk.versions.called(number)
 

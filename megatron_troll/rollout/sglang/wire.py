@@ -31,7 +31,7 @@ ALL_TOKENS = -1
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """One answer, or the rest of one that was cut off.
 
     ids         prompt and what there is of the answer
@@ -117,7 +117,7 @@ def score_of(reply: Any, length: int, top_k: int, vocab: int) -> TokenTopK:
     return topk_of(field(reply, "meta_info", dict), "input", Size(length - 1, top_k, vocab))
 
 
-def part_of(reply: Any, ask: Ask) -> Part:
+def part_of(reply: Any, ask: GenerationRequest) -> Part:
     """The answer in a reply's JSON. Raises BadReply where it is not one to `ask`, ServerFault where the
     server gave up."""
     ids = _ids(field(reply, "output_ids", list), ask.vocab)
@@ -144,7 +144,7 @@ def _ids(values: list[Any], vocab: int) -> np.ndarray:
     return ids
 
 
-def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: Ask) -> FinishReason:
+def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: GenerationRequest) -> FinishReason:
     reason = field(meta, "finish_reason", dict)
     finish, last = reason.get("type"), int(ids[-1]) if len(ids) else None
     if finish == "abort" and (reason.get("status_code") or 0) >= 400:

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_troll.batching.plan import Capacity, Plan, Schedule, plan
+from megatron_troll.batching.plan import Capacity, UpdatePlan, UpdateSchedule, plan
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[list[int], list[int], Schedule, Capacity]:
+def problems(draw: st.DrawFn) -> tuple[list[int], list[int], UpdateSchedule, Capacity]:
     samples, per_epoch, epochs = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
     n_groups = draw(st.integers(per_epoch, 12))
     groups = [g for g in range(n_groups) for _ in range(samples)]
@@ -22,7 +22,7 @@ def problems(draw: st.DrawFn) -> tuple[list[int], list[int], Schedule, Capacity]
         multiple=draw(st.integers(1, 4)),
         packed=draw(st.booleans()),
     )
-    return lengths, groups, Schedule(per_epoch * epochs, epochs, draw(st.integers(0, 3))), capacity
+    return lengths, groups, UpdateSchedule(per_epoch * epochs, epochs, draw(st.integers(0, 3))), capacity
 
 
 def padded(length: int, align: int) -> int:
@@ -31,7 +31,9 @@ def padded(length: int, align: int) -> int:
 
 @given(problems())
 @settings(max_examples=200, deadline=None)
-def test_every_plan_keeps_its_promises(problem: tuple[list[int], list[int], Schedule, Capacity]) -> None:
+def test_every_plan_keeps_its_promises(
+    problem: tuple[list[int], list[int], UpdateSchedule, Capacity],
+) -> None:
     lengths, groups, schedule, capacity = problem
     result = plan(lengths, groups, schedule, capacity)
     assert result == plan(lengths, groups, schedule, capacity)
@@ -53,7 +55,7 @@ def test_every_plan_keeps_its_promises(problem: tuple[list[int], list[int], Sche
         assert max(loads) - min(loads) <= max(padded(lengths[i], capacity.align) for i in step.responses)
 
 
-def each_response_once_an_epoch(result: Plan, n: int, epochs: int) -> None:
+def each_response_once_an_epoch(result: UpdatePlan, n: int, epochs: int) -> None:
     for epoch in range(epochs):
         seen = Counter(i for step in result.steps if step.epoch == epoch for i in step.responses)
         assert seen == Counter(range(n))
@@ -62,7 +64,7 @@ def each_response_once_an_epoch(result: Plan, n: int, epochs: int) -> None:
 def test_a_plan_on_one_screen() -> None:
     """Longest first to the emptier rank (12, 4 | 7, 5, 3, 2), then first fit; 12 exceeds the budget alone."""
     lengths, groups = [12, 7, 5, 4, 3, 2], [0, 0, 0, 1, 1, 1]
-    (step,) = plan(lengths, groups, Schedule(1, 1, seed=0), Capacity(dp=2, token_budget=10)).steps
+    (step,) = plan(lengths, groups, UpdateSchedule(1, 1, seed=0), Capacity(dp=2, token_budget=10)).steps
     assert step.ranks == (((0,), (3,)), ((1, 4), (2, 5)))
 
 
@@ -70,7 +72,8 @@ def test_groups_are_dealt_anew_every_epoch_and_by_seed() -> None:
     lengths, groups = [1] * 32, list(range(32))
     capacity = Capacity(dp=1, token_budget=100)
     first, second = (
-        [s.responses for s in plan(lengths, groups, Schedule(8, 2, seed), capacity).steps] for seed in (0, 1)
+        [s.responses for s in plan(lengths, groups, UpdateSchedule(8, 2, seed), capacity).steps]
+        for seed in (0, 1)
     )
     assert {len(responses) for responses in first} == {8}
     assert first[:4] != first[4:]
@@ -78,13 +81,13 @@ def test_groups_are_dealt_anew_every_epoch_and_by_seed() -> None:
 
 
 def test_more_ranks_than_responses_leave_empty_micro_batches() -> None:
-    (step,) = plan([5], [0], Schedule(1, 1, 0), Capacity(dp=3, token_budget=8, multiple=2)).steps
+    (step,) = plan([5], [0], UpdateSchedule(1, 1, 0), Capacity(dp=3, token_budget=8, multiple=2)).steps
     assert step.ranks == (((0,), ()), ((), ()), ((), ()))
 
 
 def test_steps_that_cannot_be_filled_are_refused() -> None:
     capacity = Capacity(dp=1, token_budget=8)
     with pytest.raises(ValueError, match="2 prompt groups cannot fill 3 optimizer steps per epoch"):
-        plan([1, 1, 1, 1], [0, 0, 1, 1], Schedule(3, 1, 0), capacity)
+        plan([1, 1, 1, 1], [0, 0, 1, 1], UpdateSchedule(3, 1, 0), capacity)
     with pytest.raises(ValueError, match=r"train.updates=3 .* multiple of train.epochs=2"):
-        plan([1, 1, 1, 1], [0, 1, 2, 3], Schedule(3, 2, 0), capacity)
+        plan([1, 1, 1, 1], [0, 1, 2, 3], UpdateSchedule(3, 2, 0), capacity)

@@ -20,7 +20,7 @@ from megatron_troll.mcore.shape import read_shape, shape_of
 from megatron_troll.weights.source import open_source
 from megatron_troll.weights.torch_dist import (
     Chunk,
-    Saved,
+    SavedTensor,
     SavedTensors,
     TensorsError,
     write_chunk,
@@ -211,7 +211,7 @@ def with_bias(folder: Path) -> str:
     with open(folder / "bias.distcp", "wb") as file:
         offset, length = write_chunk(file, bias)
     chunk = Chunk((0, 0), (4, 8), "bias.distcp", offset, length)
-    write_index(folder, {**SavedTensors(folder).tensors, key: Saved(bias.dtype, (4, 8), (chunk,))})
+    write_index(folder, {**SavedTensors(folder).tensors, key: SavedTensor(bias.dtype, (4, 8), (chunk,))})
     return key
 
 

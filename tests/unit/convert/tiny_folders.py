@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_troll.convert.plan import Conversion, Options
-from megatron_troll.convert.progress import Silent
+from megatron_troll.convert.progress import NoProgress
 from megatron_troll.convert.run import convert
 from megatron_troll.convert.to_hugging_face import ToHuggingFace
 from megatron_troll.convert.to_megatron import ToMegatron
@@ -51,7 +51,7 @@ def to_hugging_face(source: Path, target: Path, options: Options = SMALL) -> Pat
 
 
 def run(conversion: Conversion, target: Path) -> bool:
-    return convert(conversion, target, ALONE, Silent())
+    return convert(conversion, target, ALONE, NoProgress())
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from megatron_troll.config.tree import Config, EvalSet, Model, Models
 from megatron_troll.evals.report import table, write
-from megatron_troll.evals.results import Answers, Figure, Result, figures, joined, per_prompt
+from megatron_troll.evals.results import Answers, EvalResult, Figure, figures, joined, per_prompt
 from megatron_troll.mcore.version import pinned
-from megatron_troll.rewards.batch import Judged
+from megatron_troll.rewards.batch import ScoredBatch
 from megatron_troll.types import Prompt, Rollout
 
 # Two prompts, three samples each: reward, vote, length, how it ended.
@@ -35,8 +35,8 @@ def sample(number: int) -> Rollout:
     )
 
 
-def judged(first: int, last: int) -> Judged:
-    return Judged([sample(i) for i in range(first, last)], REWARDS[first:last], timeouts=1, crashes=0)
+def judged(first: int, last: int) -> ScoredBatch:
+    return ScoredBatch([sample(i) for i in range(first, last)], REWARDS[first:last], timeouts=1, crashes=0)
 
 
 def answers(votes: list[str | None] | None) -> Answers:
@@ -85,7 +85,7 @@ def test_a_figure_is_the_mean_over_prompts_with_its_interval() -> None:
     assert (found["mean@3"].low, found["mean@3"].high) == pytest.approx((0.2, 0.8))
 
 
-RESULT = Result(
+RESULT = EvalResult(
     name="hard",
     step=1,
     prompts=1200,

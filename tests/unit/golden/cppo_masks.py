@@ -4,14 +4,14 @@ from typing import Any
 import torch
 
 from megatron_troll.objectives.trust_region.cppo import Cppo
-from megatron_troll.types import Readings
+from megatron_troll.types import HeadOutputs
 from tests.unit.golden.records import floats, one_response
 from tests.unit.golden.runner import Runner
 
 
 def run(case: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
     divergence, rho, advantage = (floats(case[name], dtype) for name in ("D", "rho", "advantage"))
-    nothing = Readings(None, None, None)
+    nothing = HeadOutputs(None, None, None)
     inputs = one_response(nothing, nothing, advantage, torch.ones_like(advantage))
     method = Cppo(
         delta=case["delta"],

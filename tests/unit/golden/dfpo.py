@@ -10,7 +10,7 @@ from megatron_troll.advantages.grpo import Grpo
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose, transforms
 from megatron_troll.objectives.ratio.dfpo import Dfpo, groups_of
-from megatron_troll.types import ObjectiveInputs, Readings
+from megatron_troll.types import HeadOutputs, ObjectiveInputs
 from tests.unit.golden.records import floats, inputs_of
 from tests.unit.golden.runner import Runner
 from tests.unit.objectives.rows import segments
@@ -65,7 +65,10 @@ def _inputs(case: Case, advantage: Tensor) -> ObjectiveInputs:
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     logp = floats([x for tokens in case["log_ratio_tokens"] for x in tokens], advantage.dtype)
     weight = 1.0 / (lengths[owner] * len(lengths)).to(advantage.dtype)
-    new, old = Readings(logp.requires_grad_(), None, None), Readings(torch.zeros_like(weight), None, None)
+    new, old = (
+        HeadOutputs(logp.requires_grad_(), None, None),
+        HeadOutputs(torch.zeros_like(weight), None, None),
+    )
     return replace(
         inputs_of(new, old, advantage[owner], weight),
         position=torch.cat([torch.arange(int(n)) for n in lengths]),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import compose
-from megatron_troll.types import Readings
+from megatron_troll.types import HeadOutputs
 from tests.unit.golden.records import floats, inputs_of
 from tests.unit.golden.runner import Runner
 
@@ -55,7 +55,7 @@ def _score(slot: dict[str, Any], ratio: Tensor, advantage: Tensor) -> tuple[Tens
     objective = compose(ObjectiveConfig(trust_region=Slot.model_validate(slot)))
     old = torch.zeros_like(ratio)
     logp = ratio.log().requires_grad_()
-    inputs = inputs_of(Readings(logp, None, None), Readings(old, None, None), advantage, old + 1.0)
+    inputs = inputs_of(HeadOutputs(logp, None, None), HeadOutputs(old, None, None), advantage, old + 1.0)
     terms = objective.loss(inputs)
     (gradient,) = torch.autograd.grad(terms.loss, logp)
     return terms.per_token["objective"], -gradient

@@ -5,7 +5,7 @@ import torch
 
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import compose, token_weights
-from megatron_troll.types import Readings
+from megatron_troll.types import HeadOutputs
 from tests.unit.golden.records import floats, one_response
 from tests.unit.golden.runner import Runner
 
@@ -17,8 +17,8 @@ def run(case: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
     length = case["length"]
     advantage = torch.full_like(logp.detach(), case["advantage"])
     weight = torch.full_like(advantage, token_weights([length], "seq-mean-token-mean")[0])
-    old = Readings(torch.zeros_like(advantage), None, None)
-    terms = objective.loss(one_response(Readings(logp, None, None), old, advantage, weight))
+    old = HeadOutputs(torch.zeros_like(advantage), None, None)
+    terms = objective.loss(one_response(HeadOutputs(logp, None, None), old, advantage, weight))
     (gradient,) = torch.autograd.grad(terms.loss, logp)
     ratio = terms.per_token["ratio"]
     return {

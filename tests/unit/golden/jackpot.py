@@ -13,7 +13,7 @@ from megatron_troll.objectives.correction.jackpot import (
     log_accepted,
 )
 from megatron_troll.objectives.slots import Policy, Statistics
-from megatron_troll.types import NO_ID, ObjectiveInputs, Readings, TopK
+from megatron_troll.types import NO_ID, HeadOutputs, ObjectiveInputs, TopK
 from tests.unit.golden.records import floats, inputs_of
 from tests.unit.golden.runner import Runner
 
@@ -103,7 +103,7 @@ class _Token:
         at = lambda logp: logp.gather(1, slots.clamp(min=0)).masked_fill(slots == NO_ID, float("-inf"))  # noqa: E731
         one = self.new.new_ones(1)
         new, old = (
-            Readings(logp[:, self.token], None, None, at_rollout=at(logp)) for logp in (self.new, self.old)
+            HeadOutputs(logp[:, self.token], None, None, at_rollout=at(logp)) for logp in (self.new, self.old)
         )
         return replace(
             inputs_of(new, old, one, one),

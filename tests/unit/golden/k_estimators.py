@@ -10,7 +10,7 @@ from megatron_troll.objectives.kl.k3 import K3
 from megatron_troll.objectives.reference import partial_kl
 from megatron_troll.objectives.sampled_kl import SampledKl
 from megatron_troll.objectives.slots import Policy, Term
-from megatron_troll.types import Readings
+from megatron_troll.types import HeadOutputs
 from tests.unit.golden.records import floats, inputs_of
 from tests.unit.golden.runner import Runner
 
@@ -42,7 +42,7 @@ def run(case: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
 def _penalty(method: type[SampledKl], new: Tensor, old: Tensor, ref: Tensor, **fields: Any) -> Term:
     """One position for each token that might have been drawn."""
     one = torch.ones_like(old)
-    readings = [Readings(logp, None, None) for logp in (new, old, ref)]
+    readings = [HeadOutputs(logp, None, None) for logp in (new, old, ref)]
     inputs = inputs_of(readings[0], readings[1], one, one)
     inputs = type(inputs)(**{**vars(inputs), "reference": readings[2]})
     return method(beta=1.0, clamp=False, **fields).penalty(inputs, Policy(one, one, one), None)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from troll_kernels.sparsify import select
 
-from megatron_troll.types import ObjectiveInputs, Readings, Segments, TopK
+from megatron_troll.types import HeadOutputs, ObjectiveInputs, Segments, TopK
 
 
 def topk_record(logits: Tensor, target: Tensor, k: int, delta: float) -> TopK:
@@ -31,7 +31,7 @@ def sampled_logp(logits: Tensor, target: Tensor) -> Tensor:
     return logits.log_softmax(1).gather(1, target[:, None])[:, 0]
 
 
-def inputs_of(new: Readings, old: Readings, advantage: Tensor, weight: Tensor) -> ObjectiveInputs:
+def inputs_of(new: HeadOutputs, old: HeadOutputs, advantage: Tensor, weight: Tensor) -> ObjectiveInputs:
     """N tokens of one response each; rollout log-probs that nothing here reads."""
     each = torch.arange(len(advantage))
     return ObjectiveInputs(
@@ -52,7 +52,7 @@ def inputs_of(new: Readings, old: Readings, advantage: Tensor, weight: Tensor) -
     )
 
 
-def one_response(new: Readings, old: Readings, advantage: Tensor, weight: Tensor) -> ObjectiveInputs:
+def one_response(new: HeadOutputs, old: HeadOutputs, advantage: Tensor, weight: Tensor) -> ObjectiveInputs:
     """The N tokens of one response."""
     n = len(advantage)
     first = torch.zeros(1, dtype=torch.int64)

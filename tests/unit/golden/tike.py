@@ -9,7 +9,7 @@ from megatron_troll.objectives.kl.tike_sparse import TikeSparse
 from megatron_troll.objectives.records import first_slots
 from megatron_troll.objectives.reference import partial_kl
 from megatron_troll.objectives.slots import Kl, Policy, Term
-from megatron_troll.types import NO_ID, ObjectiveInputs, Readings, TopK
+from megatron_troll.types import NO_ID, HeadOutputs, ObjectiveInputs, TopK
 from tests.unit.golden.records import floats, inputs_of, topk_record
 from tests.unit.golden.runner import Runner
 
@@ -57,8 +57,8 @@ def _inputs(record: TopK, reference: Tensor, old: Tensor, target: Tensor) -> Obj
     ref = TopK(record.ids, at_ids, record.count, record.place, reference.logsumexp(1), record.vocab)
     one = old.new_ones(1)
     old_logp = old.log_softmax(1).gather(1, target[:, None])[:, 0]
-    inputs = inputs_of(Readings(None, record, None), Readings(old_logp, None, None), one, one)
-    return ObjectiveInputs(**{**vars(inputs), "reference": Readings(None, ref, None)})
+    inputs = inputs_of(HeadOutputs(None, record, None), HeadOutputs(old_logp, None, None), one, one)
+    return ObjectiveInputs(**{**vars(inputs), "reference": HeadOutputs(None, ref, None)})
 
 
 def _only(logits: Tensor, ids: Tensor, target: Tensor) -> TopK:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import compose, token_weights
-from megatron_troll.types import LossTerms, Readings, TopK
+from megatron_troll.types import HeadOutputs, LossTerms, TopK
 from tests.unit.golden.records import floats, inputs_of, topk_record
 from tests.unit.golden.runner import Runner
 
@@ -49,10 +49,10 @@ def _batch(
     target = torch.tensor([token["token"] for token in batch])
     old_logits = torch.stack([floats(token["old_logits"], weight.dtype) for token in batch])
     new_logits = torch.stack([floats(token["new_logits"], weight.dtype) for token in batch]).requires_grad_()
-    old = objective.prepare_old(Readings(None, topk_record(old_logits, target, k, delta), None))
+    old = objective.prepare_old(HeadOutputs(None, topk_record(old_logits, target, k, delta), None))
     new = topk_record(new_logits, target, k, delta)
     advantage = torch.tensor([token["advantage"] for token in batch], dtype=weight.dtype)
-    loss = objective.loss(inputs_of(Readings(None, new, None), old, advantage, weight))
+    loss = objective.loss(inputs_of(HeadOutputs(None, new, None), old, advantage, weight))
     loss.loss.backward()
     assert old.topk is not None
     assert new_logits.grad is not None

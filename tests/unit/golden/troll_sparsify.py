@@ -5,7 +5,7 @@ import torch
 from troll_kernels.sparsify import sparse_logp
 
 from megatron_troll.objectives.trust_region.troll import Troll
-from megatron_troll.types import Readings
+from megatron_troll.types import HeadOutputs
 from tests.unit.golden.records import floats, topk_record
 from tests.unit.golden.runner import Runner
 
@@ -15,7 +15,7 @@ def run(case: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
     logits = floats(case["logits"], dtype)[None]
     record = topk_record(logits, torch.tensor([case["token"]]), case["K"], case["delta"])
     if case.get("side") == "old":
-        Troll(k=case["K"], delta=case["delta"], p_d=p_d).prepare_old(Readings(None, record, None))
+        Troll(k=case["K"], delta=case["delta"], p_d=p_d).prepare_old(HeadOutputs(None, record, None))
     count = int(record.count)
     kept, order = record.ids[0, :count].sort()
     logp = sparse_logp(record.logits, record.count, vocab, p_d)[0, :count][order]

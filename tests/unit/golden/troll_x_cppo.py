@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_troll.objectives import budget
 from megatron_troll.objectives.trust_region.troll import Budget
-from megatron_troll.types import Readings
+from megatron_troll.types import HeadOutputs
 from tests.unit.golden.records import floats, one_response
 from tests.unit.golden.runner import Runner
 
@@ -23,7 +23,7 @@ def _accumulate(name: str, case: Mapping[str, Any], raw: Tensor, weight: Tensor)
     bound = Budget.model_validate(
         {"from": "cppo", "accumulate": name, "t_ref": case["T_weight"] or None} | fields
     )
-    nothing = Readings(None, None, None)
+    nothing = HeadOutputs(None, None, None)
     bounds = bound.bounds(raw, one_response(nothing, nothing, raw, torch.ones_like(raw)))
     left = torch.minimum(raw, bounds)
     spent = left if name == "projected" else raw

@@ -7,14 +7,14 @@ from types import ModuleType
 import pytest
 
 
-def twin(operation: str) -> ModuleType:
+def kernel(operation: str) -> ModuleType:
     if sys.platform != "linux":
         pytest.skip("Triton is for Linux only")
-    return importlib.import_module(f"troll_kernels.{operation}.twin")
+    return importlib.import_module(f"troll_kernels.{operation}.triton_kernel")
 
 
 def reference(operation: str) -> ModuleType:
     return importlib.import_module(f"troll_kernels.{operation}.ref")
 
 
-both = pytest.mark.parametrize("implementation", [reference, twin], ids=["reference", "twin"])
+both = pytest.mark.parametrize("implementation", [reference, kernel], ids=["reference", "kernel"])

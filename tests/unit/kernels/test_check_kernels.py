@@ -55,7 +55,7 @@ def test_what_counts_as_a_fault(check, spilled, wide_loads, streams, faults):
 UNALIGNED = """
 from dataclasses import replace
 from tools.check_kernels import compiled, faults
-from troll_kernels.hidden_grad.twin import builds
+from troll_kernels.hidden_grad.triton_kernel import builds
 
 aligned = builds()[0]
 arguments = {name: kind.removesuffix(":16") for name, kind in aligned.arguments.items()}

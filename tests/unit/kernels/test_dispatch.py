@@ -7,7 +7,7 @@ import torch
 from troll_kernels import dispatch
 from troll_kernels.topk import ref
 
-from tests.unit.kernels.implementations import twin
+from tests.unit.kernels.implementations import kernel
 
 
 class OnGpu(torch.Tensor):
@@ -32,17 +32,17 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]
     dispatch.supported.cache_clear()
 
 
-def test_a_supported_gpu_runs_the_twin(capability):
-    assert dispatch._takes_twin([on_gpu(), on_gpu()])
-    assert dispatch._twin(ref.top_k) is twin("topk").top_k
+def test_a_supported_gpu_runs_the_kernel(capability):
+    assert dispatch._takes_kernel([on_gpu(), on_gpu()])
+    assert dispatch._kernel(ref.top_k) is kernel("topk").top_k
 
 
 def test_float64_runs_the_reference(capability):
-    assert not dispatch._takes_twin([on_gpu(), on_gpu(torch.float64)])
+    assert not dispatch._takes_kernel([on_gpu(), on_gpu(torch.float64)])
 
 
 def test_cpu_runs_the_reference():
-    assert not dispatch._takes_twin([torch.zeros(1)])
+    assert not dispatch._takes_kernel([torch.zeros(1)])
 
 
 def test_an_old_gpu_runs_the_reference_and_says_so_once(capability):
@@ -50,16 +50,16 @@ def test_an_old_gpu_runs_the_reference_and_says_so_once(capability):
     with pytest.warns(
         UserWarning, match=r"GPU 0: compute capability \(7, 0\) is below \(8, 0\); the torch ref"
     ):
-        assert not dispatch._takes_twin([on_gpu()])
+        assert not dispatch._takes_kernel([on_gpu()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not dispatch._takes_twin([on_gpu()])
+        assert not dispatch._takes_kernel([on_gpu()])
 
 
 def test_without_triton_the_reference_runs(capability, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert not dispatch._takes_twin([on_gpu()])
+        assert not dispatch._takes_kernel([on_gpu()])
 
 
 def test_the_operation_keeps_the_reference_documentation():

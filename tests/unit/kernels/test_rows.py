@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from troll_kernels.transform import IDENTITY, Transform
 
-from tests.unit.kernels.implementations import both, twin
+from tests.unit.kernels.implementations import both, kernel
 
 # numpy under the interpreter remarks on infinities that are meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -86,4 +86,4 @@ def test_no_rows(implementation):
 def test_rows_that_are_not_aligned_are_slow_and_say_so():
     target = torch.zeros(1, dtype=torch.int64)
     with pytest.warns(UserWarning, match="rows of 33 logits, not a multiple of 16"):
-        twin("rows").row_statistics(torch.zeros(1, 33), 33, target, IDENTITY, 32)
+        kernel("rows").row_statistics(torch.zeros(1, 33), 33, target, IDENTITY, 32)

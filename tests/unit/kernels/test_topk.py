@@ -8,7 +8,7 @@ from troll_kernels.rows import row_statistics
 from troll_kernels.sparsify import NO_ID
 from troll_kernels.transform import IDENTITY
 
-from tests.unit.kernels.implementations import both, twin
+from tests.unit.kernels.implementations import both, kernel
 
 INF = float("inf")
 
@@ -77,4 +77,4 @@ def test_a_shard_of_padding_has_no_token(implementation):
 def test_more_than_registers_hold_is_refused():
     x = torch.zeros(1, 300)
     with pytest.raises(ValueError, match="k=257: the Triton kernels keep at most 256"):
-        twin("topk").top_k(x, tile_max(x, 300, 32), 300, 257, 32)
+        kernel("topk").top_k(x, tile_max(x, 300, 32), 300, 257, 32)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.serving import Mamba, Serve
-from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, RolloutModel
+from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, RolloutModelConfig
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import ModelShape, shape_of
 from tests.dist.tiny import DENSE, MOE
@@ -60,7 +60,9 @@ def test_a_policy_without_weights_is_served_with_any_until_the_first_sync() -> N
 
 def test_a_rollout_model_is_what_is_served() -> None:
     asked = config()
-    models = asked.models.model_copy(update={"rollout": RolloutModel(path="/models/small", dtype="fp32")})
+    models = asked.models.model_copy(
+        update={"rollout": RolloutModelConfig(path="/models/small", dtype="fp32")}
+    )
     flags = flags_of(asked.model_copy(update={"models": models}), MOE_SHAPE, 0, "cuda")
     assert (flags["model-path"], flags["dtype"]) == ("/models/small", "float32")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_troll.objectives import Objective
 from megatron_troll.objectives.slots import Statistics
-from megatron_troll.types import ObjectiveInputs, Readings, Reads, Segments, Support, TopK
+from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs, Segments, Support, TopK
 from tests.unit.golden.records import sampled_logp, topk_record
 
 
@@ -46,7 +46,7 @@ class Rows:
 
     def inputs(self, objective: Objective, rollout_k: int = 20) -> ObjectiveInputs:
         """What `objective` reads of them. The rollout engine kept the top `rollout_k`."""
-        nothing = Readings(None, None, None)
+        nothing = HeadOutputs(None, None, None)
         engine = topk_record(self.mu.log_softmax(1), self.target, rollout_k, 0.0)
         old = objective.prepare_old(read(self.old, self.target, objective.reads_old, nothing, engine))
         new = read(self.new, self.target, objective.reads, old, engine, self.reference)
@@ -69,13 +69,13 @@ class Rows:
             response_advantage=self.advantage,
         )
 
-    def _reference(self, objective: Objective, new: Readings) -> Readings:
+    def _reference(self, objective: Objective, new: HeadOutputs) -> HeadOutputs:
         def at(record: TopK) -> TopK:
             return at_record(self.reference, record)
 
         topk = None if new.topk is None else at(new.topk)
         others = {support: at(record) for support, record in new.others.items()}
-        return Readings(sampled_logp(self.reference, self.target), topk, None, others=others)
+        return HeadOutputs(sampled_logp(self.reference, self.target), topk, None, others=others)
 
 
 def sample(
@@ -108,11 +108,11 @@ def sample(
 def read(
     logits: Tensor,
     target: Tensor,
-    reads: Reads,
-    old: Readings,
+    reads: HeadRequest,
+    old: HeadOutputs,
     engine: TopK,
     reference: Tensor | None = None,
-) -> Readings:
+) -> HeadOutputs:
     """The dense twin of the head."""
     logp = logits.log_softmax(1)
     at_rollout = logp.detach().gather(1, engine.ids.clamp(min=0))
@@ -132,7 +132,7 @@ def read(
         assert found.lse is not None
         return found if reads.full else replace(found, lse=found.lse.detach())
 
-    return Readings(
+    return HeadOutputs(
         logp=logp.gather(1, target[:, None])[:, 0] if reads.logp else None,
         topk=None if reads.topk is None else record(reads.topk),
         entropy=-(logp.exp() * logp).sum(1) if reads.entropy else None,

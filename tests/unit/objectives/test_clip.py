@@ -4,7 +4,7 @@ from torch import Tensor
 
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
-from megatron_troll.types import LossTerms, Readings
+from megatron_troll.types import HeadOutputs, LossTerms
 from tests.unit.golden.records import inputs_of
 
 
@@ -18,7 +18,7 @@ def run(method: Objective, ratio: list[float], advantage: list[float]) -> tuple[
     old = torch.zeros_like(logp).detach()
     a = torch.tensor(advantage, dtype=torch.float64)
     terms = method.loss(
-        inputs_of(Readings(logp, None, None), Readings(old, None, None), a, torch.ones_like(a))
+        inputs_of(HeadOutputs(logp, None, None), HeadOutputs(old, None, None), a, torch.ones_like(a))
     )
     (gradient,) = torch.autograd.grad(terms.loss, logp)
     return terms, gradient
@@ -57,9 +57,9 @@ def test_full_softmax_log_probs_are_read_on_both_sides():
 def test_masked_batch_is_zero_on_the_graph():
     method = objective(name="clip")
     logp = torch.zeros(2, requires_grad=True)
-    readings = Readings(logp, None, None)
+    readings = HeadOutputs(logp, None, None)
     loss = method.loss(
-        inputs_of(readings, Readings(logp.detach(), None, None), torch.ones(2), torch.zeros(2))
+        inputs_of(readings, HeadOutputs(logp.detach(), None, None), torch.ones(2), torch.zeros(2))
     )
     loss.loss.backward()
     assert loss.loss.item() == 0
@@ -69,4 +69,4 @@ def test_masked_batch_is_zero_on_the_graph():
 def test_old_log_probs_must_be_finite():
     old = torch.tensor([-1.0, float("-inf"), float("nan")])
     with pytest.raises(ValueError, match=r"not finite at 2 of 3 positions, the first: \[1, 2\]"):
-        objective(name="clip").prepare_old(Readings(old, None, None))
+        objective(name="clip").prepare_old(HeadOutputs(old, None, None))

@@ -15,7 +15,7 @@ from megatron_troll.objectives.compose import SLOTS, head_gradient, refuse_dense
 from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import merge_reads
 from megatron_troll.objectives.slots import Correction, Policy, Statistics, Term
-from megatron_troll.types import ObjectiveInputs, Readings, Reads, Support
+from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs, Support
 from tests.unit.golden.records import inputs_of, topk_record
 from tests.unit.objectives.rows import Rows, sample, statistics_of
 
@@ -194,8 +194,8 @@ def test_refusals_say_why(wanted, message):
 
 def test_the_default_is_grpo_with_troll():
     objective = compose(ObjectiveConfig())
-    assert objective.reads == Reads(topk=Support("old", 64, 1e-5))
-    assert objective.reads_old == Reads(topk=Support("own", 64, 1e-5))
+    assert objective.reads == HeadRequest(topk=Support("old", 64, 1e-5))
+    assert objective.reads_old == HeadRequest(topk=Support("own", 64, 1e-5))
     assert not objective.needs_statistics
     assert remarks(ObjectiveConfig(), objective) == ()
 
@@ -302,7 +302,7 @@ def test_a_method_by_import_path_and_statistics_of_the_step():
     objective = compose(ObjectiveConfig(trust_region=slot("none"), correction=slot(path, share=0.25)))
     assert resolve(ObjectiveConfig(correction=slot(path))).correction.fields == {"share": 0.5}
     logp = torch.zeros(4)
-    readings = Readings(logp, None, None)
+    readings = HeadOutputs(logp, None, None)
     inputs = inputs_of(readings, readings, torch.ones(4), torch.ones(4))
     statistics = objective.statistics(inputs)
     assert statistics is not None
@@ -312,9 +312,11 @@ def test_a_method_by_import_path_and_statistics_of_the_step():
 
 
 def test_reads_of_the_slots_are_joined():
-    first, second = Reads(topk=Support("old", 8, 0.0)), Reads(logp=True, full=True)
-    third = Reads(topk=Support("own", 8, 0.0), at_rollout=True)
-    assert merge_reads((first, second, first)) == Reads(logp=True, topk=Support("old", 8, 0.0), full=True)
+    first, second = HeadRequest(topk=Support("old", 8, 0.0)), HeadRequest(logp=True, full=True)
+    third = HeadRequest(topk=Support("own", 8, 0.0), at_rollout=True)
+    assert merge_reads((first, second, first)) == HeadRequest(
+        logp=True, topk=Support("old", 8, 0.0), full=True
+    )
     joined = merge_reads((second, first, third))
     assert joined.supports == (Support("old", 8, 0.0), Support("own", 8, 0.0))
     assert joined.at_rollout
@@ -345,7 +347,7 @@ def test_every_old_record_is_cut_from_the_engine_s():
     rows = sample([4, 4], vocab=12)
     wide = topk_record(rows.old.log_softmax(1), rows.target, 11, 0.0)
     logp = wide.logits.gather(1, wide.place[:, None])[:, 0]
-    old = objective.prepare_old(Readings(logp, wide, None))
+    old = objective.prepare_old(HeadOutputs(logp, wide, None))
     direct = rows.inputs(objective).old
     assert old.topk is not None
     assert direct.topk is not None
@@ -353,7 +355,7 @@ def test_every_old_record_is_cut_from_the_engine_s():
     support = Support("own", 5, 0.0)
     assert torch.equal(old.others[support].ids, direct.others[support].ids)
     with pytest.raises(ValueError, match="reads the old policy's top-K record; none was given"):
-        compose(config("token", "clip", "none", kl=tike)).prepare_old(Readings(logp, None, None))
+        compose(config("token", "clip", "none", kl=tike)).prepare_old(HeadOutputs(logp, None, None))
 
 
 def test_advantage_belongs_to_the_objective():
@@ -369,6 +371,6 @@ def test_a_record_made_for_this_objective_is_not_measured_again() -> None:
     assert record.lse is not None
     rounded = replace(record, lse=record.lse + 0.05)
     objective = compose(config("token", slot("troll", k=12, delta=0.3), "none"))
-    assert objective.check_old(Readings(None, rounded, None)).topk is rounded
+    assert objective.check_old(HeadOutputs(None, rounded, None)).topk is rounded
     with pytest.raises(ValueError, match="keeps fewer tokens than k=12"):
-        objective.prepare_old(Readings(None, rounded, None))
+        objective.prepare_old(HeadOutputs(None, rounded, None))

@@ -10,7 +10,7 @@ from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from megatron_troll.objectives.correction.jackpot import effective_sample_size
-from megatron_troll.types import ObjectiveInputs, Readings
+from megatron_troll.types import HeadOutputs, ObjectiveInputs
 from tests.unit.golden.records import inputs_of
 from tests.unit.objectives.rows import sample
 
@@ -24,8 +24,8 @@ def tokens(old_over_rollout: list[float]) -> ObjectiveInputs:
     """Tokens with pi = old and advantage 1."""
     old = torch.tensor(old_over_rollout, dtype=torch.float64).log() - 3.0
     one = torch.ones_like(old)
-    readings = Readings(old.clone().requires_grad_(), None, None)
-    inputs = inputs_of(readings, Readings(old, None, None), one, one)
+    readings = HeadOutputs(old.clone().requires_grad_(), None, None)
+    inputs = inputs_of(readings, HeadOutputs(old, None, None), one, one)
     return replace(inputs, rollout_logp=torch.full_like(old, -3.0))
 
 
@@ -59,7 +59,7 @@ def test_equal_policies_need_no_correction():
 def test_bounds_of_icepop_pass():
     inputs = tokens([0.5, 5.0])
     loose = replace(
-        inputs, rollout_logp=torch.zeros(2), old=Readings(torch.tensor([0.5, 4.0]).log(), None, None)
+        inputs, rollout_logp=torch.zeros(2), old=HeadOutputs(torch.tensor([0.5, 4.0]).log(), None, None)
     )
     assert objective("icepop", beta=4.0).loss(loose).per_token["correction_weight"].tolist() == [0.5, 4.0]
 

@@ -12,7 +12,7 @@ from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, budget, compose
 from megatron_troll.objectives.trust_region.cppo import Cppo
-from megatron_troll.types import LossTerms, Readings
+from megatron_troll.types import HeadOutputs, LossTerms
 from tests.unit.golden.records import one_response
 from tests.unit.objectives.rows import Rows, gradient, sample, slope, statistics_of
 
@@ -180,7 +180,7 @@ def test_the_soft_gate_is_one_over_the_larger_violation(use_budget):
         violation = max(weight * d / 0.15, spent / allowed if use_budget else 0.0)
         expected.append(min(1.0, 1 / max(violation, 1e-9)))
     method = Cppo(gate_shape="soft", use_budget=use_budget)
-    nothing, outward = Readings(None, None, None), torch.ones(5, dtype=torch.float64)
+    nothing, outward = HeadOutputs(None, None, None), torch.ones(5, dtype=torch.float64)
     inputs = one_response(nothing, nothing, outward, outward)
     gate = method.gate(torch.tensor(divergence, dtype=torch.float64), outward, inputs, None).value
     assert gate.tolist() == pytest.approx(expected)

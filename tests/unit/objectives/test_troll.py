@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
-from megatron_troll.types import ObjectiveInputs, Readings
+from megatron_troll.types import HeadOutputs, ObjectiveInputs
 from tests.unit.golden.records import at_ids, inputs_of, topk_record
 from tests.unit.objectives.oracle import dense_sparsified, projected, troll
 
@@ -31,13 +31,13 @@ def policies(rows: int, change: float, seed: int = 0) -> tuple[Tensor, Tensor, T
 def batch(method: Objective, old: Tensor, new: Tensor, target: Tensor, advantage: Tensor) -> ObjectiveInputs:
     reads = method.reads.topk
     assert reads is not None
-    prepared = method.prepare_old(Readings(None, topk_record(old, target, reads.k, reads.delta), None))
+    prepared = method.prepare_old(HeadOutputs(None, topk_record(old, target, reads.k, reads.delta), None))
     assert prepared.topk is not None
     if reads.kind == "old":
         record = at_ids(new, prepared.topk)
     else:
         record = topk_record(new, target, reads.k, reads.delta)
-    return inputs_of(Readings(None, record, None), prepared, advantage, torch.full_like(advantage, 0.25))
+    return inputs_of(HeadOutputs(None, record, None), prepared, advantage, torch.full_like(advantage, 0.25))
 
 
 @pytest.mark.parametrize("support", ["own", "old"])
@@ -190,13 +190,13 @@ def test_old_record_of_another_cut_is_recut():
     """A wider record, from the engine for one, gives what selection with (k, delta) gives."""
     old, _, target, _ = policies(50, 0.0)
     method = objective()
-    wide = Readings(None, topk_record(old, target, 15, 0.0), None)
+    wide = HeadOutputs(None, topk_record(old, target, 15, 0.0), None)
     cut, direct = method.prepare_old(wide).topk, topk_record(old, target, K, DELTA)
     assert cut is not None
     assert torch.equal(cut.ids, direct.ids)
     assert torch.equal(cut.logits, direct.logits)
     assert torch.equal(cut.place, direct.place)
-    again = method.prepare_old(Readings(None, cut, None)).topk
+    again = method.prepare_old(HeadOutputs(None, cut, None)).topk
     assert again is not None
     assert torch.equal(again.ids, cut.ids)
 
@@ -204,18 +204,18 @@ def test_old_record_of_another_cut_is_recut():
 def test_old_records_that_keep_too_little_are_refused():
     old, _, target, _ = policies(50, 0.0)
     with pytest.raises(ValueError, match="keeps the top 3 tokens; k=6"):
-        objective().prepare_old(Readings(None, topk_record(old, target, 3, 0.0), None))
+        objective().prepare_old(HeadOutputs(None, topk_record(old, target, 3, 0.0), None))
     with pytest.raises(ValueError, match=r"keeps fewer tokens .* positions, the first: \["):
-        objective().prepare_old(Readings(None, topk_record(old, target, K, 0.5), None))
+        objective().prepare_old(HeadOutputs(None, topk_record(old, target, K, 0.5), None))
     with pytest.raises(ValueError, match="the old policy's top-K record; none was given"):
-        objective().prepare_old(Readings(torch.zeros(50), None, None))
+        objective().prepare_old(HeadOutputs(torch.zeros(50), None, None))
 
 
 def test_sampled_token_impossible_under_the_old_policy_is_refused():
     old, _, target, _ = policies(4, 0.0)
     old[2, target[2]] = float("-inf")
     with pytest.raises(ValueError, match=r"-inf: corrupt data at 1 of 4 positions, the first: \[2\]"):
-        objective().prepare_old(Readings(None, topk_record(old, target, K, DELTA), None))
+        objective().prepare_old(HeadOutputs(None, topk_record(old, target, K, DELTA), None))
 
 
 def test_p_d_is_checked_against_the_vocabulary():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from megatron_troll.objectives.trust_region.troll import Budget
-from megatron_troll.types import Readings
+from megatron_troll.types import HeadOutputs
 from tests.unit.golden.records import one_response
 from tests.unit.objectives.rows import sample
 
@@ -31,7 +31,7 @@ def test_bounds_against_the_recursion(kl, delta, delta_b, w_min, accumulate):
         {"from": "cppo", "delta": delta, "delta_b": delta_b, "w_min": w_min, "accumulate": accumulate}
     )
     d = torch.tensor(kl, dtype=torch.float64)
-    nothing = Readings(None, None, None)
+    nothing = HeadOutputs(None, None, None)
     found = bound.bounds(d, one_response(nothing, nothing, d, torch.ones_like(d)))
     spent = weights = 0.0
     for t, x in enumerate(kl):

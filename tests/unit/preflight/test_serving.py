@@ -123,7 +123,7 @@ def needs(rank: int, *settings: str, serve_nodes: int = 1) -> Needs:
 def test_the_first_nodes_serve_and_the_others_are_held_against_the_plan() -> None:
     first, second = (needs(rank, "launch.device_gib=100", "serve.memory_fraction=0.75") for rank in (0, 1))
     ports = tuple(range(30000, 30008))
-    assert first.servers == serving.Servers(".venv-sglang/bin/python", "127.0.0.1", ports)
+    assert first.servers == serving.NodeServers(".venv-sglang/bin/python", "127.0.0.1", ports)
     assert second.servers is None
     assert first.gpu_bytes == 75 * GIB
     assert second.gpu_bytes > 80 * GIB

@@ -17,7 +17,7 @@ from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Request
-from megatron_troll.run.collect import Collected, begin, chosen, collect, informative
+from megatron_troll.run.collect import RolloutBatch, begin, chosen, collect, informative
 from megatron_troll.types import Message, Prompt, Rollout
 
 SAMPLES = 4
@@ -96,7 +96,7 @@ def run(tokenizer: Any) -> Callable[..., Any]:
     return make
 
 
-def prompts_of(collected: Collected) -> list[str]:
+def prompts_of(collected: RolloutBatch) -> list[str]:
     return [rollout.prompt.id for rollout in collected.rollouts[::SAMPLES]]
 
 

@@ -6,31 +6,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_troll.rewards.batch import Judged
+from megatron_troll.rewards.batch import ScoredBatch
 from megatron_troll.rollout.engine import EngineError
-from megatron_troll.run.queue import Collected, Pending, Waiting
+from megatron_troll.run.queue import BatchFuture, RolloutBatch, RolloutQueue
 from tests.unit.rollout.test_archive import PROMPTS, assert_arrays, assert_same, rollout
 
 
-def collected(number: int) -> Collected:
+def collected(number: int) -> RolloutBatch:
     """Batch `number`, known by its timeouts; of three responses the first is not trained on."""
     drawn = [rollout("a", 0, 5), rollout("a", 1, 2), rollout("b", 1, number)]
     reward = np.array([0.0, 0.1, 1.0], dtype=np.float32)
     kept = np.array([False, True, True])
     trained_on = [replace(one, group=i) for i, one in enumerate(drawn[1:])]
-    return Collected(Judged(drawn, reward, timeouts=number, crashes=1), kept, trained_on, rounds=2)
+    return RolloutBatch(ScoredBatch(drawn, reward, timeouts=number, crashes=1), kept, trained_on, rounds=2)
 
 
 # Prompts of a batch.
 POSITIONS = 2
 
 
-def train(pending: Pending, steps: range, sampled: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def train(pending: RolloutQueue, steps: range, sampled: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """(batch, its staleness) of each step; `sampled` gains (step, batch)."""
     trained = []
     for step in steps:
 
-        def begin(number: int, step: int = step) -> Waiting:
+        def begin(number: int, step: int = step) -> BatchFuture:
             sampled.append((step, number))
             return drawn(number, step)
 
@@ -39,9 +39,9 @@ def train(pending: Pending, steps: range, sampled: list[tuple[int, int]]) -> lis
     return trained
 
 
-def drawn(number: int, step: int) -> Waiting:
+def drawn(number: int, step: int) -> BatchFuture:
     batch = collected(number)
-    return Waiting(step - 1, POSITIONS * number, lambda: batch, batch)
+    return BatchFuture(step - 1, POSITIONS * number, lambda: batch, batch)
 
 
 @pytest.mark.parametrize(
@@ -51,21 +51,21 @@ def test_each_batch_is_trained_on_once_in_order_and_so_many_steps_late(
     staleness: int, stale: list[int]
 ) -> None:
     sampled: list[tuple[int, int]] = []
-    trained = train(Pending(staleness, last=5), range(1, 6), sampled)
+    trained = train(RolloutQueue(staleness, last=5), range(1, 6), sampled)
     assert trained == list(zip(range(1, 6), stale))
     assert [number for _, number in sampled] == [1, 2, 3, 4, 5]
 
 
 def test_the_first_batches_are_sampled_at_once_and_then_one_a_step() -> None:
     sampled: list[tuple[int, int]] = []
-    train(Pending(2, last=6), range(1, 7), sampled)
+    train(RolloutQueue(2, last=6), range(1, 7), sampled)
     assert sampled == [(1, 1), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6)]
 
 
 def test_a_resumed_queue_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
     whole: list[tuple[int, int]] = []
-    expected = train(Pending(2, last=8), range(1, 9), whole)
-    before, after, sampled = Pending(2, last=8), Pending(2, last=8), []
+    expected = train(RolloutQueue(2, last=8), range(1, 9), whole)
+    before, after, sampled = RolloutQueue(2, last=8), RolloutQueue(2, last=8), []
     trained = train(before, range(1, 5), sampled)
     before.write(tmp_path)
     after.read(tmp_path, PROMPTS)
@@ -82,7 +82,7 @@ def test_a_resumed_queue_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None
 
 
 def test_a_checkpoint_without_waiting_batches_empties_the_queue(tmp_path: Path) -> None:
-    pending = Pending(1, last=4)
+    pending = RolloutQueue(1, last=4)
     train(pending, range(1, 2), [])
     pending.read(tmp_path, PROMPTS)
     assert not pending.batches
@@ -91,7 +91,7 @@ def test_a_checkpoint_without_waiting_batches_empties_the_queue(tmp_path: Path) 
 def test_what_is_under_way_is_begun_anew_and_nothing_is_trained_on_twice(tmp_path: Path) -> None:
     """Batch 3 is there, 4 and 5 are not: a run that continues after step 2 begins with the prompts of batch
     4."""
-    before, after, sampled = Pending(3, last=6), Pending(3, last=6), []
+    before, after, sampled = RolloutQueue(3, last=6), RolloutQueue(3, last=6), []
     train(before, range(1, 3), sampled)
     there, *under_way = before.batches
     for waiting in under_way:
@@ -107,13 +107,13 @@ def test_what_is_under_way_is_begun_anew_and_nothing_is_trained_on_twice(tmp_pat
 
 
 def test_a_batch_that_fails_stays_in_the_queue() -> None:
-    def failing(number: int) -> Waiting:
-        def finish() -> Collected:
+    def failing(number: int) -> BatchFuture:
+        def finish() -> RolloutBatch:
             raise EngineError("no servers")
 
-        return Waiting(0, POSITIONS * number, finish)
+        return BatchFuture(0, POSITIONS * number, finish)
 
-    pending = Pending(1, last=4)
+    pending = RolloutQueue(1, last=4)
     with pytest.raises(EngineError):
         pending.next(1, failing)
     assert len(pending.batches) == 2

@@ -9,21 +9,29 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from megatron_troll.study import kl_report
-from megatron_troll.study.kl import Pool, estimate, estimators, expectation, qualities, residuals, seconds
+from megatron_troll.study.kl import (
+    TokenPool,
+    estimate,
+    estimators,
+    expectation,
+    qualities,
+    residuals,
+    seconds,
+)
 
 V, RESPONSES, LENGTH = 12, 300, 4
 
 
-def pool(distance: float = 0.5, seed: int = 0) -> Pool:
+def pool(distance: float = 0.5, seed: int = 0) -> TokenPool:
     """Responses of LENGTH tokens drawn from random rows; the reference is `distance` away in every logit."""
     generator = torch.Generator().manual_seed(seed)
     policy = 2 * torch.randn(RESPONSES * LENGTH, V, generator=generator)
     reference = policy + distance * torch.randn(policy.shape, generator=generator)
     target = torch.multinomial(policy.softmax(1), 1, generator=generator)[:, 0]
-    return Pool(policy, reference, target, torch.arange(RESPONSES).repeat_interleave(LENGTH))
+    return TokenPool(policy, reference, target, torch.arange(RESPONSES).repeat_interleave(LENGTH))
 
 
-def rows(pool: Pool) -> tuple[Tensor, Tensor]:
+def rows(pool: TokenPool) -> tuple[Tensor, Tensor]:
     return pool.policy.double().log_softmax(1), pool.reference.double().log_softmax(1)
 
 
@@ -49,7 +57,7 @@ def test_the_expectation_is_over_the_tokens_of_a_position(name: str, unbiased: b
     here, method = pool(), estimators([])[name]
     by_hand = torch.zeros(len(here.target), dtype=torch.float64)
     for token in range(V):
-        drawn = Pool(here.policy, here.reference, torch.full_like(here.target, token), here.response)
+        drawn = TokenPool(here.policy, here.reference, torch.full_like(here.target, token), here.response)
         by_hand += rows(here)[0][:, token].exp() * estimate(method, drawn).value.double()
     torch.testing.assert_close(expectation(method, here), by_hand, rtol=1e-4, atol=1e-6)
     exact = expectation(estimators([])["exact"], here).double()

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from megatron_troll.study.outcomes import Interval, collapse_step, difference, mean, outcome, survival
-from megatron_troll.study.plan import Comparison, Study
+from megatron_troll.study.plan import Claim, Study
 from megatron_troll.study.report import verdict_of
-from megatron_troll.study.results import Result
+from megatron_troll.study.results import RunResult
 
 STUDY = Study(name="s", base="b", seeds=(0, 1), threshold=0.7, collapse=0.5)
-RESULT = Result(
+RESULT = RunResult(
     setting="calm",
     method="clip",
     seed=0,
@@ -50,7 +50,7 @@ def test_a_collapse_is_measured_from_the_best_success_the_warm_start_included(
     assert outcome("collapses", replace(RESULT, held_out=curve), STUDY) == collapsed
 
 
-def run(*curve: float | None) -> Result:
+def run(*curve: float | None) -> RunResult:
     return replace(RESULT, held_out=curve)
 
 
@@ -83,7 +83,7 @@ def test_differences_are_paired_by_seed() -> None:
     rng = np.random.default_rng(1)
     luck = rng.normal(0.5, 0.2, 5)
 
-    def runs(gain: float, seeds: range) -> list[Result]:
+    def runs(gain: float, seeds: range) -> list[RunResult]:
         return [replace(RESULT, seed=seed, held_out=(0.0, 0.0, luck[seed] + gain)) for seed in seeds]
 
     found = difference(runs(0.1, range(5)), runs(0.0, range(1, 5)), lambda run: run.held_out[-1] or 0.0)
@@ -115,4 +115,4 @@ def test_a_claim_shows_where_the_whole_interval_is_on_its_side(
     interval: Interval, expect: str, verdict: str
 ) -> None:
     fields = {"claim": "c", "setting": "calm", "outcome": "entropy", "a": "x", "b": "y", "expect": expect}
-    assert verdict_of(Comparison.model_validate(fields), interval) == verdict
+    assert verdict_of(Claim.model_validate(fields), interval) == verdict

@@ -9,11 +9,11 @@ from matplotlib.image import imread
 
 from megatron_troll.cli.main import main
 from megatron_troll.config.load import dump
-from megatron_troll.study.plan import Cell, Plan, load_plan
+from megatron_troll.study.plan import Cell, StudyPlan, load_plan
 from megatron_troll.study.plots import plot, plot_survival
 from megatron_troll.study.report import markdown
 from megatron_troll.study.results import (
-    Result,
+    RunResult,
     beside,
     finished,
     gather,
@@ -33,12 +33,12 @@ comparisons:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyPlan:
     monkeypatch.chdir(tmp_path)
     return load_plan(write(tmp_path, SMALL + COMPARISONS))
 
 
-def make_run(plan: Plan, cell: Cell, steps: int = 7, ended: bool = True) -> None:
+def make_run(plan: StudyPlan, cell: Cell, steps: int = 7, ended: bool = True) -> None:
     folder = plan.folder(cell)
     folder.mkdir(parents=True)
     rows: list[dict[str, float | None]] = [{"step": 0, "held_out_success": 0.25}]
@@ -57,7 +57,7 @@ def make_run(plan: Plan, cell: Cell, steps: int = 7, ended: bool = True) -> None
         (folder / "summary.json").write_text('{"seconds": 12.34}')
 
 
-def results(plan: Plan, gain: float) -> dict[Cell, Result]:
+def results(plan: StudyPlan, gain: float) -> dict[Cell, RunResult]:
     """Of the calm setting: the tight method ends higher by `gain` in every seed."""
     found = {}
     for cell in plan.cells():
@@ -70,7 +70,7 @@ def results(plan: Plan, gain: float) -> dict[Cell, Result]:
     return found
 
 
-def test_a_finished_run_is_summed_up(plan: Plan) -> None:
+def test_a_finished_run_is_summed_up(plan: StudyPlan) -> None:
     cell = Cell("wild", "clip", 3)
     make_run(plan, cell)
     assert finished(plan, cell)
@@ -81,21 +81,21 @@ def test_a_finished_run_is_summed_up(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(("steps", "ended"), [(7, False), (6, True)])
-def test_a_run_that_stopped_early_is_not_finished(plan: Plan, steps: int, ended: bool) -> None:
+def test_a_run_that_stopped_early_is_not_finished(plan: StudyPlan, steps: int, ended: bool) -> None:
     cell = Cell("calm", "clip", 3)
     assert not finished(plan, cell)
     make_run(plan, cell, steps, ended)
     assert not finished(plan, cell)
 
 
-def test_a_run_of_another_configuration_is_none_of_the_plans(plan: Plan, tmp_path: Path) -> None:
+def test_a_run_of_another_configuration_is_none_of_the_plans(plan: StudyPlan, tmp_path: Path) -> None:
     make_run(plan, Cell("calm", "tight", 3))
     tighter = load_plan(write(tmp_path, SMALL.replace("bound: 0.01", "bound: 0.02")))
     assert not finished(tighter, Cell("calm", "tight", 3))
 
 
 def test_results_outlive_the_run_folders_and_the_plan_does_not_see_what_is_not_its(
-    plan: Plan, tmp_path: Path
+    plan: StudyPlan, tmp_path: Path
 ) -> None:
     path = tmp_path / "results" / "study.json"
     kept = results(plan, 0.1)
@@ -108,7 +108,7 @@ def test_results_outlive_the_run_folders_and_the_plan_does_not_see_what_is_not_i
     assert len(path.read_text().splitlines()) == len(found) + 3
 
 
-def test_a_result_of_other_settings_does_not_count(plan: Plan, tmp_path: Path) -> None:
+def test_a_result_of_other_settings_does_not_count(plan: StudyPlan, tmp_path: Path) -> None:
     path = tmp_path / "results" / "study.json"
     write_results(path, results(plan, 0.1).values())
     clearer = load_plan(write(tmp_path, SMALL + COMPARISONS.replace("is better", "learns more")))
@@ -117,7 +117,7 @@ def test_a_result_of_other_settings_does_not_count(plan: Plan, tmp_path: Path) -
     assert {cell.method for cell in gather(tighter, path)} == {"clip"}
 
 
-def test_a_page_says_what_showed_and_what_did_not(plan: Plan) -> None:
+def test_a_page_says_what_showed_and_what_did_not(plan: StudyPlan) -> None:
     page = markdown(plan, results(plan, 0.1), "study.yaml", "images/{setting}.png")
     assert "2 methods x 2 seeds x 2 settings: 4 of 8 runs finished" in page
     assert "Run before they were written: nothing" in page
@@ -130,20 +130,20 @@ def test_a_page_says_what_showed_and_what_did_not(plan: Plan) -> None:
     assert "## wild" not in page
 
 
-def test_tables_hold_levels_and_paired_differences_from_the_baseline(plan: Plan) -> None:
+def test_tables_hold_levels_and_paired_differences_from_the_baseline(plan: StudyPlan) -> None:
     page = markdown(plan, results(plan, 0.1), "study.yaml", None)
     assert "| clip | 0.675 [0.650, 0.700] |" in page
     assert "| tight | +0.100 [+0.100, +0.100] |" in page
     assert "0 of 2" in page
 
 
-def test_curves_are_drawn(plan: Plan, tmp_path: Path) -> None:
+def test_curves_are_drawn(plan: StudyPlan, tmp_path: Path) -> None:
     path = tmp_path / "images" / "calm.png"
     plot(plan, "calm", results(plan, 0.1), path)
     assert imread(path).std() > 0.05
 
 
-def test_survival_is_shown_where_a_run_collapsed(plan: Plan, tmp_path: Path) -> None:
+def test_survival_is_shown_where_a_run_collapsed(plan: StudyPlan, tmp_path: Path) -> None:
     fine = results(plan, 0.1)
     assert "survival" not in markdown(plan, fine, "study.yaml", "images/{setting}.png")
     cell = next(cell for cell in fine if cell.method == "clip")
@@ -157,7 +157,7 @@ def test_survival_is_shown_where_a_run_collapsed(plan: Plan, tmp_path: Path) -> 
     assert (imread(pictures[0]) != imread(pictures[1])).any()
 
 
-def test_the_command_draws_from_the_results_file_alone(plan: Plan, tmp_path: Path) -> None:
+def test_the_command_draws_from_the_results_file_alone(plan: StudyPlan, tmp_path: Path) -> None:
     found = results(plan, 0.1)
     collapsed = [replace(result, held_out=(0.5, 0.2, 0.1)) for result in found.values()]
     write_results(tmp_path / "results" / "study.json", collapsed)

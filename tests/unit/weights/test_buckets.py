@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_troll.weights.buckets import Bucket, buckets
+from megatron_troll.weights.buckets import TensorBucket, buckets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3).map(tuple)
 
 
-def unpacked(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+def unpacked(bucket: TensorBucket) -> Iterator[tuple[str, Tensor]]:
     """As a receiver reads it, without gaps."""
     start = 0
     for piece in bucket.pieces:
@@ -49,7 +49,7 @@ def test_two_buffers_are_held() -> None:
 
 def test_one_bucket_is_readable_while_the_next_is_filled() -> None:
     pieces = [(f"t{i}", torch.full((100,), float(i))) for i in range(6)]
-    before: Bucket | None = None
+    before: TensorBucket | None = None
     for i, bucket in enumerate(buckets(iter(pieces), 400)):
         if before is not None:
             assert before.flat.view(torch.float32).tolist() == [float(i - 1)] * 100

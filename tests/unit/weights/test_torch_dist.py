@@ -14,7 +14,7 @@ from megatron_troll.weights.megatron_keys import Region
 from megatron_troll.weights.torch_dist import (
     METADATA,
     Chunk,
-    Saved,
+    SavedTensor,
     SavedTensors,
     TensorsError,
     write_chunk,
@@ -32,7 +32,7 @@ def write(folder: Path, pieces: list[tuple[tuple[int, int], tuple[int, int]]]) -
         with open(folder / f"{i % 2}.distcp", "ab") as file:
             where = write_chunk(file, block(start, shape))
         chunks.append(Chunk(start, shape, f"{i % 2}.distcp", *where))
-    write_index(folder, {"w": Saved(WHOLE.dtype, tuple(WHOLE.shape), tuple(chunks))})
+    write_index(folder, {"w": SavedTensor(WHOLE.dtype, tuple(WHOLE.shape), tuple(chunks))})
 
 
 def block(start: tuple[int, int], shape: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ INDEX = 8
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedBytes:
     """Bytes. kept: from forward to backward of the micro-batch; again: what is then computed again, of one
     layer at a time; experts: of `kept`, what depends on where tokens are routed."""
 
@@ -19,8 +19,8 @@ class Saved:
     again: int
     experts: int
 
-    def __add__(self, other: "Saved") -> "Saved":
-        return Saved(self.kept + other.kept, max(self.again, other.again), self.experts + other.experts)
+    def __add__(self, other: "SavedBytes") -> "SavedBytes":
+        return SavedBytes(self.kept + other.kept, max(self.again, other.again), self.experts + other.experts)
 
 
 @dataclass(frozen=True)

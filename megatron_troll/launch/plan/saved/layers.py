@@ -4,48 +4,48 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 from megatron_troll.launch.plan.saved.attention import full_attention, linear_attention
-from megatron_troll.launch.plan.saved.flow import Flow, Saved
+from megatron_troll.launch.plan.saved.flow import Flow, SavedBytes
 from megatron_troll.launch.plan.saved.mlp import before_mlp, dense, experts, of_activation
 
 Recompute = Literal["none", "selective", "full"]
 MODES: tuple[Recompute, ...] = get_args(Recompute)
 
 
-NOTHING = Saved(0, 0, 0)
+NOTHING = SavedBytes(0, 0, 0)
 
 
-def of_layers(flow: Flow, layers: Iterable[int], mode: Recompute) -> Saved:
+def of_layers(flow: Flow, layers: Iterable[int], mode: Recompute) -> SavedBytes:
     """`layers` by their numbers in the model."""
     kinds = [flow.shape.layer_types[layer] for layer in layers]
     of_kind = {kind: of_layer(flow, kind, mode) for kind in set(kinds)}
     return sum((of_kind[kind] for kind in kinds), NOTHING)
 
 
-def of_layer(flow: Flow, kind: str, mode: Recompute) -> Saved:
+def of_layer(flow: Flow, kind: str, mode: Recompute) -> SavedBytes:
     mixing = full_attention(flow) if kind == "full_attention" else linear_attention(flow)
     feeding = experts(flow) if flow.shape.experts else dense(flow)
     whole = mixing + feeding.kept
     if mode == "full":
-        return Saved(flow.hidden(flow.shard), whole, 0)
+        return SavedBytes(flow.hidden(flow.shard), whole, 0)
     if mode == "none":
-        return Saved(whole, 0, feeding.experts)
+        return SavedBytes(whole, 0, feeding.experts)
     kept = mixing
     if "core_attn" in flow.model.recompute_modules and kind == "full_attention":
         kept = full_attention(flow, core=False)
     less = without(feeding, flow)
-    return Saved(kept + less.kept, max(mixing - kept, feeding.kept - less.kept), less.experts)
+    return SavedBytes(kept + less.kept, max(mixing - kept, feeding.kept - less.kept), less.experts)
 
 
-def without(feeding: Saved, flow: Flow) -> Saved:
+def without(feeding: SavedBytes, flow: Flow) -> SavedBytes:
     """What is left of a feed-forward half where `recompute_modules` computes it again."""
     modules = flow.model.recompute_modules
     if "moe" in modules or "mlp" in modules:
-        return Saved(before_mlp(flow), 0, 0)
+        return SavedBytes(before_mlp(flow), 0, 0)
     if "moe_act" not in modules:
         return feeding
     activation = of_activation(flow)
-    return Saved(feeding.kept - activation, 0, feeding.experts - activation)
+    return SavedBytes(feeding.kept - activation, 0, feeding.experts - activation)
 
 
-def final_norm(flow: Flow) -> Saved:
-    return Saved(flow.norm(flow.shard, flow.shape.hidden), 0, 0)
+def final_norm(flow: Flow) -> SavedBytes:
+    return SavedBytes(flow.norm(flow.shard, flow.shape.hidden), 0, 0)

@@ -1,6 +1,6 @@
 """What the feed-forward half of a layer keeps for backward, its norm included. Bytes."""
 
-from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow, Saved
+from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow, SavedBytes
 
 # Of a gated MLP: gate and up (one tensor), silu(gate), up + 0, and what the second matrix reads.
 GATED = 5
@@ -11,15 +11,15 @@ def before_mlp(flow: Flow) -> int:
     return flow.norm(flow.shard, flow.shape.hidden) + flow.hidden(flow.shard)
 
 
-def dense(flow: Flow) -> Saved:
+def dense(flow: Flow) -> SavedBytes:
     inside = GATED * flow.width * flow.tokens * flow.shape.ffn // flow.model.layout.tp
-    return Saved(before_mlp(flow) + inside, 0, 0)
+    return SavedBytes(before_mlp(flow) + inside, 0, 0)
 
 
-def experts(flow: Flow) -> Saved:
+def experts(flow: Flow) -> SavedBytes:
     chosen = (INDEX + FLOAT) * flow.routed
     routed = _routed(flow)
-    return Saved(before_mlp(flow) + chosen + _dispatch(flow) + _shared(flow) + routed, 0, routed)
+    return SavedBytes(before_mlp(flow) + chosen + _dispatch(flow) + _shared(flow) + routed, 0, routed)
 
 
 def of_activation(flow: Flow) -> int:

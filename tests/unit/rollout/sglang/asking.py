@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_troll.config.serving import SGLang
-from megatron_troll.rollout.sglang.client import Client, Question
-from megatron_troll.rollout.sglang.servers import Servers
-from megatron_troll.rollout.sglang.wire import Ask
+from megatron_troll.rollout.sglang.client import Client, NamedRequest
+from megatron_troll.rollout.sglang.servers import ServerPool
+from megatron_troll.rollout.sglang.wire import GenerationRequest
 from tests.sglang.asking import VERSIONS, Asked, Asking, Parts
 from tests.sglang.model import VOCAB
 from tests.sglang.recordings import GREEDY, LENGTH, NEVER, PROMPT
 from tests.unit.rollout.sglang.fake import Fake
 
 
-def question(name: str = "p#0") -> Question:
-    return Question(name, Ask(PROMPT, LENGTH, GREEDY, NEVER, top_k=8, vocab=VOCAB, seed=1))
+def question(name: str = "p#0") -> NamedRequest:
+    return NamedRequest(name, GenerationRequest(PROMPT, LENGTH, GREEDY, NEVER, top_k=8, vocab=VOCAB, seed=1))
 
 
-def questions(count: int) -> list[Question]:
+def questions(count: int) -> list[NamedRequest]:
     return [question(f"p{i}#0") for i in range(count)]
 
 
@@ -30,7 +30,7 @@ def config(**changes: Any) -> SGLang:
 def draw(
     fakes: Sequence[Fake],
     count: int,
-    meanwhile: Callable[[Client, Servers], Any] | None = None,
+    meanwhile: Callable[[Client, ServerPool], Any] | None = None,
     discover: Callable[[], Sequence[str]] | None = None,
     **changes: Any,
 ) -> Asked:

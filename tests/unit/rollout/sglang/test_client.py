@@ -22,7 +22,7 @@ from megatron_troll.rollout.sglang.errors import (
     Unreachable,
 )
 from megatron_troll.rollout.sglang.http import Http
-from megatron_troll.rollout.sglang.servers import Servers
+from megatron_troll.rollout.sglang.servers import ServerPool
 from megatron_troll.types import TokenTopK
 from tests.sglang.asking import VERSIONS, Asked, checker
 from tests.sglang.model import VOCAB
@@ -91,7 +91,7 @@ def score(fakes: list[Fake]) -> dict[str, list[TokenTopK]]:
 
     async def ask() -> dict[str, list[TokenTopK]]:
         http = Http(None)
-        servers = Servers(config(), list, checker(http), None)
+        servers = ServerPool(config(), list, checker(http), None)
         client = Client(config(), http, servers, VERSIONS)
         try:
             return await client.score([fake.url for fake in fakes], [PROMPT, PROMPT], 8, VOCAB)
@@ -136,7 +136,7 @@ def test_weights_that_change_meanwhile_are_told_apart(one: Fake) -> None:
         fake.version = VERSIONS.called(2)
         return status, reply
 
-    async def want_the_new(client: Client, servers: Servers) -> None:
+    async def want_the_new(client: Client, servers: ServerPool) -> None:
         while one.version != VERSIONS.called(2):
             await asyncio.sleep(0.01)
         await servers.want(VERSIONS.called(2))
@@ -223,7 +223,7 @@ def test_a_server_that_joins_is_asked_too(two: list[Fake]) -> None:
     known = [two[0].url]
     two[0].seconds = 0.1
 
-    async def join(client: Client, servers: Servers) -> None:
+    async def join(client: Client, servers: ServerPool) -> None:
         await asyncio.sleep(0.1)
         known.append(two[1].url)
 
@@ -236,7 +236,7 @@ def test_a_server_that_leaves_is_not_asked_again(two: list[Fake]) -> None:
     two[0].seconds = two[1].seconds = 0.05
     counts: list[int] = []
 
-    async def leave(client: Client, servers: Servers) -> None:
+    async def leave(client: Client, servers: ServerPool) -> None:
         nonlocal known
         known = [two[0].url]
         await servers.refresh()

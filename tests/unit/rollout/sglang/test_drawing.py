@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_troll.rollout.engine import Answer
+from megatron_troll.rollout.engine import Completion
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.client import Client
-from megatron_troll.rollout.sglang.drawing import Drawing
+from megatron_troll.rollout.sglang.drawing import GenerationBatch
 from megatron_troll.rollout.sglang.errors import Refused
 from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.rollout.sglang.journal import Journal
-from megatron_troll.rollout.sglang.servers import Servers
+from megatron_troll.rollout.sglang.servers import ServerPool
 from tests.sglang.asking import VERSIONS, checker
 from tests.unit.rollout.sglang.asking import config, questions, until
 from tests.unit.rollout.sglang.fake import TOKENS, Fake, fakes, refused, together
@@ -44,7 +44,7 @@ def desk(fake: Fake) -> Any:
 
     async def client() -> Client:
         http = Http(None)
-        servers = Servers(config(concurrency=1), lambda: [fake.url], checker(http))
+        servers = ServerPool(config(concurrency=1), lambda: [fake.url], checker(http))
         await servers.want(VERSIONS.called(1))
         return Client(config(concurrency=1), http, servers, VERSIONS)
 
@@ -53,7 +53,7 @@ def desk(fake: Fake) -> Any:
 
 def test_it_goes_on_while_the_main_thread_does_something_else(fake: Fake) -> None:
     with desk(fake) as at:
-        drawing = Drawing(questions(6), round=1, journal=None)
+        drawing = GenerationBatch(questions(6), round=1, journal=None)
         drawing.begin(at)
         until(lambda: len(drawing.answers) == 6)
         assert drawing.complete(at)
@@ -65,14 +65,14 @@ def test_what_was_answered_before_a_crash_is_not_asked_again(fake: Fake, tmp_pat
     """The second process asks for what the first one did not finish, and for nothing twice."""
     fake.seconds = 0.05
     with desk(fake) as at:
-        first = Drawing(questions(8), 3, Journal(tmp_path))
+        first = GenerationBatch(questions(8), 3, Journal(tmp_path))
         first.begin(at)
         until(lambda: len(first.answers) >= 3)
     asked_before, finished = len(fake.asked), len(Journal(tmp_path).read(3))
     assert 3 <= finished < 8
     fake.seconds = 0.0
     with desk(fake) as at:
-        again = Drawing(questions(8), 3, Journal(tmp_path))
+        again = GenerationBatch(questions(8), 3, Journal(tmp_path))
         again.begin(at)
         assert again.complete(at)
     assert sorted(again.answers) == list(range(8))
@@ -81,10 +81,10 @@ def test_what_was_answered_before_a_crash_is_not_asked_again(fake: Fake, tmp_pat
 
 
 def test_answers_with_another_top_k_are_asked_for_again(fake: Fake, tmp_path: Path) -> None:
-    narrow = Answer(np.array([5]), np.zeros(1, np.float32), None, np.zeros(1, np.int64), "length")
+    narrow = Completion(np.array([5]), np.zeros(1, np.float32), None, np.zeros(1, np.int64), "length")
     Journal(tmp_path).add(1, questions(1)[0].name, narrow)
     with desk(fake) as at:
-        drawing = Drawing(questions(1), 1, Journal(tmp_path))
+        drawing = GenerationBatch(questions(1), 1, Journal(tmp_path))
         drawing.begin(at)
         assert drawing.complete(at)
     assert drawing.answers[0].ids.tolist() == TOKENS
@@ -94,7 +94,7 @@ def test_answers_with_another_top_k_are_asked_for_again(fake: Fake, tmp_path: Pa
 def test_what_was_answered_before_an_error_is_kept(fake: Fake, tmp_path: Path) -> None:
     fake.faults.extend([together(1), together(1), refused])
     with desk(fake) as at:
-        drawing = Drawing(questions(4), 1, Journal(tmp_path))
+        drawing = GenerationBatch(questions(4), 1, Journal(tmp_path))
         drawing.begin(at)
         with pytest.raises(Refused):
             drawing.complete(at)

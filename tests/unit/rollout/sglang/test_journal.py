@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_troll.rollout.engine import Answer
+from megatron_troll.rollout.engine import Completion
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.types import TokenTopK
 
 
-def answer(length: int, top_k: int = 3) -> Answer:
+def answer(length: int, top_k: int = 3) -> Completion:
     generator = np.random.default_rng(length)
     ids = generator.integers(0, 1000, (length, top_k)).astype(np.int32)
-    return Answer(
+    return Completion(
         ids=generator.integers(0, 2**17, length),
         logp=generator.normal(size=length).astype(np.float32),
         topk=TokenTopK(ids, generator.normal(size=(length, top_k)).astype(np.float32)) if top_k else None,
@@ -24,7 +24,7 @@ def answer(length: int, top_k: int = 3) -> Answer:
     )
 
 
-def assert_same(one: Answer, other: Answer) -> None:
+def assert_same(one: Completion, other: Completion) -> None:
     for name in ("ids", "logp", "versions"):
         here, there = getattr(one, name), getattr(other, name)
         assert here.dtype == there.dtype

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.errors import BadReply, NoExperts
-from megatron_troll.rollout.sglang.wire import Ask, Routed, continued, experts_of, part_of
+from megatron_troll.rollout.sglang.wire import GenerationRequest, Routed, continued, experts_of, part_of
 from tests.sglang.model import VOCAB
 from tests.sglang.recordings import GREEDY, LENGTH, NEVER, PROMPT, recorded
 
@@ -55,7 +55,7 @@ def test_an_answer_in_parts_has_one_record() -> None:
 
 def test_an_answer_carries_them() -> None:
     reply = copy.deepcopy(recorded()["generate"]["content"])
-    ask = Ask(PROMPT, LENGTH, GREEDY, NEVER, top_k=8, vocab=VOCAB, seed=1, routed=ROUTED)
+    ask = GenerationRequest(PROMPT, LENGTH, GREEDY, NEVER, top_k=8, vocab=VOCAB, seed=1, routed=ROUTED)
     assert ask.body("")["return_routed_experts"]
     with pytest.raises(NoExperts):
         part_of(reply, ask)

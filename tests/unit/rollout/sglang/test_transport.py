@@ -3,13 +3,13 @@
 import torch
 
 from megatron_troll.rollout.sglang.transport import shared, shared_payload
-from megatron_troll.weights.buckets import Bucket, allocated, buckets
+from megatron_troll.weights.buckets import TensorBucket, allocated, buckets
 
 
 def moved_by_sending(flat: torch.Tensor) -> bool:
     """Whether there are two copies of a bucket while it is made ready for servers."""
     before = flat.data_ptr()
-    shared_payload(Bucket((), flat))
+    shared_payload(TensorBucket((), flat))
     return flat.data_ptr() != before
 
 

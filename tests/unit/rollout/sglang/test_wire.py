@@ -10,12 +10,12 @@ import pytest
 from megatron_troll.config.tree import Sampling
 from megatron_troll.rollout.sglang.errors import BadReply, NotFinite, ServerFault, ShortTopK
 from megatron_troll.rollout.sglang.topk import LOWEST, Size, topk_of
-from megatron_troll.rollout.sglang.wire import Ask, Span, part_of, score_of
+from megatron_troll.rollout.sglang.wire import GenerationRequest, Span, part_of, score_of
 from megatron_troll.types import NO_ID
 from tests.sglang.model import VOCAB
 from tests.sglang.recordings import GREEDY, LENGTH, NEVER, PROMPT, recorded
 
-ASK = Ask(PROMPT, LENGTH, GREEDY, NEVER, top_k=8, vocab=VOCAB, seed=1)
+ASK = GenerationRequest(PROMPT, LENGTH, GREEDY, NEVER, top_k=8, vocab=VOCAB, seed=1)
 
 
 def content(name: str = "generate") -> Any:
@@ -24,7 +24,7 @@ def content(name: str = "generate") -> Any:
 
 def test_what_is_asked() -> None:
     sampling = Sampling(temperature=0.7, top_p=0.9, min_p=0.02)
-    body = Ask([1, 2], 5, sampling, (3, 4), top_k=64, vocab=VOCAB, seed=9).body("run-1-")
+    body = GenerationRequest([1, 2], 5, sampling, (3, 4), top_k=64, vocab=VOCAB, seed=9).body("run-1-")
     assert body["input_ids"] == [1, 2]
     assert body["top_logprobs_num"] == 64
     assert body["sampling_params"] == {
@@ -37,7 +37,7 @@ def test_what_is_asked() -> None:
         "sampling_seed": 9,
         "skip_special_tokens": False,
     }
-    assert "top_logprobs_num" not in Ask([1], 5, sampling, (), 0, VOCAB, 1).body("")
+    assert "top_logprobs_num" not in GenerationRequest([1], 5, sampling, (), 0, VOCAB, 1).body("")
 
 
 def test_a_recorded_answer() -> None:
@@ -65,12 +65,14 @@ def test_json_holds_what_binary_holds(name: str) -> None:
 
 
 def test_an_answer_that_stops() -> None:
-    part = part_of(content("generate_stop"), Ask(PROMPT, 40, GREEDY, tuple(range(VOCAB)), 8, VOCAB, 1))
+    part = part_of(
+        content("generate_stop"), GenerationRequest(PROMPT, 40, GREEDY, tuple(range(VOCAB)), 8, VOCAB, 1)
+    )
     assert (part.finish, len(part.ids)) == ("stop", 1)
 
 
 def test_without_a_record() -> None:
-    ask = Ask(PROMPT, LENGTH, GREEDY, NEVER, top_k=0, vocab=VOCAB, seed=1)
+    ask = GenerationRequest(PROMPT, LENGTH, GREEDY, NEVER, top_k=0, vocab=VOCAB, seed=1)
     assert part_of(content("generate_without_topk"), ask).topk is None
 
 
@@ -137,7 +139,7 @@ def test_what_is_no_answer_at_all(reply: Any) -> None:
 
 
 def test_fewer_entries_than_asked_for() -> None:
-    more = Ask(PROMPT, LENGTH, GREEDY, NEVER, top_k=9, vocab=VOCAB, seed=1)
+    more = GenerationRequest(PROMPT, LENGTH, GREEDY, NEVER, top_k=9, vocab=VOCAB, seed=1)
     for name in ("generate", "generate_flat_json", "generate_nested_json"):
         with pytest.raises(ShortTopK, match="8 top-K entries per position, asked for 9"):
             part_of(content(name), more)

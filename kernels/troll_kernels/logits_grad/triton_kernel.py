@@ -1,11 +1,11 @@
-"""Triton twin of logits_grad/ref.py: one pass, in place."""
+"""Triton kernel of logits_grad/ref.py: one pass, in place."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from troll_kernels.build import ALIGNED, DTYPES, Build
-from troll_kernels.rows.twin import FLOOR, LOG2E, capped
+from troll_kernels.rows.triton_kernel import FLOOR, LOG2E, capped
 from troll_kernels.transform import Transform
 
 BLOCK, WARPS = 2048, 4

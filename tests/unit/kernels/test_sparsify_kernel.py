@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from troll_kernels.sparsify import NO_ID
 
-from tests.unit.kernels.implementations import reference, twin
+from tests.unit.kernels.implementations import kernel, reference
 
 INF = float("inf")
 ROWS, VOCAB = 7, 40
@@ -33,14 +33,14 @@ def candidates(k: int, seed: int = 0) -> tuple[Tensor, ...]:
 def test_selection_is_that_of_the_reference(k: int, delta: float) -> None:
     values, ids, lse, target, target_logit = candidates(k)
     grads = []
-    for implementation in (reference("sparsify"), twin("sparsify")):
+    for implementation in (reference("sparsify"), kernel("sparsify")):
         leaves = values.clone().requires_grad_(), target_logit.clone().requires_grad_()
         found = implementation.select(leaves[0], ids, lse, target, leaves[1], delta)
         upstream = torch.randn(found[1].shape, generator=torch.Generator().manual_seed(1))
         grads.append((found, implementation.in_prefix(values, lse, delta)))
         grads[-1] += torch.autograd.grad(found[1], leaves, upstream)
-    (expected, prefix, *by_reference), (got, same, *by_twin) = grads
-    for mine, theirs in zip((*got, same, *by_twin), (*expected, prefix, *by_reference), strict=True):
+    (expected, prefix, *by_reference), (got, same, *by_kernel) = grads
+    for mine, theirs in zip((*got, same, *by_kernel), (*expected, prefix, *by_reference), strict=True):
         assert mine.dtype == theirs.dtype
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
@@ -55,7 +55,7 @@ def test_log_probs_and_gradients_are_those_of_the_reference(width: int) -> None:
     count[1] = width
     upstream = torch.randn(ROWS, width, generator=generator)
     grads = []
-    for implementation in (reference("sparsify"), twin("sparsify")):
+    for implementation in (reference("sparsify"), kernel("sparsify")):
         leaf = logits.clone().requires_grad_()
         logp = implementation.sparse_logp(leaf, count, 1000, 1e-5)
         grads.append((logp, torch.autograd.grad(logp, leaf, upstream.masked_fill(logp == -INF, 0.0))[0]))
@@ -65,21 +65,21 @@ def test_log_probs_and_gradients_are_those_of_the_reference(width: int) -> None:
 
 def test_nan_reaches_the_log_probs() -> None:
     values, nan = torch.tensor([[float("nan"), 0.0]]), torch.full((1,), float("nan"))
-    chosen = twin("sparsify").select(
+    chosen = kernel("sparsify").select(
         values, torch.tensor([[0, 1]]), nan, torch.tensor([1]), values[:, 1], 0.1
     )
     ids, logits, count, _ = chosen
-    assert twin("sparsify").sparse_logp(logits, count, 10, 1e-12)[ids >= 0].isnan().any()
+    assert kernel("sparsify").sparse_logp(logits, count, 10, 1e-12)[ids >= 0].isnan().any()
 
 
 def test_no_rows() -> None:
     empty = [part[:0] for part in candidates(4)]
-    ids, logits, count, place = twin("sparsify").select(*empty, 0.1)
+    ids, logits, count, place = kernel("sparsify").select(*empty, 0.1)
     assert ids.shape == logits.shape == (0, 5)
     assert count.shape == place.shape == (0,)
-    assert twin("sparsify").sparse_logp(logits, count, VOCAB, 1e-5).shape == (0, 5)
+    assert kernel("sparsify").sparse_logp(logits, count, VOCAB, 1e-5).shape == (0, 5)
 
 
 def test_default_tokens_that_leave_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="choose a smaller p_d"):
-        twin("sparsify").sparse_logp(torch.zeros(1, 2), torch.tensor([2]), vocab=12, p_d=0.1)
+        kernel("sparsify").sparse_logp(torch.zeros(1, 2), torch.tensor([2]), vocab=12, p_d=0.1)

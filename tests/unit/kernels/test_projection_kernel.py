@@ -7,7 +7,7 @@ from troll_kernels.project import Projection
 from troll_kernels.project.solve import MAX_PASSES
 from troll_kernels.sparsify import NO_ID, sparse_logp
 
-from tests.unit.kernels.implementations import reference, twin
+from tests.unit.kernels.implementations import kernel, reference
 from tests.unit.kernels.pairs import P_D, VOCAB, logits, supports
 from tools.check_projection import KINDS, MAX_ERROR, MAX_EXCESS, draw, measure
 
@@ -48,7 +48,7 @@ def run(
         (257, False, 2.0, 0.05, VOCAB, P_D),
     ],
 )
-def test_twin_is_the_reference(width, shared, spread, bound, vocab, p_d):
+def test_kernel_is_the_reference(width, shared, spread, bound, vocab, p_d):
     generator = torch.Generator().manual_seed(0)
     old_ids, new_ids = supports(ROWS, width, shared, generator)
     old = logits(ROWS, width, spread, generator).float()
@@ -59,7 +59,7 @@ def test_twin_is_the_reference(width, shared, spread, bound, vocab, p_d):
     old_ids = old_ids.where(torch.arange(width) < old_count[:, None], NO_ID)
     new_ids = old_ids if shared else new_ids.where(torch.arange(width) < new_count[:, None], NO_ID)
     arguments = (new_ids, old_ids), new, old, (new_count, old_count), bound, vocab, p_d
-    (mine, my_grad), (theirs, their_grad) = (run(by("project"), *arguments) for by in (twin, reference))
+    (mine, my_grad), (theirs, their_grad) = (run(by("project"), *arguments) for by in (kernel, reference))
     for name, got, expected in zip(Projection._fields, mine, theirs):
         assert got.dtype == expected.dtype, name
         if name != "passes":  # at small bounds rounding decides when the solver is content
@@ -74,13 +74,13 @@ def test_inside_the_ball_nothing_changes_to_the_last_bit():
     generator = torch.Generator().manual_seed(0)
     ids, _ = supports(ROWS, 7, True, generator)
     logp = sparse_logp(logits(ROWS, 7, 2.0, generator).float(), torch.full((ROWS,), 7), VOCAB, P_D)
-    result = twin("project").project(ids, logp, ids, logp - 1e-4, torch.full((ROWS,), 1.0), VOCAB, P_D)
+    result = kernel("project").project(ids, logp, ids, logp - 1e-4, torch.full((ROWS,), 1.0), VOCAB, P_D)
     assert torch.equal(result.new, logp)
     assert (result.kl_new_pi == 0.0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("by", "rows"), [(reference, 400), (twin, 10)], ids=["reference", "twin"])
+@pytest.mark.parametrize(("by", "rows"), [(reference, 400), (kernel, 10)], ids=["reference", "kernel"])
 def test_accuracy_on_pairs_that_make_solvers_fail(kind, by, rows):
     """tools/check_projection.py does this for 100,000."""
     pairs = draw(KINDS[kind], rows, torch.Generator().manual_seed(0))
@@ -94,17 +94,17 @@ def test_more_slots_than_registers_hold_are_refused():
     ids = torch.arange(513)[None]
     logp = torch.zeros(1, 513)
     with pytest.raises(ValueError, match="supports of 513 slots: the Triton kernels hold at most 512"):
-        twin("project").project(ids, logp, ids, logp, torch.ones(1), VOCAB, P_D)
+        kernel("project").project(ids, logp, ids, logp, torch.ones(1), VOCAB, P_D)
 
 
 def test_a_negative_bound_is_refused():
     ids, logp = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
     with pytest.raises(ValueError, match="bounds must be >= 0"):
-        twin("project").project(ids, logp, ids, logp, torch.tensor([-1.0]), VOCAB, P_D)
+        kernel("project").project(ids, logp, ids, logp, torch.tensor([-1.0]), VOCAB, P_D)
 
 
 def test_no_positions():
     ids, logp = torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, requires_grad=True)
-    result = twin("project").project(ids, logp, ids, logp.detach(), torch.zeros(0), VOCAB, P_D)
+    result = kernel("project").project(ids, logp, ids, logp.detach(), torch.zeros(0), VOCAB, P_D)
     result.new.sum().backward()
     assert logp.grad is not None

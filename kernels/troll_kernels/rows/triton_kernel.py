@@ -1,4 +1,4 @@
-"""Triton twin of rows/ref.py: one program per row, every logit read once.
+"""Triton kernel of rows/ref.py: one program per row, every logit read once.
 
 Sums run in base 2, one per tile column of the program, so no step waits for another warp.
 """

@@ -1,4 +1,4 @@
-"""Triton twin of sparsify/ref.py: one row per program, its slots in registers; masses in float64."""
+"""Triton kernel of sparsify/ref.py: one row per program, its slots in registers; masses in float64."""
 
 from typing import Any
 

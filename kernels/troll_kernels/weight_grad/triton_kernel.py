@@ -1,4 +1,4 @@
-"""Triton twin of weight_grad/ref.py: sums over runs of equal columns, always in the same order.
+"""Triton kernel of weight_grad/ref.py: sums over runs of equal columns, always in the same order.
 
 Entries are sorted by column and cut into blocks of 128. A run inside one block is added to its row of
 main_grad at once: nobody else has that column. Of a run that crosses blocks each block leaves its part, and a

@@ -1,4 +1,4 @@
-"""Triton twin of hidden_grad/ref.py: a program takes one row and a block of its H columns, with the weights
+"""Triton kernel of hidden_grad/ref.py: a program takes one row and a block of its H columns, with the weights
 of several slots in flight at once."""
 
 import torch

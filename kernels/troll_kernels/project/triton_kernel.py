@@ -1,4 +1,4 @@
-"""Triton twin of project/ref.py: one program per row, its slots in registers from the first sweep to the
+"""Triton kernel of project/ref.py: one program per row, its slots in registers from the first sweep to the
 last.
 
 Backward keeps the arguments and four numbers a row, and makes the slots again.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from troll_kernels.build import Build
-from troll_kernels.project.pair_twin import LOWEST, at_ids, kl_terms, load, sides, sweep, union
+from troll_kernels.project.pair_triton import LOWEST, at_ids, kl_terms, load, sides, sweep, union
 from troll_kernels.project.ref import Projection, checked
 from troll_kernels.project.solve import MAX_PASSES, MIN_VARIANCE, PRECISION
 
