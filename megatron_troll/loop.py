@@ -1,13 +1,15 @@
 """The algorithm: prompts, rollouts, rewards, advantages, updates; now and then an evaluation."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from megatron_troll.advantages import zero_variance
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.run.collect import begin
 from megatron_troll.run.queue import BatchFuture, RolloutBatch, ages
@@ -28,41 +30,44 @@ def train(task: Task, interrupts: Interrupts) -> bool:
     SIGTERM, with a checkpoint to resume from. Runs on every rank."""
     steps = task.config.train.steps
     with open_run(task, interrupts) as run:
-        standing = run.resume()
-        while standing.step < steps:
+        state = run.resume()
+        while state.step < steps:
             if run.session.stopping():
-                checkpoint(run, standing)
-                run.stop(standing)
+                checkpoint(run, state)
+                run.stop(state)
                 return False
-            begins = standing.step == 0 and standing.before is None
-            standing = before_training(run, standing) if begins else train_step(run, standing)
-            if standing.step > 0 and due(standing.step, task.config.checkpoint.every, steps):
-                standing = checkpoint(run, standing)
+            begins = state.step == 0 and state.before is None
+            state = before_training(run, state) if begins else train_step(run, state)
+            if state.step > 0 and due(state.step, task.config.checkpoint.every, steps):
+                state = checkpoint(run, state)
             run.checkpoints.maybe_finalize()
-        run.finish(standing)
+        with rescued(run, state):
+            run.finish(state)
         return True
 
 
-def before_training(run: Run, standing: TrainState) -> TrainState:
+def before_training(run: Run, state: TrainState) -> TrainState:
     began = time.perf_counter()
     synced = run.sync(0)
     success = run.evaluator.success()
     run.session.log(0, {"held_out_success": success, **synced}, time.perf_counter() - began)
-    return run.since(replace(standing, before=success, after=success), began)
+    return run.since(replace(state, before=success, after=success), began)
 
 
-def train_step(run: Run, standing: TrainState) -> TrainState:
+def train_step(run: Run, state: TrainState) -> TrainState:
     """One rollout batch: sample, judge, learn, evaluate where that is due, write its row. A checkpoint comes
     after the row: a run that continues from it finds all its rows."""
-    config, began, step = run.task.config, time.perf_counter(), standing.step + 1
-    synced, waited, batch = sample(run, standing)
+    config, began, step = run.task.config, time.perf_counter(), state.step + 1
+    with rescued(run, state):
+        synced, waited, batch = sample(run, state)
     rollouts, rewards = batch.rollouts, batch.reward
     if config.train.shuffle_rewards:
         rewards = shuffled(rewards, step)
     estimated = estimate(run.task.objective.advantage, run.critic, rollouts, rewards, step)
     if config.observe.rollouts:
-        run.session.on_first(lambda: keep(run, batch, rewards, estimated, step))
-    learned, standing = learn(run, rollouts, estimated, standing)
+        with rescued(run, state):
+            run.session.world.first(lambda: keep(run, batch, rewards, estimated, step))
+    learned, state = learn(run, rollouts, estimated, state)
     metrics = {
         **batch.metrics,
         **estimated.metrics,
@@ -78,66 +83,68 @@ def train_step(run: Run, standing: TrainState) -> TrainState:
     failure = None
     if due(step, config.evaluation.every, config.train.steps):
         failure = evaluate(run, step, metrics)
-        standing = replace(standing, after=metrics.get("held_out_success", standing.after))
+    state = run.since(replace(state, after=metrics.get("held_out_success", state.after)), began)
     seconds = time.perf_counter() - began
-    metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.groups.world.size)
-    run.session.log(step, metrics, seconds)
-    alarm(run, step, metrics)
-    guard(run, learned, rollouts, standing)
-    standing = run.since(standing, began)
-    if failure is not None:
-        rescue(run, standing)
-        raise failure
-    return standing
+    metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.world.size)
+    with rescued(run, state):
+        run.session.log(step, metrics, seconds)
+        alarm(run, step, metrics)
+        guard(run, learned, rollouts, state)
+        if failure is not None:
+            raise failure
+    return state
 
 
-def sample(run: Run, standing: TrainState) -> tuple[dict[str, float], BatchFuture, RolloutBatch]:
+def sample(run: Run, state: TrainState) -> tuple[dict[str, float], BatchFuture, RolloutBatch]:
     """Weights to the engine, and the next batch from it, whenever it was begun."""
-    try:
-        synced = run.sync(standing.step)
-        waited = run.pending.next(standing.step + 1, lambda number: begin(run, number, trained=standing.step))
-        batch = waited.wait()
-        run.engine.rest()
-    except EngineError:
-        rescue(run, standing)
-        raise
+    synced = run.sync(state.step)
+    waited = run.pending.next(state.step + 1, lambda number: begin(run, number, trained=state.step))
+    batch = waited.wait()
+    run.engine.rest()
     return synced, waited, batch
 
 
 def learn(
-    run: Run, rollouts: list[Rollout], estimated: AdvantageEstimate, standing: TrainState
+    run: Run, rollouts: list[Rollout], estimated: AdvantageEstimate, state: TrainState
 ) -> tuple[UpdateResult, TrainState]:
     """The policy, then the critic and the rollout model, from one batch; the run stands a step further."""
-    step = standing.step + 1
+    step = state.step + 1
     learned = run.learner.learn(rollouts, estimated.advantages, step)
     if run.critic is not None:
         learned.metrics.update(run.critic.learn(rollouts, estimated.targets, step))
     if run.rollout_model is not None:
-        taught = run.rollout_model.learn(rollouts, estimated.advantages, step, standing.distill_weight)
+        taught = run.rollout_model.learn(rollouts, estimated.advantages, step, state.distill_weight)
         learned.metrics.update(taught.metrics)
-        standing = replace(standing, distill_weight=taught.weight)
-    return learned, replace(standing, step=step, skipped=standing.skipped + 1 if learned.skipped else 0)
+        state = replace(state, distill_weight=taught.weight)
+    return learned, replace(state, step=step, skipped=state.skipped + 1 if learned.skipped else 0)
 
 
-def evaluate(run: Run, step: int, metrics: dict[str, float]) -> EngineError | None:
-    """Add the held-out success after `step` to its row; what the engine failed at, where it did: the row is
-    to be written in any case."""
+def evaluate(run: Run, step: int, metrics: dict[str, float]) -> EngineError | OSError | None:
+    """Add the held-out success after `step` to its row. Returns the error that kept it from that, if any: the
+    row is written first."""
     try:
         metrics |= run.sync(step)
         metrics["held_out_success"] = run.evaluator.success()
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         return error
     return None
 
 
-def rescue(run: Run, standing: TrainState) -> None:
-    """A checkpoint before the run ends for want of an engine."""
-    if standing.step > 0:
-        run.save(standing)
-        run.checkpoints.finish()
-        run.session.progress.say(
-            f"the engine failed; step {standing.step} is saved: continue with resume=true"
-        )
+@contextmanager
+def rescued(run: Run, state: TrainState) -> Iterator[None]:
+    """Save `state` where an error of the engine or of a disk, which all ranks have, ends the run. Where that
+    fails too, raises CheckpointError with both errors, which names the checkpoint to continue from."""
+    try:
+        yield
+    except (EngineError, OSError) as error:
+        if state.step > 0:
+            try:
+                run.save(state)
+                run.checkpoints.finish()
+            except (CheckpointError, OSError) as second:
+                raise CheckpointError(f"{error}\n{second}") from error
+            run.session.progress.say(f"step {state.step} is saved: continue with resume=true")
+        raise
 
 
 def keep(run: Run, batch: RolloutBatch, rewards: np.ndarray, estimated: AdvantageEstimate, step: int) -> None:
@@ -149,12 +156,12 @@ def keep(run: Run, batch: RolloutBatch, rewards: np.ndarray, estimated: Advantag
     run.store.write(step, batch.sampled.rollouts, everything.tolist(), advantages.tolist())
 
 
-def checkpoint(run: Run, standing: TrainState) -> TrainState:
+def checkpoint(run: Run, state: TrainState) -> TrainState:
     """Save, with the held-out success of the policy where it was evaluated."""
     config, began = run.task.config, time.perf_counter()
-    evaluated = due(standing.step, config.evaluation.every, config.train.steps)
-    run.save(standing, standing.after if evaluated else None)
-    return run.since(standing, began)
+    evaluated = due(state.step, config.evaluation.every, config.train.steps)
+    run.save(state, state.after if evaluated else None)
+    return run.since(state, began)
 
 
 def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
@@ -167,15 +174,15 @@ def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
         )
 
 
-def guard(run: Run, learned: UpdateResult, rollouts: Sequence[Rollout], standing: TrainState) -> None:
+def guard(run: Run, learned: UpdateResult, rollouts: Sequence[Rollout], state: TrainState) -> None:
     """Say and keep what made an update NaN or Inf; end the run when it does not stop. Raises Unhealthy."""
     if not learned.skipped:
         return
-    kept = run.session.keep_broken(standing.step, rollouts, learned.broken)
-    told = f"step {standing.step}: {learned.skipped} updates skipped for NaN or Inf; {kept}"
+    kept = run.session.keep_broken(state.step, rollouts, learned.broken)
+    told = f"step {state.step}: {learned.skipped} updates skipped for NaN or Inf; {kept}"
     run.session.progress.say(told)
-    if standing.skipped >= run.task.config.train.max_skipped:
-        raise Unhealthy(f"{told}. {standing.skipped} batches in a row (train.max_skipped): stopping")
+    if state.skipped >= run.task.config.train.max_skipped:
+        raise Unhealthy(f"{told}. {state.skipped} batches in a row (train.max_skipped): stopping")
 
 
 def due(step: int, every: int, last: int) -> bool:

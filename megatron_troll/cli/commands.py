@@ -214,7 +214,7 @@ def _run[Prep: Prepared](task: Prep, command: Command[Prep], interrupts: Interru
         command.run(task, interrupts)
     except (RunFolderError, ConfigError, DataError) as error:
         return _refuse(error)
-    except (CheckpointError, EngineError, RewardError, Unhealthy) as error:
+    except (CheckpointError, EngineError, RewardError, Unhealthy, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
     return 0

@@ -2,7 +2,6 @@
 
 import datetime
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,6 @@ def convert(conversion: Conversion, target: Path, world: Group, progress: NoProg
     with ExitStack() as owned:
 
         def begin() -> bool:
-            if world.rank > 0:
-                return True
             if draft.is_complete():
                 draft.tidy()
                 return False
@@ -36,10 +33,10 @@ def convert(conversion: Conversion, target: Path, world: Group, progress: NoProg
             _check_space(draft, conversion)
             return True
 
-        if not _together(world, begin):
+        if not world.first(begin):
             return False
-        _together(world, lambda: _write(draft, conversion, world, progress))
-        _together(world, lambda: world.rank > 0 or _finish(draft, conversion))
+        world.each(lambda: _write(draft, conversion, world, progress))
+        world.first(lambda: _finish(draft, conversion))
     return True
 
 
@@ -71,16 +68,3 @@ def _check_space(draft: Draft, conversion: Conversion) -> None:
             f"{draft.target} needs {wanted / 2**30:.1f} GiB more and {free / 2**30:.1f} GiB are free there: "
             "make room, or choose a folder on another disk"
         )
-
-
-def _together[T](world: Group, action: Callable[[], T]) -> T:
-    """`action()` on every rank; rank 0's result, or the first rank's error, on all."""
-    result, problem = None, None
-    try:
-        result = action()
-    except PROBLEMS as error:
-        problem = error
-    for found in world.all_gather_objects(problem):
-        if found is not None:
-            raise found
-    return world.broadcast_object(result, 0)

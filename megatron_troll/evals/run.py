@@ -28,7 +28,7 @@ def evaluate(task: EvalTask, interrupts: Interrupts) -> list[EvalResult] | None:
     config = task.config
     with open_session(config, task.batches, interrupts) as session:
         model = open_model(config.policy, task.shape, session.groups, config.seed, session.watchdog.beat)
-        session.on_first(lambda: rewind(session.folder, 0))
+        session.world.first(lambda: rewind(session.folder, 0))
         results: list[EvalResult] = []
         drawn = 0
         for step, one in enumerate(task.sets, 1):
@@ -39,7 +39,7 @@ def evaluate(task: EvalTask, interrupts: Interrupts) -> list[EvalResult] | None:
             drawn += task.batches_of(one)
             keep(session, RolloutStore(session.folder.rollouts, task.token_text), step, answers)
             results.append(result(one, step, answers, config.seed))
-        session.on_first(lambda: write(session.folder.evaluation, config, results))
+        session.world.first(lambda: write(session.folder.evaluation, config, results))
         return results
 
 
@@ -91,7 +91,7 @@ class SetEvaluation:
 def keep(session: Session, store: RolloutStore, step: int, answers: Answers) -> None:
     """Store every sample under the number of its data set. Blocks."""
     judged, no_advantage = answers.judged, [0.0] * len(answers.judged.rollouts)
-    session.on_first(lambda: store.write(step, judged.rollouts, judged.reward.tolist(), no_advantage))
+    session.world.first(lambda: store.write(step, judged.rollouts, judged.reward.tolist(), no_advantage))
 
 
 def result(one: DataSet, step: int, answers: Answers, seed: int) -> EvalResult:

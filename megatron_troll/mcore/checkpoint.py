@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -264,17 +264,14 @@ class Checkpoints:
 
     def _everywhere[T](self, action: Callable[[], T]) -> T:
         """`action()` on every rank; if it fails on any, CheckpointError on all."""
-        result, problem = None, None
-        try:
-            result = action()
-        except CheckpointError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"rank {self._world.rank}: {error}"
-        problems = [problem for problem in self._world.all_gather_objects(problem) if problem]
-        if problems:
-            raise CheckpointError("; ".join(dict.fromkeys(problems)))
-        return cast("T", result)
+
+        def act() -> T:
+            try:
+                return action()
+            except OSError as error:
+                raise CheckpointError(f"rank {self._world.rank}: {error}") from error
+
+        return self._world.each(act)
 
     def _once[T](self, action: Callable[[], T]) -> T:
         """`action()` on rank 0; its result, or CheckpointError, on every rank."""

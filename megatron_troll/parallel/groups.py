@@ -2,14 +2,18 @@
 
 import datetime
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# What a rank tells the others of: what went wrong outside, and what our own errors are made of. Anything else
+# is a bug; the rank that meets it ends with its traceback, and the launcher ends the others.
+TOLD = (OSError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,28 @@ class Group:
         box = [value]
         dist.broadcast_object_list(box, dist.get_global_rank(self.handle, source), group=self.handle)
         return box[0]
+
+    def each[T](self, act: Callable[[], T]) -> T:
+        """`act()` on every rank; each gets its own result. An error of TOLD on any rank is raised on all of
+        them, that of the lowest rank where there are several. Blocks."""
+        result, error = None, None
+        try:
+            result = act()
+        except TOLD as found:
+            error = found
+        for found in self.all_gather_objects(error):
+            if found is not None:
+                raise found
+        return cast("T", result)
+
+    def first[T](self, act: Callable[[], T]) -> T:
+        """`act()` on rank 0; its result, which is picklable, or its error of TOLD on every rank. Blocks."""
+        return self.broadcast_object(self.each(lambda: act() if self.rank == 0 else None), 0)
+
+    def any(self, flag: Tensor) -> bool:
+        """Whether `flag`, one number on the device of the group, is not 0 on some rank. Blocks, and waits for
+        the device."""
+        return bool(self.all_reduce(flag, dist.ReduceOp.MAX).item())
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -67,26 +67,26 @@ class Run:
     def resume(self) -> TrainState:
         """Take up the newest checkpoint where `resume` is set and one exists; otherwise start. Blocks."""
         # One rank looks: a network file system may show the others something older.
-        there = self.session.groups.world.broadcast_object(self.checkpoints.latest() is not None, 0)
+        there = self.session.world.first(lambda: self.checkpoints.latest() is not None)
         if not (self.task.config.resume and there):
             self.session.begin_at(0)
             return TrainState()
-        standing = TrainState(**self.checkpoints.load())
-        self.order.seek(standing.position)
+        state = TrainState(**self.checkpoints.load())
+        self.order.seek(state.position)
         prompts = {prompt.id: prompt for prompt in self.task.prompts.train}
-        self.pending.read(self.checkpoints.path(standing.step), prompts)
-        self.session.begin_at(standing.step + 1)
-        return standing
+        self.pending.read(self.checkpoints.path(state.step), prompts)
+        self.session.begin_at(state.step + 1)
+        return state
 
-    def save(self, standing: TrainState, score: float | None = None) -> None:
-        """A checkpoint of `standing`, with the held-out success of just this policy where it is known.
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """A checkpoint of `state`, with the held-out success of just this policy where it is known.
         Batches under way are not in it: a run that continues begins them anew, and the engine may have kept
         answers. Blocks; with checkpoint.asynchronous the writing goes on behind."""
-        standing = replace(standing, position=self.pending.position(standing.position))
+        state = replace(state, position=self.pending.position(state.position))
         with self.session.phases("checkpoint"):
-            self.checkpoints.save(standing.step, asdict(standing), score, self.pending.write)
+            self.checkpoints.save(state.step, asdict(state), score, self.pending.write)
             self._note_saved()
-            self.engine.forget(self.session.groups.world.broadcast_object(self.checkpoints.latest() or 0, 0))
+            self.engine.forget(self.session.world.first(lambda: self.checkpoints.latest() or 0))
 
     def _finish_saving(self) -> None:
         self.checkpoints.finish()
@@ -99,7 +99,7 @@ class Run:
             if latest := self.checkpoints.latest():
                 write_atomic(self.session.folder.saved, f"{latest}\n")
 
-        self.session.on_first(note)
+        self.session.world.first(note)
 
     def sync(self, step: int) -> dict[str, float]:
         """Let the engine draw from its model as it is after `step`, and evaluations from the policy. Blocks
@@ -110,24 +110,24 @@ class Run:
                 self.evaluator.engine.sync(step)
             return metrics
 
-    def since(self, standing: TrainState, began: float) -> TrainState:
-        """`standing` with the clock and the prompt position of now."""
-        seconds = standing.seconds + time.perf_counter() - began
-        return replace(standing, seconds=seconds, position=self.order.position)
+    def since(self, state: TrainState, began: float) -> TrainState:
+        """`state` with the clock and the prompt position of now."""
+        seconds = state.seconds + time.perf_counter() - began
+        return replace(state, seconds=seconds, position=self.order.position)
 
-    def stop(self, standing: TrainState) -> None:
+    def stop(self, state: TrainState) -> None:
         """The end of a run that was asked to stop, once its checkpoint is on disk; a launcher sees it by a
         file in the run folder. Blocks."""
         self._finish_saving()
-        self.session.on_first(lambda: write_atomic(self.session.folder.stopped, f"{standing.step}\n"))
-        self.session.progress.say(f"stopped after step {standing.step}; continue with resume=true")
+        self.session.world.first(lambda: write_atomic(self.session.folder.stopped, f"{state.step}\n"))
+        self.session.progress.say(f"stopped after step {state.step}; continue with resume=true")
 
-    def finish(self, standing: TrainState) -> None:
+    def finish(self, state: TrainState) -> None:
         """Export, summary and report of a run that is complete."""
         self._finish_saving()
-        self.engine.forget(standing.step)
+        self.engine.forget(state.step)
         said = remarks(self.task.config.objective, self.task.objective)
-        summary = Summary(standing.before, standing.after, standing.seconds, self.task.config.seed, said)
+        summary = Summary(state.before, state.after, state.seconds, self.task.config.seed, said)
         config = self.task.config
         if self.rollout_model is not None and config.models.rollout is not None and config.checkpoint.export:
             export(self.rollout_model.model, self.session.folder.hf_rollout, config.models.rollout.path)

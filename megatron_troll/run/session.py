@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from megatron_troll.config.load import dump
@@ -19,9 +18,9 @@ from megatron_troll.observe.hang import Watchdog
 from megatron_troll.observe.phases import Pace, Phases
 from megatron_troll.observe.progress import Progress, Silent, open_progress
 from megatron_troll.observe.rewind import rewind
-from megatron_troll.observe.run_folder import RunFolder, RunFolderError
+from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.observe.trackers import Summary, Together, open_trackers, write_summary
-from megatron_troll.parallel.groups import Groups
+from megatron_troll.parallel.groups import Group, Groups
 from megatron_troll.system import Interrupts, write_atomic
 from megatron_troll.types import Rollout
 from megatron_troll.weights.export import save as export
@@ -43,8 +42,9 @@ class Session:
     trackers: Together | None = field(default=None)
 
     @property
-    def is_first(self) -> bool:
-        return self.groups.world.rank == 0
+    def world(self) -> Group:
+        """All ranks of the job."""
+        return self.groups.world
 
     @property
     def seconds(self) -> float:
@@ -54,23 +54,23 @@ class Session:
     def begin_at(self, step: int) -> None:
         """The next figures are those of `step`: any that are there already are set aside, trackers are
         opened. Blocks."""
-        if self.is_first:
+
+        def begin() -> None:
             rewind(self.folder, step - 1)
             self.trackers = open_trackers(
                 self.folder, self.config.observe, self.config.model_dump(by_alias=True), step
             )
-        self.groups.world.barrier()
+
+        self.world.first(begin)
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop. Blocks on all ranks."""
-        asked = torch.tensor(float(self.interrupts.asked), device=parallel.device())
-        return bool(self.groups.world.all_reduce(asked, dist.ReduceOp.MAX).item())
+        return self.world.any(torch.tensor(float(self.interrupts.asked), device=parallel.device()))
 
     def log(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        """Write the figures of a finished step, with its time per phase."""
+        """Write the figures of a finished step, with its time per phase. Blocks."""
         metrics = {**metrics, "seconds": seconds, **self.phases.take()}
-        if self.trackers is not None:
-            self.trackers.log(step, metrics)
+        self.world.first(lambda: self.trackers and self.trackers.log(step, metrics))
         self.progress.step(step, metrics, self.pace.eta(step, seconds))
 
     def complete(self, model: MegatronModel, summary: Summary) -> None:
@@ -85,22 +85,16 @@ class Session:
             write_summary(self.folder.summary, summary)
             report([self.folder.root], self.folder.report)
 
-        self.on_first(write)
+        self.world.first(write)
 
     def keep_broken(self, step: int, rollouts: Sequence[Rollout], broken: Sequence[int]) -> str:
         """Write the batch of a step with NaN or Inf to broken/step_N.json: ids, log-probs, and which samples
         are at fault. Returns that in words. Blocks."""
         path = self.folder.root / "broken" / f"step_{step:06d}.json"
-        self.on_first(lambda: write_broken(path, rollouts, broken))
+        self.world.first(lambda: write_broken(path, rollouts, broken))
         names = ", ".join(rollouts[i].name for i in broken[:5]) or "no single sample"
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         return f"at fault: {names}{more} (the batch is in {path})"
-
-    def on_first(self, act: Callable[[], object]) -> None:
-        """Run `act` on rank 0; the others wait."""
-        if self.is_first:
-            act()
-        self.groups.world.barrier()
 
 
 def write_broken(path: Path, rollouts: Sequence[Rollout], broken: Sequence[int]) -> None:
@@ -152,15 +146,10 @@ def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator
 
 
 def _take_folder(stack: ExitStack, folder: RunFolder, config: Config, groups: Groups) -> None:
-    problem: RunFolderError | None = None
-    if groups.world.rank == 0:
-        try:
-            stack.enter_context(folder.open(dump(config), config.resume))
-        except RunFolderError as error:
-            problem = error
-    problem = groups.world.broadcast_object(problem, 0)
-    if problem is not None:
-        raise problem
+    def take() -> None:
+        stack.enter_context(folder.open(dump(config), config.resume))
+
+    groups.world.first(take)
 
 
 def _synchronise() -> Callable[[], object]:

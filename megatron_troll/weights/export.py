@@ -1,6 +1,6 @@
 """Hugging Face tensors from a Megatron model: a stream, and a folder written from it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,21 +55,39 @@ def save(
 
     Raises ValueError where `folder` holds anything but an earlier export, or `source_folder` has no config.
     """
-    world = model.groups.world
-    problem = check_target(Path(folder), Path(source_folder)) if world.rank == 0 else None
-    if problem := world.broadcast_object(problem, 0):
-        raise ValueError(problem)
-    if world.rank:
-        for _ in stream(model):
-            pass
-    else:
-        with FolderWriter(Path(folder), Path(source_folder), max_shard_bytes) as writer:
-            for name, tensor in stream(model):
+    target, source = Path(folder), Path(source_folder)
+    model.groups.world.first(lambda: check_target(target, source))
+
+    def write(tensors: Iterator[tuple[str, Tensor]]) -> None:
+        with FolderWriter(target, source, max_shard_bytes) as writer:
+            for name, tensor in tensors:
                 writer.add(name, tensor)
-            carried = carried_by(Path(source_folder), table_of(model.shape))
+            carried = carried_by(source, table_of(model.shape))
             for name in carried.names:
                 writer.add(name, carried.source.read(name))
-    world.barrier()
+
+    first_takes(model, write)
+
+
+def first_takes[T](model: MegatronModel, take: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T:
+    """`take` of the stream of `model` on rank 0; its result or error on every rank (Group.first). All ranks
+    go through the stream to its end, whatever `take` leaves of it. Blocks."""
+    tensors = stream(model)
+
+    def act() -> T:
+        try:
+            return take(tensors)
+        finally:
+            drain(tensors)
+
+    if model.groups.world.rank > 0:
+        drain(tensors)
+    return model.groups.world.first(act)
+
+
+def drain(tensors: Iterator[object]) -> None:
+    for _ in tensors:
+        pass
 
 
 def _parameters(model: MegatronModel) -> Iterator[tuple[Place, Tensors]]:

@@ -28,17 +28,19 @@ COMPANIONS = (
 )
 
 
-def check_target(folder: Path, source_folder: Path) -> str | None:
-    """Why an export to `folder` cannot be; None when it can: `folder` is not there, empty, or an export."""
+def check_target(folder: Path, source_folder: Path) -> None:
+    """Raise ValueError unless a model from `source_folder` can be exported to `folder`: that is not there,
+    is empty, or holds an earlier export."""
     if not (source_folder / CONFIG).is_file():
-        return f"{source_folder / CONFIG} not found: the export takes config and tokenizer from there"
+        raise ValueError(
+            f"{source_folder / CONFIG} not found: the export takes config and tokenizer from there"
+        )
     if folder.resolve() == source_folder.resolve():
-        return f"{folder} is the folder the model came from: export to another one"
+        raise ValueError(f"{folder} is the folder the model came from: export to another one")
     if folder.exists() and not folder.is_dir():
-        return f"{folder} is a file"
+        raise ValueError(f"{folder} is a file")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        return f"{folder} holds something that is not an exported model: export to another folder"
-    return None
+        raise ValueError(f"{folder} holds something that is not an exported model: export to another folder")
 
 
 class FolderWriter:

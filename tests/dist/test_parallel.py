@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_troll.config.tree import Layout
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.mcore.parallel import also, inside
-from megatron_troll.parallel.groups import Groups
+from megatron_troll.parallel.groups import Group, Groups
 from tests.dist.harness import RankPool
 from tests.dist.tiny import started
 
@@ -92,3 +94,43 @@ def threads() -> int:
     with started(FIRST):
         also(SECOND)
     return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ValueError("x"), CheckpointError("y")]
+)
+def test_what_rank_0_fails_at_all_ranks_raise(ranks2: RankPool, error: Exception) -> None:
+    assert ranks2.run(fail_on_first, error) == [(type(error), str(error))] * 2
+
+
+def fail_on_first(error: Exception) -> tuple[type, str]:
+    def act() -> None:
+        raise error
+
+    try:
+        world().first(act)
+    except (OSError, ValueError, RuntimeError) as found:
+        return type(found), str(found)
+    raise AssertionError("no error")
+
+
+def test_what_rank_0_finds_all_ranks_have(ranks2: RankPool) -> None:
+    assert ranks2.run(find) == [
+        ("of rank 0", "of rank 0", True, False),
+        ("of rank 0", "of rank 1", True, False),
+    ]
+
+
+def find() -> tuple[str, str, bool, bool]:
+    """Of `first`, of `each`, and whether any rank is the second, or the third."""
+    group = world()
+
+    def own() -> str:
+        return f"of rank {group.rank}"
+
+    second, third = (group.any(torch.tensor(float(group.rank == rank))) for rank in (1, 2))
+    return group.first(own), group.each(own), second, third
+
+
+def world() -> Group:
+    return Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size())

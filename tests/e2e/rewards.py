@@ -1,6 +1,7 @@
 """Rewards that the end-to-end tests name by import path, as a user's own would be."""
 
 import os
+import resource
 import time
 import zlib
 from pathlib import Path
@@ -45,4 +46,27 @@ class Sleepy(Overlap):
     def __call__(self, text: str, prompt: Prompt) -> float:
         if os.environ["RANK"] == "1":
             time.sleep(600)
+        return super().__call__(text, prompt)
+
+
+class InTheWay(Overlap):
+    """Puts a file in the place of the folder of rollouts once a step is trained on."""
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        folder = Path("runs/in-the-way/rollouts")
+        if folder.is_dir() and any(folder.iterdir()) and not Path("moved").exists():
+            folder.rename("moved")
+            folder.touch()
+        return super().__call__(text, prompt)
+
+
+class FullDisk(Overlap):
+    """While a file `full` exists: once the second step of the run is saved, no rank can make a file longer than
+    its metrics are then."""
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        run = Path("runs/full")
+        if Path("full").exists() and (run / "checkpoints" / "step_000002").exists():
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((run / "metrics.jsonl").stat().st_size, hard))
         return super().__call__(text, prompt)

@@ -35,3 +35,33 @@ def test_a_hang_says_which_rank_waits_where(warm: Workplace) -> None:
     assert "rank 1: evaluation" in told
     stacks = (warm.run("hung") / "heartbeat" / "hang_rank_1.txt").read_text()
     assert "rewards.py" in stacks
+
+
+def test_a_file_in_the_way_of_a_folder_costs_nothing_learnt(warm: Workplace) -> None:
+    """Rank 0 alone writes rollouts. Both ranks end, and the run goes on from the step it had."""
+    changes = ["name=in-the-way", "reward.name=tests.e2e.rewards:InTheWay", "checkpoint.every=0"]
+    done = warm.mtroll("train", "tiny.yaml", *changes)
+    logs = [(warm.run("in-the-way") / "logs" / f"rank_{rank}.err").read_text() for rank in range(2)]
+    assert done.code == 1
+    assert "step 1 is saved: continue with resume=true" in done.out
+    assert all("rollouts" in log.splitlines()[-1] and "Traceback" not in log for log in logs)
+    assert logs[0].splitlines()[-1] == logs[1].splitlines()[-1]
+    (warm.run("in-the-way") / "rollouts").unlink()
+    (warm.root / "moved").rename(warm.run("in-the-way") / "rollouts")
+    (warm.root / "moved").touch()
+    resumed = warm.mtroll("train", "tiny.yaml", *changes, "train.steps=2", "resume=true")
+    assert resumed.code == 0, resumed.err
+    assert [row["step"] for row in warm.metrics("in-the-way")] == [0, 1, 2]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_names_it(warm: Workplace) -> None:
+    changes = ["name=full", "reward.name=tests.e2e.rewards:FullDisk"]
+    (warm.root / "full").touch()
+    done = warm.mtroll("train", "tiny.yaml", *changes)
+    (warm.root / "full").unlink()
+    assert done.code == 1
+    assert "File too large" in "\n".join(done.err)
+    assert "Steps that are still usable: [1, 2]" in "\n".join(done.err)
+    resumed = warm.mtroll("train", "tiny.yaml", *changes, "resume=true")
+    assert resumed.code == 0, resumed.err
+    assert [row["step"] for row in warm.metrics("full")] == [0, 1, 2, 3, 4]

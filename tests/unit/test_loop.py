@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_troll.loop import alarm, due, shuffled
+from megatron_troll.loop import alarm, due, rescued, shuffled
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.rollout.engine import EngineError
+from megatron_troll.run.run import TrainState
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [7]), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (9, [7])])
@@ -31,3 +34,42 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere() -> None:
     assert (moved != rewards).mean() > 0.5
     assert (moved == shuffled(rewards, step=1)).all()
     assert (moved != shuffled(rewards, step=2)).any()
+
+
+class Recorder:
+    """A run of which only its saves are looked at."""
+
+    def __init__(self, failing: Exception | None = None) -> None:
+        self.saved: list[int] = []
+        self.said: list[str] = []
+        self.failing = failing
+        self.checkpoints = SimpleNamespace(finish=lambda: None)
+        self.session = SimpleNamespace(progress=SimpleNamespace(say=self.said.append))
+
+    def save(self, state: TrainState) -> None:
+        if self.failing is not None:
+            raise self.failing
+        self.saved.append(state.step)
+
+
+@pytest.mark.parametrize("error", [EngineError("no server"), OSError(28, "No space left on device")])
+def test_what_was_learnt_is_saved_before_an_error_ends_the_run(error: Exception) -> None:
+    run: Any = Recorder()
+    with pytest.raises(type(error), match=str(error).replace("[", r"\[")), rescued(run, TrainState(step=3)):
+        raise error
+    assert run.saved == [3]
+    assert run.said == ["step 3 is saved: continue with resume=true"]
+
+
+def test_before_the_first_step_there_is_nothing_to_save() -> None:
+    run: Any = Recorder()
+    with pytest.raises(EngineError), rescued(run, TrainState()):
+        raise EngineError("no server")
+    assert run.saved == []
+
+
+def test_where_saving_fails_too_both_errors_are_told() -> None:
+    run: Any = Recorder(failing=CheckpointError("Steps that are still usable: [2]"))
+    both = pytest.raises(CheckpointError, match=r"(?s)No space left.*still usable: \[2\]")
+    with both, rescued(run, TrainState(step=3)):
+        raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""Triton kernel of logits_at/ref.py: a program takes one row and a few of its columns, whose weights it has in
+"""Triton form of logits_at/ref.py: a program takes one row and a few of its columns, whose weights it has in
 flight at once."""
 
 import torch

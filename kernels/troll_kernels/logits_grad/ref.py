@@ -24,7 +24,7 @@ def to_logits_grad(
 
     lse, mean, lse_grad, mean_grad [C] as `row_statistics` gave them and their gradients, float32 or better;
     without mean_grad the mean is not differentiated. Columns from `width` on become 0. Computed in float32 or
-    better, stored in the dtype of logits. Holds temporaries of half a million numbers, or of a row (the kernel:
+    better, stored in the dtype of logits. Holds temporaries of half a million numbers, or of a row (kernel:
     none).
     """
     logits[:, width:] = 0.0

@@ -1,4 +1,4 @@
-"""Two sparse distributions of one row in registers, and sums over their slots: Triton kernel of pair.py and of
+"""Two sparse distributions of one row in registers, and sums over their slots: Triton form of pair.py and of
 the sweep in solve.py. A slot outside both supports has log_q = -inf and a = 0."""
 
 import triton

@@ -1,4 +1,4 @@
-"""Triton kernel of topk/ref.py: one program per row. A radix descent over the bits of the tile maxima finds the
+"""Triton form of topk/ref.py: one program per row. A radix descent over the bits of the tile maxima finds the
 tiles, a second one over the tiles' logits finds the tokens; only those tiles are read."""
 
 import torch

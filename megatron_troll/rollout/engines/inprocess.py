@@ -95,7 +95,7 @@ class InProcessEngine(Engine):
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` is true on some rank. Blocks on the world."""
         flag = torch.tensor(float(value), device=device())
-        return bool(self.model.groups.world.all_reduce(flag, torch.distributed.ReduceOp.MAX).item())
+        return self.model.groups.world.any(flag)
 
     def _step(
         self, hidden: Tensor | None, keys: list[int], position: int, sampling: Sampling

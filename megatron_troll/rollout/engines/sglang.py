@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_troll.config.tree import Sampling
 from megatron_troll.data.chat import render_prompt
-from megatron_troll.rollout.engine import Engine, EngineError, Request, Setup, rollout_of
+from megatron_troll.rollout.engine import Engine, Request, Setup, rollout_of
 from megatron_troll.rollout.sampling import sample_key
 from megatron_troll.rollout.sglang import probe as diagnosis
 from megatron_troll.rollout.sglang import weights
@@ -44,15 +44,10 @@ class SGLangEngine(Engine):
         self._open()
 
     def _open(self) -> None:
-        world, problem = self.setup.model.groups.world, None
-        if world.rank == 0:
-            try:
-                self.desk = open_desk(self.setup)
-            except EngineError as error:
-                problem = error
-        problem = world.broadcast_object(problem, 0)
-        if problem is not None:
-            raise problem
+        def connect() -> None:
+            self.desk = open_desk(self.setup)
+
+        self.setup.model.groups.world.first(connect)
         self._agreed = RankZero(self.setup.model, self.desk)
 
     def sync(self, version: int) -> dict[str, float]:
@@ -60,7 +55,7 @@ class SGLangEngine(Engine):
         if version == self._version and not self._resting:
             return {}
         if self._resting:
-            self._agreed.on_first(lambda desk: desk.on_all(desk.control.occupy))
+            self._agreed.first(lambda desk: desk.on_all(desk.control.occupy))
             self._resting = False
         reached = weights.sync(self._agreed, version)
         self._version = version
@@ -82,13 +77,13 @@ class SGLangEngine(Engine):
     ) -> Callable[[], list[Rollout]]:
         questions = [self._question(request, sampling, round) for request in requests]
         drawing = GenerationBatch(questions, round, journal)
-        self._agreed.on_first(drawing.begin)
+        self._agreed.first(drawing.begin)
 
         def finish() -> list[Rollout]:
-            while not self._agreed.on_first(drawing.complete):
+            while not self._agreed.first(drawing.complete):
                 assert self._version is not None
                 weights.sync(self._agreed, self._version)
-            drawn = self._agreed.on_first(lambda desk: [drawing.answers[i] for i in range(len(questions))])
+            drawn = self._agreed.first(lambda desk: [drawing.answers[i] for i in range(len(questions))])
             return [
                 rollout_of(self.setup, request, answer, sampling, round)
                 for request, answer in zip(requests, drawn, strict=True)
@@ -99,12 +94,12 @@ class SGLangEngine(Engine):
     def forget(self, round: int) -> None:
         if self._journal is not None:
             journal = self._journal
-            self._agreed.on_first(lambda desk: journal.forget(round))
+            self._agreed.first(lambda desk: journal.forget(round))
 
     def rest(self) -> None:
         """Colocated servers release the memory of weights and caches until the next sync."""
         if self.setup.rollout.sglang.colocated:
-            self._agreed.on_first(lambda desk: desk.on_all(desk.control.release))
+            self._agreed.first(lambda desk: desk.on_all(desk.control.release))
             self._resting = True
 
     def close(self) -> None:
@@ -137,7 +132,7 @@ class SGLangEngine(Engine):
             return {}
         vocab = self.setup.model.shape.vocab
         ids = [one.ids.tolist() for one in self._probed]
-        served = self._agreed.on_first(
+        served = self._agreed.first(
             lambda desk: desk.background.run(desk.client.score(urls, ids, min(TOP_K, vocab), vocab))
         )
         found = gaps(self.setup.model, self._probed, served)

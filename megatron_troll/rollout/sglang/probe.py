@@ -127,9 +127,9 @@ def told(agreed: RankZero, url: str, source_folder: Path, folder: Path) -> str:
         return desk.background.run(desk.control.checksums(url))
 
     try:
-        before = agreed.on_first(sums)
+        before = agreed.first(sums)
         lost = delivered(agreed, [url], load_afresh)
-        after = agreed.on_first(sums) if url not in lost else {}
+        after = agreed.first(sums) if url not in lost else {}
     except (Passing, UpdateRefused) as error:
         return f"Its weights cannot be compared with the trainer's: {error}"
     differing = families(before, after)

@@ -1,15 +1,15 @@
 """New weights to every server, while all ranks stream them; checked afterwards."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from megatron_troll.mcore.model import MegatronModel
-from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.control import Pause, each
 from megatron_troll.rollout.sglang.desk import Connection
 from megatron_troll.rollout.sglang.errors import NoServers, Passing
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, quietly
-from megatron_troll.weights.export import stream
+from megatron_troll.weights.export import first_takes
 
 # Syncs that lose all their servers, before the run ends.
 ATTEMPTS = 3
@@ -22,21 +22,9 @@ class RankZero:
     model: MegatronModel
     desk: Connection | None
 
-    def on_first[T](self, act: Callable[[Connection], T]) -> T:
-        """`act` on rank 0; its result on all ranks. Raises its EngineError on all ranks; a full disk and the
-        like are one."""
-        outcome: tuple[T | None, EngineError | None] | None = None
-        if self.desk is not None:
-            try:
-                outcome = act(self.desk), None
-            except EngineError as error:
-                outcome = None, error
-            except OSError as error:
-                outcome = None, EngineError(f"{type(error).__name__}: {error}")
-        value, error = self.model.groups.world.broadcast_object(outcome, 0)
-        if error is not None:
-            raise error
-        return value
+    def first[T](self, act: Callable[[Connection], T]) -> T:
+        """`act` of the connection on rank 0; its result or error on all ranks (Group.first)."""
+        return self.model.groups.world.first(lambda: act(cast("Connection", self.desk)))
 
 
 def sync(agreed: RankZero, number: int, pause: Pause = "retract") -> list[str]:
@@ -49,7 +37,7 @@ def sync(agreed: RankZero, number: int, pause: Pause = "retract") -> list[str]:
     lost: Failed = {}
     for _ in range(ATTEMPTS):
         try:
-            urls = agreed.on_first(lambda desk: _paused(desk, pause))
+            urls = agreed.first(lambda desk: _paused(desk, pause))
         except NoServers as error:
             raise NoServers(f"{error}{_told(lost)}") from error
         reached, lost = _attempt(agreed, urls, number)
@@ -65,7 +53,7 @@ def _attempt(agreed: RankZero, urls: Sequence[str], number: int) -> tuple[list[s
         return desk.transport.deliver(tensors, urls, desk.versions.called(number))
 
     lost = delivered(agreed, urls, send)
-    return agreed.on_first(lambda desk: _resumed(desk, urls, lost, number)), lost
+    return agreed.first(lambda desk: _resumed(desk, urls, lost, number)), lost
 
 
 def _told(lost: Failed) -> str:
@@ -93,9 +81,10 @@ def _paused(desk: Connection, pause: Pause) -> list[str]:
 
 def delivered(agreed: RankZero, urls: Sequence[str], send: Callable[[Connection, Tensors], Failed]) -> Failed:
     """Rank 0 sends what all ranks stream; the servers of `urls` that were lost, on all ranks."""
-    tensors = stream(agreed.model)
 
-    def deliver(desk: Connection) -> Failed:
+    def deliver(tensors: Tensors) -> Failed:
+        desk = agreed.desk
+        assert desk is not None
         try:
             return send(desk, tensors)
         except Passing as error:
@@ -103,17 +92,8 @@ def delivered(agreed: RankZero, urls: Sequence[str], send: Callable[[Connection,
         except BaseException:
             desk.background.run(quietly(urls, desk.control.resume))
             raise
-        finally:
-            _drain(tensors)
 
-    if agreed.desk is None:
-        _drain(tensors)
-    return agreed.on_first(deliver)
-
-
-def _drain(tensors: Iterator[object]) -> None:
-    for _ in tensors:
-        pass
+    return first_takes(agreed.model, deliver)
 
 
 def _resumed(desk: Connection, urls: Sequence[str], lost: Failed, number: int) -> list[str]:

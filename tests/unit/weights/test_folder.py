@@ -104,11 +104,15 @@ def test_an_earlier_export_is_replaced_only_by_a_whole_one(tmp_path: Path, sourc
 def test_targets_that_would_lose_something_are_refused(tmp_path: Path, source: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    assert check_target(other, source) is None
+    check_target(other, source)
     (other / "thesis.txt").write_text("")
-    assert "not an exported model" in (check_target(other, source) or "")
-    assert "is a file" in (check_target(other / "thesis.txt", source) or "")
-    assert "the model came from" in (check_target(source / ".." / "source", source) or "")
-    assert "config.json not found" in (check_target(tmp_path / "new", other) or "")
+    for target, model, why in (
+        (other, source, "not an exported model"),
+        (other / "thesis.txt", source, "is a file"),
+        (source / ".." / "source", source, "the model came from"),
+        (tmp_path / "new", other, "config.json not found"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            check_target(target, model)
     write(tmp_path / "export", source, TENSORS)
-    assert check_target(tmp_path / "export", source) is None
+    check_target(tmp_path / "export", source)
