@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NEMO_PIP := .venv-nemo/bin/python -m pip --disable-pip-version-check --quiet
 SGLANG_PIP := .venv-sglang/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: env nemo-env sglang-env check test slurm test-slurm test-nemo test-nemo-slurm test-sglang train bench clean
+.PHONY: env nemo-env sglang-env check test test-unit test-dist test-e2e slurm test-slurm test-nemo test-nemo-slurm test-sglang train bench clean
 
 env: .venv/.ready
 
@@ -50,14 +50,24 @@ check: env
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# Tests of ranks start processes of their own, and run one at a time. Threads only wait for each other on tensors as
-# small as these.
-test: export OMP_NUM_THREADS = 1
+# Threads only wait for each other on tensors as small as these.
+test-unit test-dist test-e2e: export OMP_NUM_THREADS = 1
 # Megatron compiles functions at import that nothing without a GPU calls: a fifth of the start of every process.
-test: export TORCHDYNAMO_DISABLE = 1
-test: env
+test-unit test-dist test-e2e: export TORCHDYNAMO_DISABLE = 1
+# Compiled modules save another twentieth.
+unexport PYTHONDONTWRITEBYTECODE
+
+test: test-unit test-dist test-e2e
+
+test-unit: env
 	$(BIN)/python -m pytest -n 2 tests/unit tests/house
-	$(BIN)/python -m pytest tests/dist tests/e2e
+
+# Two sets of up to seven ranks each: 19 GB of memory.
+test-dist: env
+	$(BIN)/python -m pytest -n 2 tests/dist
+
+test-e2e: env
+	$(BIN)/python -m pytest tests/e2e
 
 test-sglang: env sglang-env
 	$(BIN)/python -m pytest tests/sglang

@@ -77,3 +77,16 @@ class PrecisionAware(Node):
         default="bf16", description="first moment; fp8: with a scale per tensor"
     )
     exp_avg_sq: Literal["fp32", "bf16", "fp16", "fp8"] = Field(default="bf16", description="second moment")
+
+
+class Layout(Node):
+    """Parallel sizes. The data-parallel size is what remains of the world."""
+
+    tp: Positive = Field(default=1, description="tensor parallel; above 1 it brings sequence parallelism")
+    pp: Positive = Field(default=1, description="pipeline stages")
+    vpp: Positive | None = Field(
+        default=None, description="virtual pipeline stages per rank (interleaved schedule)"
+    )
+    cp: Positive = Field(default=1, description="context parallel: slices of every sequence")
+    ep: Positive = Field(default=1, description="expert parallel: ranks that the experts are spread over")
+    etp: Positive = Field(default=1, description="expert tensor parallel: ranks that one expert is cut over")

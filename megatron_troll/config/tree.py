@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_troll.config.model_options import (
     Distill,
+    Layout,
     LearningRateSchedule,
     MoE,
     Muon,
@@ -27,19 +28,6 @@ from megatron_troll.config.node import (
     Slot,
 )
 from megatron_troll.config.serving import Launch, Serve, SGLang
-
-
-class Layout(Node):
-    """Parallel sizes. The data-parallel size is what remains of the world."""
-
-    tp: Positive = Field(default=1, description="tensor parallel; above 1 it brings sequence parallelism")
-    pp: Positive = Field(default=1, description="pipeline stages")
-    vpp: Positive | None = Field(
-        default=None, description="virtual pipeline stages per rank (interleaved schedule)"
-    )
-    cp: Positive = Field(default=1, description="context parallel: slices of every sequence")
-    ep: Positive = Field(default=1, description="expert parallel: ranks that the experts are spread over")
-    etp: Positive = Field(default=1, description="expert tensor parallel: ranks that one expert is cut over")
 
 
 class Optimizer(Node):

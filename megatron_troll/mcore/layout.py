@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_troll.config.tree import Layout
+from megatron_troll.config.model_options import Layout
 from megatron_troll.mcore.shape import ModelShape
 
 

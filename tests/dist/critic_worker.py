@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_troll.config.model_options import Layout
 from megatron_troll.config.tree import (
     Config,
     CriticOptimizer,
     Data,
-    Layout,
     Model,
     Models,
     Optimizer,

@@ -4,17 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_troll.advantages.grpo import Grpo
-from megatron_troll.config.model_options import Distill
-from megatron_troll.config.tree import (
-    Config,
-    Layout,
-    Model,
-    Models,
-    Optimizer,
-    RolloutConfig,
-    Sampling,
-    Train,
-)
+from megatron_troll.config.model_options import Distill, Layout
+from megatron_troll.config.tree import Config, Model, Models, Optimizer, RolloutConfig, Sampling, Train
 from megatron_troll.config.tree import RolloutModelConfig as RolloutModelConfig
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.checkpoint import Checkpoints

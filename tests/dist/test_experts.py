@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.model_options import MoE
-from megatron_troll.config.tree import Layout, Model, Optimizer
+from megatron_troll.config.model_options import Layout, MoE
+from megatron_troll.config.tree import Model, Optimizer
 from megatron_troll.observe.experts import expert_metrics
 from tests.dist.experts_worker import Loads, Routed, route, run_steps
 from tests.dist.harness import RankPool

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_troll.config.load import PRESETS
-from megatron_troll.config.tree import Layout, Model
+from megatron_troll.config.model_options import Layout
+from megatron_troll.config.tree import Model
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.packing import zigzag

@@ -61,7 +61,7 @@ class InTheWay(Overlap):
 
 
 class FullDisk(Overlap):
-    """While a file `full` exists: once the second step of the run is saved, no rank can make a file longer than
+    """While a file `full` exists: once the second step of the run is saved, no rank makes a file longer than
     its metrics are then."""
 
     def __call__(self, text: str, prompt: Prompt) -> float:

@@ -1,6 +1,7 @@
 """The house keeps its shape: layers, sizes, and words that some rooms must not use."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -65,6 +66,17 @@ def test_every_room_has_its_layer() -> None:
     rooms = {path.stem for path in PACKAGE.iterdir() if (path.is_dir() or path.suffix == ".py")}
     rooms -= {"__init__", "__pycache__", "presets"}
     assert listed == {f"megatron_troll.{room}" for room in rooms} | {"troll_kernels"}
+
+
+def test_the_table_of_the_readme_is_that_of_the_layers() -> None:
+    """A row for each layer, from the top."""
+    layers = [layer.split("|") for layer in PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]]
+    contract = [[name.strip().removeprefix("megatron_troll.") for name in layer] for layer in layers]
+    table = (
+        (ROOT / "README.md").read_text().split("| room | what it knows |\n|---|---|\n")[1].split("\n\n")[0]
+    )
+    rows = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines()]
+    assert [set(row) for row in rows] == [set(layer) for layer in contract]
 
 
 def test_only_mcore_imports_megatron() -> None:

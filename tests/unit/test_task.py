@@ -11,7 +11,7 @@ import torch
 
 from megatron_troll.checks import smallest_world
 from megatron_troll.config.load import load
-from megatron_troll.config.tree import Layout
+from megatron_troll.config.model_options import Layout
 from megatron_troll.rollout.engine import Engine
 from megatron_troll.task import PROBLEMS, Task, demonstrations, prepare
 from tests.unit.demo_task import write_config
