@@ -9,10 +9,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 from megatron_troll.data.demo_model import write_base
+
+# The same examples every time, however slow the machine is.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

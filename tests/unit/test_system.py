@@ -38,7 +38,7 @@ def test_the_signals_of_this_process_are_as_before():
 
 def test_pythons_own_helper_processes_are_spared_too():
     """The resource tracker unblocks signals where it starts, which the first spawn of a program does."""
-    program = "from tests.unit.test_signals import manager_survives; assert manager_survives()"
+    program = "from tests.unit.test_system import manager_survives; assert manager_survives()"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -143,8 +143,8 @@ def test_replay_needs_something_to_repeat(config: Path, tmp_path: Path) -> None:
     said = refusal(config, "train.replay=rollout", "rollout.engine=sglang")
     assert "the engine sglang does not return the experts it chose; set serve.routed_experts=true" in said
     task(config, "train.replay=rollout", "rollout.engine=sglang", "serve.routed_experts=true")
-    said = refusal(config, "train.replay=rollout", "rollout.engine=tests.unit.test_checks:Forgetful")
-    assert "the engine tests.unit.test_checks:Forgetful does not return" in said
+    said = refusal(config, "train.replay=rollout", "rollout.engine=tests.unit.test_task:Forgetful")
+    assert "the engine tests.unit.test_task:Forgetful does not return" in said
     said = refusal(config, "train.replay=old", *dense_policy(config, tmp_path))
     assert "train.replay=old repeats choices of experts: " in said
 
