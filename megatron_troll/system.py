@@ -1,4 +1,4 @@
-"""Writing files that a kill cannot leave half done."""
+"""Files that a kill cannot leave half written, and the signals by which a run is asked to stop."""
 
 import os
 import signal

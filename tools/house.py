@@ -1,11 +1,9 @@
-"""Counts how the package is built: python tools/house.py [CHECKOUT ...], one column each.
+"""Counts how the package is built: python tools/house.py [CHECKOUT ...], one after the other.
 
 room      a folder or file straight in megatron_troll/, and troll_kernels
 layers    lines of the import-linter contract
 arrows    pairs of rooms of which one imports the other, wherever in its files the import stands
 imports   import statements of the package's own modules per 1,000 lines (relative, dotted and re-exports too)
-records   classes that a prompt passes through on its way to a loss, as PATH_OF_A_PROMPT lists them
-calls     functions between the shell and the train step, as PATH_TO_A_STEP lists them
 """
 
 import ast

@@ -2,6 +2,9 @@
 
 Megatron's own local attention takes neither packed sequences nor context parallelism. This one takes both,
 and the masks and KV caches of in-process generation.
+
+Under context parallelism a rank computes causal attention of the last positions of a sequence, for each
+chunk it holds: no mask, and neither forward nor backward holds positions x positions.
 """
 
 from collections.abc import Callable

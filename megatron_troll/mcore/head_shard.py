@@ -1,4 +1,8 @@
-"""The rows of the LM head on this rank: what its part of the vocabulary says, put together over all ranks."""
+"""The rows of the LM head on this rank: what its part of the vocabulary says, put together over all ranks.
+
+Megatron reduces a bucket of gradients as soon as autograd has passed each of its weights. The head adds the
+gradient of its weight to `main_grad` by itself, without autograd, and so says when that is complete.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

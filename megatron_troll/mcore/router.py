@@ -8,6 +8,11 @@ tokens as in arXiv:2501.11873) is a plain sum over tokens: any layout gives the 
 Balancing without a loss (arXiv:2408.15664): a bias on each expert's score moves the choice, not the weights
 of the chosen; after every step it falls for experts with more than the mean load and rises for the others.
 Megatron has this for sigmoid scores only.
+
+Replay: which experts tokens go to, recorded in one forward and repeated in others. R3 (arXiv:2510.11370)
+repeats the rollout engine's choices in the trainer, R2 those of the policy at the start of the update (both
+names: arXiv:2512.01374). Megatron's switch (moe_enable_routing_replay) is a global list of all routers,
+which knows neither padding nor several models.
 """
 
 from collections import deque

@@ -4,6 +4,10 @@
     c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1})      the threshold on w_t D_t
 
 All [L]: every token of each response in order, masked or not. Sums run in float64.
+
+The scans below serve every mask with a memory of its response: [L] holds the tokens of all responses, one
+response after the other; owner [L] names each token's response, and nothing crosses the border between two
+of them.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""What the methods of slot `kl` share: a coefficient, and the frozen reference model (ALGORITHMS 3)."""
+"""What the methods of slot `kl` share: a coefficient, and the frozen reference model (ALGORITHMS 3).
+
+`partial_kl` is KL(new || reference) summed over a set S of kept tokens (ALGORITHMS 3.1). Nothing holds N x V.
+"""
 
 import torch
 from pydantic import Field

@@ -1,5 +1,10 @@
 """Jackpot: rollout tokens rejected so that the accepted ones follow the trainer's policy more closely
-(arXiv 2602.06107, Alg. 1; ALGORITHMS 5)."""
+(arXiv 2602.06107, Alg. 1; ALGORITHMS 5).
+
+Optimal budgeted rejection sampling: a token drawn from the proposal q is accepted with probability min(1, p
+/ (lam q)) for a target p; accepted tokens follow min(q, p / lam) / Z. All log-probabilities; nothing here
+holds N x V unless given it.
+"""
 
 import math
 from dataclasses import dataclass
