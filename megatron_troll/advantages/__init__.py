@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_troll.config.tree import Node
+from megatron_troll.config.methods import SlotMethod
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Values:
     length: Tensor
 
 
-class Advantage(Node):
-    """A method of the slot `advantage`; its fields are its configuration."""
+class Advantage(SlotMethod):
+    """A method of the slot `advantage`."""
 
     @property
     def needs_groups(self) -> bool:

@@ -1,5 +1,7 @@
 """Generalised advantage estimation with a critic (arXiv 1506.02438, eq. 16; PPO, arXiv 1707.06347)."""
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,6 +21,8 @@ class Gae(Advantage):
     variance 1 (ddof 0), as in PPO's code; it is over all tokens, whatever their prompt. The critic's targets
     come from `gae` and are not whitened.
     """
+
+    family: ClassVar[str] = "critic"
 
     gamma: Fraction = Field(default=1.0, description="discount per token")
     lam: Fraction = Field(default=0.95, description="0: one-step differences; 1: return less value")

@@ -131,6 +131,16 @@ def report(arguments: Namespace) -> int:
     return 0
 
 
+def methods(arguments: Namespace) -> int:
+    from megatron_troll.objectives.catalogue import listing
+
+    try:
+        sys.stdout.write(listing(arguments.slot))
+    except ConfigError as error:
+        return _refuse(error)
+    return 0
+
+
 def rollouts(arguments: Namespace) -> int:
     from megatron_troll.observe.browse import browse, html
 

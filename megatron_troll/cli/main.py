@@ -65,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.add_argument("--output", default=None, help="default: report.html in the first run's folder")
     report.set_defaults(run=commands.report)
+    methods = kinds.add_parser("methods", help="the methods of every slot, and what each goes with")
+    methods.add_argument(
+        "slot", nargs="?", metavar="SLOT", help="advantage, ratio, trust_region, kl, correction"
+    )
+    methods.set_defaults(run=commands.methods)
     rollouts = kinds.add_parser("rollouts", help="browse prompts, answers, rewards and log-probs")
     rollouts.add_argument("run_folder", metavar="RUN")
     rollouts.add_argument("--step", type=int, default=None, help="default: the last")

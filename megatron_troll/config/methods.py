@@ -3,17 +3,60 @@
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 from types import ModuleType
+from typing import ClassVar, NamedTuple
 
 from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.tree import Node, Slot
 from megatron_troll.config.validate import read_fields
 
 
+class Pairing(NamedTuple):
+    """Partners of a method, and what is to be said about them.
+
+    key      what chooses them: another slot of `objective`, or a key of it with a fixed set of values
+    names    methods of that slot, families of them (`SlotMethod.family`), or values of that key
+    reason   completes "`method` is not defined with `partner`: "
+    """
+
+    key: str
+    names: tuple[str, ...]
+    reason: str
+
+
+class SlotMethod(Node):
+    """A method of a slot of `objective`; its fields are its configuration.
+
+    A method goes with every other but those that one of the two refuses.
+
+    family  a word by which others can name this method and those like it, beside its own name; "": none
+    """
+
+    family: ClassVar[str] = ""
+
+    @property
+    def refuses(self) -> tuple[Pairing, ...]:
+        """Partners with which this method is not defined."""
+        return ()
+
+    @property
+    def cautions(self) -> tuple[Pairing, ...]:
+        """Partners it is allowed with although no paper covers the pair; a run's summary gives the reason."""
+        return ()
+
+
 def known_methods(folder: str) -> tuple[str, ...]:
-    """The names that `folder` (a package, "megatron_troll.objectives.kl") offers: its modules."""
+    """The names that `folder` (a package, "megatron_troll.objectives.kl") offers: its modules. Raises
+    ConfigError where a file and a folder have one name."""
     package = importlib.import_module(folder)
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
+    names = []
+    for module in pkgutil.iter_modules(package.__path__):
+        file = Path(module.module_finder.path) / f"{module.name}.py"
+        if module.ispkg and file.exists():
+            raise ConfigError(f"{file}:1: {file.with_suffix('')} is a method {module.name!r} too: rename one")
+        names.append(module.name)
+    return tuple(sorted(names))
 
 
 def build_method[Method: Node](slot: Slot, folder: str, kind: type[Method], key: str) -> Method:
@@ -26,16 +69,26 @@ def find_class[Found](name: str, folder: str, kind: type[Found], key: str) -> ty
     """The one subclass of `kind` that the module `name` of `folder` defines, or the class that
     `package.module:Class` names. `key` is where the name stands in the tree.
 
-    Raises ConfigError for an unknown name (the nearest and the known ones are named) and for an import path
-    that leads nowhere or to something else than a `kind`."""
+    Raises ConfigError for an unknown name (the nearest and the known ones are named), for an import path
+    that leads nowhere or to something else than a `kind`, and for a file of `folder` that defines no
+    `kind`, several, or one that is not finished (with its line)."""
     path, _, class_name = name.partition(":")
     if class_name:
         found = getattr(_import(path, key), class_name, None)
+        if not (inspect.isclass(found) and issubclass(found, kind)):
+            raise ConfigError(f"{key}: {name!r} does not lead to a subclass of {kind.__name__}")
     else:
-        found = _defined_in(_import_known(name, folder, key), kind)
-    if not (inspect.isclass(found) and issubclass(found, kind)):
-        raise ConfigError(f"{key}: {name!r} does not lead to a subclass of {kind.__name__}")
+        found = _defined_in(_import_known(name, folder, key), kind, key)
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ConfigError(f"{key}: {line_of(found)}: {found.__name__} does not define {', '.join(missing)}")
     return found
+
+
+def line_of(kind: type, text: str = "") -> str:
+    """FILE:LINE where a class is defined, or where `text` first stands in its source."""
+    lines, start = inspect.getsourcelines(kind)
+    within = next((i for i, line in enumerate(lines) if text in line), 0)
+    return f"{inspect.getsourcefile(kind)}:{start + within}"
 
 
 def _import(path: str, key: str) -> ModuleType:
@@ -56,10 +109,19 @@ def _import_known(name: str, folder: str, key: str) -> ModuleType:
     return importlib.import_module(f"{folder}.{name}")
 
 
-def _defined_in[Found](module: ModuleType, kind: type[Found]) -> type[Found] | None:
-    own = [
+def _defined_in[Found](module: ModuleType, kind: type[Found], key: str) -> type[Found]:
+    classes = [
         member
         for _, member in inspect.getmembers(module, inspect.isclass)
-        if issubclass(member, kind) and member.__module__ == module.__name__
+        if member.__module__ == module.__name__
     ]
-    return own[0] if len(own) == 1 else None
+    match [member for member in classes if issubclass(member, kind)]:
+        case [found]:
+            return found
+        case []:
+            others = [f"{line_of(other)}: {other.__name__} is none" for other in classes]
+            where = ", ".join(others) or f"{module.__file__}:1"
+            raise ConfigError(f"{key}: this file must define one subclass of {kind.__name__}: {where}")
+        case several:
+            where = ", ".join(f"{line_of(other)}: {other.__name__}" for other in several)
+            raise ConfigError(f"{key}: this file must define one subclass of {kind.__name__}: {where}")

@@ -1,45 +1,59 @@
-"""The slot table: which methods go together, and the objective that a configuration names (ALGORITHMS 7).
+"""Which methods go together, and the objective that a configuration names (ALGORITHMS 7).
 
-Methods named by import path answer for themselves: no rule of the table is applied to them.
+Each method says itself what it is not defined with (`SlotMethod.refuses`); nothing here knows one by name but
+the entropy of TROLL's sparse policy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple, get_args
 
 from megatron_troll.advantages import Advantage
-from megatron_troll.config.methods import build_method
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import Node, ObjectiveConfig, Slot
+from megatron_troll.config.methods import (
+    Pairing,
+    SlotMethod,
+    build_method,
+    find_class,
+    known_methods,
+    line_of,
+)
+from megatron_troll.config.node import ConfigError, nearest
+from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives.entropy import FullEntropy, SparseEntropy
-from megatron_troll.objectives.masking import Masking
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Correction, Kl, Ratio, TrustRegion
 from megatron_troll.objectives.trust_region.troll import Budget, Troll
 
 OBJECTIVES = "megatron_troll.objectives"
-SLOTS: dict[str, tuple[str, type[Node]]] = {
+SLOTS: dict[str, tuple[str, type[SlotMethod]]] = {
     "advantage": ("megatron_troll.advantages", Advantage),
     "ratio": (f"{OBJECTIVES}.ratio", Ratio),
     "trust_region": (f"{OBJECTIVES}.trust_region", TrustRegion),
     "kl": (f"{OBJECTIVES}.kl", Kl),
     "correction": (f"{OBJECTIVES}.correction", Correction),
 }
-MASKS = frozenset({"cppo", "dppo", "trm"})
-WEIGHTS = frozenset({"cispo", "minpro"})
-# ratio -> the trust regions it is defined with
-TRUST_REGIONS = {
-    "token": frozenset({"none", "clip", "symclip", "troll"}) | MASKS | WEIGHTS,
-    "gspo": frozenset({"none", "clip", "troll"}),
-    "dfpo": frozenset({"clip", "troll"}),
+CHOICES: dict[str, tuple[str, ...]] = {
+    key: get_args(ObjectiveConfig.model_fields[key].annotation) for key in ("aggregation", "old")
 }
-JACKPOT_WITH = frozenset({"none", "clip", "troll"})
+
+
+class Chosen(NamedTuple):
+    """A method as a slot names it."""
+
+    slot: str
+    name: str
+    method: SlotMethod
+
+    def is_one_of(self, pairing: Pairing) -> bool:
+        return self.slot == pairing.key and bool({self.name, self.method.family} & set(pairing.names))
 
 
 def compose(config: ObjectiveConfig) -> Objective:
     """The objective of a configuration. Raises ConfigError for an unknown method or field, and for a
     combination that has no meaning, with the reason."""
-    objective = _with_entropy(Objective(**_methods(config)), config)
-    if problems := list(_problems(config, objective)):
+    methods = _methods(config)
+    objective = _with_entropy(Objective(**methods), config)
+    if problems := list(_problems(config, methods)):
         raise ConfigError("\n".join(f"objective: {problem}" for problem in problems))
     return objective
 
@@ -69,10 +83,14 @@ def resolve(config: ObjectiveConfig) -> ObjectiveConfig:
 
 def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
     """What whoever reads the results of a run should know about its combination of methods."""
-    found = []
+    chosen = _chosen(config, {slot: getattr(objective, slot) for slot in SLOTS})
+    found = [
+        f"experimental: {pairing.reason}"
+        for one in chosen
+        for pairing in one.method.cautions
+        if any(other.is_one_of(pairing) for other in chosen)
+    ]
     region = objective.trust_region
-    if (config.ratio.name, config.trust_region.name) == ("dfpo", "troll"):
-        found.append("experimental: dfpo weights made from the projected policy have no paper behind them")
     if isinstance(region, Troll) and isinstance(region.bound, Budget):
         found.append("the bound is CPPO's budget on KL(new || old); CPPO itself measures KL(mu || new)")
         if region.bound.remark:
@@ -81,13 +99,13 @@ def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
 
 
 def head_gradient(objective: Objective) -> str:
-    """Which way back the LM head takes (mcore/head.py), and why."""
+    """Through what the gradient passes in the LM head (mcore/head.py), and why."""
     if dense := _dense(objective):
         return (
             "LM head: gradient through the full softmax, in chunks of whole rows formed again in backward, "
             f"because of {dense}"
         )
-    return "LM head: gradient through the kept columns alone; nothing differentiates the full softmax"
+    return "LM head: gradient through the kept top-K columns only; no method needs the full softmax"
 
 
 def refuse_dense_head(objective: Objective) -> None:
@@ -111,47 +129,76 @@ def _dense(objective: Objective) -> str:
     )
 
 
-def _problems(config: ObjectiveConfig, objective: Objective) -> Iterator[str]:
-    ratio, region = config.ratio.name, config.trust_region.name
-    if ":" not in ratio + region and region not in TRUST_REGIONS[ratio]:
-        yield (
-            f"ratio {ratio!r} is not defined with trust_region {region!r}: {_reason(ratio, region)}; "
-            f"it goes with {', '.join(sorted(TRUST_REGIONS[ratio]))}"
-        )
-    if ratio == "dfpo" and config.advantage.name == "gae":
-        yield "ratio 'dfpo' weighs whole responses by centred advantages; advantage 'gae' has neither"
-    if region == "cispo" and config.aggregation != "token-mean":
-        yield f"trust_region 'cispo' is defined with aggregation token-mean, not {config.aggregation}"
-    yield from _correction_problems(config, objective.trust_region)
+def _problems(config: ObjectiveConfig, methods: Mapping[str, SlotMethod]) -> Iterator[str]:
+    chosen = _chosen(config, methods)
+    for one in chosen:
+        for pairing in (*one.method.refuses, *one.method.cautions):
+            check_pairing(one, pairing, chosen)
+        for pairing in one.method.refuses:
+            if pairing.key in CHOICES and getattr(config, pairing.key) in pairing.names:
+                other = getattr(config, pairing.key)
+            else:
+                other = next((other.name for other in chosen if other.is_one_of(pairing)), "")
+            if other:
+                yield (
+                    f"{one.slot} {one.name!r} is not defined with {pairing.key} {other!r}: {pairing.reason}; "
+                    f"it goes with {pairing.key} {', '.join(partners(one, pairing.key))}"
+                )
 
 
-def _reason(ratio: str, region: str) -> str:
-    if region in MASKS | WEIGHTS:
-        return "it weighs tokens by their own ratios"
-    if region == "symclip":
-        return "its bound and its cancellation are those of token ratios"
-    return "its weights are those that a clip leaves (eq. 47)"
+def _chosen(config: ObjectiveConfig, methods: Mapping[str, SlotMethod]) -> list[Chosen]:
+    return [Chosen(slot, getattr(config, slot).name, method) for slot, method in methods.items()]
 
 
-def _correction_problems(config: ObjectiveConfig, region: TrustRegion) -> Iterator[str]:
-    ratio, name, correction = config.ratio.name, config.trust_region.name, config.correction.name
-    if correction == "jackpot" and ":" not in ratio + name and (ratio != "token" or name not in JACKPOT_WITH):
-        yield (
-            f"correction 'jackpot' rejects single tokens: it is not defined with ratio {ratio!r} and "
-            f"trust_region {name!r}; it goes with ratio token and {', '.join(sorted(JACKPOT_WITH))}"
-        )
-    if correction not in ("tis", "icepop"):
-        return
-    if isinstance(region, Masking) and region.against == "rollout":
-        yield (
-            f"trust_region {name!r} measures the ratio against the rollout policy, which contains the "
-            f"correction {correction!r} already; set correction none, or trust_region.against=old"
-        )
-    if config.old == "engine":
-        yield (
-            f"correction {correction!r} weighs by old over rollout, which is 1 with objective.old=engine; "
-            "set correction none, or objective.old=trainer"
-        )
+def check_pairing(one: Chosen, pairing: Pairing, others: list[Chosen]) -> None:
+    """Raises ConfigError, with file and line, where a method declares a partner that does not exist. `others`
+    may come from outside the package, whose families no folder tells."""
+    known = CHOICES.get(pairing.key, ())
+    if pairing.key in SLOTS:
+        known = known_methods(SLOTS[pairing.key][0])
+        if not set(pairing.names) <= set(known):  # Only then is it worth importing every file of the slot.
+            everyone = (*offered(pairing.key), *others)
+            known = (
+                *known,
+                *(o.method.family for o in everyone if o.slot == pairing.key and o.method.family),
+            )
+    elif pairing.key not in CHOICES:
+        _refuse_partner(one, pairing.key, "key", (*SLOTS, *CHOICES))
+    for name in pairing.names:
+        if name not in known:
+            _refuse_partner(one, name, pairing.key, known)
+
+
+def _refuse_partner(one: Chosen, name: str, what: str, known: tuple[str, ...]) -> None:
+    place = line_of(type(one.method), f'"{name}"')
+    raise ConfigError(
+        f"{place}: {one.slot} {one.name!r} declares a partner {what} {name!r}, which does not exist; "
+        f"{nearest(name, known)}"
+    )
+
+
+def offered(slot: str) -> list[Chosen]:
+    """Every method of a slot's folder, with its defaults. Raises ConfigError like `find_class`."""
+    return [Chosen(slot, name, _by_default(slot, name)) for name in known_methods(SLOTS[slot][0])]
+
+
+def _by_default(slot: str, name: str) -> SlotMethod:
+    kind = find_class(name, *SLOTS[slot], f"objective.{slot}.name")
+    required = any(field.is_required() for field in kind.model_fields.values())
+    return kind.model_construct() if required else kind()
+
+
+def partners(one: Chosen, key: str) -> list[str]:
+    """The methods of another slot (with their defaults), or the values of a key, that `one` goes with."""
+    if key in CHOICES:
+        refused = {name for pairing in one.method.refuses if pairing.key == key for name in pairing.names}
+        return [name for name in CHOICES[key] if name not in refused]
+    return [
+        other.name
+        for other in offered(key)
+        if not any(other.is_one_of(pairing) for pairing in one.method.refuses)
+        and not any(one.is_one_of(pairing) for pairing in other.method.refuses)
+    ]
 
 
 def _methods(config: ObjectiveConfig) -> dict:

@@ -1,12 +1,13 @@
 """Trust regions that take tokens out of the gradient where the policy has moved too far (ALGORITHMS 2, 6)."""
 
 from abc import abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from megatron_troll.config.methods import Pairing
 from megatron_troll.config.tree import Positive, PositiveFloat
 from megatron_troll.objectives.divergence import Divergence, binary, topk
 from megatron_troll.objectives.records import at_rollout_of, first_slots, log_probs, record_of
@@ -25,12 +26,25 @@ class Masking(TrustRegion):
     for it; `against: old` measures from the trainer's old policy.
     """
 
+    family: ClassVar[str] = "mask"
+
     divergence: Divergence = Field(description="what is compared, and how: see objectives/divergence.py")
     k: Positive = Field(default=20, description="tokens of mu that a topk divergence compares")
     against: Literal["rollout", "old"] = Field(
         default="rollout", description="whose probabilities mu are: the rollout engine's, or the old policy's"
     )
     cap: PositiveFloat = Field(default=20.0, description="largest ratio that weighs a token")
+
+    @property
+    def refuses(self) -> tuple[Pairing, ...]:
+        found = [Pairing("ratio", ("response",), "it masks each token by the ratio of that token")]
+        if self.against == "rollout":
+            reason = (
+                "it measures the ratio against the rollout policy, which contains that correction already; "
+                "set correction none, or trust_region.against=old"
+            )
+            found.append(Pairing("correction", ("weight",), reason))
+        return tuple(found)
 
     @property
     def reads(self) -> HeadRequest:

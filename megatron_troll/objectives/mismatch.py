@@ -2,11 +2,19 @@
 
 from torch import Tensor
 
+from megatron_troll.config.methods import Pairing
 from megatron_troll.objectives.slots import Diagnostics, Term, importance_ratio, logp_of
 from megatron_troll.types import ObjectiveInputs
 
 # The square is there for the effective sample size (objectives/correction/jackpot.py).
 DIAGNOSTICS: Diagnostics = {"correction_weight": ("mean", "max"), "correction_weight_squared": ("mean",)}
+
+OF_OLD_OVER_ROLLOUT = Pairing(
+    "old",
+    ("engine",),
+    "it weighs by old over rollout, which is 1 with objective.old=engine; set correction none, or "
+    "objective.old=trainer",
+)
 
 
 def old_over_rollout(inputs: ObjectiveInputs) -> Tensor:

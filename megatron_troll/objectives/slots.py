@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import Node
+from megatron_troll.config.methods import SlotMethod
 from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs
 
 Statistics = dict[str, Tensor]
@@ -46,8 +46,8 @@ class Policy:
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Method(Node):
-    """What any slot may ask for and report. The defaults ask for nothing."""
+class Method(SlotMethod):
+    """What a method may ask for and report. The defaults ask for nothing."""
 
     @property
     def reads(self) -> HeadRequest:

@@ -1,8 +1,13 @@
 """Two steps of methods that bring more than the policy: a reference model, a critic, the engine's record."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from tests.e2e.workplace import Workplace, two_steps
+from megatron_troll.objectives.compose import SLOTS
+from tests.e2e.workplace import REPOSITORY, Workplace, succeed, two_steps
 
 REFERENCE = "models.reference.path=runs/demo-warm-start/hf"
 METHODS = {
@@ -50,3 +55,24 @@ def test_the_energy_of_frequent_and_rare_tokens_adds_up(warm: Workplace) -> None
     assert first["energy"] > 0
     parts = [value for name, value in first.items() if name.startswith("energy_bucket")]
     assert sum(parts) == pytest.approx(first["energy"], rel=1e-5)
+
+
+def test_copied_files_are_methods_of_every_slot(warm: Workplace, tmp_path: Path) -> None:
+    """Nothing but the files is added to the package: they are listed, go together, and train."""
+    copied = {
+        "advantage": "grpo",
+        "ratio": "token",
+        "trust_region": "troll",
+        "kl": "tike_sparse",
+        "correction": "jackpot",
+    }
+    shutil.copytree(REPOSITORY / "megatron_troll", tmp_path / "megatron_troll")
+    for slot, name in copied.items():
+        folder = tmp_path / SLOTS[slot][0].replace(".", "/")
+        shutil.copy(folder / f"{name}.py", folder / f"{name}_copy.py")
+    place = replace(warm, package=tmp_path)
+    listed = succeed(place.mtroll("methods")).out
+    assert all(f"\n  {name}_copy " in listed for name in copied.values())
+    chosen = [f"objective.{slot}.name={name}_copy" for slot, name in copied.items()]
+    rows = two_steps(place, "copied", REFERENCE, "rollout.top_k=20", *chosen)
+    assert {"kl_after", "reference_kl", "jackpot_accepted"} <= rows[2].keys()

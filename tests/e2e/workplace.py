@@ -27,9 +27,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Commands run in `root`; runs are in root/runs."""
+    """Commands run in `root`; runs are in root/runs. `package` is the folder that holds the package."""
 
     root: Path
+    package: Path = REPOSITORY
 
     def mtroll(self, *arguments: str) -> Done:
         """Run to the end."""
@@ -42,7 +43,7 @@ class Workplace:
         return subprocess.Popen(
             [Path(sys.executable).parent / "mtroll", *arguments],
             cwd=self.root,
-            env=environment | {"PYTHONPATH": str(REPOSITORY)},
+            env=environment | {"PYTHONPATH": str(self.package)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

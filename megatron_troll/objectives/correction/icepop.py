@@ -1,13 +1,14 @@
 """IcePop: tokens on which engine and trainer disagree are left out (Ring-1T, arXiv 2510.18855; ALGORITHMS
 6.5; bounds of the NeMo-RL guide)."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import where
 
+from megatron_troll.config.methods import Pairing
 from megatron_troll.config.tree import NonNegative, PositiveFloat
-from megatron_troll.objectives.mismatch import DIAGNOSTICS, described, old_over_rollout
+from megatron_troll.objectives.mismatch import DIAGNOSTICS, OF_OLD_OVER_ROLLOUT, described, old_over_rollout
 from megatron_troll.objectives.slots import Correction, Diagnostics, Policy, Statistics, Term
 from megatron_troll.types import HeadRequest, ObjectiveInputs
 
@@ -18,6 +19,8 @@ class IcePop(Correction):
     The defaults are NeMo-RL's. Tokens left out still count in the denominator.
     """
 
+    family: ClassVar[str] = "weight"
+
     alpha: NonNegative = Field(default=0.5, description="smallest ratio that passes")
     beta: PositiveFloat = Field(default=5.0, description="largest ratio that passes")
 
@@ -26,6 +29,10 @@ class IcePop(Correction):
         if self.alpha > self.beta:
             raise ValueError(f"alpha={self.alpha:g} must not exceed beta={self.beta:g}: nothing would pass")
         return self
+
+    @property
+    def refuses(self) -> tuple[Pairing, ...]:
+        return (OF_OLD_OVER_ROLLOUT,)
 
     @property
     def reads_old(self) -> HeadRequest:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, where
 
+from megatron_troll.config.methods import Pairing
 from megatron_troll.config.tree import Positive, PositiveFloat
 from megatron_troll.objectives import mismatch
 from megatron_troll.objectives.mismatch import described
@@ -100,6 +101,14 @@ class Jackpot(Correction):
         if self.denominator == "accepted" and not self.use_z:
             raise ValueError("denominator: accepted is a mean over accepted tokens only with use_z: true")
         return self
+
+    @property
+    def refuses(self) -> tuple[Pairing, ...]:
+        reason = "it rejects single tokens, for which the pair is not defined"
+        return (
+            Pairing("ratio", ("response",), reason),
+            Pairing("trust_region", ("mask", "weight", "symclip"), reason),
+        )
 
     @property
     def reads(self) -> HeadRequest:

@@ -1,11 +1,12 @@
 """DFPO: sequence weights that cancel over their group (arXiv 2604.13088; ALGORITHMS 4.2)."""
 
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from megatron_troll.config.methods import Pairing
 from megatron_troll.config.tree import PositiveFloat
 from megatron_troll.objectives import transforms
 from megatron_troll.objectives.ratio.gspo import LARGEST, log_ratio
@@ -51,6 +52,8 @@ class Dfpo(Ratio):
     Waits for the device in every micro-batch: groups that are not whole or not centred are refused.
     """
 
+    family: ClassVar[str] = "response"
+
     transform: Literal["min", "qp", "truncate", "orth"] = Field(
         default="qp", description="how the weights of a group are made to cancel"
     )
@@ -67,6 +70,20 @@ class Dfpo(Ratio):
         if self.transform == "orth" and not self.allow_negative:
             raise ValueError("transform: orth can reverse updates; set allow_negative: true, or use qp")
         return self
+
+    @property
+    def refuses(self) -> tuple[Pairing, ...]:
+        return (
+            Pairing("trust_region", ("unlimited",), "its weights are those that a clip leaves (eq. 47)"),
+            Pairing(
+                "advantage", ("critic",), "it weighs whole responses by advantages centred on their group"
+            ),
+        )
+
+    @property
+    def cautions(self) -> tuple[Pairing, ...]:
+        reason = "dfpo weights made from the projected policy have no paper behind them"
+        return (Pairing("trust_region", ("troll",), reason),)
 
     @property
     def needs_statistics(self) -> bool:

@@ -1,5 +1,7 @@
 """GSPO: one ratio a response (arXiv 2507.18071; ALGORITHMS 4.1)."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from megatron_troll.objectives.responses import lengths
@@ -24,6 +26,8 @@ class Gspo(Ratio):
     those of a token. Under `aggregation: seq-mean-token-mean` the loss is the paper's; other aggregations
     weigh a response by its length. With `trust_region: troll` s_i is of the projected policy, unclipped.
     """
+
+    family: ClassVar[str] = "response"
 
     def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
         return log_ratio(policy, inputs).exp() * unit(policy.logp)

@@ -1,8 +1,11 @@
 """CISPO: the clipped ratio as a constant weight (arXiv 2506.13585; ALGORITHMS 6.3)."""
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
+from megatron_troll.config.methods import Pairing
 from megatron_troll.config.tree import Fraction, NonNegative
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
 from megatron_troll.types import ObjectiveInputs
@@ -14,8 +17,21 @@ class Cispo(TrustRegion):
     Aggregation is token-mean. eps_high is tuned in every recipe; 5.0 is NeMo-RL's, 0.28 Trinity's.
     """
 
+    family: ClassVar[str] = "weight"
+
     eps_low: Fraction = Field(default=1.0, description="how far below 1 the ratio counts; 1: no lower bound")
     eps_high: NonNegative = Field(default=5.0, description="how far above 1 the ratio counts")
+
+    @property
+    def refuses(self) -> tuple[Pairing, ...]:
+        return (
+            Pairing("ratio", ("response",), "it weighs each token by the ratio of that token"),
+            Pairing(
+                "aggregation",
+                ("seq-mean-token-mean", "seq-mean-token-sum-norm"),
+                "its loss is a mean over the tokens of all responses",
+            ),
+        )
 
     @property
     def diagnostics(self) -> Diagnostics:

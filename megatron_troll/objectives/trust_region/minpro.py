@@ -1,8 +1,11 @@
 """MinPRO: a stable stand-in for the product of prefix ratios (arXiv 2601.22718; ALGORITHMS 6.4)."""
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor, minimum
 
+from megatron_troll.config.methods import Pairing
 from megatron_troll.config.tree import NonNegative
 from megatron_troll.objectives.budget import before, scan
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
@@ -16,7 +19,17 @@ class MinPro(TrustRegion):
     is CISPO's.
     """
 
+    family: ClassVar[str] = "weight"
+
     eps_high: NonNegative = Field(default=5.0, description="how far above 1 the weight counts")
+
+    @property
+    def refuses(self) -> tuple[Pairing, ...]:
+        return (
+            Pairing(
+                "ratio", ("response",), "it weighs each token by the ratios of that token and those before it"
+            ),
+        )
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -1,10 +1,11 @@
 """GRPO-fix: one bound on the ratio for both signs of the advantage (arXiv 2604.13088; ALGORITHMS 4.3)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from megatron_troll.config.methods import Pairing
 from megatron_troll.config.tree import NonNegative
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion, unit
 from megatron_troll.types import ObjectiveInputs
@@ -19,10 +20,16 @@ class SymClip(TrustRegion):
     Cancellation over a group needs sum A = 0 and a normaliser that does not depend on the response.
     """
 
+    family: ClassVar[str] = "symclip"
+
     eps: NonNegative = Field(default=0.2, description="how far above 1 the ratio counts, whatever the sign")
     grad: Literal["clip", "weight"] = Field(
         default="clip", description="clip: no gradient beyond the bound; weight: the bound as a weight"
     )
+
+    @property
+    def refuses(self) -> tuple[Pairing, ...]:
+        return (Pairing("ratio", ("response",), "its bound and its cancellation are those of token ratios"),)
 
     @property
     def diagnostics(self) -> Diagnostics:
