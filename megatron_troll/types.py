@@ -1,7 +1,10 @@
 """The records that pass between rooms. Shapes are in the docstrings; N counts the tokens that carry loss."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +26,23 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A task: the chat so far, its answer, and whatever else its record holds (given to the reward)."""
+    """A task: the chat so far, its answer, and whatever else its record holds (given to the reward).
+
+    ids  int32 [P] tokens of the chat up to where the assistant begins to answer; empty before data/chat.py
+         has tokenized it
+    """
 
     id: str
     messages: tuple[Message, ...]
     answer: str
     record: dict[str, Any] = field(default_factory=dict)
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32), compare=False, repr=False)
+
+    @cached_property
+    def text_key(self) -> str:
+        """32 hex digits that depend on the roles and texts of the chat alone."""
+        text = json.dumps([(message.role, message.content) for message in self.messages])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

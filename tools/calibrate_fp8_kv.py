@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_troll.config.tree import Data
-from megatron_troll.data.chat import render_prompt
 from megatron_troll.data.prompts import load_prompts
 from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.launch.kv_scales import KVCache, KVScales
@@ -66,7 +65,7 @@ def main() -> None:
     prompts = load_prompts(data, 0, tokenizer).train[: arguments.count]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
-    ids = [render_prompt(prompt.messages, tokenizer).tolist() for prompt in prompts]
+    ids = [prompt.ids.tolist() for prompt in prompts]
     config = model.config
     found = scales(largest(model, ids), config.model_type, config.hidden_size, arguments.tp)
     arguments.output.write_text(found.model_dump_json(indent=1) + "\n")

@@ -52,8 +52,8 @@ def known_methods(folder: str) -> tuple[str, ...]:
     package = importlib.import_module(folder)
     names = []
     for module in pkgutil.iter_modules(package.__path__):
-        file = Path(module.module_finder.path) / f"{module.name}.py"
-        if module.ispkg and file.exists():
+        files = [Path(path) / f"{module.name}.py" for path in package.__path__]
+        if module.ispkg and (file := next(filter(Path.exists, files), None)):
             raise ConfigError(f"{file}:1: {file.with_suffix('')} is a method {module.name!r} too: rename one")
         names.append(module.name)
     return tuple(sorted(names))

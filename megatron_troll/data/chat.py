@@ -1,18 +1,38 @@
 """Chats as token ids: prompts for sampling, demonstrations with a loss mask from their turns."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.data.rows import DataError
-from megatron_troll.types import Message
+from megatron_troll.types import Message, Prompt
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Ids [P] int64 of the chat, up to where the assistant begins to answer. Raises DataError."""
-    return np.array(_render(messages, tokenizer, answer=True), dtype=np.int64)
+def tokenized(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, places: Sequence[str] = ()
+) -> list[Prompt]:
+    """The prompts with their `ids`, all in one call of the tokenizer, which uses every core. Raises DataError
+    that names the first prompt which the chat template refuses, by its id or by its place in `places`."""
+    chats = [_turns(prompt.messages) for prompt in prompts]
+    try:
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError:
+        named = zip(prompts, places or [f"prompt {prompt.id!r}" for prompt in prompts], strict=True)
+        texts = [_text_of(prompt, place, tokenizer) for prompt, place in named]
+    ids = tokenizer([str(text) for text in texts], add_special_tokens=False, return_attention_mask=False)[
+        "input_ids"
+    ]
+    return [replace(prompt, ids=np.array(one, dtype=np.int32)) for prompt, one in zip(prompts, ids)]
+
+
+def _text_of(prompt: Prompt, place: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return _text(prompt.messages, tokenizer, answer=True)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
 
 
 def encode_chat(
@@ -69,10 +89,19 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, answer: bool) -> list[int]:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    text = _text(messages, tokenizer, answer)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, answer: bool) -> str:
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer)
+        return str(
+            tokenizer.apply_chat_template(_turns(messages), tokenize=False, add_generation_prompt=answer)
+        )
     except jinja2.TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise DataError(f"the chat template refuses a chat of the roles {roles}: {error}") from error
-    return tokenizer(str(text), add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]

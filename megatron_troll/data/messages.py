@@ -1,8 +1,5 @@
 """Chat turns as they stand in files: [{"role": ..., "content": ...}, ...]."""
 
-import hashlib
-import json
-from collections.abc import Sequence
 from typing import Any
 
 from megatron_troll.data.rows import Malformed
@@ -57,9 +54,3 @@ def _refuse_other_keys(turn: dict[str, Any], known: set[str], name: str) -> None
     other = sorted(turn.keys() - known)
     if other:
         raise Malformed(f"{name} has keys that are not read: {', '.join(other)}")
-
-
-def content_key(messages: Sequence[Message]) -> str:
-    """32 hex digits that depend on the roles and texts alone."""
-    text = json.dumps([(message.role, message.content) for message in messages])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.config.tree import Data, PromptFiles
-from megatron_troll.data.chat import render_prompt
-from megatron_troll.data.messages import content_key
+from megatron_troll.data.chat import tokenized
 from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
 from megatron_troll.data.schemas import detect, to_prompt
 from megatron_troll.types import Prompt
+
+TOGETHER = 1024  # Enough for the tokenizer to keep every core busy.
 
 
 def split(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -29,10 +30,10 @@ def split(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt
 
 def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
     """Raises DataError naming a prompt that stands in both, by its text or by its id."""
-    texts = {content_key(prompt.messages): prompt.id for prompt in train}
+    texts = {prompt.text_key: prompt.id for prompt in train}
     ids = {prompt.id for prompt in train}
     for prompt in held_out:
-        twin = texts.get(content_key(prompt.messages), prompt.id if prompt.id in ids else None)
+        twin = texts.get(prompt.text_key, prompt.id if prompt.id in ids else None)
         if twin is not None:
             raise DataError(
                 f"held-out prompt {prompt.id!r} is also the training prompt {twin!r}: "
@@ -41,7 +42,7 @@ def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
 
 
 def _draw(prompt: Prompt, seed: int) -> bytes:
-    return hashlib.blake2b(f"{seed}:{content_key(prompt.messages)}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(f"{seed}:{prompt.text_key}".encode(), digest_size=16).digest()
 
 
 @dataclass
@@ -113,28 +114,41 @@ class _Reader:
 
     config: PromptFiles
     key: str
+    schema: str | None = None
     counts: Counts = field(default_factory=Counts)
     answers: dict[str, str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
 
     def prompts(self, path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
-        schema = None if self.config.schema_ == "auto" else self.config.schema_
+        """The prompts of a file that are new and fit, TOGETHER tokenized at a time."""
+        self.schema = None if self.config.schema_ == "auto" else self.config.schema_
+        fresh: list[tuple[Prompt, Row]] = []
         for row in read_rows(path):
-            self.counts.rows += 1
             try:
-                if row.problem:
-                    raise Malformed(row.problem)
-                schema = schema or detect(row.value)
-                prompt = to_prompt(schema, row.value)
-                fresh = self._is_new(prompt, row)
+                prompt = self._read(row)
             except Malformed as error:
+                if self.config.malformed == "error":
+                    yield from self._fitting(fresh, tokenizer)  # What is wrong before it is told first.
                 self._skip_malformed(row, error)
                 continue
-            if fresh and self._fits(prompt, row, tokenizer):
-                yield prompt
+            if prompt is not None:
+                fresh.append((prompt, row))
+            if len(fresh) == TOGETHER:
+                yield from self._fitting(fresh, tokenizer)
+                fresh = []
+        yield from self._fitting(fresh, tokenizer)
+
+    def _read(self, row: Row) -> Prompt | None:
+        """The prompt of a row; None for a duplicate. Raises Malformed."""
+        self.counts.rows += 1
+        if row.problem:
+            raise Malformed(row.problem)
+        self.schema = self.schema or detect(row.value)
+        prompt = to_prompt(self.schema, row.value)
+        return prompt if self._is_new(prompt, row) else None
 
     def _is_new(self, prompt: Prompt, row: Row) -> bool:
-        text = content_key(prompt.messages)
+        text = prompt.text_key
         if text in self.answers:
             self.counts.duplicates += 1
             self.counts.conflicts += self.answers[text] != prompt.answer
@@ -153,17 +167,21 @@ class _Reader:
         self.counts.malformed += 1
         self.counts.first_malformed = self.counts.first_malformed or f"{row.where}: {error}"
 
-    def _fits(self, prompt: Prompt, row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
-        try:
-            length = len(render_prompt(prompt.messages, tokenizer))
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from error
-        if length <= self.config.max_prompt_tokens:
-            return True
-        if self.config.overlong_prompts == "error":
-            raise DataError(
-                f"{row.where}: prompt {prompt.id!r} has {length} tokens, over {self.key}.max_prompt_tokens="
-                f"{self.config.max_prompt_tokens} ({self.key}.overlong_prompts=skip skips and counts it)"
-            )
-        self.counts.overlong += 1
-        return False
+    def _fitting(
+        self, fresh: Sequence[tuple[Prompt, Row]], tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[Prompt]:
+        """The prompts with their ids, without those that are too long."""
+        if not fresh:
+            return
+        prompts = tokenized([prompt for prompt, _ in fresh], tokenizer, [row.where for _, row in fresh])
+        for prompt, (_, row) in zip(prompts, fresh):
+            if len(prompt.ids) <= self.config.max_prompt_tokens:
+                yield prompt
+            elif self.config.overlong_prompts == "skip":
+                self.counts.overlong += 1
+            else:
+                raise DataError(
+                    f"{row.where}: prompt {prompt.id!r} has {len(prompt.ids)} tokens, over {self.key}."
+                    f"max_prompt_tokens={self.config.max_prompt_tokens} ({self.key}.overlong_prompts=skip "
+                    "skips and counts it)"
+                )

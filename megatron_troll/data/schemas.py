@@ -9,7 +9,7 @@ messages  {"id": ..., "messages": [turns], "answer": ...}
 from collections.abc import Callable
 from typing import Any
 
-from megatron_troll.data.messages import content_key, prompt_messages
+from megatron_troll.data.messages import prompt_messages
 from megatron_troll.data.rows import Malformed
 from megatron_troll.types import Message, Prompt
 
@@ -80,7 +80,7 @@ SCHEMAS: dict[str, Callable[[Record], Prompt]] = {"dapo": _verl, "gsm8k": _gsm8k
 def _id(name: Any, messages: tuple[Message, ...]) -> str:
     """The record's own name, or 16 digits of its content's hash."""
     if name is None:
-        return content_key(messages)[:16]
+        return Prompt("", messages, "").text_key[:16]
     return _text(name, "id")
 
 

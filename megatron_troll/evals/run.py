@@ -56,7 +56,7 @@ class SetEvaluation:
     def answers(self) -> Answers | None:
         """Every answer; None where the job was asked to stop. Blocks on all ranks."""
         task, one = self.task, self.one
-        requests = requests_for(one.prompts, one.config.samples, task.tokenizer)
+        requests = requests_for(one.prompts, one.config.samples)
         parts: list[Answers] = []
         with (
             closing(self._engine()) as engine,

@@ -11,7 +11,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.config.tree import Config, RolloutConfig, Sampling
-from megatron_troll.data.chat import render_prompt
 from megatron_troll.rollout.sampling import token_uniforms
 from megatron_troll.types import FinishReason, Prompt, Rollout, TokenTopK
 
@@ -132,19 +131,17 @@ def rollout_of(setup: Setup, request: Request, answer: Completion, sampling: Sam
     )
 
 
-def requests_for(
-    prompts: Sequence[Prompt],
-    samples: int,
-    tokenizer: PreTrainedTokenizerBase,
-    drawn: Counter[str] | None = None,
-) -> list[Request]:
+def requests_for(prompts: Sequence[Prompt], samples: int, drawn: Counter[str] | None = None) -> list[Request]:
     """`samples` requests for each prompt, a prompt's samples next to each other. The samples of a prompt that
     comes again (where an epoch ends) are numbered on, so that it draws others; `drawn` has the samples that
-    earlier calls of the same round asked for, by prompt id, and is counted on."""
+    earlier calls of the same round asked for, by prompt id, and is counted on. Raises ValueError for a
+    prompt without ids."""
     requests: list[Request] = []
     drawn = Counter() if drawn is None else drawn
     for group, prompt in enumerate(prompts):
-        ids, first = render_prompt(prompt.messages, tokenizer), drawn[prompt.id]
+        if not len(prompt.ids):
+            raise ValueError(f"prompt {prompt.id!r} has no ids: give it those of data.chat.tokenized")
+        ids, first = prompt.ids.astype(np.int64), drawn[prompt.id]
         requests += [Request(prompt, group, first + sample, ids) for sample in range(samples)]
         drawn[prompt.id] += samples
     return requests

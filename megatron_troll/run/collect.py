@@ -70,7 +70,7 @@ def _draw(run: Run, count: int, drawn: Counter[str], step: int) -> ScoredBatch:
 def _start(run: Run, count: int, drawn: Counter[str], step: int) -> Callable[[], ScoredBatch]:
     """Ask for answers to the next `count` prompts; what is returned waits for them and judges."""
     prompts = [run.task.prompts.train[i] for i in run.order.next(count)]
-    requests = requests_for(prompts, run.task.config.rollout.samples, run.task.tokenizer, drawn)
+    requests = requests_for(prompts, run.task.config.rollout.samples, drawn)
     with run.session.phases("generation"):
         finish = run.engine.start(requests, run.task.config.rollout.sampling, step)
 

@@ -32,7 +32,7 @@ class Evaluator:
         """Mean reward on the held-out prompts. Blocks on all ranks."""
         evaluation = self.task.config.evaluation
         prompts = self.task.prompts.held_out[: evaluation.prompts]
-        requests = requests_for(prompts, evaluation.samples, self.task.tokenizer)
+        requests = requests_for(prompts, evaluation.samples)
         with self.session.phases("evaluation"):
             rollouts = self.engine.generate(requests, self._sampling(), EVALUATION_ROUND)
             return float(judge(self.scorer, rollouts, self.session.groups.world).reward.mean())

@@ -35,7 +35,7 @@ def draw_pool(task: Task) -> TokenPool:
     try:
         policy = open_model(config.policy, task.shape, groups, config.seed, unwatched)
         prompts = task.prompts.held_out[: config.rollout.prompts]
-        requests = requests_for(prompts, config.rollout.samples, task.tokenizer)
+        requests = requests_for(prompts, config.rollout.samples)
         engine = open_engine(task, policy)
         rollouts = engine.generate(requests, config.rollout.sampling, EVALUATION_ROUND)
         updates = MicroBatcher(config, policy, Layout()).updates(rollouts, [0.0] * len(rollouts), step=0)

@@ -10,6 +10,7 @@ import torch
 
 from megatron_troll import rollout
 from megatron_troll.config import Config
+from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import VOCAB_SIZE, write_base
 from megatron_troll.data.tokenizer import load_tokenizer, stop_ids
 from megatron_troll.mcore.shape import read_shape
@@ -57,7 +58,7 @@ def answered(config: Config, base: Path) -> list[Rollout]:
     """Two rollouts of the page's engine."""
     tokenizer = load_tokenizer(base)
     engine = rollout.build(Setup(config, None, base, tokenizer, stop_ids(tokenizer, base)))  # pyright: ignore[reportArgumentType]
-    return engine.generate(requests_for([PROMPT], 2, tokenizer), config.rollout.sampling, 1)
+    return engine.generate(requests_for(tokenized([PROMPT], tokenizer), 2), config.rollout.sampling, 1)
 
 
 def test_the_engine_answers(configs: dict[str, Config], base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import END, character_tokenizer
 from megatron_troll.data.tokenizer import load_tokenizer, stop_ids
 from megatron_troll.types import Message, Prompt
@@ -11,9 +12,9 @@ TOKENIZER = character_tokenizer()
 END_ID = TOKENIZER.convert_tokens_to_ids(END)
 VOCAB = 64
 CONFIG = MOE | {"vocab_size": VOCAB, "eos_token_id": END_ID}
+TEXTS = ("sort 3142", "add 17 and 25", "hello", "what is 9*9?", "abc", "x" * 40)
 PROMPTS = tuple(
-    Prompt(f"p{i}", (Message("user", text),), "")
-    for i, text in enumerate(("sort 3142", "add 17 and 25", "hello", "what is 9*9?", "abc", "x" * 40))
+    tokenized([Prompt(f"p{i}", (Message("user", text),), "") for i, text in enumerate(TEXTS)], TOKENIZER)
 )
 
 

@@ -75,7 +75,7 @@ def draw(engine: Engine, version: int) -> Drawn:
     """The answers of `version`, after a sync."""
     synced = engine.sync(version)
     sampling = engine.setup.rollout.sampling
-    rollouts = engine.generate(requests_for(PROMPTS, SAMPLES, engine.setup.tokenizer), sampling, version)
+    rollouts = engine.generate(requests_for(PROMPTS, SAMPLES), sampling, version)
     return Drawn(rollouts, laws(engine.setup.model, rollouts, sampling), synced)
 
 
@@ -128,7 +128,7 @@ def draw_long(job: Job, under_way: Path) -> Drawn:
     """Many long answers; `under_way` is there from their beginning."""
     with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
         synced, sampling = engine.sync(1), Sampling(max_tokens=200)
-        requests = requests_for(PROMPTS, 16, engine.setup.tokenizer)
+        requests = requests_for(PROMPTS, 16)
         under_way.touch()
         rollouts = engine.generate(requests, sampling, 1)
         return Drawn(rollouts, laws(model, rollouts, sampling), synced)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from megatron_troll.config.tree import Sampling
-from megatron_troll.data.chat import render_prompt
 from megatron_troll.rollout.engine import Engine, Request, Setup, rollout_of
 from megatron_troll.rollout.sampling import sample_key
 from megatron_troll.rollout.sglang import probe as diagnosis
@@ -36,9 +35,10 @@ class SGLangEngine(Engine):
         self._resting = False
         keep = setup.rollout.sglang.buffer
         self._journal = Journal(buffer_folder(setup.config)) if keep else None
-        rendered = [render_prompt(prompt.messages, setup.tokenizer) for prompt in setup.prompts]
         probe = setup.rollout.sglang.probe
-        self._probed = sequences(rendered, probe.tokens)[: probe.prompts]
+        self._probed = sequences([prompt.ids.astype(np.int64) for prompt in setup.prompts], probe.tokens)[
+            : probe.prompts
+        ]
         self.desk: Connection | None = None
         self._agreed = RankZero(setup.model, None)
         self._open()

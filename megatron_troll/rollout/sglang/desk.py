@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from megatron_troll.data.chat import render_prompt
 from megatron_troll.mcore.parallel import device
 from megatron_troll.rollout.engine import Setup
 from megatron_troll.rollout.sglang.background import Background
@@ -81,13 +80,13 @@ def _discover(setup: Setup) -> Callable[[], Sequence[str]]:
 
 def _identity(setup: Setup) -> Identity:
     text = setup.prompts[0].messages[-1].content if setup.prompts else NO_PROMPT
-    ids = render_prompt(setup.prompts[0].messages, setup.tokenizer) if setup.prompts else [0]
+    ids = setup.prompts[0].ids.tolist() if setup.prompts else [0]
     return Identity(
         setup.folder,
         setup.model.shape,
         setup.tokenizer,
         text,
-        [int(token) for token in ids],
+        ids,
         setup.rollout.sampling.law_temperature,
     )
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from megatron_troll.data.chat import encode_chat, render_prompt
+from megatron_troll.data.chat import encode_chat, tokenized
 from megatron_troll.data.rows import DataError
-from megatron_troll.types import Message
+from megatron_troll.types import Message, Prompt
 
 USER = Message("user", "sort 21")
 ANSWER = Message("assistant", "12", train=True)
@@ -13,6 +13,10 @@ QWEN = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def prompt_of(*messages: Message) -> Prompt:
+    return Prompt("p", messages, "")
 
 
 def picture(ids, tokenizer) -> str:
@@ -25,9 +29,10 @@ def marks(mask) -> str:
 
 
 def test_a_prompt_ends_where_the_answer_begins(tokenizer):
-    ids = render_prompt([USER], tokenizer)
-    assert picture(ids, tokenizer) == "Usort 21EA"
-    assert ids.dtype == np.int64
+    first, second = tokenized([prompt_of(USER), prompt_of(USER, ANSWER, USER)], tokenizer)
+    assert picture(first.ids.tolist(), tokenizer) == "Usort 21EA"
+    assert picture(second.ids.tolist(), tokenizer) == "Usort 21EA12EUsort 21EA"
+    assert first.ids.dtype == np.int32
 
 
 def test_content_and_end_of_turn_carry_loss(tokenizer):
@@ -86,5 +91,16 @@ def test_only_an_answer_may_carry_loss(tokenizer):
 
 def test_a_template_may_refuse_a_chat(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(DataError, match="refuses a chat of the roles user: no system turns"):
-        render_prompt([USER], tokenizer)
+    with pytest.raises(DataError, match=r"^prompt 'p': .* refuses a chat of the roles user: no system turns"):
+        tokenized([prompt_of(USER)], tokenizer)
+
+
+def test_of_many_prompts_the_one_that_is_refused_is_named(tokenizer):
+    """The rest of its template renders the others."""
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    chats = [prompt_of(USER), prompt_of(Message("system", "be brief"), USER)]
+    with pytest.raises(DataError, match=r"^line 2: .* of the roles system, user: no system turns"):
+        tokenized(chats, tokenizer, ["line 1", "line 2"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_troll.config.tree import RewardConfig, RolloutConfig, Sampling
+from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import write_base
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.data.tokenizer import load_tokenizer
@@ -79,7 +80,8 @@ def run(tokenizer: Any) -> Callable[..., Any]:
     """What `collect` reads of a run on prompts of these kinds, drawn in this order."""
 
     def make(kinds: Sequence[str], prompts: int, refill: int) -> Any:
-        train = [Prompt(f"{kind}-{i}", (Message("user", f"sort {i}"),), "12") for i, kind in enumerate(kinds)]
+        chats = [Prompt(f"{kind}-{i}", (Message("user", f"sort {i}"),), "12") for i, kind in enumerate(kinds)]
+        train = tokenized(chats, tokenizer)
         config = RolloutConfig(prompts=prompts, samples=SAMPLES, refill=refill)
         return SimpleNamespace(
             task=SimpleNamespace(
