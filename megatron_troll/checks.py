@@ -77,14 +77,14 @@ def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
 
 
 def _check_kept(objective: Objective, shape: ModelShape) -> None:
-    """Raises ValueError where a record keeps more tokens than the kernels of a GPU do."""
+    """Raises ConfigError where a record keeps more tokens than the kernels of a GPU do."""
     supports = (*objective.reads.supports, *objective.reads_old.supports)
     _check_k(max((min(kept.k, shape.vocab) for kept in supports), default=0))
 
 
 def _check_k(k: int) -> None:
     if k > LARGEST_K and torch.cuda.is_available():
-        raise ValueError(f"k={k}: the kernels of a GPU keep at most {LARGEST_K} tokens of a position")
+        raise ConfigError(f"k={k}: the kernels of a GPU keep at most {LARGEST_K} tokens of a position")
 
 
 def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> None:
@@ -266,10 +266,10 @@ def check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:
 
 @contextmanager
 def _about(key: str) -> Iterator[None]:
-    """Says which key a ValueError of the block is about."""
+    """Says which key a ConfigError of the block is about."""
     try:
         yield
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
 
 

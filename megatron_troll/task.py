@@ -20,7 +20,7 @@ from megatron_troll.objectives.objective import Objective
 from megatron_troll.rewards import reward as verifiers
 from megatron_troll.types import Rollout
 
-PROBLEMS = (ConfigError, DataError, ValueError, OSError)
+PROBLEMS = (ConfigError, DataError, OSError)
 
 
 @dataclass(frozen=True)

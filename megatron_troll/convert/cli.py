@@ -81,10 +81,15 @@ def mcore2hf(arguments: Namespace) -> int:
 
 
 def _convert(arguments: Namespace, prepare: "Callable[[Options], Conversion]") -> int:
-    from megatron_troll.convert.draft import ConversionError
+    from megatron_troll.config.node import ConfigError
+    from megatron_troll.convert.draft import ConversionError, TargetError
     from megatron_troll.convert.run import TIMEOUT
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.parallel.groups import joined
+    from megatron_troll.weights.tensor_file import TensorFileError
+    from megatron_troll.weights.torch_dist import TensorsError
+
+    refusals = (CheckpointError, ConfigError, TargetError, TensorFileError, TensorsError, OSError)
 
     with joined(TIMEOUT) as world:
         try:
@@ -93,17 +98,18 @@ def _convert(arguments: Namespace, prepare: "Callable[[Options], Conversion]") -
             return _verify(conversion, arguments) if arguments.verify else 0
         except ConversionError as error:
             return _tell(error, FAILED)
-        except (CheckpointError, ValueError, OSError) as error:
+        except refusals as error:
             return _tell(error, REFUSED)
 
 
 def _options(arguments: Namespace, world: "Group") -> "Options":
     import torch
 
+    from megatron_troll.config.node import ConfigError
     from megatron_troll.convert.plan import Options
 
     if arguments.verify and world.size > 1:
-        raise ValueError(
+        raise ConfigError(
             "--verify loads each model whole, in one process: leave it out here, and give the same command "
             "with it and without torchrun when this one is done; what is converted is not converted again"
         )

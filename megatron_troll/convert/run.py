@@ -6,14 +6,13 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from megatron_troll.convert.draft import ConversionError, Draft, TargetError
+from megatron_troll.convert.draft import Draft, TargetError
 from megatron_troll.convert.plan import Conversion
 from megatron_troll.convert.progress import NoProgress
 from megatron_troll.parallel.groups import Group
 
 # Ranks wait for the one that has most to write.
 TIMEOUT = datetime.timedelta(days=7)
-PROBLEMS = (ConversionError, TargetError, ValueError, OSError)
 
 
 def convert(conversion: Conversion, target: Path, world: Group, progress: NoProgress) -> bool:

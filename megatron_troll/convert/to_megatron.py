@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.convert.plan import (
     BothFormats,
     Options,
@@ -109,10 +110,10 @@ def _tensors(keys: Keys, source: Source, dtype: torch.dtype | None) -> dict[str,
                 dtypes[region.key] |= {source.dtype(name) for name in place.names}
     problems = [f"{key}: {_names(found)}" for key, found in dtypes.items() if not found <= set(WEIGHTS)]
     if problems:
-        raise ValueError("quantised weights are not supported:\n  " + "\n  ".join(problems))
+        raise ConfigError("quantised weights are not supported:\n  " + "\n  ".join(problems))
     problems = [f"{key}: {_names(found)}" for key, found in dtypes.items() if len(found) > 1]
     if problems and dtype is None:
-        raise ValueError(
+        raise ConfigError(
             "weights that Megatron keeps in one tensor are of several dtypes, choose one (--dtype):\n  "
             + "\n  ".join(problems)
         )

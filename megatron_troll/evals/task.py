@@ -58,7 +58,7 @@ class EvalTask:
 
 
 def prepare(config: Config) -> EvalTask:
-    """Read and check what `config` names. Raises one of checks.PROBLEMS with what is wrong and where; touches
+    """Read and check what `config` names. Raises one of task.PROBLEMS with what is wrong and where; touches
     no device and writes nothing."""
     if not config.eval:
         raise ConfigError("eval: missing; `mtroll eval` needs eval.<name>.files, prompts to answer")

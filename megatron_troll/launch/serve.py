@@ -17,7 +17,7 @@ from megatron_troll.weights.source import check_folder
 
 def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) -> None:
     """Start serve.servers servers, and keep them running until asked to stop. Those that are healthy are
-    written down in runs/<name>/servers. Raises one of checks.PROBLEMS before anything is started, and
+    written down in runs/<name>/servers. Raises one of task.PROBLEMS before anything is started, and
     ServerFailed."""
     plans, folder = plans_of(config), servers_folder(config)
 
@@ -34,7 +34,7 @@ def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) 
 
 
 def plans_of(config: Config) -> list[ServerPlan]:
-    """What would be started. Raises one of checks.PROBLEMS."""
+    """What would be started. Raises one of task.PROBLEMS."""
     serve, model, key_file = config.serve, config.models.drawing, config.rollout.sglang.api_key_file
     check_address(serve, key_file)
     key, shape = read_key(key_file), read_shape(model.path)

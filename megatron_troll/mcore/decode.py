@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.mcore.attention import CachedSelfAttention
 from megatron_troll.mcore.model import MegatronModel, bare
 
@@ -32,7 +33,7 @@ def generation_mode(model: MegatronModel, kv_cache: Literal["auto", "fp8_e4m3"])
     it, the rounding would depend on how far a row is padded, and draws on the layout.
     """
     if model.groups.cp.size > 1:
-        raise ValueError(
+        raise ConfigError(
             f"the in-process engine does not generate under context parallelism (cp={model.groups.cp.size}): "
             "set models.policy.layout.cp=1"
         )

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 
 from megatron_troll.config.model_options import Layout
+from megatron_troll.config.node import ConfigError
 from megatron_troll.mcore.shape import ModelShape
 
 
 def uses_te(spec: str) -> bool:
     """Whether `spec` (auto, local, te) means Transformer Engine here: auto takes it where CUDA and it exist.
 
-    Raises ValueError when it is asked for and missing.
+    Raises ConfigError when it is asked for and missing.
     """
     present = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if spec == "te" and not present:
-        raise ValueError("models.*.spec=te needs CUDA and transformer_engine; use spec=local or spec=auto")
+        raise ConfigError("models.*.spec=te needs CUDA and transformer_engine; use spec=local or spec=auto")
     return spec != "local" and present
 
 
@@ -52,22 +53,22 @@ def cuts(shape: ModelShape, layout: Layout) -> list[Cut]:
 
 
 def check_layout(shape: ModelShape, layout: Layout) -> None:
-    """Raise ValueError naming the first size that cannot be cut as `layout` asks, and what could be asked."""
+    """Raise ConfigError naming the first size that cannot be cut as `layout` asks, and what could be."""
     everything = cuts(shape, layout)
     for cut in everything:
         if not cut.fits:
             common = math.gcd(*(other.size for other in everything if other.axis == cut.axis))
             nearest = " or ".join(map(str, nearest_divisors(common, cut.parts)))
-            raise ValueError(
+            raise ConfigError(
                 f"{cut.what} ({cut.size}) cannot be divided by {cut.axis} ({cut.parts}); set {cut.axis} to "
                 f"{nearest}"
             )
     if layout.vpp is not None and (layout.pp < 2 or layout.vpp < 2):
-        raise ValueError(
+        raise ConfigError(
             f"vpp={layout.vpp} needs vpp >= 2 and pp >= 2 (pp is {layout.pp}); leave vpp out otherwise"
         )
     if not shape.experts and (layout.ep > 1 or layout.etp > 1):
-        raise ValueError(f"ep={layout.ep} and etp={layout.etp} need a model with experts; set both to 1")
+        raise ConfigError(f"ep={layout.ep} and etp={layout.etp} need a model with experts; set both to 1")
 
 
 def nearest_divisors(size: int, parts: int) -> list[int]:
@@ -78,14 +79,14 @@ def nearest_divisors(size: int, parts: int) -> list[int]:
 
 
 def check_world(layout: Layout, world: int) -> None:
-    """Raise ValueError unless `world` ranks can hold `layout`, for dense and for expert parameters."""
+    """Raise ConfigError unless `world` ranks can hold `layout`, for dense and for expert parameters."""
     dense = layout.tp * layout.pp * layout.cp
     expert = layout.etp * layout.ep * layout.pp
     for what, size in (("tp x pp x cp", dense), ("etp x ep x pp", expert)):
         if world % size:
             whole = math.lcm(dense, expert)
             nearest = [n for n in (world // whole * whole, (world // whole + 1) * whole) if n]
-            raise ValueError(
+            raise ConfigError(
                 f"layout {layout.model_dump(exclude_none=True)} needs a world that {what} = {size} divides; "
                 f"this one has {world} ranks; {' or '.join(map(str, nearest))} would do"
             )

@@ -5,32 +5,33 @@ import importlib.util
 import torch
 
 from megatron_troll.config.model_options import MoE, Muon
+from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import Model
 from megatron_troll.mcore.layout import uses_te
 from megatron_troll.mcore.shape import ModelShape
 
 
 def check_options(shape: ModelShape, model: Model) -> None:
-    """Raise ValueError naming the first option that has no meaning for this model, or beside another."""
+    """Raise ConfigError naming the first option that has no meaning for this model, or beside another."""
     if not shape.experts and model.moe != MoE():
         changed = model.moe.model_dump(exclude_defaults=True)
-        raise ValueError(f"moe={changed} needs a model with experts; this is {shape.family}: leave it out")
+        raise ConfigError(f"moe={changed} needs a model with experts; this is {shape.family}: leave it out")
     unfit = {"mlp"} if shape.experts else {"moe", "moe_act"}
     for module in (module for module in model.recompute_modules if module in unfit):
         kind = "with" if shape.experts else "without"
-        raise ValueError(f"recompute_modules: {module} is not part of a model {kind} experts; leave it out")
+        raise ConfigError(f"recompute_modules: {module} is not part of a model {kind} experts; leave it out")
     if model.moe.dispatcher == "deepep" and model.layout.ep * model.layout.etp == 1:
-        raise ValueError("moe.dispatcher=deepep needs layout.ep or layout.etp above 1; use alltoall")
+        raise ConfigError("moe.dispatcher=deepep needs layout.ep or layout.etp above 1; use alltoall")
     optimizer = model.optimizer
     special = {"offload": optimizer.offload > 0, "precision_aware": optimizer.precision_aware is not None}
     for name in (name for name, wanted in special.items() if wanted):
         if not optimizer.distributed:
-            raise ValueError(f"optimizer.{name} needs optimizer.distributed=true")
+            raise ConfigError(f"optimizer.{name} needs optimizer.distributed=true")
         if model.dtype != "bf16":
-            raise ValueError(f"optimizer.{name} needs dtype=bf16; it is {model.dtype}")
+            raise ConfigError(f"optimizer.{name} needs dtype=bf16; it is {model.dtype}")
     _check_muon(model)
     if all(special.values()):
-        raise ValueError(
+        raise ConfigError(
             "optimizer.precision_aware and optimizer.offload exclude each other: Megatron keeps an offloaded "
             "state in fp32; leave one out"
         )
@@ -41,30 +42,30 @@ def _check_muon(model: Model) -> None:
     if optimizer.name != "muon":
         if optimizer.muon != Muon():
             changed = optimizer.muon.model_dump(exclude_defaults=True)
-            raise ValueError(f"optimizer.muon={changed} needs optimizer.name=muon; leave it out")
+            raise ConfigError(f"optimizer.muon={changed} needs optimizer.name=muon; leave it out")
         return
     if optimizer.distributed and model.dtype != "bf16":
-        raise ValueError(
+        raise ConfigError(
             "optimizer.name=muon shards its state by matrices, which Megatron does in bf16 alone; dtype is "
             f"{model.dtype}: set optimizer.distributed=false or dtype=bf16"
         )
     for name in ("offload", "precision_aware"):
         if getattr(optimizer, name):
-            raise ValueError(
+            raise ConfigError(
                 f"optimizer.{name} is for the state of adamw; leave it out beside optimizer.name=muon"
             )
 
 
 def check_muon_layout(shape: ModelShape, model: Model, world: int) -> None:
-    """Raise ValueError for a layout over `world` ranks in which experts have replicas and dense weights none:
-    Megatron then shards nothing, sums the gradient of an expert on one of its replicas alone, updates all of
-    them, and counts experts twice in the norm."""
+    """Raise ConfigError for a layout over `world` ranks in which experts have replicas and dense weights
+    none: Megatron then shards nothing, sums the gradient of an expert on one of its replicas alone, updates
+    all of them, and counts experts twice in the norm."""
     layout, optimizer = model.layout, model.optimizer
     if not (optimizer.name == "muon" and optimizer.distributed and shape.experts):
         return
     dense, experts = (world // (n * layout.pp) for n in (layout.tp, layout.ep * layout.etp))
     if dense == 1 < experts:
-        raise ValueError(
+        raise ConfigError(
             f"optimizer.name=muon cannot shard its state where every expert is on {experts} ranks and every "
             f"dense weight on one (tp={layout.tp}, ep={layout.ep}, etp={layout.etp}): set "
             "optimizer.distributed=false, or ep or etp higher"
@@ -72,10 +73,10 @@ def check_muon_layout(shape: ModelShape, model: Model, world: int) -> None:
 
 
 def check_machine(model: Model) -> None:
-    """Raise ValueError naming the first option that this machine lacks something for, and what to install."""
+    """Raise ConfigError naming the first option that this machine cannot have, and what to install."""
     cuda = torch.cuda.is_available()
     if "moe_act" in model.recompute_modules and model.recompute == "selective" and not uses_te(model.spec):
-        raise ValueError(
+        raise ConfigError(
             "recompute_modules: moe_act needs Transformer Engine's grouped experts; recompute moe instead"
         )
     needs = {
@@ -93,6 +94,6 @@ def check_machine(model: Model) -> None:
     }
     for option, (wanted, package, what) in needs.items():
         if wanted and not cuda:
-            raise ValueError(f"{option} needs CUDA, and there is none here")
+            raise ConfigError(f"{option} needs CUDA, and there is none here")
         if wanted and package is not None and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{option} needs the package {package}: install {what}")
+            raise ConfigError(f"{option} needs the package {package}: install {what}")

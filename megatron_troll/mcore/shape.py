@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_troll.config.node import ConfigError
+
 LayerType = Literal["full_attention", "linear_attention"]
 
 # config.json keys that ask for what is not built, and the values that do not.
@@ -115,23 +117,23 @@ def read_shape(folder: str | Path) -> ModelShape:
     try:
         return shape_of(json.loads(path.read_bytes()), str(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
     except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing") from error
+        raise ConfigError(f"{path}: {error} is missing") from error
 
 
 def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
     """The shape in a config.json's content."""
     family = config.get("model_type")
     if family not in ("qwen3", "qwen3_moe", "qwen3_next"):
-        raise ValueError(f"{where}: model_type {family!r} is not supported (qwen3, qwen3_moe, qwen3_next)")
+        raise ConfigError(f"{where}: model_type {family!r} is not supported (qwen3, qwen3_moe, qwen3_next)")
     for key, allowed in UNSUPPORTED.items():
         if key in config and config[key] not in allowed:
-            raise ValueError(f"{where}: {key}: {config[key]!r} is not supported (only {allowed[0]!r})")
+            raise ConfigError(f"{where}: {key}: {config[key]!r} is not supported (only {allowed[0]!r})")
     moe, hybrid = family != "qwen3", family == "qwen3_next"
     for key in SIZES + EXPERT_SIZES * moe:
         if key in config and not (isinstance(config[key], int) and config[key] > 0):
-            raise ValueError(f"{where}: {key} {config[key]!r} must be a whole number above 0")
+            raise ConfigError(f"{where}: {key} {config[key]!r} must be a whole number above 0")
     head_dim = _head_dim(config, hybrid)
     return ModelShape(
         family=family,
@@ -174,13 +176,13 @@ def _layer_types(config: dict[str, Any], hybrid: bool, where: str) -> tuple[Laye
     if types is None:
         interval = config.get("full_attention_interval", 4) if hybrid else 1
         if interval < 1:
-            raise ValueError(f"{where}: full_attention_interval is {interval}, at least 1 is needed")
+            raise ConfigError(f"{where}: full_attention_interval is {interval}, at least 1 is needed")
         types = _every(interval, layers)
     known = get_args(LayerType) if hybrid else ("full_attention",)
     if unknown := sorted(set(types) - set(known)):
-        raise ValueError(f"{where}: layer_types: {unknown[0]!r} is not supported ({', '.join(known)})")
+        raise ConfigError(f"{where}: layer_types: {unknown[0]!r} is not supported ({', '.join(known)})")
     if len(types) != layers:
-        raise ValueError(f"{where}: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
+        raise ConfigError(f"{where}: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     return tuple(types)
 
 
@@ -197,7 +199,7 @@ def _linear(config: dict[str, Any], where: str) -> LinearAttention:
         conv=config["linear_conv_kernel_dim"],
     )
     if sizes.value_heads % sizes.key_heads:
-        raise ValueError(
+        raise ConfigError(
             f"{where}: linear_num_value_heads ({sizes.value_heads}) must be a multiple of "
             f"linear_num_key_heads ({sizes.key_heads})"
         )
@@ -207,7 +209,7 @@ def _linear(config: dict[str, Any], where: str) -> LinearAttention:
 def _softcap(config: dict[str, Any], where: str) -> float | None:
     softcap = config.get("final_logit_softcapping")
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"{where}: final_logit_softcapping {softcap!r} must be above 0, or null for none")
+        raise ConfigError(f"{where}: final_logit_softcapping {softcap!r} must be above 0, or null for none")
     return softcap
 
 
@@ -225,17 +227,17 @@ def _rope_theta(config: dict[str, Any], where: str) -> float:
     rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"{where}: rope type {kind!r} is not supported (default)")
+        raise ConfigError(f"{where}: rope type {kind!r} is not supported (default)")
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None:
-        raise ValueError(f"{where}: no rope_theta")
+        raise ConfigError(f"{where}: no rope_theta")
     return float(theta)
 
 
 def _rotary_fraction(config: dict[str, Any], head_dim: int, default: float, where: str) -> float:
     fraction = _rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor", default))
     if int(head_dim * fraction) % 2 or not 0 < fraction <= 1:
-        raise ValueError(
+        raise ConfigError(
             f"{where}: partial_rotary_factor {fraction} of head_dim {head_dim} is not an even number of sizes"
         )
     return float(fraction)

@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.version import Version
 
+from megatron_troll.config.node import ConfigError
+
 OLDEST_LINEAR_ATTENTION = "0.6"
 
 
@@ -15,12 +17,12 @@ def pinned() -> str:
 
 
 def check_version() -> None:
-    """Raise ValueError naming both versions where another megatron-core is installed: its internals are
+    """Raise ConfigError naming both versions where another megatron-core is installed: its internals are
     relied upon (docs/megatron-core.md). Its own `__version__` ends in the commit of whatever repository
     encloses the environment, so the package's metadata are asked."""
     found, wanted = version("megatron-core"), pinned()
     if found != wanted:
-        raise ValueError(
+        raise ConfigError(
             f"megatron-core {found} is installed, and this version of megatron-troll runs on {wanted} alone: "
             f"run `make env`, or pip install megatron-core=={wanted}"
         )
@@ -36,10 +38,10 @@ def linear_attention() -> str:
 
 
 def check_linear_attention(found: str) -> None:
-    """Raise ValueError where `found` is too old. Before 0.6 the kernels take the number of heads from the
+    """Raise ConfigError where `found` is too old. Before 0.6 the kernels take the number of heads from the
     keys, and leave the output of all further value heads uninitialised."""
     if Version(found) < Version(OLDEST_LINEAR_ATTENTION):
-        raise ValueError(
+        raise ConfigError(
             f"flash-linear-attention {found} is installed, whose kernels give wrong results where value "
             f"heads share a key head; {OLDEST_LINEAR_ATTENTION} or newer is needed: "
             f"pip install 'flash-linear-attention>={OLDEST_LINEAR_ATTENTION}'"

@@ -80,7 +80,7 @@ class Objective:
         return any(method.needs_statistics for method in self.methods)
 
     def check(self, vocab: int) -> None:
-        """Raises ValueError where a method cannot work with a vocabulary of this size."""
+        """Raises ConfigError where a method cannot work with a vocabulary of this size."""
         for method in self.methods:
             method.check(vocab)
 

@@ -86,7 +86,7 @@ class Method(SlotMethod):
         return {}
 
     def check(self, vocab: int) -> None:
-        """Raises ValueError where the method cannot work with a vocabulary of this size."""
+        """Raises ConfigError where the method cannot work with a vocabulary of this size."""
 
 
 class TrustRegion(Method):

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import Positive
 from megatron_troll.objectives.slots import Method
 from megatron_troll.types import HeadRequest, Support
@@ -31,7 +32,7 @@ class Sparse(Method):
     def check(self, vocab: int) -> None:
         left_out = (vocab - 1) * self.p_d
         if left_out >= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"(V - |S|) * p_d = {left_out:.3g} >= 1 for one kept token of V={vocab}: lower p_d"
             )
         if left_out > self.delta > 0:

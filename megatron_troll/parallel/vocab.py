@@ -16,65 +16,6 @@ from troll_kernels.numbers import widened
 from megatron_troll.parallel.groups import Group
 
 
-def topk(logits_local: Tensor, k: int, group: Group, vocab: int) -> tuple[Tensor, Tensor]:
-    """The k' = min(k, vocab) largest logits of each row, values [N, k'] and token ids [N, k'] int64.
-
-    Exact under ties: value descending, then token id ascending, for any number of shards (ALGORITHMS 1.1).
-    -0.0 equals +0.0 and comes out as +0.0; -inf is a value like any other. Not differentiable.
-
-    Holds one [N, V/tp] bool mask, and for the rows tied across the k-th value an int32 one. Sends k
-    candidates per row, N x k values and ids, in two all-gathers. Waits for the device once, to find the
-    tied rows.
-    """
-    real = _real_columns(logits_local.detach(), group, vocab)
-    values, columns = _candidates(real, min(k, real.shape[1]))
-    ids = columns + group.rank * logits_local.shape[1]
-    if group.size > 1:
-        # A shard with padding may have fewer candidates; the fill comes after every real token.
-        missing = min(k, logits_local.shape[1]) - values.shape[1]
-        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
-        ids = torch.nn.functional.pad(ids, (0, missing), value=vocab)
-        values, ids = torch.cat(group.all_gather(values), 1), torch.cat(group.all_gather(ids), 1)
-    values, ids = _ordered(values, ids)
-    width = min(k, vocab)
-    return values[:, :width], ids[:, :width]
-
-
-def _candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row as values and columns [N, k], in no particular order.
-
-    torch.topk chooses freely among the ties of the k-th value; where there are more of them than places, the
-    lowest columns get the places."""
-    values, columns = torch.topk(logits, k, sorted=False)
-    if k == 0:
-        return values, columns
-    threshold = values.amin(1, keepdim=True)
-    tied = logits == threshold
-    rows = (tied.sum(1) > (values == threshold).sum(1)).nonzero()[:, 0]
-    above = values[rows] > threshold[rows]
-    # The j-th place of a row that a tied value holds goes to the row's j-th lowest tied column.
-    turn = ((~above).cumsum(1) - 1).clamp(min=0)
-    columns[rows] = torch.where(above, columns[rows], _lowest_columns(tied[rows], k).gather(1, turn))
-    return values, columns
-
-
-def _lowest_columns(mask: Tensor, k: int) -> Tensor:
-    """Columns [n, k] of the first k True entries of each row of `mask` [n, V], ascending. Rows with fewer end
-    in `V`. Holds an int32 [n, V]."""
-    width = mask.shape[1]
-    from_the_right = torch.arange(width, 0, -1, dtype=torch.int32, device=mask.device)
-    return width - torch.topk(mask * from_the_right, k).values.long()
-
-
-def _ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Value descending, then id ascending."""
-    values = values + 0.0  # -0.0 becomes +0.0, which a radix sort would tell apart
-    by_id = ids.argsort(1)
-    values, ids = values.gather(1, by_id), ids.gather(1, by_id)
-    values, by_value = values.sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, by_value)
-
-
 def gather_logits(logits_local: Tensor, ids: Tensor, group: Group) -> Tensor:
     """Logits [N, W] at token `ids` [N, W] int64; -inf where the id is NO_ID. Not differentiable; all-reduces
     N x W."""

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 import torch
 from torch.cuda import nccl
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.mcore.version import check_linear_attention, pinned
 from megatron_troll.preflight.finding import Finding, failed, passed, warned
 
@@ -44,7 +45,7 @@ def extension(name: str, module: str, find: Callable[[str], str] = version) -> F
     try:
         if name == LINEAR_ATTENTION:
             check_linear_attention(found)
-    except ValueError as error:
+    except ConfigError as error:
         return failed(name, found, str(error))
     tried = subprocess.run(
         [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from troll_kernels import sparsify
+from troll_kernels.topk import largest
 
 from megatron_troll.objectives.kl.exact import ExactKl
 from megatron_troll.objectives.kl.k1 import K1
@@ -22,8 +23,6 @@ from megatron_troll.objectives.kl.tike import Tike
 from megatron_troll.objectives.reference import ReferenceKl
 from megatron_troll.objectives.sampled_kl import SampledKl
 from megatron_troll.objectives.slots import Policy, Term
-from megatron_troll.parallel import vocab
-from megatron_troll.parallel.groups import ALONE
 from megatron_troll.types import NO_ID, HeadOutputs, ObjectiveInputs, Segments, Support, TopK
 
 RESAMPLES = 2_000
@@ -192,7 +191,7 @@ def _inputs(method: ReferenceKl, pool: TokenPool) -> ObjectiveInputs:
 def _record(logp: Tensor, target: Tensor, support: Support) -> TopK:
     """The policy's record at its own top-K, from its log-probabilities [N, V]; ties by token id."""
     with torch.no_grad():
-        values, candidates = vocab.topk(logp, support.k, ALONE, logp.shape[1])
+        values, candidates = largest(logp, min(support.k, logp.shape[1]))
         lse, at_target = torch.zeros_like(logp[:, 0]), logp.gather(1, target[:, None])[:, 0]
         ids, _, count, place = sparsify.select(values, candidates, lse, target, at_target, support.delta)
     return TopK(ids, _at(logp, ids), count, place, lse, logp.shape[1])

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.mcore.checkpoint_folder import (
     BACKENDS,
     MANIFEST,
@@ -150,4 +151,4 @@ def _check_run(folder: Path, shape: ModelShape) -> None:
         if saved.get(key) != wanted.get(key)
     ]
     if differing:
-        raise ValueError(f"{folder} is of another model than config.json: {', '.join(differing)}")
+        raise ConfigError(f"{folder} is of another model than config.json: {', '.join(differing)}")

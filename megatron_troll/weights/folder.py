@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.system import flush
 from megatron_troll.weights.source import INDEX
 from megatron_troll.weights.tensor_file import TensorFileWriter
@@ -29,18 +30,18 @@ COMPANIONS = (
 
 
 def check_target(folder: Path, source_folder: Path) -> None:
-    """Raise ValueError unless a model from `source_folder` can be exported to `folder`: that is not there,
+    """Raise ConfigError unless a model from `source_folder` can be exported to `folder`: that is not there,
     is empty, or holds an earlier export."""
     if not (source_folder / CONFIG).is_file():
-        raise ValueError(
+        raise ConfigError(
             f"{source_folder / CONFIG} not found: the export takes config and tokenizer from there"
         )
     if folder.resolve() == source_folder.resolve():
-        raise ValueError(f"{folder} is the folder the model came from: export to another one")
+        raise ConfigError(f"{folder} is the folder the model came from: export to another one")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file")
+        raise ConfigError(f"{folder} is a file")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} holds something that is not an exported model: export to another folder")
+        raise ConfigError(f"{folder} holds something that is not an exported model: export to another folder")
 
 
 class FolderWriter:

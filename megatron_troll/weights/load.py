@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.placement import Held, held_parameters, shard_group
@@ -15,7 +16,7 @@ def load(model: MegatronModel, source: Source, table: Table | None = None) -> No
     this rank holds, one Megatron parameter at a time; no communication. An optimizer that keeps fp32 copies
     of the parameters has to be built afterwards. `table`: default, that of the model's family.
 
-    Raises ValueError listing every missing, unused and wrongly shaped tensor, before anything is copied.
+    Raises ConfigError listing every missing, unused and wrongly shaped tensor, before anything is copied.
     """
     table = table or table_of(model.shape)
     source = Unstacked(source, table)
@@ -30,7 +31,7 @@ def _fill(model: MegatronModel, held: Held, source: Source) -> None:
     group = shard_group(model.groups, entry)
     shard = entry.shard(tuple(source.read(name) for name in held.place.names), group.rank, group.size)
     if shard.shape != parameter.shape:
-        raise ValueError(
+        raise ConfigError(
             f"{', '.join(held.place.names)}: shard {group.rank} of {group.size} has shape "
             f"{tuple(shard.shape)}, Megatron's parameter {tuple(parameter.shape)}"
         )

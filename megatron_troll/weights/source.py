@@ -11,6 +11,7 @@ from typing import BinaryIO, Protocol
 import torch
 from torch import Tensor
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.mcore.checkpoint_folder import is_checkpoint
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.families import table_of
@@ -119,9 +120,9 @@ class FolderSource:
                 name: (file, tensor) for name, tensor in header.items() if self._index.get(name, file) == file
             }
         if broken:
-            raise ValueError("\n".join(broken))
+            raise ConfigError("\n".join(broken))
         if absent := sorted(set(self._index) - set(stored)):
-            raise ValueError(
+            raise ConfigError(
                 f"{self.folder / INDEX} lists tensors that their files lack; download the folder again:\n  "
                 + "\n  ".join(absent)
             )
@@ -149,7 +150,7 @@ class FolderSource:
         try:
             return dict(json.loads(path.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); download it again") from error
+            raise ConfigError(f"{path} cannot be read ({error}); download it again") from error
 
 
 class RandomSource:
@@ -248,13 +249,13 @@ TIED_HEAD = "lm_head.weight"
 
 
 def check_folder(folder: str | Path, shape: ModelShape) -> None:
-    """Raise ValueError or FileNotFoundError unless `folder` holds a model of `shape`. Reads headers only."""
+    """Raise ConfigError or FileNotFoundError unless `folder` holds a model of `shape`. Reads headers only."""
     table = table_of(shape)
     check(Unstacked(open_source(folder, shape), table), table, tied=shape.tied)
 
 
 def check(source: Source, table: Table, *, tied: bool) -> None:
-    """Raise ValueError unless `source` holds exactly the tensors of `table`, in their shapes, besides those
+    """Raise ConfigError unless `source` holds exactly the tensors of `table`, in their shapes, besides those
     that it carries."""
     expected = {name: tensor.shape for name, tensor in table.tensors().items()}
     found = source.shapes
@@ -270,7 +271,7 @@ def check(source: Source, table: Table, *, tied: bool) -> None:
         if name in found and found[name] != shape
     ]
     if problems:
-        raise ValueError(
+        raise ConfigError(
             "the weights do not fit config.json (is it of another model, or was the download cut short?):\n  "
             + "\n  ".join(problems)
         )

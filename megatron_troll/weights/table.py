@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_troll.config.node import ConfigError
+
 Tensors = tuple[Tensor, ...]
 Transform = Callable[[Tensors], Tensors]
 
@@ -78,7 +80,7 @@ class Entry:
     def shard(self, tensors: Tensors, rank: int, size: int) -> Tensor:
         """Full HF tensors -> the parameter of shard `rank` of `size`. Holds a few copies of the tensors.
 
-        Raises ValueError where the axis does not divide.
+        Raises ConfigError where the axis does not divide.
         """
         parts = self.to_parts(tensors)
         if self.axis is None:
@@ -124,7 +126,7 @@ class Entry:
 
     def _width(self, rows: int, size: int) -> int:
         if rows % size and not self.padded:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.hf[0].name}: {rows} along axis {self.axis} cannot be divided by {size} shards"
             )
         return -(-rows // size)

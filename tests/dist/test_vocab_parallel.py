@@ -30,11 +30,6 @@ def read_shard(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return vocab.log_softmax(local, group, VOCAB), vocab.gather_logits(local, ids, group)
 
 
-def shard_topk(logits: Tensor, k: int, size: int) -> tuple[Tensor, Tensor]:
-    group = world()
-    return vocab.topk(shard(logits, group), k, group, size)
-
-
 def context_parallel_gradient(values: Tensor, sequence: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's tokens are those with `place` = rank. Its loss reads the totals through its own tokens."""
     group = world()
@@ -86,24 +81,6 @@ def test_log_probs_and_gathered_logits_equal_plain_torch(ranks: RankPool, forbid
     assert (logp[:, VOCAB:] == -torch.inf).all()
     expected = logits.gather(1, ids.clamp(min=0)).masked_fill(ids == NO_ID, -torch.inf)
     assert all(torch.equal(gathered, expected) for _, gathered in results)
-
-
-@pytest.mark.parametrize("k", [1, 6, 20, 53, 80])
-def test_topk_is_the_same_for_every_shard_count(ranks: RankPool, k: int) -> None:
-    """bf16-like steps of 1/4 put ties inside shards, across shards and across the k-th place."""
-    logits = torch.randn(40, PADDED, generator=torch.Generator().manual_seed(k)).mul(4).round().div(4)
-    logits[0], logits[1, 8:40], logits[2] = 1.0, -torch.inf, -torch.inf
-    logits[:, VOCAB:] = 50.0
-    order = logits[:, :VOCAB].sort(dim=1, descending=True, stable=True)
-    for values, ids in ranks.run(shard_topk, logits, k, VOCAB):
-        assert torch.equal(ids, order.indices[:, :k])
-        assert torch.equal(values, order.values[:, :k])
-
-
-def test_topk_with_a_shard_of_padding_only(ranks4: RankPool) -> None:
-    logits = torch.zeros(2, PADDED)
-    for _, ids in ranks4.run(shard_topk, logits, 30, 20):
-        assert ids.tolist() == [list(range(20))] * 2
 
 
 def test_totals_of_responses_cross_context_parallel_ranks(ranks: RankPool) -> None:

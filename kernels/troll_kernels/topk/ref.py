@@ -23,28 +23,31 @@ def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tu
     if tiles == 0 or k == 0:
         empty = widened(logits.new_full((len(logits), k), LOWEST))
         return empty, torch.full_like(empty, NO_ID, dtype=torch.int64)
-    picked = _largest(tile_max, min(k, tiles)).sort(1)[0]
+    picked = largest(tile_max, min(k, tiles))[1].sort(1)[0]
     columns = (picked[:, :, None] * tile + torch.arange(tile, device=logits.device)).flatten(1)
     # Columns past the last come after every token, since they are -inf with the highest columns.
     values = widened(logits.gather(1, columns.clamp(max=width - 1)))
-    values = values.masked_fill(columns >= width, LOWEST) + 0.0
-    at = _largest(values, min(k, columns.shape[1]))
-    values, columns = values.gather(1, at), columns.gather(1, at)
+    values = values.masked_fill(columns >= width, LOWEST)
+    values, at = largest(values, min(k, columns.shape[1]))
+    columns = columns.gather(1, at)
     missing = k - at.shape[1]
     values = torch.nn.functional.pad(values, (0, missing), value=LOWEST)
     columns = torch.nn.functional.pad(columns, (0, missing), value=width)
     return values, columns.masked_fill(columns >= width, NO_ID)
 
 
-def _largest(values: Tensor, k: int) -> Tensor:
-    """Positions [C, k] of the k largest of values [C, M], value descending, then position ascending.
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of values [C, M]: themselves and their positions [C, k], k <= M, value
+    descending, then position ascending. -0.0 equals +0.0 and comes out as +0.0. Not differentiable.
 
     torch.topk chooses freely among the ties of the k-th value; rows where it had a choice are sorted whole.
-    Waits for the device once."""
+    Waits for the device once. Holds a copy and a bool mask of C x M."""
+    values = values.detach() + 0.0
     found, at = torch.topk(values, k)
     least = found[:, -1:]
     chosen = ((values == least).sum(1) > (found == least).sum(1)).nonzero()[:, 0]
     if chosen.numel():
         at[chosen] = values[chosen].sort(dim=1, descending=True, stable=True)[1][:, :k]
     at = at.sort(1)[0]
-    return at.gather(1, values.gather(1, at).sort(dim=1, descending=True, stable=True)[1])
+    found, order = values.gather(1, at).sort(dim=1, descending=True, stable=True)
+    return found, at.gather(1, order)

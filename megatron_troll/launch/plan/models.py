@@ -76,7 +76,7 @@ def shape_at(key: str, path: str) -> ModelShape:
     except FileNotFoundError as error:
         known = ", ".join(sorted(file.name for file in PUBLISHED.iterdir()))
         raise ConfigError(f"{key}: {error}; without one, name one of those known here: {known}") from error
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
 
 
@@ -88,7 +88,7 @@ def planned_of(name: str, model: Model, shape: ModelShape, world: int) -> Planne
         check_world(model.layout, world)
         key = f"models.{name}"
         check_options(shape, model)
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
     # A critic has no head, so nothing to tie.
     shape = replace(shape, tied=shape.tied and name != "critic")

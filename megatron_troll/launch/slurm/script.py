@@ -87,7 +87,7 @@ def check(config: Config, allocation: Allocation) -> None:
             continue
         try:
             check_world(model.layout, allocation.world)
-        except ValueError as error:
+        except ConfigError as error:
             ranks = allocation.gpus or allocation.tasks
             raise ConfigError(f"{allocation.nodes} nodes of {ranks} ranks: models.{name}: {error}") from error
 

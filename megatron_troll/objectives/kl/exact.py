@@ -1,5 +1,6 @@
 """The KL over the full vocabulary: the Rao-Blackwell estimator (arXiv 2504.10637; ALGORITHMS 3, 7)."""
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.objectives.reference import ReferenceKl
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term
 from megatron_troll.types import HeadRequest, ObjectiveInputs
@@ -24,7 +25,7 @@ class ExactKl(ReferenceKl):
     def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
         value = inputs.new.reference_kl
         if value is None:
-            raise ValueError(
+            raise ConfigError(
                 "objective.kl exact reads KL(new || reference) from the head, and none was given: "
                 "set models.reference"
             )

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from troll_kernels.topk import largest
 
 from megatron_troll.config.tree import Sampling
 from megatron_troll.mcore.decode import Decoder, generation_mode
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import over_stages, recording
-from megatron_troll.parallel import vocab
-from megatron_troll.parallel.groups import ALONE
 from megatron_troll.rollout.engine import Completion, Engine, Request, Setup, rollout_of
 from megatron_troll.rollout.sampling import draw, sample_key, uniforms
 from megatron_troll.types import Rollout, TokenTopK
@@ -114,7 +113,7 @@ class InProcessEngine(Engine):
         logp = law.gather(1, token[:, None])[:, 0]
         if not self.config.top_k:
             return DecodeStep(token, logp, None, None)
-        values, ids = vocab.topk(law, self.config.top_k, ALONE, size)
+        values, ids = largest(law, min(self.config.top_k, size))
         return DecodeStep(token, logp, ids, values)
 
 

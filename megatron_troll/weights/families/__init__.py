@@ -1,5 +1,6 @@
 """The tables of the model families, by Hugging Face `model_type`."""
 
+from megatron_troll.config.node import ConfigError
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.families import qwen3, qwen3_next
 from megatron_troll.weights.table import Table, parameters_of
@@ -8,9 +9,9 @@ FAMILIES = {"qwen3": qwen3.table, "qwen3_moe": qwen3.table, "qwen3_next": qwen3_
 
 
 def table_of(shape: ModelShape) -> Table:
-    """The table of a model. Raises ValueError naming the families that have one."""
+    """The table of a model. Raises ConfigError naming the families that have one."""
     if shape.family not in FAMILIES:
-        raise ValueError(f"no weight table for model_type {shape.family!r}; known: {', '.join(FAMILIES)}")
+        raise ConfigError(f"no weight table for model_type {shape.family!r}; known: {', '.join(FAMILIES)}")
     return FAMILIES[shape.family](shape)
 
 

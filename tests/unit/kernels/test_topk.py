@@ -27,6 +27,28 @@ def expected(x: Tensor, width: int, k: int) -> tuple[list[list[float]], list[lis
     return values, columns
 
 
+@pytest.mark.parametrize("k", [1, 7, 40, 97])
+@pytest.mark.parametrize("steps", [1, 2, 8, 1000])
+def test_the_largest_of_a_row_break_ties_by_position(k: int, steps: int) -> None:
+    x = torch.randint(0, steps, (30, 97), generator=torch.Generator().manual_seed(k)) / 8.0
+    order = x.sort(dim=1, descending=True, stable=True)
+    values, at = topk.largest(x, k)
+    assert torch.equal(values, order.values[:, :k])
+    assert torch.equal(at, order.indices[:, :k])
+
+
+def test_signed_zeros_and_minus_infinity_are_ordered_by_position() -> None:
+    values, at = topk.largest(torch.tensor([[-0.0, -INF, 0.0, -0.0, -INF]]), 4)
+    assert at.tolist() == [[0, 2, 3, 1]]
+    assert values.tolist() == [[0.0, 0.0, 0.0, -INF]]
+    assert not values[:, :3].signbit().any()
+
+
+def test_the_largest_of_no_rows() -> None:
+    values, at = topk.largest(torch.zeros(0, 5), 2)
+    assert values.shape == at.shape == (0, 2)
+
+
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
