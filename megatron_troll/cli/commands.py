@@ -13,6 +13,7 @@ from rich.console import Console
 
 from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import dump, load
+from megatron_troll.config.paths import RunPaths
 from megatron_troll.launch.local import launch
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.system import Interrupts, watched
@@ -232,11 +233,11 @@ def _run[Prep: Prepared](task: Prep, command: Command[Prep], interrupts: Interru
 
 def _load(arguments: Namespace) -> Config:
     path = Path(arguments.config)
-    return load(path / "config.yaml" if path.is_dir() else path, arguments.overrides)
+    return load(RunPaths(path).config if path.is_dir() else path, arguments.overrides)
 
 
 def _folder(config: Config) -> RunFolder:
-    return RunFolder(Path(config.runs) / config.name)
+    return RunFolder.of(config)
 
 
 def _say_next(config: Config) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_troll.config.paths import RunPaths
 from megatron_troll.config.tree import Config
 from megatron_troll.launch.servers import ServerPlan, Supervisor, command, environment, interpreter
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.rollout.sglang.http import read_key
-from megatron_troll.rollout.sglang.registry import register, servers_folder, unregister
+from megatron_troll.rollout.sglang.registry import register, unregister
 from megatron_troll.system import Interrupts
 from megatron_troll.weights.source import check_folder
 
@@ -19,7 +20,7 @@ def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) 
     """Start serve.servers servers, and keep them running until asked to stop. Those that are healthy are
     written down in runs/<name>/servers. Raises one of task.PROBLEMS before anything is started, and
     ServerFailed."""
-    plans, folder = plans_of(config), servers_folder(config)
+    plans, folder = plans_of(config), RunPaths.of(config).servers
 
     def announce(plan: ServerPlan, pid: int | None) -> None:
         if pid is None:
@@ -47,7 +48,7 @@ def plans_of(config: Config) -> list[ServerPlan]:
             argv=command(str(python), device),
             environment=environment(device, threads),
             flags=flags_of(config, shape, number, device),
-            folder=servers_folder(config).with_name("logs"),
+            folder=RunPaths.of(config).logs,
             key=key,
         )
         for number in range(serve.servers)

@@ -1,4 +1,4 @@
-"""runs/<name>/: where everything of a run lies, and who may write there."""
+"""runs/<name>/: who may write there, and which run it holds."""
 
 import fcntl
 import os
@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import yaml
 
+from megatron_troll.config.paths import RunPaths
 from megatron_troll.mcore.checkpoint_folder import steps
 from megatron_troll.system import write_atomic
 
@@ -42,76 +43,8 @@ class RunFolderError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """The paths of one run. Any rank may hold one; only rank 0 opens it."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def discarded_metrics(self) -> Path:
-        return self.root / "metrics.discarded.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.root / "summary.json"
-
-    @property
-    def stopped(self) -> Path:
-        """Is there after a run that was asked to stop, until it is resumed."""
-        return self.root / "stopped"
-
-    @property
-    def saved(self) -> Path:
-        """The step of the newest checkpoint: told apart from a run that never had one, when all are gone."""
-        return self.root / "saved"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "eval.json"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.root / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def rollouts(self) -> Path:
-        return self.root / "rollouts"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
-
-    @property
-    def curves(self) -> Path:
-        return self.root / "curves.png"
-
-    @property
-    def hf(self) -> Path:
-        return self.root / "hf"
-
-    @property
-    def hf_rollout(self) -> Path:
-        return self.root / "hf-rollout"
-
-    @property
-    def heartbeat(self) -> Path:
-        return self.root / "heartbeat"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
+class RunFolder(RunPaths):
+    """The folder of one run. Any rank may hold one; only rank 0 opens it."""
 
     @contextmanager
     def open(self, config_yaml: str, resume: bool) -> Iterator[None]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rich.table import Table
 from rich.text import Text
 
+from megatron_troll.config.paths import RunPaths
 from megatron_troll.config.tree import Config
 from megatron_troll.parallel.groups import Group, joined
 from megatron_troll.preflight import node, packages, serving, together
@@ -34,7 +35,7 @@ class Needs:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.runs) / self.config.name
+        return RunPaths.of(self.config).root
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator
     with ExitStack() as stack:
         groups = parallel.start(config.policy.layout, config.seed)
         stack.callback(parallel.stop)
-        folder = RunFolder(Path(config.runs) / config.name)
+        folder = RunFolder.of(config)
         _take_folder(stack, folder, config, groups)
         first = groups.world.rank == 0
         progress: Progress = open_progress(Console(), steps, config.name) if first else Silent()

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_troll.rollout.sglang.registry import register, servers_folder, unregister
+from megatron_troll.config.paths import RunPaths
+from megatron_troll.rollout.sglang.registry import register, unregister
 from tests.dist.harness import RankPool
 from tests.sglang import worker
 from tests.sglang.farm import Farm, RealServer
@@ -116,7 +117,7 @@ def test_a_server_that_replaces_the_only_one_goes_on_with_the_batch(
     ranks2: RankPool, farm: Farm, folder: Path, trained: Path, tmp_path: Path
 ) -> None:
     asked = job([], trained, tmp_path, sync={"via": "tensor"}, patience_s=120.0)
-    registry, under_way = servers_folder(asked.config), tmp_path / "under_way"
+    registry, under_way = RunPaths.of(asked.config).servers, tmp_path / "under_way"
     first = farm.start(folder).wait_until_healthy()
     register(registry, first.url, first.pid)
     second: list[RealServer] = []

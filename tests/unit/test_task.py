@@ -209,6 +209,9 @@ def test_a_rollout_model_reads_the_policys_tokens(config: Path, base: Path, tmp_
 class Forgetful(Engine):
     """Tells nothing of its experts."""
 
+    def generate(self, requests, sampling, round):
+        return []
+
 
 def dense_policy(config: Path, folder: Path) -> tuple[str, ...]:
     """The overrides that make the policy a dense model of the same vocabulary."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_troll.config import ConfigError
 from megatron_troll.config.load import load
+from megatron_troll.config.paths import RunPaths
 
 DOES_NOT_FIT, REFUSED = 1, 2
 
@@ -31,7 +32,7 @@ def run(arguments: Namespace) -> int:
 
     path = Path(arguments.config)
     try:
-        planned = plan(load(path / "config.yaml" if path.is_dir() else path, arguments.overrides))
+        planned = plan(load(RunPaths(path).config if path.is_dir() else path, arguments.overrides))
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED

@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import join, quote
 
 from megatron_troll.config.node import ConfigError
+from megatron_troll.config.paths import RunPaths
 from megatron_troll.config.serving import Serve
 from megatron_troll.config.tree import Config
 from megatron_troll.mcore.layout import check_world
@@ -154,7 +155,7 @@ def body(config: Config, path: str, overrides: Sequence[str], allocation: Alloca
     check_servers(config, allocation)
     network = [] if allocation.interface is None else ["--interface", allocation.interface]
     variables = {
-        "run": quote(f"{config.runs}/{config.name}"),
+        "run": quote(str(RunPaths.of(config).root)),
         "python": quote(allocation.python),
         "command": f"({join(['train', path, *overrides, 'resume=true'])})",
         "container": f"({pyxis(allocation)})",

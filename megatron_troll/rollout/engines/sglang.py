@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from megatron_troll.config.paths import RunPaths
 from megatron_troll.config.tree import Sampling
 from megatron_troll.rollout.engine import Engine, Request, Setup, rollout_of
 from megatron_troll.rollout.sampling import sample_key
@@ -15,7 +16,7 @@ from megatron_troll.rollout.sglang.drawing import GenerationBatch
 from megatron_troll.rollout.sglang.errors import Mismatch
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
-from megatron_troll.rollout.sglang.registry import buffer_folder, weights_folder
+from megatron_troll.rollout.sglang.registry import weights_folder
 from megatron_troll.rollout.sglang.weights import RankZero
 from megatron_troll.rollout.sglang.wire import GenerationRequest, Routed
 from megatron_troll.types import Rollout
@@ -34,7 +35,7 @@ class SGLangEngine(Engine):
         self._version: int | None = None
         self._resting = False
         keep = setup.rollout.sglang.buffer
-        self._journal = Journal(buffer_folder(setup.config)) if keep else None
+        self._journal = Journal(RunPaths.of(setup.config).buffer) if keep else None
         probe = setup.rollout.sglang.probe
         self._probed = sequences([prompt.ids.astype(np.int64) for prompt in setup.prompts], probe.tokens)[
             : probe.prompts

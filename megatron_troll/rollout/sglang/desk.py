@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from megatron_troll.config.paths import RunPaths
 from megatron_troll.mcore.parallel import device
 from megatron_troll.rollout.engine import Setup
 from megatron_troll.rollout.sglang.background import Background
@@ -13,7 +14,7 @@ from megatron_troll.rollout.sglang.client import Client
 from megatron_troll.rollout.sglang.control import Control, each
 from megatron_troll.rollout.sglang.http import Http, read_key
 from megatron_troll.rollout.sglang.identity import Identity
-from megatron_troll.rollout.sglang.registry import registered, servers_folder, weights_folder
+from megatron_troll.rollout.sglang.registry import registered, weights_folder
 from megatron_troll.rollout.sglang.servers import Router, ServerPool
 from megatron_troll.rollout.sglang.transport import Disk, Shared, Transport
 from megatron_troll.rollout.sglang.wire import Versions
@@ -74,7 +75,7 @@ def open_desk(setup: Setup) -> Connection:
 
 
 def _discover(setup: Setup) -> Callable[[], Sequence[str]]:
-    named, folder = setup.rollout.sglang.servers, servers_folder(setup.config)
+    named, folder = setup.rollout.sglang.servers, RunPaths.of(setup.config).servers
     return (lambda: named) if named else (lambda: registered(folder))
 
 

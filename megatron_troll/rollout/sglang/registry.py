@@ -5,23 +5,14 @@ import json
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_troll.config.paths import RunPaths
 from megatron_troll.config.tree import Config
 from megatron_troll.system import write_atomic
 
 
-def servers_folder(config: Config) -> Path:
-    """Where servers of a run are written down."""
-    return Path(config.runs) / config.name / "servers"
-
-
-def buffer_folder(config: Config) -> Path:
-    """Where answers are kept until they have been learnt from."""
-    return Path(config.runs) / config.name / "buffer"
-
-
 def weights_folder(config: Config) -> Path:
     """Where servers of a run read weights."""
-    return Path(config.rollout.sglang.sync.folder or Path(config.runs) / config.name / "weights")
+    return Path(config.rollout.sglang.sync.folder or RunPaths.of(config).weights)
 
 
 def registered(folder: Path) -> tuple[str, ...]:
