@@ -4,13 +4,9 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
-from megatron_troll.batching.build import Form, build
-from megatron_troll.batching.plan import UpdateSchedule, plan, step_weights
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import layer_remarks
-from megatron_troll.mcore.optimizer import Trainable
-from megatron_troll.mcore.parallel import device
 from megatron_troll.objectives.supervised import Supervised
 from megatron_troll.observe.trackers import Summary
 from megatron_troll.rewards.score import Scorer
@@ -19,9 +15,9 @@ from megatron_troll.run.session import Session, open_session
 from megatron_troll.system import Interrupts
 from megatron_troll.task import Task, demonstrations, sft_of
 from megatron_troll.training.build import open_policy
-from megatron_troll.training.microbatches import capacity
+from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.trainer import PolicyTrainer, Unhealthy
-from megatron_troll.types import HeadOutputs, MicroBatch, Rollout
+from megatron_troll.types import HeadOutputs, Rollout
 
 NOTHING = HeadOutputs(None, None, None)
 
@@ -41,6 +37,7 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
             session.progress.say(line)
         evaluator = Evaluator(task, session, engine, scorer)
         trainer = PolicyTrainer(policy, Supervised(), Head(policy.model))
+        batcher = MicroBatcher(config, policy.model, config.policy.layout)
         session.begin_at(0)
         engine.sync(0)
         before = evaluator.success()
@@ -53,23 +50,25 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
                 )
                 return False
             chosen = [examples[i] for i in order.next(sft.sequences)]
-            supervised_step(session, trainer, chosen, step)
+            supervised_step(session, trainer, batcher, chosen, step)
         engine.sync(sft.steps)
         summary = Summary(before, evaluator.success(), session.seconds, config.seed)
         session.complete(policy.model, summary)
     return True
 
 
-def supervised_step(session: Session, trainer: PolicyTrainer, chosen: list[Rollout], step: int) -> None:
+def supervised_step(
+    session: Session, trainer: PolicyTrainer, batcher: MicroBatcher, chosen: list[Rollout], step: int
+) -> None:
     """One optimizer step on `chosen`, logged."""
     began = time.perf_counter()
-    batches = micro_batches(session, trainer.trainable, chosen)
+    batches = batcher.supervised(chosen)
     with session.phases("forward_backward"):
         gradients = trainer.accumulate(batches, [NOTHING] * len(batches), [None] * len(batches))
     with session.phases("optimizer"):
-        if not trainer.healthy(gradients):
+        grad_norm = trainer.trainable.step_if_finite(gradients.loss)
+        if grad_norm is None:
             raise unhealthy(session, chosen, trainer.agree_on(gradients.broken), step)
-        grad_norm = trainer.trainable.step()
     seconds = time.perf_counter() - began
     tokens = sum(len(r.response_ids) + 1 for r in chosen)
     metrics = {
@@ -86,27 +85,3 @@ def unhealthy(session: Session, chosen: list[Rollout], broken: Sequence[int], st
     """The end of a warm start: keeps the batch, names the demonstrations. Blocks."""
     kept = session.keep_broken(step, chosen, broken)
     return Unhealthy(f"step {step}: the loss or a gradient is NaN or Inf; {kept}; lower optimizer.lr")
-
-
-def micro_batches(session: Session, policy: Trainable, chosen: list[Rollout]) -> list[MicroBatch]:
-    """This rank's share of one step."""
-    groups, config = policy.model.groups, session.config
-    form = Form(
-        vocab=policy.model.shape.vocab,
-        packed=config.train.packing,
-        cp_rank=groups.cp.rank,
-        cp_size=groups.cp.size,
-        tp_size=groups.tp.size,
-    )
-    arranged = plan(
-        [len(r.response_ids) for r in chosen],
-        list(range(len(chosen))),
-        UpdateSchedule(updates=1, epochs=1, seed=0),
-        capacity(config, config.policy.layout, groups, form.align),
-    ).steps[0]
-    weights = step_weights(chosen, arranged.responses, "token-mean", None)
-    nothing = [0.0] * len(chosen)
-    return [
-        build(chosen, nothing, weights, members, form).to(device())
-        for members in arranged.ranks[groups.dp.rank]
-    ]

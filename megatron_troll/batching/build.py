@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_troll.batching.experts import Routing, recorded
 from megatron_troll.batching.plan import zigzag
+from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import NO_ID, MicroBatch, Rollout, TopK
 
 # Of each rollout: one number, or one per response token [T].
@@ -36,6 +37,12 @@ class Form:
     topk: int = 0
     temperature: float = 1.0
     routing: Routing | None = None
+
+    @classmethod
+    def of(cls, groups: Groups, vocab: int, **fields: Any) -> Self:
+        """On a rank of `groups`; `fields` are those that the layout does not say."""
+        cp, tp = groups.cp, groups.tp
+        return cls(vocab, cp_rank=cp.rank, cp_size=cp.size, tp_size=tp.size, **fields)
 
     @property
     def align(self) -> int:

@@ -1,5 +1,6 @@
 """Megatron's optimizer and learning-rate schedule for a data-parallel model."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,15 @@ class Trainable:
         self.optimizer.zero_grad()
         move_biases(self.model.chunks)
         return float(grad_norm)
+
+    def step_if_finite(self, loss: float) -> float | None:
+        """`step` where the loss and every gradient of every rank are finite; else None, and nothing is
+        updated. `loss` is that of the whole step, the same on every rank. Blocks on the world."""
+        return self.step() if self.finite(loss) else None
+
+    def finite(self, loss: float) -> bool:
+        """Whether the loss and every gradient of every rank are finite. Blocks on the world."""
+        return self.gradients_finite() and math.isfinite(loss)
 
     @property
     def lr(self) -> float:

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_troll.mcore.model import MegatronModel, forward, select_hidden
-from megatron_troll.mcore.parallel import inside
+from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.router import share_counts, share_loads, start_counting, start_loads
 from megatron_troll.types import MicroBatch
 
@@ -41,6 +41,15 @@ def accumulate(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss) 
     results = _run(model, batches, loss, forward_only=False)
     share_loads(model.chunks, model.groups)
     return results
+
+
+def step_loss(model: MegatronModel, parts: Sequence[Tensor]) -> float:
+    """The loss of an optimizer step, the same on every rank, from the detached losses of this rank's
+    micro-batches. Blocks on every rank."""
+    groups = model.groups
+    total = torch.stack([torch.zeros((), device=device()), *parts]).sum().double()
+    groups.dp_cp.all_reduce(total)
+    return float(groups.pp.broadcast(total, groups.pp.size - 1))
 
 
 def survey(model: MegatronModel, batches: Sequence[MicroBatch], read: Read) -> list[Any]:

@@ -166,7 +166,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             task=task,
             session=session,
             policy=policy,
-            learner=Learner(trainer, open_arranger(task, policy), session.phases),
+            learner=Learner(trainer, open_batcher(task, policy), session.phases),
             critic=critic,
             rollout_model=rollout_model,
             engine=engine,
@@ -198,7 +198,7 @@ def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
     )
 
 
-def open_arranger(task: Task, policy: Trainable) -> MicroBatcher:
+def open_batcher(task: Task, policy: Trainable) -> MicroBatcher:
     """Cuts batches for the policy; the engine's record is packed where something reads it."""
     config, objective = task.config, task.objective
     read = (

@@ -38,10 +38,7 @@ def draw_pool(task: Task) -> TokenPool:
         requests = requests_for(prompts, config.rollout.samples)
         engine = open_engine(task, policy)
         rollouts = engine.generate(requests, config.rollout.sampling, EVALUATION_ROUND)
-        updates = MicroBatcher(config, policy, Layout()).updates(rollouts, [0.0] * len(rollouts), step=0)
-        batches = [
-            batch for update in updates[: config.train.updates // config.train.epochs] for batch in update
-        ]
+        batches = MicroBatcher(config, policy, Layout()).once(rollouts, step=0)
         path = config.models.reference.path
         frozen = config.policy.model_copy(update={"path": path, "init": "pretrained"})
         reference = open_model(frozen, task.shape, groups, config.seed, unwatched)

@@ -14,7 +14,7 @@ from megatron_troll.mcore import parallel
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.router import routers
-from megatron_troll.mcore.schedule import accumulate, infer, survey
+from megatron_troll.mcore.schedule import accumulate, infer, step_loss, survey
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.mcore.value import ValueModel, values
 from megatron_troll.observe.phases import Phases
@@ -35,17 +35,14 @@ class Critic:
     """
 
     trained: Trainable
-    arranger: MicroBatcher
+    batcher: MicroBatcher
     phases: Phases
 
     def values(self, rollouts: Sequence[Rollout], step: int) -> Values:
         """V of every token that carries loss, before the update, on every rank. Every rank receives one
         number per token of the batch. Blocks on all ranks."""
         model = self.trained.model
-        nothing = [0.0] * len(rollouts)
-        train = self.arranger.config.train
-        once = self.arranger.updates(rollouts, nothing, step)[: train.updates // train.epochs]
-        batches = [batch for update in once for batch in update]
+        batches = self.batcher.once(rollouts, step)
 
         def read(i: int, hidden: Tensor) -> np.ndarray:
             return values(model, hidden).cpu().numpy()
@@ -69,7 +66,7 @@ class Critic:
         """One optimizer step of the critic for each of the policy's, towards `targets` [T] of each rollout.
         Returns metrics; a step with NaN or Inf is left out and counted. Blocks on all ranks."""
         with self.phases("critic"):
-            rows = [self._step(update) for update in self.arranger.updates(rollouts, targets, step)]
+            rows = [self._step(update) for update in self.batcher.updates(rollouts, targets, step)]
         taken = [row for row in rows if row]
         metrics = {name: float(np.mean([row[name] for row in taken])) for row in taken[:1] for name in row}
         return metrics | {"critic_skipped": float(len(rows) - len(taken))}
@@ -86,12 +83,9 @@ class Critic:
             return value, value.detach()
 
         parts = accumulate(model, batches, loss)
-        total = torch.stack([torch.zeros((), device=parallel.device()), *parts]).sum().double()
-        model.groups.dp_cp.all_reduce(total)
-        model.groups.pp.broadcast(total, model.groups.pp.size - 1)
-        if not (self.trained.gradients_finite() and bool(total.isfinite())):
-            return {}
-        return {"critic_loss": float(total), "critic_grad_norm": self.trained.step()}
+        total = step_loss(model, parts)
+        grad_norm = self.trained.step_if_finite(total)
+        return {} if grad_norm is None else {"critic_loss": total, "critic_grad_norm": grad_norm}
 
 
 def placed(batch: MicroBatch, values: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:

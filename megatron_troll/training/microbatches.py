@@ -15,6 +15,7 @@ from megatron_troll.config.tree import Config
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import layer_of, routers
+from megatron_troll.objectives.aggregation import Aggregation
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch, Rollout
 
@@ -35,21 +36,47 @@ class MicroBatcher:
     ) -> list[list[MicroBatch]]:
         """This rank's micro-batches of every optimizer step. `step` seeds the plan, so that models of any
         layout take the same responses in the same steps."""
-        config, groups, form = self.config, self.model.groups, self._form()
+        train, sampling = self.config.train, self.config.rollout.sampling
+        seed = int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0])
+        schedule = UpdateSchedule(train.updates, train.epochs, seed)
+        return self._cut(
+            rollouts, advantages, schedule, self.config.objective.aggregation, sampling.temperature
+        )
+
+    def once(self, rollouts: Sequence[Rollout], step: int) -> list[MicroBatch]:
+        """Micro-batches in which every response is once, for forwards alone, as `updates` cuts them."""
+        train = self.config.train
+        updates = self.updates(rollouts, [0.0] * len(rollouts), step)
+        return [batch for update in updates[: train.updates // train.epochs] for batch in update]
+
+    def supervised(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """This rank's micro-batches of one optimizer step on all of them, a mean over their tokens."""
+        (update,) = self._cut(
+            rollouts, [0.0] * len(rollouts), UpdateSchedule(1, 1, seed=0), "token-mean", temperature=1.0
+        )
+        return update
+
+    def _cut(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Advantages,
+        schedule: UpdateSchedule,
+        aggregation: Aggregation,
+        temperature: float,
+    ) -> list[list[MicroBatch]]:
+        config, groups, form = self.config, self.model.groups, self._form(temperature)
         lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
-        seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
         arranged = plan(
             lengths,
             [rollout.group for rollout in rollouts],
-            UpdateSchedule(config.train.updates, config.train.epochs, seed),
+            schedule,
             capacity(config, self.layout, groups, form.align),
         )
-        objective = config.objective
-        length = objective.sum_norm_length or config.rollout.sampling.max_tokens
+        length = config.objective.sum_norm_length or config.rollout.sampling.max_tokens
         table = frequencies(rollouts, form.vocab) if config.observe.energy else None
 
         def batch(update: PlannedStep, chosen: Sequence[int]) -> MicroBatch:
-            weights = step_weights(rollouts, update.responses, objective.aggregation, length)
+            weights = step_weights(rollouts, update.responses, aggregation, length)
             built = build(rollouts, advantages, weights, chosen, form)
             counted = built if table is None else replace(built, frequency=table[built.target])
             return counted.to(device())
@@ -58,16 +85,13 @@ class MicroBatcher:
             [batch(update, chosen) for chosen in update.ranks[groups.dp.rank]] for update in arranged.steps
         ]
 
-    def _form(self) -> Form:
-        groups = self.model.groups
-        return Form(
-            vocab=self.model.shape.vocab,
+    def _form(self, temperature: float) -> Form:
+        return Form.of(
+            self.model.groups,
+            self.model.shape.vocab,
             packed=self.config.train.packing,
-            cp_rank=groups.cp.rank,
-            cp_size=groups.cp.size,
-            tp_size=groups.tp.size,
             topk=self.topk,
-            temperature=self.config.rollout.sampling.temperature,
+            temperature=temperature,
             routing=routing_of(self.model) if self.replay else None,
         )
 

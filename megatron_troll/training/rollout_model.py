@@ -52,7 +52,7 @@ class RolloutModel:
 
     trainer: PolicyTrainer
     teacher: Head
-    arranger: MicroBatcher
+    batcher: MicroBatcher
     distill: Distill
     phases: Phases
 
@@ -67,9 +67,9 @@ class RolloutModel:
         configuration. A step with NaN or Inf is left out and counted. Blocks on all ranks."""
         weight = self.distill.weight if weight is None else weight
         if not all(finite(rollout, 0) for rollout in rollouts):
-            return DistillResult({"rollout_model_skipped": float(self.arranger.config.train.updates)}, weight)
+            return DistillResult({"rollout_model_skipped": float(self.batcher.config.train.updates)}, weight)
         with self.phases("rollout_model"):
-            updates = self.arranger.updates(rollouts, advantages, step)
+            updates = self.batcher.updates(rollouts, advantages, step)
             learner = with_weight(self.trainer, weight)
             records = self._records([batch for update in updates for batch in update])
             rows = [_step(learner, *parts) for parts in zip(updates, split(records, updates))]
@@ -97,13 +97,14 @@ def _step(learner: PolicyTrainer, batches: Sequence[MicroBatch], records: Sequen
     """{} where it was left out."""
     old = [HeadOutputs(batch.rollout_logp, record, None) for batch, record in zip(batches, records)]
     gradients = learner.accumulate(batches, old, [None] * len(batches))
-    if not learner.healthy(gradients):
+    grad_norm = learner.trainable.step_if_finite(gradients.loss)
+    if grad_norm is None:
         return {}
     told = {f"rollout_model_{name}": gradients.metrics[name] for name in TOLD if name in gradients.metrics}
     distilled = {name: value for name, value in gradients.metrics.items() if name.startswith("distill_")}
     return {
         "rollout_model_loss": gradients.loss,
-        "rollout_model_grad_norm": learner.trainable.step(),
+        "rollout_model_grad_norm": grad_norm,
         **told,
         **distilled,
     }
@@ -164,5 +165,5 @@ def assembled(
     trainer = PolicyTrainer(
         trained, objective, Head(trained.model, temperature), "engine", None, config.objective.aggregation
     )
-    arranger = MicroBatcher(config, trained.model, model.layout)
-    return RolloutModel(trainer, Head(policy, temperature), arranger, model.distill, phases)
+    batcher = MicroBatcher(config, trained.model, model.layout)
+    return RolloutModel(trainer, Head(policy, temperature), batcher, model.distill, phases)

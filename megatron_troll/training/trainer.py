@@ -1,6 +1,5 @@
 """One policy under one objective: old records, batch statistics, gradients, optimizer steps."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,7 +13,7 @@ from megatron_troll.mcore.head import Head, HeadContext
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import expert_loads, recording, replay_changes, routers
-from megatron_troll.mcore.schedule import accumulate, infer, survey
+from megatron_troll.mcore.schedule import accumulate, infer, step_loss, survey
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Diagnostics, Statistics
 from megatron_troll.objectives.supervised import Supervised
@@ -117,11 +116,6 @@ class PolicyTrainer:
         named = self.trainable.model.groups.world.all_gather_objects(sorted(rollouts))
         return tuple(sorted({i for part in named for i in part}))
 
-    def healthy(self, gradients: Gradients) -> bool:
-        """Whether the loss and every gradient of every rank are finite. Blocks."""
-        finite = self.trainable.gradients_finite()
-        return finite and math.isfinite(gradients.loss)
-
     def mismatch(self, batches: Sequence[MicroBatch], old: Sequence[HeadOutputs]) -> dict[str, float]:
         """How far the engine's log-probs lie from the old policy's, over all loss tokens. Blocks."""
         reducer = self._reducer(MISMATCH)
@@ -158,10 +152,7 @@ class PolicyTrainer:
         model = self.trainable.model
         accumulate(model, batches, loss)
         loads = expert_loads(model.chunks, model.groups.pp) if model.shape.experts else {}
-        total = torch.stack([torch.zeros((), device=device()), *losses]).sum().double()
-        groups = model.groups
-        groups.dp_cp.all_reduce(total)
-        groups.pp.broadcast(total, groups.pp.size - 1)
+        total = step_loss(model, losses)
         broken = {
             i
             for batch, values in zip(batches, objectives)
@@ -170,7 +161,7 @@ class PolicyTrainer:
         metrics = self._from_last_stage(reducer) | expert_metrics(loads)
         if self.replay != "none":
             metrics |= replay_metrics(replay_changes(model.chunks, model.groups.pp), loads)
-        return Gradients(float(total), metrics, tuple(sorted(broken)))
+        return Gradients(total, metrics, tuple(sorted(broken)))
 
     def _probed(self, hidden: Tensor, inputs: ObjectiveInputs, terms: LossTerms) -> dict[str, Tensor]:
         """What full rows say at the probed positions [M]: the true KL(new || old) beside the sparse one, and
@@ -293,16 +284,16 @@ class Learner:
     """Turns rollouts into the optimizer steps that `config.train` asks for."""
 
     trainer: PolicyTrainer
-    arranger: MicroBatcher
+    batcher: MicroBatcher
     phases: Phases
 
     def learn(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> UpdateResult:
         """Train on `rollouts` (the whole batch, on every rank). `step` seeds the plan. Blocks on every
         rank."""
-        unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.arranger.topk))
+        unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.batcher.topk))
         if unusable:
-            return UpdateResult({}, self.arranger.config.train.updates, unusable)
-        updates = self.arranger.updates(rollouts, advantages, step)
+            return UpdateResult({}, self.batcher.config.train.updates, unusable)
+        updates = self.batcher.updates(rollouts, advantages, step)
         every = [batch for update in updates for batch in update]
         with self.phases("old_policy"):
             old = self.trainer.old_readings(every)
@@ -316,10 +307,10 @@ class Learner:
             with self.phases("forward_backward"):
                 gradients = self.trainer.accumulate(update, readings, references)
             with self.phases("optimizer"):
-                if not self.trainer.healthy(gradients):
+                grad_norm = self.trainer.trainable.step_if_finite(gradients.loss)
+                if grad_norm is None:
                     broken |= set(self.trainer.agree_on(gradients.broken))
                     continue
-                grad_norm = self.trainer.trainable.step()
             rows.append({"loss": gradients.loss, "grad_norm": grad_norm, **gradients.metrics})
         skipped = len(updates) + 1 - len(rows)
         return UpdateResult(combine(rows), skipped, tuple(sorted(broken)))

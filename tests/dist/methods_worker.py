@@ -1,4 +1,4 @@
-"""The methods on the fixed batch, cut by the learner's own arranger and run by the real trainer."""
+"""The methods on the fixed batch, cut by the learner's own MicroBatcher and run by the real trainer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -72,8 +72,8 @@ def arrange(name: str, cut: Cut, batch: Batch, model: MegatronModel) -> list[Mic
         train=Train(updates=1, packing=cut.packed, token_budget=cut.token_budget),
     )
     advantages = batch.token_advantages if objective.advantage.name == "gae" else batch.advantages
-    arranger = MicroBatcher(config, model, Layout(**cut.sizes), topk=ENGINE_K)
-    return arranger.updates(batch.rollouts, advantages, step=0)[0]
+    batcher = MicroBatcher(config, model, Layout(**cut.sizes), topk=ENGINE_K)
+    return batcher.updates(batch.rollouts, advantages, step=0)[0]
 
 
 def trainer(name: str, policy: Trainable, beside: Reference | None) -> PolicyTrainer:

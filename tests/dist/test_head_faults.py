@@ -50,7 +50,7 @@ def name_faults(layout: Layout, batch: Batch, wrong: Weights) -> dict[str, Named
             assert old.broken == ()
             load(model, TensorSource(wrong))
             result = learner.accumulate(batches, old.readings, [None] * len(batches))
-            healthy = learner.healthy(result)
+            healthy = policy.finite(result.loss)
             named[objective] = Named(before, learner.agree_on(result.broken), healthy)
         return named
 

@@ -84,7 +84,7 @@ def _kl(model: MegatronModel, one: Probed, batch: MicroBatch, logp: Tensor, law:
 
 def _batch(one: Probed, model: MegatronModel) -> MicroBatch:
     """A sequence as one micro-batch whose loss tokens are the scored ones."""
-    groups, nothing = model.groups, np.zeros(one.scored, dtype=np.float32)
+    nothing = np.zeros(one.scored, dtype=np.float32)
     rollout = Rollout(
         prompt=Prompt("probe", (), ""),
         group=0,
@@ -100,10 +100,7 @@ def _batch(one: Probed, model: MegatronModel) -> MicroBatch:
         versions=np.zeros(one.scored, dtype=np.int64),
         temperature=1.0,
     )
-    form = Form(
-        vocab=model.shape.vocab, cp_rank=groups.cp.rank, cp_size=groups.cp.size, tp_size=groups.tp.size
-    )
-    return build([rollout], [0.0], [0.0], [0], form).to(device())
+    return build([rollout], [0.0], [0.0], [0], Form.of(model.groups, model.shape.vocab)).to(device())
 
 
 def sequences(prompts: Sequence[np.ndarray], tokens: int) -> list[Probed]:
