@@ -284,6 +284,10 @@ class LossTerms:
     per_token: dict[str, Tensor]
 
 
+# Bytes of a MicroBatch: of one token; of one that carries loss, besides; of an entry of the engine's top-K.
+TOKEN_BYTES, LOSS_TOKEN_BYTES, ENTRY_BYTES = 17, 52, 12
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One packed (b = 1) or padded (b sequences) forward of one data- and context-parallel rank.

@@ -9,6 +9,7 @@ from megatron_troll.config import ConfigError
 from megatron_troll.config.tree import Config, Model
 from megatron_troll.launch.plan.build import GIB, plan
 from megatron_troll.launch.plan.servers import server_share
+from megatron_troll.launch.plan.states import MASTER, MOMENTS, WIDTHS
 from megatron_troll.launch.slurm.network import address_towards
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.preflight.run import Needs
@@ -16,15 +17,11 @@ from megatron_troll.preflight.serving import servers_of
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.table import parameters_of
 
-# The fp32 copy of a parameter and Adam's two moments.
-OPTIMIZER_BYTES = 12
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
-
 
 def needs_of(config: Config, serve_nodes: int = 0, environment: Mapping[str, str] = os.environ) -> Needs:
     """Of this node, where the first `serve_nodes` serve and the others train. Reads config.json of each
     model. Under Slurm a node has the GPUs of its allocation, otherwise those that torch sees. Raises
-    ConfigError, ValueError or OSError where a model cannot be read or planned."""
+    ConfigError or OSError where a model cannot be read or planned."""
     asked = environment.get("SLURM_GPUS_ON_NODE")
     gpus = torch.cuda.device_count() if asked is None else int(asked)
     rank, nodes = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
@@ -66,10 +63,10 @@ def disk_bytes(config: Config) -> int:
     """Of the checkpoints that are kept at once, one that is being written included, and of the export."""
     models = config.models
     trained = [model for model in (models.policy, models.critic, models.rollout) if model is not None]
-    one = sum(parameters(model) * (WEIGHT_BYTES[model.dtype] + OPTIMIZER_BYTES) for model in trained)
+    one = sum(parameters(model) * (WIDTHS[model.dtype] + MASTER + MOMENTS) for model in trained)
     kept = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
     exported = [model for model in (models.policy, models.rollout) if model and config.checkpoint.export]
-    return kept * one + sum(parameters(model) * WEIGHT_BYTES[model.dtype] for model in exported)
+    return kept * one + sum(parameters(model) * WIDTHS[model.dtype] for model in exported)
 
 
 def parameters(model: Model) -> int:

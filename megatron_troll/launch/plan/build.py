@@ -18,12 +18,8 @@ from megatron_troll.launch.plan.servers import BF16, GIB, ServerShare, check_ser
 from megatron_troll.mcore.layout import Cut, cuts, smallest_world
 from megatron_troll.objectives.compose import compose, resolve
 from megatron_troll.objectives.objective import Objective
+from megatron_troll.types import ENTRY_BYTES, LOSS_TOKEN_BYTES, TOKEN_BYTES
 from megatron_troll.weights.table import parameters_of
-
-# Of one token, on the device of every stage: id, position, padding; of those that carry loss: where, target,
-# sequence, position, weight, advantage, log-prob, uniform.
-TOKEN, LOSS_TOKEN = 17, 52
-ENTRY = 12  # of the engine's top-K
 
 
 @dataclass(frozen=True)
@@ -214,7 +210,8 @@ def _beside(
         "head": head.saved_by_head(flow, objective) if last else 0,
         "logits": head.logits_of(flow, objective).used if last else 0,
         "records": head.records_of(answers, flow, objective, config.models.rollout) if last else 0,
-        "batch": config.train.epochs * (TOKEN * tokens + (LOSS_TOKEN + ENTRY * entries) * answers),
+        "batch": config.train.epochs
+        * (TOKEN_BYTES * tokens + (LOSS_TOKEN_BYTES + ENTRY_BYTES * entries) * answers),
         "replay": _replayed(config, policy, stage, tokens),
         "pipeline": between_stages(policy, flow, stage, flying),
         "working set": working_set(flow),

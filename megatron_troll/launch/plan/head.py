@@ -2,12 +2,13 @@
 
 from dataclasses import asdict, dataclass
 
+from troll_kernels.head.shard import GPU_CHUNK
+
 from megatron_troll.config.tree import RolloutModelConfig
 from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.types import HeadRequest
 
-GPU_CHUNK = 2048
 STATISTICS = 3 * FLOAT  # logsumexp, entropy, logit of the sampled token
 SHORT = INDEX + FLOAT  # an id and its logit
 

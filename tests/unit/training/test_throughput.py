@@ -1,8 +1,12 @@
 """The work of a token, counted by hand."""
 
+import pytest
+
+from megatron_troll.config import Config
 from megatron_troll.mcore.shape import shape_of
-from megatron_troll.training.throughput import cost_of
+from megatron_troll.training.throughput import cost_of, speed
 from tests.dist.tiny import DENSE, MOE, NEXT
+from tests.unit.batching.samples import rollout
 
 HIDDEN, VOCAB = 48, 131
 ATTENTION = HIDDEN * 16 * (8 + 4 + 4 + 8)
@@ -26,3 +30,17 @@ def test_a_hybrid_has_gates_a_shared_expert_and_states() -> None:
     mlp = EXPERTS + 3 * HIDDEN * 56 + HIDDEN
     assert cost.parameters == 2 * (gated + linear + states) + 4 * mlp + HIDDEN * VOCAB
     assert cost.attention == 2 * 8 * 16
+
+
+@pytest.mark.parametrize(("old", "forwards"), [("trainer", 2), ("engine", 1)])
+def test_the_forward_of_the_old_policy_counts_where_the_trainer_does_it(old: str, forwards: int) -> None:
+    """A step of one second on 2 devices of 1 TFLOP/s each. Training is three forwards; a token of a sequence
+    of 5 sees 2.5 others on average."""
+    described = {"name": "x", "models": {"policy": {"path": "x", "dtype": "bf16"}}}
+    config = Config.model_validate(described | {"objective": {"old": old}, "observe": {"peak_tflops": 1.0}})
+    shape = shape_of(DENSE)
+    cost = cost_of(shape)
+    figures = speed(config, shape, [rollout([1, 2, 3], [4, 5])], seconds=1.0, devices=2)
+    of_a_forward = 5 * (2 * cost.parameters + 4 * cost.attention * 2.5)
+    assert figures["tokens_per_s"] == 5
+    assert figures["mfu"] == pytest.approx((forwards + 3) * of_a_forward / 2e12)

@@ -6,7 +6,7 @@ from megatron_troll.config.tree import Model
 from megatron_troll.launch.plan.states import WIDTHS
 from megatron_troll.mcore.shape import ModelShape
 
-FLOAT = INDEX32 = 4
+FLOAT = 4
 INDEX = 8
 
 
