@@ -1,12 +1,13 @@
 """What the corrections share: the trainer's old policy against the rollout engine (ALGORITHMS 6.5)."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from megatron_troll.config.methods import Pairing
 from megatron_troll.objectives.slots import Diagnostics, Term, importance_ratio, logp_of
 from megatron_troll.types import ObjectiveInputs
 
-# The square is there for the effective sample size (objectives/correction/jackpot.py).
 DIAGNOSTICS: Diagnostics = {"correction_weight": ("mean", "max"), "correction_weight_squared": ("mean",)}
 
 OF_OLD_OVER_ROLLOUT = Pairing(
@@ -21,6 +22,15 @@ def old_over_rollout(inputs: ObjectiveInputs) -> Tensor:
     """old(o_t) / rollout(o_t) [N] over the full vocabulary, detached. The old policy's own log-prob, not
     that of its sparse record: the engine's is over the full vocabulary too."""
     return importance_ratio(logp_of(inputs.old, "old"), inputs.rollout_logp).detach()
+
+
+def effective_sample_size(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Under its name, (sum w)^2 / (N sum w^2) of the weights of a step, as a share of its N tokens: from the
+    means of w and w^2 in `metrics`, 0 where every weight is 0. {} where no correction weighs."""
+    if "correction_weight" not in metrics:
+        return {}
+    mean, square = metrics["correction_weight"], metrics["correction_weight_squared"]
+    return {"effective_sample_size": mean**2 / square if square else 0.0}
 
 
 def described(weight: Tensor, per_token: dict[str, Tensor]) -> Term:

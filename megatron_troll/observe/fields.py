@@ -193,11 +193,11 @@ REFERENCE = (
 # ALGORITHMS 5, 6.5
 CORRECTION = (
     Field("correction_weight", "", "weight of the score for a rollout policy that is not the old one", True),
+    Field("correction_weight_squared", "", "its square", True),
     Field(
-        "correction_weight_squared",
-        "",
-        "its square; the effective sample size is correction_weight^2 over this, as a share of all tokens",
-        True,
+        "effective_sample_size",
+        "share",
+        "correction_weight^2 over correction_weight_squared: tokens of equal weight that would tell as much",
     ),
     Field("tis_truncated", "share", "tis: tokens whose weight was cut at the cap", True),
     Field("icepop_left_out", "share", "icepop: tokens whose ratio is outside [alpha, beta]", True),
@@ -294,18 +294,6 @@ PARTS = {
     "With a rollout model (models.rollout)": ROLLOUT_MODEL,
 }
 PER_TOKEN = (*TOKEN, *(field for fields in PARTS.values() for field in fields))
-
-
-def documented(name: str) -> bool:
-    """Whether `name`, a key of metrics.jsonl, is in the table."""
-    base, _, suffix = name.partition("/")
-    if base == "seconds" and suffix:
-        return suffix in names(PHASES)
-    if suffix.startswith("layer_"):
-        return base in names(EXPERTS)
-    if suffix:
-        return base in names(PER_TOKEN) and suffix in REDUCTIONS
-    return base in names([*RUN, *PER_TOKEN, *EXPERTS, *SPEED])
 
 
 def names(fields: Iterable[Field]) -> set[str]:

@@ -14,6 +14,7 @@ from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import expert_loads, recording, replay_changes, routers
 from megatron_troll.mcore.schedule import accumulate, infer, step_loss, survey
+from megatron_troll.objectives.mismatch import effective_sample_size
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Diagnostics, Statistics
 from megatron_troll.objectives.supervised import Supervised
@@ -159,6 +160,7 @@ class PolicyTrainer:
             for i in rollouts_of(batch, ~torch.isfinite(values))
         }
         metrics = self._from_last_stage(reducer) | expert_metrics(loads)
+        metrics |= effective_sample_size(metrics)
         if self.replay != "none":
             metrics |= replay_metrics(replay_changes(model.chunks, model.groups.pp), loads)
         return Gradients(total, metrics, tuple(sorted(broken)))

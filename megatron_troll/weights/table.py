@@ -87,11 +87,6 @@ class Entry:
             return parts[0]
         return torch.cat([self._piece(part, rank, size) for part in parts], self.axis)
 
-    def unshard(self, shards: list[Tensor]) -> Tensors:
-        """The parameters of all shards, in rank order -> full HF tensors, which may share memory with
-        them."""
-        return self.from_parts(self.join(shards))
-
     def join(self, shards: list[Tensor]) -> Tensors:
         """The parameters of all shards, in rank order -> full parts."""
         if self.axis is None:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.weights.table import Entry
 
 
 def parameters_by_name(model: MegatronModel) -> dict[str, nn.Parameter]:
@@ -19,3 +20,8 @@ def main_gradient(parameter: nn.Parameter) -> Tensor:
     gradient = getattr(parameter, "main_grad", None)
     assert isinstance(gradient, Tensor)
     return gradient
+
+
+def unshard(entry: Entry, shards: list[Tensor]) -> tuple[Tensor, ...]:
+    """The parameters of all shards, in rank order, as Hugging Face's tensors."""
+    return entry.from_parts(entry.join(shards))

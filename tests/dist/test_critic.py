@@ -29,6 +29,7 @@ from tests.dist.layouts_batch import Weights
 from tests.dist.layouts_checks import global_norm, worst_gradient
 from tests.dist.methods_batch import Batch, make_methods_batch, model_of
 from tests.dist.methods_worker import Cut
+from tests.dist.parameters import unshard
 from tests.dist.tiny import MOE, reference
 
 TOLERANCE = 1e-5
@@ -121,7 +122,7 @@ def joined(ranks: list[list[Shard]]) -> Weights:
     return {
         name: tensor
         for names, parts in found.items()
-        for name, tensor in zip(names, entries[names].unshard([parts[i] for i in sorted(parts)]))
+        for name, tensor in zip(names, unshard(entries[names], [parts[i] for i in sorted(parts)]))
     }
 
 

@@ -19,6 +19,7 @@ from tests.dist.harness import RankPool
 from tests.dist.layouts_batch import Batch, Weights, make_batch
 from tests.dist.layouts_checks import global_norm, worst_gradient
 from tests.dist.layouts_reference import Tokens, read, tokens_of
+from tests.dist.parameters import unshard
 from tests.dist.rollout_model_worker import KEPT, WEIGHT, Cut, Pupil, Seen, learn, resume, save_and_go_on
 from tests.dist.tiny import DENSE, MOE, reference
 
@@ -136,7 +137,7 @@ def joined(ranks: list[Seen], pupil: Pupil) -> Weights:
     return {
         name: tensor
         for names, parts in found.items()
-        for name, tensor in zip(names, entries[names].unshard([parts[i] for i in sorted(parts)]))
+        for name, tensor in zip(names, unshard(entries[names], [parts[i] for i in sorted(parts)]))
     }
 
 

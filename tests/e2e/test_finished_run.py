@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_troll.config.load import load
 from megatron_troll.mcore.version import pinned
-from megatron_troll.observe.fields import documented
+from tests.documented import documented
 from tests.e2e.workplace import Workplace, succeed
 
 

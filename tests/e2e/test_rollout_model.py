@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_troll.observe.fields import documented
+from tests.documented import documented
 from tests.e2e.exported import largest_gap
 from tests.e2e.workplace import Workplace, succeed, untimed
 

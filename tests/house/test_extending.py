@@ -20,6 +20,7 @@ from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Setup, requests_for
 from megatron_troll.types import Message, Prompt, Rollout
 from megatron_troll.weights.table import parameters_of
+from tests.dist.parameters import unshard
 from tests.house.markdown import ROOT, blocks, configurations
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -91,5 +92,5 @@ def test_the_table_counts_and_shards(modules: list[str], base: Path) -> None:
     gated = table.entries[2]
     tensors = tuple(torch.randn(tensor.shape) for tensor in gated.hf)
     shards = [gated.shard(tensors, rank, 2) for rank in range(2)]
-    for before, after in zip(tensors, gated.unshard(shards)):
+    for before, after in zip(tensors, unshard(gated, shards)):
         torch.testing.assert_close(before, after, rtol=0, atol=0)

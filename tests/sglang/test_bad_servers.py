@@ -10,12 +10,7 @@ import pytest
 
 from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.mcore.shape import read_shape
-from megatron_troll.rollout.sglang.errors import (
-    EngineError,
-    WrongModel,
-    WrongTokenizer,
-    WrongVocabulary,
-)
+from megatron_troll.rollout.sglang.errors import EngineError, WrongServer
 from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.rollout.sglang.identity import Identity
 from tests.sglang.farm import Farm, RealServer
@@ -69,11 +64,11 @@ def check(server: RealServer, policy: Path, temperature: float = 0.7) -> str:
 
 
 WORDS: dict[str, tuple[type[EngineError], str]] = {
-    "family": (WrongModel, r"of type 'qwen3', the run draws from a 'qwen3_moe'"),
-    "layers": (WrongModel, r"layers 2, not 4: start the server from .*/served"),
-    "experts": (WrongModel, "expert_ffn 20, not 24: start the server from .*/served"),
-    "vocabulary": (WrongVocabulary, f"vocabulary of {VOCAB + 16}, the run's model has {VOCAB}"),
-    "tokenizer": (WrongTokenizer, r"another tokenizer: 'add 12 and 21' is \[.*\] there"),
+    "family": (WrongServer, r"of type 'qwen3', the run draws from a 'qwen3_moe'"),
+    "layers": (WrongServer, r"layers 2, not 4: start the server from .*/served"),
+    "experts": (WrongServer, "expert_ffn 20, not 24: start the server from .*/served"),
+    "vocabulary": (WrongServer, f"vocabulary of {VOCAB + 16}, the run's model has {VOCAB}"),
+    "tokenizer": (WrongServer, r"another tokenizer: 'add 12 and 21' is \[.*\] there"),
 }
 
 
@@ -87,7 +82,7 @@ def test_another(name: str, others: dict[str, RealServer], folder: Path) -> None
 def test_another_that_took_the_policys_weights(others: dict[str, RealServer], folder: Path) -> None:
     """SGLang on CPU pads experts, so that weights of another size fit."""
     give([others["experts"]], folder)
-    with pytest.raises(WrongModel, match="expert_ffn 20, not 24"):
+    with pytest.raises(WrongServer, match="expert_ffn 20, not 24"):
         check(others["experts"], folder)
 
 

@@ -13,7 +13,7 @@ import pytest
 from megatron_troll.config.serving import SGLang
 from megatron_troll.rollout.sglang import client
 from megatron_troll.rollout.sglang.control import Control
-from megatron_troll.rollout.sglang.errors import Refused, Unauthorized
+from megatron_troll.rollout.sglang.errors import Refused, WrongServer
 from megatron_troll.rollout.sglang.servers import CatchUp
 from tests.sglang.asking import VERSIONS, Asking, Parts
 from tests.sglang.farm import Farm, RealServer
@@ -148,7 +148,7 @@ def test_garbage_from_one_server_is_answered_by_the_other(same: list[RealServer]
 def test_a_server_wants_its_key(farm: Farm, folder: Path) -> None:
     guarded = farm.start(folder, api_key="secret").wait_until_healthy()
     try:
-        with pytest.raises(Unauthorized, match="api_key_file") as caught:
+        with pytest.raises(WrongServer, match="api_key_file") as caught:
             asking([guarded]).draw([question(0, 4)])
         assert "secret" not in str(caught.value)
         let_in = Asking(lambda: [guarded.url], SGLang(), catch_up=loading(folder), key="secret")

@@ -69,7 +69,7 @@ def test_a_version_that_does_not_arrive(
 ) -> None:
     errors = ranks2.run(worker.sync_without_name, job([one], trained, tmp_path, sync={"via": "tensor"}))
     for kind, message in errors:
-        assert kind == "VersionMissing"
+        assert kind == "WrongServer"
         assert "something else updates it too" in message
 
 
@@ -81,7 +81,7 @@ def test_a_family_that_does_not_come_over_is_named(
         job([one], trained, tmp_path, sync={"via": "tensor"}, probe={"max_kl": 1e-4}),
     )
     for kind, message in errors:
-        assert kind == "Mismatch"
+        assert kind == "WrongServer"
         assert "nats from the trainer" in message
         assert "At fault: model.layers.*.self_attn.q_norm.weight (4 of 4)." in message
 
@@ -91,7 +91,7 @@ def test_weights_that_are_not_finite(
 ) -> None:
     errors = ranks2.run(worker.sync_nan, job([one], trained, tmp_path, sync={"via": "tensor"}))
     for kind, message in errors:
-        assert kind == "NotFinite"
+        assert kind == "BadReply"
         assert "restart it" in message
 
 

@@ -234,12 +234,6 @@ def kl_of_sparse(target: Tensor, other: Tensor) -> Tensor:
     return torch.where(target == float("-inf"), 0.0, target.exp() * (target - other)).sum(1)
 
 
-def effective_sample_size(mean: Tensor, mean_square: Tensor) -> Tensor:
-    """(sum w)^2 / (N sum w^2) of non-negative weights, as a share of N in [0, 1]; 0 where all are 0.
-    Elementwise; from the means of w and w^2."""
-    return torch.where(mean_square > 0, mean.square() / mean_square, 0.0)
-
-
 def correlation(moments: Tensor) -> Tensor:
     """Pearson's coefficient from the sums [6] of 1, x, y, x^2, y^2 and x y. NaN where x or y is constant."""
     n, x, y, xx, yy, xy = moments.double()

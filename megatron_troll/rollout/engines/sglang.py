@@ -13,7 +13,7 @@ from megatron_troll.rollout.sglang import weights
 from megatron_troll.rollout.sglang.client import NamedRequest
 from megatron_troll.rollout.sglang.desk import Connection, open_desk
 from megatron_troll.rollout.sglang.drawing import GenerationBatch
-from megatron_troll.rollout.sglang.errors import Mismatch
+from megatron_troll.rollout.sglang.errors import WrongServer
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
 from megatron_troll.rollout.sglang.registry import weights_folder
@@ -52,7 +52,7 @@ class SGLangEngine(Engine):
         self._agreed = RankZero(self.setup.model, self.desk)
 
     def sync(self, version: int) -> dict[str, float]:
-        """See weights.sync; then the probe. Raises Mismatch where a server is too far from the trainer."""
+        """See weights.sync; then the probe. Raises WrongServer where a server is too far from the trainer."""
         if version == self._version and not self._resting:
             return {}
         if self._resting:
@@ -147,7 +147,7 @@ class SGLangEngine(Engine):
         url, worst = max(found.items(), key=lambda item: np.nan_to_num(item[1].mean, nan=np.inf))
         limit = self.setup.rollout.sglang.probe.max_kl
         if not worst.mean <= limit:
-            raise Mismatch(
+            raise WrongServer(
                 f"{url} is {worst.mean:.2g} nats from the trainer, 99 % of tokens within {worst.p99:.2g} "
                 f"(rollout.sglang.probe.max_kl={limit:g}). {self._diagnosis(url)}"
             )

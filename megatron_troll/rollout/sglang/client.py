@@ -12,13 +12,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from megatron_troll.config.tree import SGLang
 from megatron_troll.rollout.engine import Completion, EngineError
 from megatron_troll.rollout.sglang.control import each
-from megatron_troll.rollout.sglang.errors import (
-    Passing,
-    Refused,
-    ServerFault,
-    StaleWeights,
-    Unreachable,
-)
+from megatron_troll.rollout.sglang.errors import BadReply, Passing, Refused, ServerFault, Unreachable
 from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.rollout.sglang.servers import ServerPool, ServerState
 from megatron_troll.rollout.sglang.wire import (
@@ -181,13 +175,13 @@ class Client:
             await asyncio.gather(*(self._http.post(url, "/abort_request", {"rid": rid}) for url in urls))
 
     def _numbered(self, part: Part, server: ServerState) -> np.ndarray:
-        """[T] int64, the weights of each token. Raises StaleWeights where this run did not put them there."""
+        """[T] int64, the weights of each token. Raises BadReply where this run did not put them there."""
         versions = np.empty(len(part.ids), dtype=np.int64)
         for span in part.spans:
             number = self._versions.number(span.version)
             if span.end > span.start and number is None:
                 self._servers.outdated(server)
-                raise StaleWeights(
+                raise BadReply(
                     f"tokens from weights {span.version!r}, which this run did not put there: the server was "
                     "restarted, or another run writes to it too"
                 )

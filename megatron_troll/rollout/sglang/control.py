@@ -5,13 +5,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_troll.rollout.sglang.errors import (
-    BadReply,
-    Passing,
-    Refused,
-    UpdateRefused,
-    VersionMissing,
-)
+from megatron_troll.rollout.sglang.errors import BadReply, Passing, Refused, UpdateRefused, WrongServer
 from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.weights.buckets import TensorBucket
 
@@ -101,10 +95,10 @@ class Control:
         )
 
     async def verify(self, url: str, version: str) -> None:
-        """Raises VersionMissing where the server calls its weights something else than `version`."""
+        """Raises WrongServer where the server calls its weights something else than `version`."""
         there = (await self._field(await self.http.get(url, "/model_info"), "weight_version", url)) or None
         if there != version:
-            raise VersionMissing(
+            raise WrongServer(
                 f"{url} was given weights {version!r} and says that it has {there!r}: something else "
                 "updates it too, or it is not SGLang 0.5.23; restart it"
             )

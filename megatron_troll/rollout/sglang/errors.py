@@ -16,47 +16,16 @@ class ServerFault(Passing):
 
 
 class BadReply(Passing):
-    """The server's answer is not what was asked for."""
-
-
-class ShortTopK(BadReply):
-    """Fewer entries per position than asked for."""
-
-
-class NotFinite(BadReply):
-    """A log-probability that is no number."""
-
-
-class NoExperts(EngineError):
-    """The server does not say which experts it chose."""
-
-
-class StaleWeights(Passing):
-    """An answer from weights that this run did not put there."""
+    """The answer is not what was asked for: malformed, short, no number, or of another run's weights."""
 
 
 class Refused(EngineError):
     """The server understood the request and will not serve it."""
 
 
-class Unauthorized(EngineError):
-    """The server wants an API key, or another one."""
-
-
-class WrongModel(EngineError):
-    """The server serves a model that is not the one that the run draws from."""
-
-
-class WrongVocabulary(WrongModel):
-    """The server's model has another vocabulary."""
-
-
-class WrongTokenizer(WrongModel):
-    """The server's tokenizer gives other ids."""
-
-
-class WrongLaw(EngineError):
-    """The server's log-probs are not of the law that tokens are drawn from."""
+class WrongServer(EngineError):
+    """The server is not one that this run can draw from: another model, vocabulary, tokenizer or
+    distribution, other weights, no record of its experts, or an API key that the run does not have."""
 
 
 class NoServers(EngineError):
@@ -65,11 +34,3 @@ class NoServers(EngineError):
 
 class UpdateRefused(EngineError):
     """A server does not take the new weights."""
-
-
-class VersionMissing(EngineError):
-    """A server took new weights and does not call them by the version they were given."""
-
-
-class Mismatch(EngineError):
-    """A server's log-probs are too far from the trainer's."""

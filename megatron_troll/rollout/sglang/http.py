@@ -7,13 +7,7 @@ from typing import Any
 import httpx
 
 from megatron_troll.config import ConfigError
-from megatron_troll.rollout.sglang.errors import (
-    BadReply,
-    Refused,
-    ServerFault,
-    Unauthorized,
-    Unreachable,
-)
+from megatron_troll.rollout.sglang.errors import BadReply, Refused, ServerFault, Unreachable, WrongServer
 
 CONNECT_S = 10.0
 # For everything but answers, syncs and health, which have limits of their own.
@@ -39,7 +33,7 @@ class Http:
 
     async def post(self, url: str, path: str, body: Any, timeout: float | None = QUICK_S) -> Any:
         """The JSON of the answer; its text where it is none, None where it is empty. Raises Unreachable,
-        ServerFault (429 and 5xx), Unauthorized, Refused (any other 4xx)."""
+        ServerFault (429 and 5xx), WrongServer, Refused (any other 4xx)."""
         return await self._call("POST", url, path, body, timeout)
 
     async def delete(self, url: str, path: str) -> Any:
@@ -74,7 +68,7 @@ def _content(reply: httpx.Response) -> Any:
 def _failure(reply: httpx.Response, where: str) -> Exception:
     said = f"{where} answered {reply.status_code}: {_message(reply)}"
     if reply.status_code in (401, 403):
-        return Unauthorized(
+        return WrongServer(
             f"{said}; put the server's key in a file and name it in rollout.sglang.api_key_file"
         )
     if reply.status_code == 429 or reply.status_code >= 500:

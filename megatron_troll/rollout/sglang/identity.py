@@ -9,15 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.mcore.shape import ModelShape, read_shape
-from megatron_troll.rollout.sglang.errors import (
-    BadReply,
-    Refused,
-    ServerFault,
-    WrongLaw,
-    WrongModel,
-    WrongTokenizer,
-    WrongVocabulary,
-)
+from megatron_troll.rollout.sglang.errors import BadReply, Refused, ServerFault, WrongServer
 from megatron_troll.rollout.sglang.http import Http
 
 HEALTH_S = 20.0
@@ -43,7 +35,7 @@ class Identity:
 
     async def check(self, http: Http, url: str) -> str:
         """What the server calls its weights. Raises Unreachable or ServerFault where it is not healthy,
-        WrongModel, WrongVocabulary, WrongTokenizer or WrongLaw where it is not this run's."""
+        WrongServer, WrongServer, WrongServer or WrongServer where it is not this run's."""
         await http.get(url, "/health", HEALTH_S)
         info = await http.get(url, "/model_info", HEALTH_S)
         if not isinstance(info, dict) or not isinstance(info.get("weight_version"), str):
@@ -60,7 +52,7 @@ class Identity:
 
     def _check_family(self, url: str, info: dict[str, Any]) -> None:
         if info.get("model_type") != self.shape.family:
-            raise WrongModel(
+            raise WrongServer(
                 f"{url} serves a model of type {info.get('model_type')!r}, the run draws from a "
                 f"{self.shape.family!r}: {self._remedy}, or name another server"
             )
@@ -72,13 +64,13 @@ class Identity:
             return  # it lies on another machine: a sync of other shapes is refused, and the probe compares
         served = read_shape(folder)
         if served.vocab != self.shape.vocab:
-            raise WrongVocabulary(
+            raise WrongServer(
                 f"{url} serves {folder} with a vocabulary of {served.vocab}, the run's model has "
                 f"{self.shape.vocab}: {self._remedy}"
             )
         differing = differences(self.shape, served)
         if differing:
-            raise WrongModel(f"{url} serves {folder} with {'; '.join(differing)}: {self._remedy}")
+            raise WrongServer(f"{url} serves {folder} with {'; '.join(differing)}: {self._remedy}")
 
     async def _check_tokenizer(self, http: Http, url: str) -> None:
         body = {"prompt": self.text, "add_special_tokens": False}
@@ -89,7 +81,7 @@ class Identity:
         there = reply.get("tokens") if isinstance(reply, dict) else None
         here = self.tokenizer(self.text, add_special_tokens=False)["input_ids"]
         if there != here:
-            raise WrongTokenizer(
+            raise WrongServer(
                 f"{url} has another tokenizer: {self.text!r:.60} is {str(there)[:100]} there, "
                 f"{str(here)[:100]} here; {self._remedy}"
             )
@@ -107,7 +99,7 @@ class Identity:
                 expected = (logp - at_first) / self.temperature
                 found = tempered[token] - tempered[first]
                 if not math.isclose(expected, found, rel_tol=LAW_TOLERANCE, abs_tol=LAW_TOLERANCE):
-                    raise WrongLaw(
+                    raise WrongServer(
                         f"{url} gives log-probs that are not of temperature {self.temperature}: unset "
                         "SGLANG_RETURN_ORIGINAL_LOGPROB where the server is started"
                     )

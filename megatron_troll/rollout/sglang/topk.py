@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_troll.rollout.sglang.errors import BadReply, NotFinite, ShortTopK
+from megatron_troll.rollout.sglang.errors import BadReply
 from megatron_troll.types import NO_ID, TokenTopK
 
 # SGLang sends the smallest float32 for the logarithm of 0.
@@ -31,7 +31,7 @@ class Size:
 def topk_of(meta: Mapping[str, Any], side: Side, size: Size) -> TokenTopK:
     """The record of a reply's `meta_info`, of its prompt or its answer: from binary where the server sent
     that, otherwise from JSON, which is said once. A prompt's first token has no law. Raises BadReply,
-    ShortTopK, NotFinite."""
+    BadReply, BadReply."""
     name = f"{side}_top_logprobs"
     if f"{name}_idx_flat_b64" in meta:
         logp, ids = (_binary(meta, f"{name}_{kind}_flat_b64", DTYPES[kind]) for kind in DTYPES)
@@ -109,7 +109,7 @@ def _record(ids: np.ndarray, logp: np.ndarray, size: Size) -> TokenTopK:
     bad = np.argwhere(~np.isfinite(logp) & ~impossible)
     if bad.size:
         row, slot = bad[0]
-        raise NotFinite(
+        raise BadReply(
             f"the top-K of token {row} gives id {ids[row, slot]} the log-prob {logp[row, slot]}: the "
             "server's weights or its arithmetic are broken; restart it"
         )
@@ -143,8 +143,8 @@ def _without_law(side: Side) -> int:
     return 1 if side == "input" else 0
 
 
-def _short(found: int, size: Size) -> ShortTopK:
-    return ShortTopK(
+def _short(found: int, size: Size) -> BadReply:
+    return BadReply(
         f"{found} top-K entries per position, asked for {size.top_k}: ask for fewer (rollout.top_k), or "
         "serve with SGLang 0.5.23, which gives any number up to the vocabulary"
     )

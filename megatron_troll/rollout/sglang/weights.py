@@ -32,7 +32,7 @@ def sync(agreed: RankZero, number: int, pause: Pause = "retract") -> list[str]:
     of those that have them. Requests under way are dealt with by `pause`. Blocks on all ranks, which all
     stream the weights to the end whatever rank 0 meets.
 
-    Raises UpdateRefused, VersionMissing, and NoServers where servers are lost each time.
+    Raises UpdateRefused, WrongServer, and NoServers where servers are lost each time.
     """
     lost: Failed = {}
     for _ in range(ATTEMPTS):

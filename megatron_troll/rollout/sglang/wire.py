@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_troll.batching.experts import expert_dtype
 from megatron_troll.config.tree import Sampling
-from megatron_troll.rollout.sglang.errors import BadReply, NoExperts, NotFinite, ServerFault
+from megatron_troll.rollout.sglang.errors import BadReply, ServerFault, WrongServer
 from megatron_troll.rollout.sglang.topk import LOWEST, Size, field, floats, topk_of
 from megatron_troll.types import FinishReason, TokenTopK
 
@@ -174,7 +174,7 @@ def _logp(meta: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     logp = floats(values)
     bad = np.flatnonzero(~np.isfinite(logp) | (logp <= LOWEST))
     if bad.size:
-        raise NotFinite(
+        raise BadReply(
             f"the log-prob of response token {bad[0]} (id {ids[bad[0]]}) is {values[bad[0]]}: the server's "
             "weights or its arithmetic are broken; restart it, and where it comes back, serve another dtype"
         )
@@ -216,10 +216,10 @@ class Versions:
 
 def experts_of(meta: Mapping[str, Any], tokens: int, routed: Routed) -> np.ndarray:
     """The record [tokens, layers, per_token] of a reply's `meta_info`, from base64 of int32, in any order.
-    Raises NoExperts, BadReply."""
+    Raises WrongServer, BadReply."""
     sent = meta.get("routed_experts")
     if not isinstance(sent, str):
-        raise NoExperts(
+        raise WrongServer(
             "no routed experts, which train.replay=rollout replays: start the server with "
             "--enable-return-routed-experts (serve.routed_experts=true), or set train.replay to old or none"
         )

@@ -3,7 +3,7 @@
 from megatron_troll.config.node import ConfigError
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.families import qwen3, qwen3_next
-from megatron_troll.weights.table import Table, parameters_of
+from megatron_troll.weights.table import Table
 
 FAMILIES = {"qwen3": qwen3.table, "qwen3_moe": qwen3.table, "qwen3_next": qwen3_next.table}
 
@@ -13,8 +13,3 @@ def table_of(shape: ModelShape) -> Table:
     if shape.family not in FAMILIES:
         raise ConfigError(f"no weight table for model_type {shape.family!r}; known: {', '.join(FAMILIES)}")
     return FAMILIES[shape.family](shape)
-
-
-def count_parameters(shape: ModelShape) -> int:
-    """Logical parameters of a model: each once, whatever the layout, without vocabulary padding."""
-    return parameters_of(table_of(shape))

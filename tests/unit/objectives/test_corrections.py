@@ -9,7 +9,7 @@ from torch.autograd import grad
 from megatron_troll.config.node import ConfigError
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
-from megatron_troll.objectives.correction.jackpot import effective_sample_size
+from megatron_troll.objectives.mismatch import effective_sample_size
 from megatron_troll.types import HeadOutputs, ObjectiveInputs
 from tests.unit.golden.records import inputs_of
 from tests.unit.objectives.rows import sample
@@ -82,10 +82,15 @@ def test_the_denominator_keeps_tokens_that_are_left_out():
 
 
 def test_effective_sample_size():
-    """Three of four equal weights are 3/4 of the sample."""
+    """3 of 4 tokens weigh alike, the fourth nothing: 3 / 4."""
     weight = torch.tensor([2.0, 2.0, 0.0, 2.0])
-    assert effective_sample_size(weight.mean(), weight.square().mean()).item() == pytest.approx(0.75)
-    assert effective_sample_size(torch.tensor(0.0), torch.tensor(0.0)).item() == 0
+    means = {
+        "correction_weight": float(weight.mean()),
+        "correction_weight_squared": float(weight.square().mean()),
+    }
+    assert effective_sample_size(means) == {"effective_sample_size": pytest.approx(0.75)}
+    assert effective_sample_size(dict.fromkeys(means, 0.0)) == {"effective_sample_size": 0.0}
+    assert effective_sample_size({"loss": 1.0}) == {}
 
 
 @pytest.mark.parametrize(

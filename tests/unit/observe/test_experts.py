@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_troll.observe.experts import expert_metrics, replay_metrics
-from megatron_troll.observe.fields import documented
+from tests.documented import documented
 
 
 def test_an_even_load_is_one() -> None:

@@ -7,8 +7,9 @@ import pytest
 from megatron_troll.config.methods import known_methods
 from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives.compose import compose
-from megatron_troll.observe.fields import documented, markdown
+from megatron_troll.observe.fields import markdown
 from megatron_troll.observe.metrics import REDUCTIONS, metric_name
+from tests.documented import documented
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 

@@ -11,15 +11,20 @@ from hypothesis import strategies as st
 
 from megatron_troll.config.load import PRESETS
 from megatron_troll.mcore.shape import ModelShape, shape_of
-from megatron_troll.weights.families import count_parameters, table_of
+from megatron_troll.weights.families import table_of
 from megatron_troll.weights.source import TensorSource, check
-from megatron_troll.weights.table import Entry, HFTensor, Table
+from megatron_troll.weights.table import Entry, HFTensor, Table, parameters_of
+from tests.dist.parameters import unshard
 from tests.dist.tiny import DENSE, MOE, NEXT
 from tests.unit.weights.recorded_names import MODELS, OUTSIDE
 
 QWEN3_30B_A3B = PRESETS / "models" / "Qwen3-30B-A3B" / "config.json"
 QWEN3_NEXT_80B_A3B = PRESETS / "models" / "Qwen3-Next-80B-A3B-Instruct" / "config.json"
 SHARDS = 4
+
+
+def table_at(config: dict) -> Table:
+    return table_of(shape_of(config))
 
 
 @st.composite
@@ -54,7 +59,7 @@ def test_every_entry_goes_back_to_the_same_bits(shape: ModelShape, size: int, se
         tensors = tuple(torch.randn(tensor.shape, generator=generator) for tensor in entry.hf)
         shards = [entry.shard(tensors, rank, size) for rank in range(size)]
         assert len({shard.shape for shard in shards}) == 1
-        back = entry.unshard(shards)
+        back = unshard(entry, shards)
         assert all(torch.equal(one, other) for one, other in zip(back, tensors, strict=True))
 
 
@@ -137,7 +142,7 @@ def test_the_vocabulary_is_padded_with_zero_rows_that_do_not_come_back() -> None
     shards = [entry.shard((rows,), rank, 4) for rank in range(4)]
     assert [len(shard) for shard in shards] == [shape.padded_vocab(4) // 4] * 4
     assert torch.equal(torch.cat(shards), torch.cat([rows, torch.zeros(3, 2)]))
-    assert torch.equal(entry.unshard(shards)[0], rows)
+    assert torch.equal(unshard(entry, shards)[0], rows)
 
 
 def test_an_axis_that_does_not_divide_is_an_error() -> None:
@@ -175,8 +180,8 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 
 def test_published_sizes() -> None:
-    assert count_parameters(shape_of(json.loads(QWEN3_30B_A3B.read_text()))) == 30_532_122_624
-    assert count_parameters(shape_of(json.loads(QWEN3_NEXT_80B_A3B.read_text()))) == 79_674_391_296
+    assert parameters_of(table_at(json.loads(QWEN3_30B_A3B.read_text()))) == 30_532_122_624
+    assert parameters_of(table_at(json.loads(QWEN3_NEXT_80B_A3B.read_text()))) == 79_674_391_296
     qwen3_0_6b = DENSE | {
         "vocab_size": 151936,
         "hidden_size": 1024,
@@ -187,4 +192,4 @@ def test_published_sizes() -> None:
         "head_dim": 128,
         "tie_word_embeddings": True,
     }
-    assert count_parameters(shape_of(qwen3_0_6b)) == 596_049_920
+    assert parameters_of(table_at(qwen3_0_6b)) == 596_049_920

@@ -6,12 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from megatron_troll.rollout.sglang.control import Control, each
-from megatron_troll.rollout.sglang.errors import (
-    BadReply,
-    Unreachable,
-    UpdateRefused,
-    VersionMissing,
-)
+from megatron_troll.rollout.sglang.errors import BadReply, Unreachable, UpdateRefused, WrongServer
 from megatron_troll.rollout.sglang.http import Http
 from tests.unit.rollout.sglang.fake import RECORDED, Fake, fakes
 
@@ -66,7 +61,7 @@ def test_the_version_is_verified(fake: Fake) -> None:
     told(lambda control: control.name_weights(fake.url, "run.3"))
     assert fake.log == ["/flush_cache", "/update_weight_version"]
     told(lambda control: control.verify(fake.url, "run.3"))
-    with pytest.raises(VersionMissing, match=r"given weights 'run\.4' and says that it has 'run\.3'"):
+    with pytest.raises(WrongServer, match=r"given weights 'run\.4' and says that it has 'run\.3'"):
         told(lambda control: control.verify(fake.url, "run.4"))
 
 

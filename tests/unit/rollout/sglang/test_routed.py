@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_troll.rollout.engine import EngineError
-from megatron_troll.rollout.sglang.errors import BadReply, NoExperts
+from megatron_troll.rollout.sglang.errors import BadReply, WrongServer
 from megatron_troll.rollout.sglang.wire import GenerationRequest, Routed, continued, experts_of, part_of
 from tests.sglang.model import VOCAB
 from tests.sglang.recordings import GREEDY, LENGTH, NEVER, PROMPT, recorded
@@ -31,7 +31,7 @@ def test_a_record_is_sorted_and_small() -> None:
 @pytest.mark.parametrize(
     ("meta", "error", "said"),
     [
-        ({}, NoExperts, "--enable-return-routed-experts (serve.routed_experts=true)"),
+        ({}, WrongServer, "--enable-return-routed-experts (serve.routed_experts=true)"),
         ({"routed_experts": "?"}, BadReply, "cannot be decoded"),
         (sent(np.zeros((4, 2, 3))), BadReply, "24 routed experts; .* are (5, 2, 3)"),
         (sent(np.full((5, 2, 3), 300)), BadReply, "from 300 to 300; the policy has 300"),
@@ -57,7 +57,7 @@ def test_an_answer_carries_them() -> None:
     reply = copy.deepcopy(recorded()["generate"]["content"])
     ask = GenerationRequest(PROMPT, LENGTH, GREEDY, NEVER, top_k=8, vocab=VOCAB, seed=1, routed=ROUTED)
     assert ask.body("")["return_routed_experts"]
-    with pytest.raises(NoExperts):
+    with pytest.raises(WrongServer, match="routed_experts=true"):
         part_of(reply, ask)
     read = len(PROMPT) + LENGTH - 1
     reply["meta_info"] |= sent(np.tile(np.arange(3), (read, 2, 1)))
