@@ -62,9 +62,9 @@ test: test-unit test-dist test-e2e
 test-unit: env
 	$(BIN)/python -m pytest -n 2 tests/unit tests/house
 
-# Two sets of up to seven ranks each: 19 GB of memory.
+# Two sets of up to seven ranks each: 19 GB of memory. A file stays on one set, which makes its fixtures once.
 test-dist: env
-	$(BIN)/python -m pytest -n 2 tests/dist
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/dist
 
 test-e2e: env
 	$(BIN)/python -m pytest tests/e2e

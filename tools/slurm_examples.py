@@ -1,7 +1,9 @@
-"""Writes examples/slurm: what `mtroll launch` makes of the recipes. python tools/slurm_examples.py"""
+"""Writes examples/slurm: a job script as `mtroll launch` makes it, and the commands of those beside it, which
+differ from it in their head alone. python tools/slurm_examples.py"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import join
 
 from megatron_troll.cli.main import parser
 from megatron_troll.config.load import load
@@ -35,26 +37,43 @@ JOBS = {
 }
 
 
-def scripts() -> dict[Path, str]:
-    """Each file and its text. Raises ConfigError for a job that would not fit."""
-    files = {}
+SHOWN = "30b_a3b_disaggregated"
+README = """# Job scripts
+
+`train_{shown}.sbatch` is what the first command writes. The other scripts differ from it in
+their head: models, nodes, servers on nodes of their own or on the same GPUs, bare-metal or in a container. Each
+command is one line; run it from the root of the project. Made by `tools/slurm_examples.py`.
+"""
+
+
+def jobs() -> dict[str, list[str]]:
+    """The arguments of `mtroll launch` for each script: a recipe, its overrides and options."""
+    found = {}
     for name, (recipe, overrides, options) in JOBS.items():
-        files[FOLDER / f"train_{name}.sbatch"] = script(recipe, overrides, options)
-        files[FOLDER / f"train_{name}_container.sbatch"] = script(
-            recipe, (*overrides, *IN_IMAGE), (*options, *CONTAINER)
-        )
-    return files
+        path = f"examples/configs/{recipe}.yaml"
+        found[name] = [path, *overrides, "--slurm", *options]
+        found[f"{name}_container"] = [path, *overrides, *IN_IMAGE, "--slurm", *options, *CONTAINER]
+    return found
 
 
-def script(recipe: str, overrides: Sequence[str], options: Sequence[str]) -> str:
-    path = f"examples/configs/{recipe}.yaml"
-    arguments = parser().parse_args(["launch", path, *overrides, "--slurm", *options])
-    config, allocation = load(ROOT / path, overrides), allocation_of(arguments)
+def script(arguments: Sequence[str]) -> str:
+    """Raises ConfigError for a job that would not fit."""
+    asked = parser().parse_args(["launch", *arguments])
+    config, allocation = load(ROOT / asked.config, asked.overrides), allocation_of(asked)
     check_memory(config, allocation)
-    return write(config, path, overrides, allocation)
+    return write(config, asked.config, asked.overrides, allocation)
+
+
+def files() -> dict[Path, str]:
+    """Each file of examples/slurm and its text."""
+    commands = [f"## {name}\n\n```sh\nmtroll launch {join(job)}\n```\n" for name, job in jobs().items()]
+    return {
+        FOLDER / f"train_{SHOWN}.sbatch": script(jobs()[SHOWN]),
+        FOLDER / "README.md": "\n".join([README.format(shown=SHOWN), *commands]),
+    }
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for file, text in scripts().items():
+    for file, text in files().items():
         file.write_text(text)
