@@ -1,5 +1,7 @@
-"""Files that a kill cannot leave half written, and the signals by which a run is asked to stop."""
+"""Files that a kill cannot leave half written, processes that end with their parent, and the signals by
+which a run is asked to stop."""
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -28,6 +30,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have this process sent `number` when the one that started it dies, however that happens (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

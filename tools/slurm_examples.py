@@ -41,8 +41,8 @@ SHOWN = "30b_a3b_disaggregated"
 README = """# Job scripts
 
 `train_{shown}.sbatch` is what the first command writes. The other scripts differ from it in
-their head: models, nodes, servers on nodes of their own or on the same GPUs, bare-metal or in a container. Each
-command is one line; run it from the root of the project. Made by `tools/slurm_examples.py`.
+their head: models, nodes, servers on nodes of their own or on the same GPUs, bare-metal or in a
+container. Each command is one line, for the root of the project. Made by `tools/slurm_examples.py`.
 """
 
 

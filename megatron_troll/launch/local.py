@@ -1,6 +1,5 @@
 """Ranks of one command on this machine, as plain subprocesses that live and end together."""
 
-import ctypes
 import os
 import queue
 import signal
@@ -15,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from megatron_troll.system import ASKING
+from megatron_troll.system import ASKING, end_with_parent
 
 GRACE_S = 15.0
 TAIL_LINES = 40
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def _before_its_program() -> None:
     """SIGTERM for this rank when its parent dies, however that happens (Linux prctl). It may come twice:
     once for each thread of the parent that the rank is handed to while they die. Whoever asks the rank to
     stop while it still imports has to wait."""
-    LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    end_with_parent(signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
 
 

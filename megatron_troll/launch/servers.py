@@ -1,6 +1,5 @@
 """SGLang servers as processes of this one: started, watched, started again, stopped."""
 
-import ctypes
 import os
 import shutil
 import signal
@@ -18,13 +17,11 @@ import yaml
 
 from megatron_troll.config import ConfigError
 from megatron_troll.launch.sglang_flags import SGLANG, Flags
-from megatron_troll.system import Interrupts
+from megatron_troll.system import Interrupts, end_with_parent
 
 POLL_S = 0.2
 STOP_S = 30.0
 TAIL_LINES = 30
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None)
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -222,7 +219,7 @@ def _before_its_program() -> None:
     """SIGKILL for the server when this process dies, however that happens; its children follow it. Slurm's
     SIGUSR1, which asks ranks to save, does not end it. SIGTERM, which every process of a preempted job gets,
     does (Python unblocks that one): it is started again."""
-    LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    end_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 

@@ -7,17 +7,20 @@ them is vetted first (checkpoint_pickle.py): loading a checkpoint runs no code f
 
 import json
 import math
+import multiprocessing
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
@@ -27,7 +30,7 @@ from megatron_troll.mcore.checkpoint_folder import TENSORS, CheckpointError
 from megatron_troll.mcore.checkpoint_pickle import vet
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import described
-from megatron_troll.system import spared
+from megatron_troll.system import end_with_parent, spared
 
 VERSIONED = (folders.MEGATRON, "torch")
 # What Megatron raises on the rank that failed; torch's CheckpointException is raised on every rank.
@@ -98,6 +101,7 @@ class Checkpoints:
         self._draft = self._once(lambda: self._new_draft(step))
         self._once(lambda: attach(self._draft))
         with self._saving(), spared():
+            own_results_queue()
             self._everywhere(
                 lambda: _rng_file(self._draft, self._world.rank).write_text(tensors.captured_rng())
             )
@@ -300,3 +304,12 @@ def _reason(error: BaseException) -> str:
     if not isinstance(error, CheckpointException):
         return f"{type(error).__name__}: {error}"
     return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+
+
+def own_results_queue() -> None:
+    """Give Megatron's checkpoint writer the queue of results that it would make for itself, with a server
+    process that ends when this one is killed: its own would stay for ever."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()

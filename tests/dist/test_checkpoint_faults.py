@@ -72,6 +72,26 @@ def kill_while_saving(run: Run, folder: Path, moment: float) -> None:
         process.join()
 
 
+def test_a_killed_rank_leaves_no_process(alone: Run, tmp_path: Path) -> None:
+    """Not Megatron's server of results either; only the process itself is killed."""
+    folder = tmp_path / "run"
+    process = SERVER.Process(target=save_for_ever, args=(alone, str(folder)))
+    process.start()
+    try:
+        wait_for(lambda: len(steps(folder)) == 2 or not process.is_alive())
+        assert process.pid is not None
+        helpers = children_of(process.pid)
+        assert helpers
+    finally:
+        process.kill()
+        process.join()
+    wait_for(lambda: not any(Path(f"/proc/{helper}").exists() for helper in helpers))
+
+
+def children_of(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
 def save_for_ever(run: Run, folder: str) -> None:
     os.setsid()
     torch.set_num_threads(1)
