@@ -1,4 +1,4 @@
-"""The algorithm: prompts, rollouts, rewards, advantages, updates; now and then an evaluation."""
+"""The training loop: prompts, rollouts, rewards, advantages, updates, and periodic evaluations."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ from megatron_troll.training.throughput import speed
 from megatron_troll.training.trainer import Unhealthy, UpdateResult
 from megatron_troll.types import Rollout
 
-# Probability outside the old support beyond which KL on that support means little (ALGORITHMS 1.8).
+# Probability outside the old support above which KL on that support means little (ALGORITHMS 1.8).
 OUTSIDE_MASS_ALARM = 1e-2
 
 
 def train(task: Task, interrupts: Interrupts) -> bool:
-    """Train the policy of `task` to its last step. Returns whether it got there: False after Ctrl-C or
+    """Train the policy of `task` to its last step. Returns whether it finished: False after Ctrl-C or
     SIGTERM, with a checkpoint to resume from. Runs on every rank."""
     steps = task.config.train.steps
     with open_run(task, interrupts) as run:
@@ -55,8 +55,8 @@ def before_training(run: Run, state: TrainState) -> TrainState:
 
 
 def train_step(run: Run, state: TrainState) -> TrainState:
-    """One rollout batch: sample, judge, learn, evaluate where that is due, write its row. A checkpoint comes
-    after the row: a run that continues from it finds all its rows."""
+    """Process one rollout batch: sample, score, train, evaluate if that is due, and log its row. A checkpoint
+    is saved after the row, so that a run that resumes from it finds all its rows."""
     config, began, step = run.task.config, time.perf_counter(), state.step + 1
     with rescued(run, state):
         synced, waited, batch = sample(run, state)
@@ -96,7 +96,7 @@ def train_step(run: Run, state: TrainState) -> TrainState:
 
 
 def sample(run: Run, state: TrainState) -> tuple[dict[str, float], BatchFuture, RolloutBatch]:
-    """Weights to the engine, and the next batch from it, whenever it was begun."""
+    """Sync the weights to the engine and wait for the next batch, which may have been begun steps ago."""
     synced = run.sync(state.step)
     waited = run.pending.next(state.step + 1, lambda number: begin(run, number, trained=state.step))
     batch = waited.wait()
@@ -107,7 +107,8 @@ def sample(run: Run, state: TrainState) -> tuple[dict[str, float], BatchFuture, 
 def learn(
     run: Run, rollouts: list[Rollout], estimated: AdvantageEstimate, state: TrainState
 ) -> tuple[UpdateResult, TrainState]:
-    """The policy, then the critic and the rollout model, from one batch; the run stands a step further."""
+    """Train the policy, then the critic and the rollout model, on one batch. The new state is a step
+    further."""
     step = state.step + 1
     learned = run.learner.learn(rollouts, estimated.advantages, step)
     if run.critic is not None:
@@ -120,7 +121,7 @@ def learn(
 
 
 def evaluate(run: Run, step: int, metrics: dict[str, float]) -> EngineError | OSError | None:
-    """Add the held-out success after `step` to its row. Returns the error that kept it from that, if any: the
+    """Add the held-out success after `step` to `metrics`. Returns an error instead of raising it, so that the
     row is written first."""
     try:
         metrics |= run.sync(step)
@@ -132,8 +133,8 @@ def evaluate(run: Run, step: int, metrics: dict[str, float]) -> EngineError | OS
 
 @contextmanager
 def rescued(run: Run, state: TrainState) -> Iterator[None]:
-    """Save `state` where an error of the engine or of a disk, which all ranks have, ends the run. Where that
-    fails too, raises CheckpointError with both errors, which names the checkpoint to continue from."""
+    """Save `state` if an engine or disk error, which all ranks have, ends the run. If saving fails too, raise
+    CheckpointError with both errors, which names the checkpoint to resume from."""
     try:
         yield
     except (EngineError, OSError) as error:
@@ -148,7 +149,7 @@ def rescued(run: Run, state: TrainState) -> Iterator[None]:
 
 
 def keep(run: Run, batch: RolloutBatch, rewards: np.ndarray, estimated: AdvantageEstimate, step: int) -> None:
-    """Store everything sampled, also what is not trained on: with the verifier's reward and no advantage."""
+    """Store all samples. Those not trained on get the verifier's reward and the advantage 0."""
     everything = batch.sampled.reward.copy()
     everything[batch.kept] = rewards
     advantages = np.zeros(len(everything))
@@ -157,7 +158,7 @@ def keep(run: Run, batch: RolloutBatch, rewards: np.ndarray, estimated: Advantag
 
 
 def checkpoint(run: Run, state: TrainState) -> TrainState:
-    """Save, with the held-out success of the policy where it was evaluated."""
+    """Save a checkpoint, with the held-out success of the policy if it was evaluated at this step."""
     config, began = run.task.config, time.perf_counter()
     evaluated = due(state.step, config.evaluation.every, config.train.steps)
     run.save(state, state.after if evaluated else None)
@@ -165,7 +166,7 @@ def checkpoint(run: Run, state: TrainState) -> TrainState:
 
 
 def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
-    """Say so when the trust region no longer sees what the policy does."""
+    """Warn when too much probability has left the support that the trust region measures."""
     outside = metrics.get("outside_mass", 0.0)
     if outside > OUTSIDE_MASS_ALARM:
         run.session.progress.say(
@@ -175,7 +176,7 @@ def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
 
 
 def guard(run: Run, learned: UpdateResult, rollouts: Sequence[Rollout], state: TrainState) -> None:
-    """Say and keep what made an update NaN or Inf; end the run when it does not stop. Raises Unhealthy."""
+    """Report and store a batch with NaN or Inf updates. Raises Unhealthy after too many of them in a row."""
     if not learned.skipped:
         return
     kept = run.session.keep_broken(state.step, rollouts, learned.broken)
@@ -186,10 +187,10 @@ def guard(run: Run, learned: UpdateResult, rollouts: Sequence[Rollout], state: T
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """At every `every`-th step and at the last one; 0: only at the last."""
+    """Whether `step` is a multiple of `every`, or the last one; every = 0: only the last."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def shuffled(rewards: np.ndarray, step: int) -> np.ndarray:
-    """The control experiment: the same rewards, given to responses at random."""
+    """The same rewards, assigned to responses at random: the control experiment."""
     return rewards[np.random.default_rng(step).permutation(len(rewards))]

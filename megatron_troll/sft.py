@@ -1,4 +1,4 @@
-"""`mtroll sft`: supervised steps on demonstrations, through the trainer that RL uses."""
+"""`mtroll sft`: supervised steps on demonstrations, with the trainer that RL uses."""
 
 import time
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ NOTHING = HeadOutputs(None, None, None)
 
 
 def warm_start(task: Task, interrupts: Interrupts) -> bool:
-    """Train on `config.sft` and export to runs/<name>/hf. Returns whether it got to its last step: an
-    interrupted warm start is started again. Runs on every rank."""
+    """Train on `config.sft` and export to runs/<name>/hf. Returns whether it reached the last step; an
+    interrupted warm start is not resumed but run again. Runs on every rank."""
     config, sft, examples = task.config, sft_of(task.config), demonstrations(task)
     order = PromptOrder(len(examples), config.seed)
     with ExitStack() as stack:
@@ -60,7 +60,7 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
 def supervised_step(
     session: Session, trainer: PolicyTrainer, batcher: MicroBatcher, chosen: list[Rollout], step: int
 ) -> None:
-    """One optimizer step on `chosen`, logged."""
+    """Take one optimizer step on `chosen` and log it."""
     began = time.perf_counter()
     batches = batcher.supervised(chosen)
     with session.phases("forward_backward"):
@@ -82,6 +82,6 @@ def supervised_step(
 
 
 def unhealthy(session: Session, chosen: list[Rollout], broken: Sequence[int], step: int) -> Unhealthy:
-    """The end of a warm start: keeps the batch, names the demonstrations. Blocks."""
+    """The error that ends a warm start: stores the batch and names the demonstrations. Blocks."""
     kept = session.keep_broken(step, chosen, broken)
     return Unhealthy(f"step {step}: the loss or a gradient is NaN or Inf; {kept}; lower optimizer.lr")

@@ -1,4 +1,4 @@
-"""PPO-clip as others compute it, for bench_head.py: each from hidden states [N, h] to the same loss."""
+"""PPO-clip of other libraries, for bench_head.py: each computes the same loss from hidden states [N, h]."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from torch import Tensor
 EPS = 0.2
 NegativeLogProb = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden [N, h], weight [V, h], target [N]
 
-# Products for logits, dH and dW; rows of logits are written and read, those of their gradient read twice.
+# Matrix products for logits, dH and dW; logits are written and read, their gradients written and read twice.
 KEPT = Work(3, 5, 0)
 MADE_AGAIN = Work(4, 5, 0)
 
 
 def baselines() -> list[Variant]:
-    """`dense/pytorch` first."""
+    """All baselines, `dense/pytorch` first."""
     return [
         _of_log_probs("dense/pytorch", KEPT, _pytorch),
         _of_log_probs("megatron/vocab_parallel_cross_entropy", KEPT, _megatron),
@@ -54,7 +54,7 @@ def _old_logp(case: Case) -> Tensor:
 
 
 def _pytorch(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Autograd on whole rows of logits, as a trainer without a fused head has it."""
+    """Autograd on whole rows of logits, as in a trainer without a fused head."""
     logits = F.linear(hidden, weight)
     rows = logits if logits.dtype == torch.float64 else logits.float()
     return -rows.log_softmax(1).gather(1, target[:, None])[:, 0]
@@ -79,7 +79,7 @@ def _only_bf16(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """On an H100 or H200 its own kernel, elsewhere its chunked PyTorch."""
+    """Liger's own kernel on an H100 or H200, its chunked PyTorch code on other devices."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
     return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
@@ -97,7 +97,7 @@ def _liger_missing(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _liger_grpo(case: Case, shape: Shape) -> Callable[[], Tensor]:
-    """On logits that are kept; it wants a row more for each answer."""
+    """Liger's GRPO loss on logits that are kept for backward; it needs one extra row per answer."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     answers = (-1, shape.answer)

@@ -1,4 +1,4 @@
-"""The inputs of bench_head.py, and what it compares: ways from hidden states to a loss."""
+"""The inputs of bench_head.py, and the variants it compares: ways to compute a loss from hidden states."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megatron_troll.objectives.objective import Objective
 
 @dataclass(frozen=True)
 class Shape:
-    """N tokens of answers of `answer` tokens each, through a head [vocab, hidden]; TROLL keeps k."""
+    """N tokens in answers of `answer` tokens each, through a head [vocab, hidden]; TROLL keeps k logits."""
 
     tokens: int
     hidden: int
@@ -23,8 +23,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """hidden [N, h] and weight [V, h] with gradients; old [N, h] what the old policy had; target [N] drawn
-    from it; advantage [N], one number for each answer."""
+    """hidden [N, h] and weight [V, h] with gradients; old [N, h] the old policy's hidden states; target [N]
+    sampled from the old policy; advantage [N], one number per answer."""
 
     hidden: Tensor
     old: Tensor
@@ -39,7 +39,7 @@ class Case:
         def normal(*size: int, scale: float) -> Tensor:
             return scale * torch.randn(*size, generator=generator, device=device)
 
-        # Logits with a standard deviation near 3: entropies like those of a language model.
+        # Logits with a standard deviation near 3 give entropies like those of a language model.
         weight = normal(shape.vocab, shape.hidden, scale=3.0 / shape.hidden**0.5)
         old = normal(shape.tokens, shape.hidden, scale=1.0)
         hidden = old + normal(shape.tokens, shape.hidden, scale=0.05)
@@ -53,7 +53,7 @@ class Case:
         )
 
     def to(self, dtype: torch.dtype) -> "Case":
-        """The same numbers in another dtype, as leaves."""
+        """The same numbers in another dtype, as autograd leaves."""
         return Case(
             self.hidden.detach().to(dtype).requires_grad_(),
             self.old.to(dtype),
@@ -68,15 +68,15 @@ class Case:
 
 
 def _drawn(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """[N] one token of each row's law, from rows in chunks."""
+    """[N] one token sampled from each row's distribution; processes rows in chunks."""
     laws = ((part @ weight.t()).softmax(1) for part in hidden.split(256))
     return torch.cat([law.multinomial(1, generator=generator)[:, 0] for law in laws])
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a variant must do: matrix products of N x h x V; times that N x V numbers are read or
-    written; times that a row [h] is read for each kept token."""
+    """The least work of a variant. products: matrix products of N x h x V; rows: times that N x V numbers are
+    read or written; columns: times that a row [h] is read or written for each kept token."""
 
     products: int
     rows: int
@@ -85,9 +85,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to the loss of `objective`. `prepare` runs before the clock and returns the forward; `missing`
-    says why it cannot run on a device with a dtype, or nothing. `clips`: whether it is PPO-clip on the full
-    softmax, against which the others are compared."""
+    """One way to compute the loss of `objective`. `prepare` runs untimed and returns the forward; `missing`
+    returns why the variant cannot run on a device with a dtype, or None. `clips`: whether it is PPO-clip on
+    the full softmax, with which the others are compared."""
 
     name: str
     objective: Objective

@@ -1,10 +1,10 @@
-"""Speed, memory and kills of `mtroll convert` on a synthetic Qwen3-MoE, against a plain copy of its bytes.
+"""Measure `mtroll convert` on a synthetic Qwen3-MoE: speed against a plain copy, memory, and kills.
 
 python tools/bench_convert.py [--folder runs/bench-convert] [--gib 4] [--kills 10] [--json FILE]
 
-The model has the widths of Qwen3-30B-A3B and as many layers as --gib needs. Before each measurement the files
-that are read are dropped from the page cache; each ends when everything is on disk. Memory is the peak of a
-process above what it held when the conversion began, and in all. Then each direction is killed with SIGKILL
+The model has the widths of Qwen3-30B-A3B and as many layers as --gib needs. Before each measurement the input
+files are dropped from the page cache; a measurement ends when everything is on disk. Memory is the peak of a
+process, above what it held when the conversion began and in total. Then each direction is killed with SIGKILL
 --kills times at random moments and resumed, and no finished file may change.
 """
 
@@ -52,7 +52,7 @@ WIDTHS = {
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
 }
-# What each direction reads and writes, inside the folder.
+# The subfolders that each direction reads and writes.
 DIRECTIONS = {"hf2mcore": ("hf", "mcore"), "mcore2hf": ("mcore", "back")}
 GIB = 2**30
 OPTIONS = Options(shard_bytes=GIB // 16)
@@ -60,8 +60,8 @@ OPTIONS = Options(shard_bytes=GIB // 16)
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one conversion: GiB written, seconds of it and of the copy; peak memory in GiB above what the
-    process held when the conversion began, and in all."""
+    """Figures of one conversion: GiB of its input, seconds of the conversion and of the plain copy; peak
+    memory in GiB, above what the process held when the conversion began and in total."""
 
     gib: float
     seconds: float
@@ -81,7 +81,7 @@ class Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-convert"))
-    parser.add_argument("--gib", type=float, default=4.0, help="at least so large (default: 4)")
+    parser.add_argument("--gib", type=float, default=4.0, help="least size of the model in GiB (default: 4)")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", nargs=2, default=None, help=argparse.SUPPRESS)
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, gib: float) -> None:
-    """Random bits in bf16, in files of 1 GiB or so."""
+    """Write a model of at least `gib` GiB: random bf16 bits, in files of about 1 GiB."""
     layers = 1
     while True:
         config = WIDTHS | {"num_hidden_layers": layers}
@@ -165,7 +165,7 @@ def start(folder: Path, direction: str, target: Path) -> "subprocess.Popen[str]"
 
 
 def child(folder: Path, direction: str, target: str) -> None:
-    """Says when it begins; at the end, seconds, and bytes of memory at the beginning and at the peak."""
+    """Convert. Prints a line at the start; at the end seconds, and bytes of memory before and at the peak."""
     source = folder / DIRECTIONS[direction][0]
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     print("begins", flush=True)
@@ -181,7 +181,7 @@ def child(folder: Path, direction: str, target: str) -> None:
 
 
 def compare(folder: Path) -> None:
-    """Whether what came back is what was there, bit for bit."""
+    """Assert that the model converted back equals the original bit for bit."""
     there, back = FolderSource(folder / "hf"), FolderSource(folder / "back")
     assert there.shapes == back.shapes
     for name in there.shapes:
@@ -189,8 +189,8 @@ def compare(folder: Path) -> None:
 
 
 def kill(folder: Path, direction: str, kills: int, seconds: float) -> list[int]:
-    """How many files were finished at each kill: each comes in the middle of a file, after one more is done.
-    `seconds`: what the whole conversion takes."""
+    """Kill and resume a conversion; return the number of finished files at each kill. A kill comes in the
+    middle of a file, after one more is finished. `seconds`: duration of the whole conversion."""
     target = folder / "killed"
     draw, finished, counts = random.Random(0), set(), []
     for _ in range(kills):
@@ -218,7 +218,7 @@ def kill(folder: Path, direction: str, kills: int, seconds: float) -> list[int]:
 
 
 def files_with_tensors(folder: Path) -> set[tuple[str, int, int]]:
-    """Name, inode and time of the last change."""
+    """Name, inode and modification time of every file with tensors."""
     return {
         (str(path.relative_to(folder)), path.stat().st_ino, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -227,7 +227,7 @@ def files_with_tensors(folder: Path) -> set[tuple[str, int, int]]:
 
 
 def sums(folder: Path) -> set[str]:
-    """Of the files with tensors."""
+    """Checksum lines of the files with tensors."""
     lines = (folder / "SHA256SUMS").read_text().splitlines()
     return {line for line in lines if line.endswith((".distcp", ".safetensors"))}
 

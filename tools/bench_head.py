@@ -1,15 +1,15 @@
-"""Time and memory of the LM head under TROLL and PPO-clip, against others' ways to PPO-clip.
+"""Time and memory of the LM head under TROLL and PPO-clip, compared with PPO-clip of other libraries.
 
 python tools/bench_head.py --device cpu [--json FILE] [--shape cpu 30b_8k 30b_32k] [--repeats 7]
 
 Each variant is one update of N tokens from final hidden states: forward to the loss, backward to the
-gradients of hidden states and head. Variants take turns, so that a busy machine slows all; figures are
-medians. Peak extra memory leaves out inputs and the gradient buffer of the head. Before that, on a small
-head, the gradients of each are compared with those of its objective by autograd on whole rows in float64.
-What cannot run here is named with the reason.
+gradients of hidden states and head. Variants take turns, so that other load slows all of them; figures are
+medians. Peak extra memory excludes inputs and the gradient buffer of the head. Before timing, on a small
+head, each variant's gradients are compared with those of its objective by autograd on whole rows in float64.
+Variants that cannot run here are listed with the reason.
 
-Beside it: the rate of a copy and of the head's matrix product, and each variant's ratio to the time that its
-least work takes at those rates; selection and projection by themselves.
+Also measured: the rate of a copy and of the head's matrix product, and the ratio of each variant's time to
+that of its least work at those rates; selection and projection alone.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SMALL = Shape(96, 32, 496, torch.float32, k=16, answer=16)
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of all turns; least_ms: see bench_parts.Rates."""
+    """Medians over the turns of a variant; least_ms: see bench_parts.Rates."""
 
     shape: str
     variant: str
@@ -82,8 +82,8 @@ class Measured:
 
 
 def variants(k: int) -> list[Variant]:
-    """Logits at kept tokens read their columns once forward, and three times backward: for dH, and to be
-    added to. The pass that chooses writes and reads whole rows."""
+    """All variants. Logits at kept tokens access their rows of the weight once in forward and three times in
+    backward: to read them for dH, and to read and write dW. Selection writes and reads whole rows."""
     own, old = troll(k=k, support="own"), troll(k=k, support="old")
     return [
         *baselines(),
@@ -104,7 +104,7 @@ def ours(name: str, objective: Objective, work: Work, clips: bool = False) -> Va
 
 
 def through(head: Head, objective: Objective, case: Case, shape: Shape) -> Callable[[], Tensor]:
-    """The forward to the loss of `objective`, by what `head` reads."""
+    """Return the forward from hidden states to the loss of `objective`, through `head`."""
     with torch.no_grad():
         old = head.read(case.old, case.target, replace(objective.reads_old, logp=True))
     old = objective.check_old(old)
@@ -117,7 +117,7 @@ def through(head: Head, objective: Objective, case: Case, shape: Shape) -> Calla
 
 
 def model_of(weight: Tensor) -> Any:
-    """What a head asks of its model."""
+    """A stand-in for a model, with the attributes that a head uses."""
     shape = SimpleNamespace(vocab=len(weight), softcap=None)
     stage = SimpleNamespace(output_weight=weight)
     return SimpleNamespace(stages=[stage], chunks=[stage], groups=Groups(), shape=shape)
@@ -146,7 +146,7 @@ def inputs_of(case: Case, shape: Shape, new: HeadOutputs, old: HeadOutputs) -> O
 
 
 def check(device: str) -> None:
-    """Raises AssertionError for a variant whose gradients in float32 are not those in float64."""
+    """Raise AssertionError if a variant's gradients in float32 differ from those in float64."""
     single = Case.of(SMALL, device)
     for variant in variants(SMALL.k):
         if variant.missing(device, SMALL.dtype) is not None:
@@ -161,7 +161,7 @@ def check(device: str) -> None:
 
 
 def gradients(case: Case) -> tuple[Tensor, Tensor]:
-    """Of hidden states and head: the head's from autograd, or from where ours adds it."""
+    """Gradients of hidden states and head; the head's from autograd, or from the buffer that ours adds to."""
     weight = case.weight.grad
     if weight is None:
         weight = getattr(case.weight, "main_grad")  # noqa: B009
@@ -178,7 +178,7 @@ def measure(name: str, device: str, repeats: int) -> Measured:
     for turn in range(repeats + 1):
         for variant, forward in ready.items():
             taken = timed(case, forward, device)
-            if turn:  # the first one warms up
+            if turn:  # the first turn is a warm-up
                 turns[variant].append(taken)
     rows = []
     for variant, forward in ready.items():
@@ -227,7 +227,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if arguments.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
-        parallel.start(Layout(), seed=0)  # Megatron's cross entropy asks for its groups
+        parallel.start(Layout(), seed=0)  # Megatron's cross entropy needs its groups
         check(arguments.device)
         found = {name: measure(name, arguments.device, arguments.repeats) for name in names}
         parallel.stop()

@@ -1,4 +1,4 @@
-"""What the benchmarks compare: objectives, and the LM head of a trainer that keeps whole rows of logits."""
+"""Objectives that the benchmarks compare, and the LM head of a trainer that keeps whole rows of logits."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def sparse_clip(k: int) -> Objective:
 
 
 class SparseClip(Sparse, Clip):
-    """PPO-clip on TROLL's sparse policies, without projection: what the K-column gradient gives by itself."""
+    """PPO-clip on TROLL's sparse policies, without projection: the effect of the K-column gradient alone."""
 
     @property
     def reads_old(self) -> HeadRequest:
@@ -52,7 +52,7 @@ class SparseClip(Sparse, Clip):
 
 
 class MaterialisedHead(Head):
-    """Reads by plain autograd on logits [N, V], which live until backward; one rank."""
+    """A head that uses plain autograd on logits [N, V], which are kept until backward; one rank only."""
 
     def read(
         self, hidden: Tensor, target: Tensor, reads: HeadRequest, beside: HeadContext | None = None
@@ -68,7 +68,7 @@ class MaterialisedHead(Head):
 
 
 def kept(logits: Tensor, target: Tensor, support: Support, old: HeadOutputs | None) -> TopK:
-    """The record of whole rows [N, V], differentiable in them."""
+    """The top-K record of whole rows of logits [N, V], differentiable in them."""
     vocab, lse = logits.shape[1], logits.detach().logsumexp(1)
     if support.kind == "old":
         record = record_of(old, support)

@@ -1,4 +1,4 @@
-"""What the parts of the head take, and what the machine could do: rates that bench_head.py compares with."""
+"""Times of the parts of the head, and rates of the machine that bench_head.py compares with."""
 
 import statistics
 import time
@@ -15,18 +15,18 @@ from troll_kernels.sparsify import sparse_logp
 from troll_kernels.tiles import tile_size
 from troll_kernels.topk import top_k
 
-COPIED = 2**27  # numbers
+COPIED = 2**27  # elements
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one machine in one dtype: GB/s read and written by a copy, TFLOP/s of a matrix product."""
+    """Rates of one machine in one dtype: GB/s read and written by a copy, TFLOP/s of a matrix product."""
 
     copy_gb_s: float
     matrix_tflops: float
 
     def least_ms(self, work: Work, shape: Shape) -> float:
-        """The time that products take at the matrix rate, and memory traffic at the rate of a copy."""
+        """The time of products at the matrix rate, plus that of memory traffic at the rate of a copy."""
         size = torch.finfo(shape.dtype).bits // 8
         flop = 2 * work.products * shape.tokens * shape.hidden * shape.vocab
         columns = work.columns * shape.tokens * shape.k * shape.hidden
@@ -36,7 +36,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the head by itself: over the N tokens of a shape, forward and backward."""
+    """Time of one part of the head alone, over the N tokens of a shape."""
 
     shape: str
     part: str
@@ -62,7 +62,7 @@ def parts(name: str, shape: Shape, case: Case, device: str, repeats: int) -> Ite
 
 
 def selection(name: str, shape: Shape, case: Case, device: str, repeats: int) -> Part:
-    """Logsumexp and top-K of logits that are there: what it reads of them, at the rate of a copy."""
+    """Logsumexp and top-K of given logits; `gb_s` is the rate at which it reads them."""
     shard = Shard(shape.vocab, chunk_size(case.weight.device))
     rows = min(shard.chunk, shape.tokens)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def selection(name: str, shape: Shape, case: Case, device: str, repeats: int) ->
 
 
 def projection(name: str, shape: Shape, device: str, repeats: int) -> Part:
-    """Of policies a small step apart, all beyond a bound of 1e-6."""
+    """Projection, forward and backward, of policies a small step apart, all outside a bound of 1e-6."""
     generator = torch.Generator(device).manual_seed(0)
     size = (shape.tokens, shape.k + 1)
     new = (4.0 * torch.randn(size, generator=generator, device=device)).requires_grad_()
@@ -99,7 +99,7 @@ def projection(name: str, shape: Shape, device: str, repeats: int) -> Part:
 
 
 def median_s(work: Callable[[], Tensor | None], device: str, repeats: int) -> float:
-    """Seconds of the median run, after one that does not count."""
+    """Median of the seconds of `repeats` runs, after one warm-up run."""
     taken = []
     for _ in range(repeats + 1):
         began = now(device)
@@ -109,7 +109,7 @@ def median_s(work: Callable[[], Tensor | None], device: str, repeats: int) -> fl
 
 
 def now(device: str) -> float:
-    """A clock that waits for the device."""
+    """Seconds of a clock, read after waiting for the device."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""How long a run takes to read its prompts, on rows of DAPO-Math's shape:
+"""Measure how long a run takes to read its prompts, on rows in the format of DAPO-Math:
 
 python tools/bench_prompts.py TOKENIZER_FOLDER [--rows 179000]
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks measure besides time, and what they write down."""
+"""Peak memory, and the record that the benchmarks write: figures, machine, versions and date."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 PACKAGES = ("torch", "triton", "megatron-core", "liger-kernel")
 
 
-# Of the machine, before anything is measured.
+# Load of the machine before anything is measured.
 LOAD = os.getloadavg()[0]
 
 Record = dict[str, Any]
 
 
 def record(device: str, rows: Sequence[Record], **more: Any) -> Record:
-    """Rows of figures with where, with what and when they were measured, and `more` of them."""
+    """Rows of figures, with the machine, package versions and date of the measurement, and `more` entries."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return {
         "machine": {"device": name, "threads": torch.get_num_threads(), "load_before": LOAD},
@@ -38,7 +38,7 @@ def write(path: Path, found: Record) -> None:
 
 
 def processor() -> str:
-    """As Linux names it."""
+    """Name of the processor as Linux reports it."""
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return named[0].split(":")[1].strip() if named else platform.machine()
 
@@ -51,7 +51,7 @@ def installed(package: str) -> bool:
 
 
 def peak_mib(work: Callable[[], object], device: str) -> float:
-    """The most memory that `work` held beyond what was there before."""
+    """Peak MiB of memory that `work` held, beyond what was held before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -65,7 +65,7 @@ def peak_mib(work: Callable[[], object], device: str) -> float:
 
 
 def _highest(recorded: profile) -> int:
-    """The most bytes that were allocated and not freed, of the allocations that the profiler saw."""
+    """Peak of bytes allocated and not yet freed, over the allocations that the profiler saw."""
     results: Any = recorded.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     held = highest = 0

@@ -1,13 +1,13 @@
-"""What the SGLang client costs beside its server, and what a sync of weights costs.
+"""Measure what the SGLang client adds to the time of its server, and what a weight sync costs.
 
 python tools/bench_rollout.py model FOLDER --gib 0.25     a random Qwen3 to measure syncs with
 python tools/bench_rollout.py client CONFIG [KEY=VALUE ...]
 python tools/bench_rollout.py sync CONFIG [KEY=VALUE ...]
 
-`mtroll serve CONFIG` keeps the server running beside, with the same KEY=VALUE. Prints JSON. `client` asks for
-the same answers by bare HTTP, which throws them away, and by the run's client, in turns; figures are medians.
-`sync` brings the policy to the server on every way; memory is the peak of this process above what it held, in
-buckets of rollout.sglang.sync.bucket_mib.
+The server must be running: `mtroll serve CONFIG` with the same KEY=VALUE. Prints JSON. `client` requests the
+same answers by bare HTTP, which discards them, and by the run's client, in turns; figures are medians. `sync`
+sends the policy to the server in every way (disk, tensor, distributed); memory is the peak of this process
+above what it held before, in buckets of rollout.sglang.sync.bucket_mib.
 """
 
 import argparse
@@ -48,7 +48,7 @@ AT_ONCE, QUESTIONS, LENGTH, TOP_K = 16, 32, 64, 64
 
 
 class Endless(GenerationRequest):
-    """Goes on to `max_tokens` whatever is drawn: every repeat draws as much."""
+    """A request that always continues to `max_tokens`: every repeat samples the same number of tokens."""
 
     def body(self, rid: str) -> dict[str, Any]:
         body = super().body(rid)
@@ -57,7 +57,7 @@ class Endless(GenerationRequest):
 
 
 def write_model(folder: Path, gib: float) -> None:
-    """Config and tokenizer of a Qwen3 of so many GiB in fp32, most of it in layers."""
+    """Write config and tokenizer of a Qwen3 of about `gib` GiB in fp32, most of it in layers."""
     write_base(folder)
     width, ffn = 512, 2048
     layer = 4 * (4 * width * width + 3 * width * ffn)
@@ -158,7 +158,7 @@ def drawn(desk: Connection, top_k: int, answers: dict[int, Completion]) -> float
 
 
 def stored(answers: dict[int, Completion]) -> dict[str, float]:
-    """Of a journal with every answer, beyond what it has of answers without a token."""
+    """Bytes per token of a journal with every answer, and 8 K + 12 to compare with."""
     with tempfile.TemporaryDirectory() as folder:
         for i, answer in answers.items():
             Journal(Path(folder)).add(1, str(i), answer)
@@ -169,7 +169,7 @@ def stored(answers: dict[int, Completion]) -> dict[str, float]:
 
 @dataclass
 class Peak:
-    """The largest resident memory of this process while it watches, above what there was."""
+    """Peak resident memory of this process in a `with` block, in bytes above what it held before."""
 
     before: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
     most: int = 0

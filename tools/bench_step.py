@@ -3,12 +3,12 @@
 python tools/bench_step.py [--shape cpu] [--json FILE] [--repeats 7]
 
 A step is what `mtroll train` does with a scored rollout batch: the pass that reads the old policy, then the
-forward and backward of Megatron's schedule and the optimizer, once an update. Answers have 256 tokens. The
+forward and backward of Megatron's schedule and the optimizer, once per update. Answers have 256 tokens. The
 bound is near zero, so that TROLL projects every position from the second update on; in the first, the new
-policy is the old one.
+policy equals the old one.
 
-Variants train the same model from the same weights on the same rollouts and take turns, so that a busy
-machine slows all. A step whose head costs nothing says how much of a step the head is.
+Variants train the same model from the same weights on the same rollouts and take turns, so that other
+load slows all of them. A variant whose head costs nothing shows how much of a step the head takes.
 """
 
 import argparse
@@ -53,7 +53,7 @@ PHASES = ("old_policy", "forward_backward", "optimizer")
 
 @dataclass(frozen=True)
 class Shape:
-    """A small body under a large head. `updates` optimizer steps over `answers` answers."""
+    """A model with a small body and a large head; `updates` optimizer steps over `answers` answers."""
 
     hidden: int
     vocab: int
@@ -65,8 +65,8 @@ class Shape:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Of the model, as config.json has it. Logits with a standard deviation near 3: entropies like those
-        of a language model."""
+        """The model's config.json. Logits with a standard deviation near 3 give entropies like those of a
+        language model."""
         return {
             "model_type": "qwen3",
             "vocab_size": self.vocab,
@@ -91,7 +91,7 @@ SHAPES = {
 
 
 class NoHead(Head):
-    """Reads the hidden states and nothing else: what is left of a step is not the head."""
+    """A head that only averages the hidden states: such a step takes the time of everything but the head."""
 
     def read(
         self, hidden: Tensor, target: Tensor, reads: HeadRequest, beside: HeadContext | None = None
@@ -114,7 +114,7 @@ class Variant:
 @dataclass(frozen=True)
 class Row:
     """Milliseconds of a step, the sum of its phases: medians, spread (largest - smallest), and every turn;
-    the share of positions that were projected; memory that the step held beyond its weights and gradients."""
+    the share of positions that were projected; peak memory of the step beyond its weights and gradients."""
 
     shape: str
     variant: str
@@ -148,7 +148,7 @@ def variants(policy: Trainable, k: int) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Bench:
-    """One model, and a scored rollout batch to train it on again and again."""
+    """One model, and a scored rollout batch to train it on repeatedly."""
 
     config: Config
     policy: Trainable
@@ -183,7 +183,7 @@ class Bench:
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """The weights that every step starts from, and an optimizer that has taken none."""
+        """Restore the weights that every step starts from, and reset the optimizer's state."""
         for parameter, weight in zip(self.policy.model.stages[0].parameters(), self.weights):
             parameter.copy_(weight)
         self.policy.optimizer.reload_model_params()
@@ -194,7 +194,7 @@ class Bench:
 
 
 def sampled(config: Config, policy: Trainable, shape: Shape, generator: np.random.Generator) -> list[Rollout]:
-    """Answers of the model itself, none of which ends early, so that no text is needed."""
+    """Answers sampled from the model itself; none ends early, and no text is needed."""
     requests = []
     for i in range(shape.answers):
         ids = np.random.default_rng(i // SAMPLES).integers(0, shape.vocab, PROMPT_TOKENS)
@@ -216,7 +216,7 @@ def measure(name: str, repeats: int) -> list[Row]:
             metrics = step(bench, learner)
             print(f"turn {turn} of {repeats}: {label}, {time.perf_counter() - began:.1f} s", flush=True)
             projected[label] = metrics.get("projected")
-            if turn:  # the first one warms up
+            if turn:  # the first turn is a warm-up
                 taken[label].append({n: 1e3 * s for n, s in learner.phases.take().items()})
             learner.phases.take()
     return [

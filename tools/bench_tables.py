@@ -1,8 +1,8 @@
-"""The tables of docs/head.md, made from the JSON that bench_head.py and bench_step.py wrote:
+"""Rewrite the tables of docs/head.md from the JSON that bench_head.py and bench_step.py wrote:
 
 python tools/bench_tables.py
 
-Each table stands between `<!-- table of FILE -->` and `<!-- end of table -->`.
+Each table is between `<!-- table of FILE -->` and `<!-- end of table -->`.
 """
 
 import json
@@ -21,7 +21,7 @@ Record = dict[str, Any]
 
 
 def page(text: str) -> str:
-    """`text` with every table made again from its file."""
+    """`text` with every table rebuilt from its file."""
     return BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], text)
 
 
@@ -105,7 +105,7 @@ def of_step(record: Record) -> str:
 
 
 def ratio(row: Record, other: Record) -> float:
-    """The median over turns, in each of which both ran."""
+    """The median over turns of the times of `row` divided by those of `other`; both ran in every turn."""
     return statistics.median(mine / theirs for mine, theirs in zip(row["turns_ms"], other["turns_ms"]))
 
 

@@ -1,10 +1,10 @@
-"""Scales for an FP8 KV cache, for serve.kv_scales: the largest key or value of each layer on some prompts.
+"""Scales of an FP8 KV cache, for serve.kv_scales: from the largest key or value of each layer on prompts.
 
 python tools/calibrate_fp8_kv.py MODEL_FOLDER PROMPTS.jsonl OUTPUT.json [--tp 1] [--count 256]
 
-Runs Hugging Face's model of the folder, in its own dtype, on a GPU where there is one; holds one prompt's
-caches. Prompts are of any schema that training takes. SGLang has one scale a layer and tensor-parallel rank,
-which keys and values share; a value beyond what was seen here is cut off.
+Runs the folder's Hugging Face model in its own dtype, on a GPU if there is one; holds one prompt's caches.
+Prompts may have any schema that training accepts. SGLang has one scale per layer and tensor-parallel rank,
+shared by keys and values; values larger than those seen here are clipped.
 """
 
 import argparse
@@ -25,7 +25,7 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 @torch.no_grad()
 def largest(model: torch.nn.Module, sequences: Iterable[Sequence[int]]) -> torch.Tensor:
-    """[layers, heads] of the largest magnitudes among cached keys and values."""
+    """[layers, heads] largest magnitudes among cached keys and values."""
     device, found = next(model.parameters()).device, []
     for ids in sequences:
         cache = model(torch.tensor([list(ids)], device=device), use_cache=True).past_key_values
@@ -34,12 +34,12 @@ def largest(model: torch.nn.Module, sequences: Iterable[Sequence[int]]) -> torch
 
 
 def _magnitude(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[heads], of keys and values [1, heads, tokens, width]."""
+    """[heads] largest magnitudes of keys and values [1, heads, tokens, width]."""
     return torch.maximum(keys.abs(), values.abs()).float().amax((0, 2, 3))
 
 
 def scales(largest: torch.Tensor, family: str, hidden: int, tp: int) -> KVScales:
-    """Of every rank that holds some of the heads; where there are more ranks than heads, several hold one."""
+    """Scales of every rank, from the heads it holds; with more ranks than heads, ranks share a head."""
     heads = largest.shape[1]
     if heads % tp and tp % heads:
         raise SystemExit(f"--tp {tp}: {heads} heads of keys and values cannot be spread over as many ranks")

@@ -1,10 +1,9 @@
-"""Compiles every shipped form of every Triton kernel for a GPU that need not be here, and looks at the
-result.
+"""Compile every shipped form of every Triton kernel, without needing a GPU, and inspect the result.
 
     python tools/check_kernels.py [--arch sm_90]
 
 Prints registers, spilled bytes, shared memory, 128-bit loads and tensor-core instructions of each. Exits with
-1 where a kernel spills registers, or reads rows of memory without 128-bit loads.
+1 if a kernel spills registers, or reads rows of memory without 128-bit loads.
 """
 
 import argparse
@@ -31,7 +30,7 @@ TENSOR_CORE = re.compile(r"\b(?:HGMMA|HMMA|IMMA|QGMMA|UTCHMMA)\b")
 
 @dataclass(frozen=True)
 class Machine:
-    """What the compiler made of one build."""
+    """Figures of one compiled build; spilled and shared are in bytes."""
 
     registers: int
     spilled: int
@@ -78,14 +77,14 @@ def faults(build: Build, machine: Machine) -> list[str]:
 
 
 def compiled(build: Build, arch: int) -> Machine:
-    # Products and sums fuse, as they do by default when a launch compiles.
+    # Fuse products and sums, as a launch does by default when it compiles.
     options = {"num_warps": build.warps, "enable_fp_fusion": True}
     kernel = triton.compile(_source(build), target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(kernel.asm["ptx"])
         cubin.write_bytes(kernel.asm["cubin"])
-        # Triton's own assembler, as any other may be too old for its PTX.
+        # Triton's own assembler, because another one may be too old for its PTX.
         suffix = "a" if f"sm_{arch}a" in kernel.asm["ptx"] else ""
         assembler = [get_ptxas(arch).path, "-v", f"-arch=sm_{arch}{suffix}", str(ptx), "-o", "/dev/null"]
         log = _output(assembler)
@@ -93,7 +92,7 @@ def compiled(build: Build, arch: int) -> Machine:
     registers = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if registers is None or spills is None:
-        raise RuntimeError(f"{build.label}: ptxas -v said nothing of registers or spills:\n{log}")
+        raise RuntimeError(f"{build.label}: ptxas -v reported no registers or spills:\n{log}")
     return Machine(
         int(registers[1]),
         int(spills[1]) + int(spills[2]),
@@ -104,7 +103,7 @@ def compiled(build: Build, arch: int) -> Machine:
 
 
 def _source(build: Build) -> ASTSource:
-    """With the facts that a launch would find: pointers, and the integers so marked, are multiples of 16."""
+    """Source of a build, with what a launch would find: pointers and ALIGNED integers divisible by 16."""
     names = build.kernel.arg_names
     types = {name: kind.removesuffix(":16") for name, kind in build.arguments.items()}
     aligned = {name for name, kind in build.arguments.items() if kind[0] == "*" or kind.endswith(":16")}

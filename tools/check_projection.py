@@ -1,10 +1,10 @@
-"""Measures the TROLL projection in float32 against float64 roots, on pairs of policies that make solvers
+"""Measure the TROLL projection in float32 against float64 roots, on pairs of policies that make solvers
 fail.
 
     python tools/check_projection.py [--pairs 100000]
 
-Prints, by kind of pair, the relative error of tau, and how far KL(pi || old) exceeds its bound, both worked
-out in float64 from the same float32 inputs. Exits with 1 where over all pairs the 99th percentile of the
+Prints, for each kind of pair, the relative error of tau, and how far KL(pi || old) exceeds its bound, both
+computed in float64 from the same float32 inputs. Exits with 1 if, over all pairs, the 99th percentile of the
 error is above 1e-5, or any KL is above bound * (1 + 1e-4).
 """
 
@@ -26,9 +26,9 @@ BATCH = 2000
 
 
 class Kind(NamedTuple):
-    """Logits are spread * x, and the new policy's drift * y more. `shared` of the `width` slots hold the same
-    ids in both policies. Few degrees of freedom of x and y are heavy tails. `near`: bounds within 1 % of the
-    KL, so that the projection hardly moves."""
+    """Logits are spread * x for the old policy, and spread * x + drift * y for the new one, with x and y from
+    Student's t; a small `freedom` gives heavy tails. `shared` of the `width` slots hold the same ids in both
+    policies. `near`: bounds within 1 % of the KL, so that the projection hardly moves."""
 
     spread: float
     drift: float
@@ -53,7 +53,7 @@ KINDS = {
 
 
 class Pairs(NamedTuple):
-    """Two sparse policies a row, float32 log-probs [N, W] with -inf on unused slots, and bound [N]."""
+    """Two sparse policies per row, float32 log-probs [N, W] with -inf on unused slots, and bound [N]."""
 
     new_ids: Tensor
     new: Tensor
@@ -66,14 +66,14 @@ class Pairs(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """error [M] of tau, relative, on rows that the projection moves; excess [N] = KL after / bound - 1."""
+    """Relative error [M] of tau on rows that the projection moves; excess [N] = KL after / bound - 1."""
 
     error: Tensor
     excess: Tensor
 
 
 def draw(kind: Kind, rows: int, generator: torch.Generator) -> Pairs:
-    """Supports of every size up to the kind's width, and bounds log-uniform over BOUNDS."""
+    """Generate pairs: supports of every size up to the kind's width, bounds log-uniform over BOUNDS."""
     width, shared = kind.width, kind.shared
     ids = torch.rand(rows, TOKENS, generator=generator).argsort(1)
     x = kind.spread * _sample(kind.freedom, (rows, TOKENS), generator)
@@ -95,7 +95,7 @@ def draw(kind: Kind, rows: int, generator: torch.Generator) -> Pairs:
 
 
 def _sample(freedom: float, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Student's t, up to 100 in size."""
+    """Samples of Student's t, clamped to [-100, 100]."""
     normal = torch.randn(shape, generator=generator)
     chi2 = 2.0 * torch._standard_gamma(torch.full(shape, freedom / 2.0), generator)
     return (normal * (freedom / chi2).sqrt()).clamp(-100.0, 100.0)
@@ -111,7 +111,7 @@ def _policy(ids: Tensor, logits: Tensor, count: Tensor) -> tuple[Tensor, Tensor]
 def measure(pairs: Pairs, result: Projection) -> Accuracy:
     log_q, multiplicity = _dense(pairs.old_ids, pairs.old, torch.tensor(P_D).log())
     log_p, _ = _dense(pairs.new_ids, pairs.new, torch.tensor(P_D).log())
-    # float32 inputs miss a sum of 1 by rounding; KL is defined between distributions.
+    # Rounding leaves the sums of float32 inputs slightly off 1; KL is defined between distributions.
     log_q = log_q - torch.logsumexp(log_q + multiplicity.log(), 1, keepdim=True)
     moved = result.active
     tau = _root(log_q[moved], (log_p - log_q)[moved], multiplicity[moved], pairs.bound[moved].double())

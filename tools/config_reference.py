@@ -1,4 +1,4 @@
-"""docs/configuration.md, made from the configuration tree and the methods that fill its slots:
+"""Generate docs/configuration.md from the configuration tree and the methods that fill its slots:
 
 python tools/config_reference.py > docs/configuration.md
 """
@@ -54,7 +54,7 @@ def markdown() -> str:
 
 
 def sections(kind: type[BaseModel], path: str) -> Iterator[str]:
-    """A heading, what the node is and its own fields; then the nodes inside."""
+    """Yield a heading, the node's description and its own fields; then the sections of the nodes inside."""
     yield f"## `{path}`\n" if path else "## The top of the tree\n"
     yield f"{first_paragraph(kind.__doc__)}\n"
     yield from table(kind)
@@ -65,7 +65,7 @@ def sections(kind: type[BaseModel], path: str) -> Iterator[str]:
 
 
 def method_sections() -> Iterator[str]:
-    """Every method of every slot with its own fields."""
+    """Yield the sections of every method of every slot, with the method's own fields."""
     yield "## Methods of the slots\n"
     yield "What may stand as `name`, and the fields of its own that go beside it.\n"
     for slot, (folder, kind) in [*SLOTS.items(), ("reward", (REWARDS, Reward))]:
@@ -78,7 +78,7 @@ def method_sections() -> Iterator[str]:
 
 
 def table(kind: type[BaseModel]) -> Iterator[str]:
-    """The fields of `kind` that are no nodes themselves; nothing where there is none."""
+    """Yield a table of the fields of `kind` that are not nodes; nothing if there are none."""
     shape = Shape.of(kind)
     plain = {name: field for name, field in kind.model_fields.items() if node_of(field) is None}
     if not plain:
@@ -97,7 +97,7 @@ def allowed(shape: Shape, key: str) -> str:
 
 
 def node_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The node that a field holds: itself, as an option, or as the values of a map."""
+    """The node class that a field holds: directly, as an option, or as values of a map; otherwise None."""
     kinds = [field.annotation, *get_args(field.annotation)]
     return next(
         (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Node | RewardConfig)), None
@@ -120,7 +120,7 @@ def default(field: FieldInfo) -> str:
 
 
 def inline(value: Any) -> str:
-    """One line of YAML."""
+    """`value` as one line of YAML."""
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
 
 
@@ -129,7 +129,7 @@ def first_paragraph(docstring: str | None) -> str:
 
 
 def cell(text: str) -> str:
-    """Plain text that Markdown leaves as it is."""
+    """Escape plain text for Markdown."""
     return text.replace("|", r"\|").replace("<", "&lt;")
 
 

@@ -1,8 +1,8 @@
-"""Counts how the package is built: python tools/house.py [CHECKOUT ...], one after the other.
+"""Measure the structure of the package: python tools/house.py [CHECKOUT ...], one after the other.
 
-room      a folder or file straight in megatron_troll/, and troll_kernels
+room      a folder or file directly in megatron_troll/, and troll_kernels
 layers    lines of the import-linter contract
-arrows    pairs of rooms of which one imports the other, wherever in its files the import stands
+arrows    pairs of rooms in which one imports the other, anywhere in its files
 imports   import statements of the package's own modules per 1,000 lines (relative, dotted and re-exports too)
 """
 
@@ -20,14 +20,14 @@ SMALL = 40
 
 @dataclass(frozen=True)
 class Imported:
-    """`module` is where an import statement of `file` leads, a module of ours."""
+    """An import statement of `file` that imports `module`, one of our own modules."""
 
     file: Path
     module: str
 
 
 class House:
-    """The product of one checkout."""
+    """The product code of one checkout."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -66,7 +66,7 @@ class House:
             elif isinstance(node, ast.ImportFrom):
                 base = self._absolute(file, node)
                 inside = [f"{base}.{alias.name}" for alias in node.names]
-                # `from package import module` leads to the module.
+                # `from package import module` imports the module.
                 modules = [m for m in inside if m in self.names] or [base]
             else:
                 continue
@@ -96,7 +96,7 @@ class House:
 
     @property
     def small(self) -> float:
-        """The share of modules under SMALL lines; __init__.py is none."""
+        """The share of modules under SMALL lines, without __init__.py."""
         lengths = [count(path) for path in self.files if path.name != "__init__.py"]
         return sum(length < SMALL for length in lengths) / len(lengths)
 

@@ -1,4 +1,4 @@
-"""The tables of docs/methods.md, made by composing objectives and asking their methods:
+"""Print the tables of docs/methods.md, made by composing objectives and querying their methods:
 
 python tools/method_tables.py
 """
@@ -21,7 +21,7 @@ from megatron_troll.types import HeadRequest
 Triple = tuple[str, str, str]
 AXES = ("ratio", "trust_region", "correction")
 FROM_OLD = {"against": "old"}
-# What may be chosen beside the three slots of the first table.
+# Options that can be combined with the three slots of the first table.
 BESIDE: dict[str, tuple[dict[str, Any], ...]] = {
     "advantage": tuple({"advantage": {"name": name}} for name in known_methods(SLOTS["advantage"][0])),
     "kl": tuple({"kl": {"name": name}} for name in known_methods(SLOTS["kl"][0])),
@@ -34,7 +34,7 @@ BESIDE: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def combinations() -> str:
-    """ratio x trust_region: the corrections that go with each pair."""
+    """Table of ratio x trust_region: the corrections that each pair allows."""
     ratios = ("token", "gspo", "dfpo")
     lines = [f"| `trust_region` | {' | '.join(f'`ratio: {r}`' for r in ratios)} |", "|---" * 4 + "|"]
     for region in known_methods(SLOTS["trust_region"][0]):
@@ -44,7 +44,7 @@ def combinations() -> str:
 
 
 def exceptions() -> str:
-    """What of BESIDE does not go with some pair that the first table allows."""
+    """Table of the options in BESIDE that are refused with some combinations that the first table allows."""
     triples = [(*pair, correction) for pair in _pairs() for correction in _corrections(*pair, {})]
     lines = ["| choice | not with |", "|---|---|"]
     for key, choices in BESIDE.items():
@@ -57,7 +57,7 @@ def exceptions() -> str:
 
 
 def needs() -> str:
-    """What each method reads and needs, by default."""
+    """Table of what each method reads and needs, by default."""
     lines = [
         "| method | gradient through | reads of the current policy | reads of the old policy | needs |",
         "|---" * 5 + "|",
@@ -73,7 +73,7 @@ def needs() -> str:
 
 
 def methods() -> Iterator[tuple[str, Advantage | Method]]:
-    """Every method with its defaults, under the name of its row."""
+    """Yield the name of the row and the method with its defaults, for every method."""
     for slot, (folder, kind) in SLOTS.items():
         for name in known_methods(folder):
             yield f"`{slot}: {name}`", find_class(name, folder, kind, slot)()  # pyright: ignore[reportReturnType]
@@ -82,7 +82,7 @@ def methods() -> Iterator[tuple[str, Advantage | Method]]:
 
 
 def gradient_through(reads: HeadRequest) -> str:
-    """What of the head has a gradient: the whole softmax, or the logits of kept tokens alone."""
+    """The part of the head that has a gradient: the full softmax, or only the logits of kept tokens."""
     if reads.logp or reads.full or reads.entropy or reads.reference_kl:
         return "full softmax"
     return "kept logits" if reads.topk else ""
@@ -154,7 +154,7 @@ def _allowed(
 
 
 def _common(refused: set[Triple], triples: list[Triple]) -> str:
-    """The one slot whose values say which triples are refused. Raises ValueError where no slot does."""
+    """Describe the refused triples by the values of one slot. Raises ValueError if no single slot can."""
     for place, axis in enumerate(AXES):
         values = {triple[place] for triple in refused}
         if refused == {triple for triple in triples if triple[place] in values}:

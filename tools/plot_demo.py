@@ -1,4 +1,4 @@
-"""The README's figure: held-out success of the demo and its controls over several seeds.
+"""Plot the README's figure: held-out success of the demo and its controls over several seeds.
 
     python tools/plot_demo.py runs/seeds docs/images/curve.png
 
@@ -22,7 +22,7 @@ from megatron_troll.observe.runs import RecordedRun, read_run
 
 @dataclass(frozen=True)
 class Kind:
-    """One run per seed, under the same name."""
+    """A kind of run; each seed has one, under the same folder name."""
 
     folder: str
     label: str
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def plot(runs: dict[Kind, list[RecordedRun]], output: Path) -> None:
-    """Held-out success against step: a thin line a seed, their mean in bold, training batches faint."""
+    """Plot held-out success against step: a thin line per seed, the mean in bold, training batches faint."""
     figure = Figure(figsize=(8, 4.2), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -76,7 +76,7 @@ def _draw(axes: Axes, kind: Kind, runs: Sequence[RecordedRun], last: int) -> Non
 
 
 def held_out(run: RecordedRun, last: int) -> tuple[list[int], list[float]]:
-    """Steps and held-out success. Supervised runs are evaluated before and after only: 0 and `last`."""
+    """Steps and held-out success. Supervised runs are evaluated only before and after: at 0 and `last`."""
     steps, values = run.curve("held_out_success")
     if len(steps) > 1:
         return steps, values
@@ -84,7 +84,7 @@ def held_out(run: RecordedRun, last: int) -> tuple[list[int], list[float]]:
 
 
 def table(runs: dict[Kind, list[RecordedRun]], seeds: Sequence[str]) -> str:
-    """Markdown: held-out success after training, a column a seed."""
+    """Markdown table of held-out success after training, one column per seed."""
     lines = ["| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---" * (len(seeds) + 1) + "|"]
     before = [run.summary["held_out_success_before"] for run in runs[KINDS[0]]]
     rows = {"warm start (before)": before} | {

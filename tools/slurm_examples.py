@@ -1,5 +1,5 @@
-"""Writes examples/slurm: a job script as `mtroll launch` makes it, and the commands of those beside it, which
-differ from it in their head alone. python tools/slurm_examples.py"""
+"""Write examples/slurm: a job script as `mtroll launch` writes it, and the commands of the others, which
+differ from it only in their header. python tools/slurm_examples.py"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +57,7 @@ def jobs() -> dict[str, list[str]]:
 
 
 def script(arguments: Sequence[str]) -> str:
-    """Raises ConfigError for a job that would not fit."""
+    """The job script for `arguments`. Raises ConfigError for a job that would not fit."""
     asked = parser().parse_args(["launch", *arguments])
     config, allocation = load(ROOT / asked.config, asked.overrides), allocation_of(asked)
     check_memory(config, allocation)

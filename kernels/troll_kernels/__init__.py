@@ -1,1 +1,1 @@
-"""Operations on sparse top-K token distributions, in torch (the specification) and Triton (its kernel)."""
+"""Operations on sparse top-K token distributions, in torch (the reference) and Triton (the kernels)."""

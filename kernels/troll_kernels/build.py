@@ -1,23 +1,23 @@
-"""What of a Triton kernel is shipped: the forms it is compiled in, for ahead-of-time checks without a GPU."""
+"""The compiled forms in which each Triton kernel is shipped, for ahead-of-time checks without a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# dtypes that weights, hidden states and logits come in.
+# Triton types of weights, hidden states and logits, by dtype.
 DTYPES = {"bf16": "*bf16", "fp32": "*fp32"}
-# An integer that is a multiple of 16, as strides and hidden sizes are: what lets rows load 128 bits at a
-# time.
+# An integer argument that is a multiple of 16, such as a stride or a hidden size: this allows loads of 128
+# bits from a row.
 ALIGNED = "i32:16"
 
 
 @dataclass(frozen=True)
 class Build:
-    """One compiled form.
+    """One compiled form of a kernel.
 
     arguments   name -> Triton type of a run-time argument ("*fp32", "i32", ALIGNED), without the constants
     constants   name -> value of a compile-time argument
-    streams     whether it reads rows of memory, and so must have 128-bit loads
+    streams     whether the kernel reads rows of memory, and so must use 128-bit loads
     """
 
     label: str

@@ -1,7 +1,7 @@
-"""Which of the two implementations of an operation runs: the one place that decides.
+"""Choose which of the two implementations of an operation runs; no other module decides this.
 
-The torch reference runs on CPU, in float64, and on a GPU that the Triton kernels were not made for; the
-Triton kernel everywhere else. Choosing never waits for the device.
+The torch reference runs on CPU, in float64, and on GPUs that the Triton kernels do not support; otherwise the
+Triton kernel runs. Choosing never waits for the device.
 """
 
 import importlib
@@ -13,15 +13,15 @@ from functools import cache, wraps
 import torch
 from torch import Tensor
 
-# bf16 arithmetic and asynchronous copies; compiled for and looked at on 9.0 (tools/check_kernels.py).
+# Needed for bf16 arithmetic and asynchronous copies. tools/check_kernels.py inspects the code for 9.0.
 LOWEST_CAPABILITY = (8, 0)
-# Tokens of a row that the Triton kernels keep; the references keep any number.
+# The most tokens per row that the Triton kernels keep; the references have no limit.
 LARGEST_K = 256
 
 
 def by_device[**P, R](reference: Callable[P, R]) -> Callable[P, R]:
-    """The operation that `reference`, a function of `<operation>/ref.py`, specifies: on a GPU that has it,
-    the function of the same name in `<operation>/triton_kernel.py`."""
+    """Return the operation that `reference`, a function of `<operation>/ref.py`, specifies. On a supported
+    GPU it calls the function of the same name in `<operation>/triton_kernel.py`, otherwise `reference`."""
 
     @wraps(reference)
     def operation(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -45,7 +45,7 @@ def _kernel[**P, R](reference: Callable[P, R]) -> Callable[P, R]:
 
 @cache
 def supported(device: int) -> bool:
-    """Whether the Triton kernels run on this GPU; where they do not, warns, once a device."""
+    """Whether the Triton kernels run on this GPU. If they do not, warns once per device."""
     reason = _obstacle(device)
     if reason is not None:
         warnings.warn(f"GPU {device}: {reason}; the torch reference runs instead, slower", stacklevel=2)

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 LOWEST = float("-inf")
-# Numbers gone through at once on CPU: few enough that the next of several passes finds them in the cache.
+# Elements processed at once on CPU: few enough to stay in the cache over several passes.
 CACHED = 2**19
 
 
 def widened(x: Tensor) -> Tensor:
-    """float64 as it is, everything else in float32."""
+    """Return float64 tensors unchanged, all others in float32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,4 +1,4 @@
-"""From the rewards of a rollout batch to advantages; one method a file, found by its name."""
+"""Advantages from the rewards of a rollout batch; one method per file, found by its name."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from megatron_troll.config.methods import SlotMethod
 
 @dataclass(frozen=True)
 class Values:
-    """What a critic expects from each token on, before the update.
+    """A critic's values before the update: the return that it expects from each token on.
 
-    value   [L] of every token that carries loss, response by response in order of position
-    length  [B] int64, how many of them each response has; 0 for an empty one
+    value   [L], one per token that carries loss, response by response in order of position
+    length  [B] int64, number of such tokens in each response; 0 for an empty one
     """
 
     value: Tensor
@@ -25,7 +25,7 @@ class Advantage(SlotMethod):
 
     @property
     def needs_groups(self) -> bool:
-        """Whether a response is compared with others to its prompt, so that there must be two at least."""
+        """Whether a response is compared with others to its prompt, so that a prompt needs at least two."""
         return True
 
     @property
@@ -35,20 +35,20 @@ class Advantage(SlotMethod):
 
     @abstractmethod
     def __call__(self, rewards: Tensor, group: Tensor, values: Values | None = None) -> Tensor:
-        """rewards [B] float, group [B] int64: which prompt each response answers. Returns [B] (with values
-        [L]), detached, in the dtype of rewards."""
+        """Advantages from rewards [B] float and group [B] int64, the prompt that each response answers.
+        Returns [B] (with values [L]), detached, in the dtype of rewards."""
 
     def targets(self, rewards: Tensor, values: Values) -> Tensor:
-        """[L] what the critic should have expected from each token on."""
+        """[L] targets for the critic's values."""
         raise NotImplementedError(f"{type(self).__name__} needs no critic")
 
 
 @dataclass(frozen=True)
 class PromptGroups:
-    """Rewards against those of the other responses to the same prompt, float64.
+    """Rewards compared with those of the other responses to the same prompt, float64.
 
-    index   [B] which of the P prompts; size [P] float64, responses of each
-    centred [B] reward less the mean of its prompt, exactly 0 where all are equal
+    index   [B] index of the prompt, one of P; size [P] float64, number of responses to each
+    centred [B] reward minus the mean of its prompt, exactly 0 if all are equal
     """
 
     index: Tensor
@@ -56,12 +56,12 @@ class PromptGroups:
     centred: Tensor
 
     def sum(self, values: Tensor) -> Tensor:
-        """[B] -> [P]"""
+        """[B] -> [P], sum over the responses to each prompt."""
         return values.new_zeros(len(self.size)).index_add(0, self.index, values)
 
 
 def compare(rewards: Tensor, group: Tensor, method: str) -> PromptGroups:
-    """Raises ValueError for a prompt with a single response: it has nothing to be compared with."""
+    """Compare rewards within each prompt. Raises ValueError for a prompt with a single response."""
     names, index, size = group.unique(return_inverse=True, return_counts=True)
     if bool((size < 2).any()):
         raise ValueError(
@@ -69,7 +69,7 @@ def compare(rewards: Tensor, group: Tensor, method: str) -> PromptGroups:
         )
     values = rewards.double()
     mean = values.new_zeros(len(names)).index_add(0, index, values) / size
-    # Rounding of the mean must not become a signal where there is none.
+    # If all rewards are equal, rounding errors of the mean must not become a signal.
     centred = (values - mean[index]).masked_fill(_all_equal(values, index, len(names))[index], 0.0)
     return PromptGroups(index, size.double(), centred)
 
@@ -81,7 +81,7 @@ def zero_variance(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 def _all_equal(rewards: Tensor, index: Tensor, prompts: int) -> Tensor:
-    """[P] bool"""
+    """[P] bool, whether the rewards of each prompt are all equal."""
     zeros = rewards.new_zeros(prompts)
     lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
     highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)

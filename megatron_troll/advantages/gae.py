@@ -17,15 +17,15 @@ class Gae(Advantage):
     """A_t = sum_l (gamma lam)^l delta_{t+l},   delta_t = r_t + gamma V_{t+1} - V_t
 
     r_t is the reward of the response at its last token and 0 before; V after the last token is 0, so that a
-    response cut by the length limit counts as ended. `whiten` gives the advantages of the batch mean 0 and
-    variance 1 (ddof 0), as in PPO's code; it is over all tokens, whatever their prompt. The critic's targets
-    come from `gae` and are not whitened.
+    response cut by the length limit counts as ended. `whiten` scales the advantages of the batch to mean 0
+    and variance 1 (ddof 0) over all tokens of all prompts, as in PPO's code. The critic's targets come from
+    `gae` and are not whitened.
     """
 
     family: ClassVar[str] = "critic"
 
     gamma: Fraction = Field(default=1.0, description="discount per token")
-    lam: Fraction = Field(default=0.95, description="0: one-step differences; 1: return less value")
+    lam: Fraction = Field(default=0.95, description="0: one-step differences; 1: return minus value")
     whiten: bool = Field(default=True, description="scale the advantages of the batch to mean 0, variance 1")
 
     @property
@@ -37,7 +37,7 @@ class Gae(Advantage):
         return True
 
     def __call__(self, rewards: Tensor, group: Tensor, values: Values | None = None) -> Tensor:
-        """Returns [L] for the tokens of `values`. Raises ValueError where there are none."""
+        """Advantages [L] of the tokens of `values`. Raises ValueError if `values` is None."""
         if values is None:
             raise ValueError("objective.advantage gae needs a critic's values: set models.critic")
         advantages, _ = gae(values.value, rewards, values.length, self.gamma, self.lam)
@@ -54,8 +54,8 @@ def gae(
     """Advantages and returns (advantage + value, the critic's targets), float64 [L], detached.
 
     values [L] of all tokens, response by response; rewards_at_end [B]; lengths [B], 0 for an empty response.
-    Holds B x T numbers for the longest response T, and takes T steps. Raises ValueError where the lengths do
-    not add up to L.
+    Holds B x T numbers for the longest response T, and takes T steps. Raises ValueError if the lengths do not
+    add up to L.
     """
     if int(lengths.sum()) != len(values) or len(lengths) != len(rewards_at_end):
         raise ValueError(
@@ -64,7 +64,7 @@ def gae(
         )
     if len(values) == 0:
         return values.double(), values.double()
-    # Turned round, the last token of every response comes first and the padding never reaches a token.
+    # In reverse order every response starts with its last token, and padding never affects a token.
     turned = [part.flip(0) for part in values.detach().double().split(lengths.tolist())]
     backward = pad_sequence(turned, batch_first=True)  # [B, T]
     following = torch.cat((torch.zeros_like(backward[:, :1]), backward[:, :-1]), dim=1)

@@ -11,10 +11,10 @@ from megatron_troll.advantages import Advantage, Values, compare
 class Grpo(Advantage):
     """A_i = (R_i - mean) / (std + 1e-6) over the responses to one prompt; ddof 1 and the constant as in verl.
 
-    The paper gives neither. Equal rewards give exactly 0. A group of one has no baseline and is refused.
+    The paper specifies neither. Equal rewards give exactly 0. A group of one has no baseline: ValueError.
     """
 
-    ddof: Literal[0, 1] = Field(default=1, description="1: the standard deviation of a sample; 0: of all")
+    ddof: Literal[0, 1] = Field(default=1, description="1: sample standard deviation; 0: population")
 
     def __call__(self, rewards: Tensor, group: Tensor, values: Values | None = None) -> Tensor:
         groups = compare(rewards, group, "grpo")

@@ -1,4 +1,4 @@
-"""One micro-batch of one rank, from the rollouts chosen for it."""
+"""Build one micro-batch of one rank from the rollouts chosen for it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from megatron_troll.batching.plan import zigzag
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import NO_ID, MicroBatch, Rollout, TopK
 
-# Of each rollout: one number, or one per response token [T].
+# For each rollout: one number, or one per response token [T].
 Advantages = Sequence[float] | Sequence[np.ndarray]
 
 
@@ -25,8 +25,8 @@ class Form:
     vocab    number of tokens V, padded rows excluded
     packed   sequences one after the other in [1, s]; otherwise one per row, right padded, in [b, s]
     topk     entries kept of the engine's record; 0: none
-    temperature  what the trainer divides its logits by
-    routing  where the rollouts' experts are replayed; None: nowhere
+    temperature  the trainer divides its logits by this
+    routing  the routers that replay the rollouts' experts; None: no replay
     """
 
     vocab: int
@@ -40,7 +40,7 @@ class Form:
 
     @classmethod
     def of(cls, groups: Groups, vocab: int, **fields: Any) -> Self:
-        """On a rank of `groups`; `fields` are those that the layout does not say."""
+        """The form on a rank of `groups`; `fields` are those that do not follow from the layout."""
         cp, tp = groups.cp, groups.tp
         return cls(vocab, cp_rank=cp.rank, cp_size=cp.size, tp_size=tp.size, **fields)
 
@@ -57,9 +57,9 @@ class Form:
 
 
 class _Row(NamedTuple):
-    """Tokens of one padded sequence, each [s].
+    """Columns of one padded sequence, each [s].
 
-    step   which response token the position predicts; NO_ID where none, or one that carries no loss
+    step   index of the response token that the position predicts; NO_ID if none, or it carries no loss
     """
 
     tokens: Tensor
@@ -75,15 +75,15 @@ def build(
     chosen: Sequence[int],
     form: Form,
 ) -> MicroBatch:
-    """The micro-batch of rollouts `chosen`, on the host. `weights`: one number per rollout.
+    """Build the micro-batch of rollouts `chosen`, on the host. `weights`: one number per rollout.
 
     The model reads prompt + response without its last token; the N positions are those that predict a
-    response token whose mask is 1 and that lie on this context-parallel rank. Packed, the last sequence takes
-    the padding of the total. Without a rollout there is one sequence of padding, so that the forward still
-    runs: N = 0, `rollouts` is empty, and cu_seqlens has that one sequence.
+    response token whose mask is 1 and that lie on this context-parallel rank. If packed, the padding of the
+    total is added to the last sequence. If `chosen` is empty, there is one sequence of padding, so that the
+    forward still runs: N = 0, `rollouts` is empty, and cu_seqlens has that one sequence.
 
-    `rollout_topk` is None where `form.topk` is 0 or a rollout has no engine record. Raises ValueError naming
-    the sample where it is malformed, lacks what is replayed, or its log-probs are not of the trainer's law.
+    `rollout_topk` is None if `form.topk` is 0 or a rollout has no engine record. Raises ValueError naming a
+    sample that is malformed, lacks the experts to replay, or has another temperature than the trainer.
     """
     picked = [rollouts[i] for i in chosen]
     for rollout in picked:
@@ -130,7 +130,7 @@ def _experts(picked: Sequence[Rollout], rows: Sequence[_Row], form: Form) -> dic
     for rollout, row, into in zip(picked, rows, held):
         real = ~row.padding.numpy()
         into[real] = recorded(rollout, routing)[row.positions.numpy()[real]]
-    # Routers go through the tokens position by position.
+    # Routers receive the tokens in the order [s, b].
     whole = np.concatenate(held)[:, None] if form.packed else np.stack(held, axis=1)
     mine = np.split(whole, form.tp_size)[routing.tp_rank]
     shape = (-1, routing.per_token)
@@ -170,8 +170,8 @@ def _check(rollout: Rollout, form: Form) -> None:
         raise ValueError(f"sample {rollout.name}: arrays over the response differ in length: {sizes}")
     if rollout.temperature != form.temperature:
         raise ValueError(
-            f"sample {rollout.name}: its log-probs are of temperature {rollout.temperature}, those of the "
-            f"trainer of {form.temperature}, which is another law"
+            f"sample {rollout.name}: its log-probs are of temperature {rollout.temperature}, but the trainer "
+            f"uses a temperature of {form.temperature}"
         )
     bad = np.flatnonzero((rollout.mask > 0) & ~np.isfinite(rollout.logp))
     if bad.size:
@@ -181,7 +181,7 @@ def _check(rollout: Rollout, form: Form) -> None:
 
 
 def _input(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """What the model reads of one rollout, and the response token each position predicts; see `_Row`."""
+    """Tokens of one rollout that the model reads, and `_Row.step` of each."""
     prompt = len(rollout.prompt_ids)
     tokens = torch.from_numpy(np.concatenate([rollout.prompt_ids, rollout.response_ids])[:-1]).long()
     step = torch.full_like(tokens, NO_ID)
@@ -191,7 +191,7 @@ def _input(rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 
 def _padded_lengths(lengths: Sequence[int], form: Form) -> list[int]:
-    """Over all context-parallel ranks; none is 0. Unpacked they are all the same."""
+    """Padded lengths over all context-parallel ranks; none is 0. If not packed, all are the same."""
     if not form.packed:
         return [_round_up(max(1, *lengths), form.total_align)] * len(lengths)
     padded = [_round_up(max(1, length), form.align) for length in lengths]
@@ -228,17 +228,17 @@ def _read(
     values: Callable[[Rollout], np.ndarray],
     dtype: torch.dtype,
 ) -> Tensor:
-    """[N]: `values(rollout)` [T] of the response tokens that are on this rank."""
+    """[N] entries of `values(rollout)` [T] for the response tokens on this rank."""
     parts = [torch.as_tensor(values(rollout), dtype=dtype)[step] for rollout, step in zip(rollouts, steps)]
     return torch.cat([torch.empty(0, dtype=dtype), *parts])
 
 
 def engine_topk(rollouts: Sequence[Rollout], steps: Sequence[Tensor], k: int, vocab: int) -> TopK:
-    """Log-probabilities of the sampling law as a TopK of W = k + 1 slots, lse = 0.
+    """Log-probabilities of the sampling distribution as a TopK of W = k + 1 slots, lse = 0.
 
-    `steps` names, per rollout, the response tokens wanted, N in all. At most the first k entries of each row
-    are kept; the sampled token follows, with its own log-prob, where they lack it. Every rollout must have a
-    record. Raises ValueError naming the sample where a kept entry is not finite.
+    `steps` holds, per rollout, the indices of the response tokens to read, N in all. At most the first k
+    entries of each row are kept; the sampled token follows, with its own log-prob, if they lack it. Every
+    rollout must have a record. Raises ValueError naming the sample if a kept entry is not finite.
     """
     ids = torch.full((sum(len(step) for step in steps), k + 1), NO_ID, dtype=torch.int64)
     logits = torch.full(ids.shape, -torch.inf, dtype=torch.float32)
@@ -269,7 +269,7 @@ def _kept(rollout: Rollout, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.
 
 
 def _with_sampled(ids: Tensor, logits: Tensor, target: Tensor, target_logp: Tensor, vocab: int) -> TopK:
-    """Appends the sampled token to the rows that lack it. The last slot of `ids` [N, W] is free."""
+    """Append the sampled token to the rows that lack it. The last slot of `ids` [N, W] is free."""
     count = (ids != NO_ID).sum(1)
     found = ids == target[:, None]
     outside = ~found.any(1)

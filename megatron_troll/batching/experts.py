@@ -1,4 +1,4 @@
-"""The experts that a rollout recorded, held to what a model can replay."""
+"""The experts that a rollout recorded, checked against what a model can replay."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from megatron_troll.types import Rollout
 class Routing:
     """The routers that replay a record.
 
-    layers        those of this rank, counted from 0
-    model_layers  of the whole model: what a record holds
-    experts, per_token   there are in a layer, and that a token goes to
-    tp_rank       under sequence parallelism a router meets this part of the tokens
+    layers        indices of this rank's layers, counted from 0
+    model_layers  number of layers of the whole model, which a record holds
+    experts, per_token   number of experts in a layer, and of those to which a token is routed
+    tp_rank       index of the part of the tokens that this rank's routers see (sequence parallelism)
     """
 
     layers: tuple[int, ...]
@@ -29,12 +29,12 @@ class Routing:
 
 
 def expert_dtype(experts: int) -> type[np.unsignedinteger]:
-    """The smallest that numbers so many."""
+    """The smallest dtype that can number `experts` experts."""
     return np.uint8 if experts <= 256 else np.uint16
 
 
 def recorded(rollout: Rollout, routing: Routing) -> np.ndarray:
-    """[P + T - 1, layers, k]. Raises ValueError naming the sample where there is no such record."""
+    """The recorded experts [P + T - 1, layers, k]. Raises ValueError naming the sample if there are none."""
     experts = rollout.experts
     if experts is None:
         raise ValueError(
@@ -44,8 +44,8 @@ def recorded(rollout: Rollout, routing: Routing) -> np.ndarray:
     wanted = (read, routing.model_layers, routing.per_token)
     if experts.shape != wanted:
         raise ValueError(
-            f"sample {rollout.name}: its experts are of the shape {experts.shape}; tokens read, layers and "
-            f"experts of a token are {wanted}"
+            f"sample {rollout.name}: its experts have the shape {experts.shape}; tokens read, layers and "
+            f"experts per token are {wanted}"
         )
     bad = np.argwhere(~_ascending(experts) | (experts[..., -1] >= routing.experts))
     if bad.size:
@@ -58,5 +58,5 @@ def recorded(rollout: Rollout, routing: Routing) -> np.ndarray:
 
 
 def _ascending(experts: np.ndarray) -> np.ndarray:
-    """[...], of [..., k]: whether each is larger than the one before."""
+    """[..., k] -> [...] bool, whether each expert is larger than the one before."""
     return np.all(experts[..., 1:] > experts[..., :-1], axis=-1)

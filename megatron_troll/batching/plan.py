@@ -1,4 +1,4 @@
-"""Which responses go to which optimizer step, data-parallel rank and micro-batch: index arithmetic only.
+"""Assign responses to optimizer steps, data-parallel ranks and micro-batches: index arithmetic only.
 
 Every rank computes the same plan from the same lengths and seed, so nothing has to be sent.
 """
@@ -18,7 +18,7 @@ MicroBatchIndices = tuple[int, ...]
 
 @dataclass(frozen=True)
 class UpdateSchedule:
-    """How a rollout batch is trained on. `updates` optimizer steps in all, over `epochs` passes."""
+    """Schedule for one rollout batch: `updates` optimizer steps in total, over `epochs` passes."""
 
     updates: int
     epochs: int
@@ -27,7 +27,7 @@ class UpdateSchedule:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a step has to fit.
+    """Limits within which a step is planned.
 
     dp             data-parallel ranks (context-parallel ranks not counted)
     token_budget   padded tokens of one micro-batch, over all context-parallel ranks
@@ -67,11 +67,11 @@ class UpdatePlan:
 def plan(
     lengths: Sequence[int], groups: Sequence[int], schedule: UpdateSchedule, capacity: Capacity
 ) -> UpdatePlan:
-    """Assigns response i, of `lengths[i]` tokens and prompt group `groups[i]`.
+    """Assign each response i, of `lengths[i]` tokens and prompt group `groups[i]`.
 
-    Each epoch shuffles the groups anew and deals them out to its steps; a group's responses stay in one step.
-    Within a step the responses are balanced over ranks and packed into micro-batches, longest first; one
-    that is longer than the budget has a micro-batch of its own. Raises ValueError where a step would have no
+    Each epoch shuffles the groups again and distributes them over its steps; a group's responses stay in one
+    step. Within a step the responses are balanced over ranks and packed into micro-batches, longest first;
+    one that is longer than the budget has a micro-batch of its own. Raises ValueError if a step would have no
     group.
     """
     per_epoch = _steps_per_epoch(schedule, len(set(groups)))
@@ -100,7 +100,7 @@ def _steps_per_epoch(schedule: UpdateSchedule, n_groups: int) -> int:
 
 
 def _deal(groups: Sequence[int], steps: int, seed: tuple[int, int]) -> list[list[int]]:
-    """Responses of each step: the groups shuffled and cut into runs of equal size, give or take one."""
+    """Responses of each step: the groups, shuffled and split into parts whose sizes differ by at most 1."""
     order = np.random.default_rng(seed).permutation(np.unique(groups))
     step_of = {int(group): step for step, part in enumerate(np.array_split(order, steps)) for group in part}
     dealt: list[list[int]] = [[] for _ in range(steps)]
@@ -119,8 +119,8 @@ def _arrange(
 
 
 def _balance(longest_first: Sequence[int], costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Each response goes to the rank with the fewest tokens so far, the lowest of equals. The fullest rank
-    then exceeds the best possible one by at most a third (Graham 1969)."""
+    """Assign each response to the rank with the fewest tokens so far, the lowest one of equals. The fullest
+    rank then exceeds that of the best assignment by at most a third (Graham 1969)."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for i in longest_first:
@@ -135,7 +135,7 @@ def _fill(longest_first: Sequence[int], costs: Sequence[int], capacity: Capacity
     filled: list[list[int]] = []
     sizes: list[int] = []
     for i in longest_first:
-        # Unpacked, a further sequence costs as much as the first, the longest of its micro-batch.
+        # If not packed, each sequence costs as much as the first, the longest of its micro-batch.
         adds = [costs[i] if capacity.packed else costs[members[0]] for members in filled]
         fits = (m for m, size in enumerate(sizes) if size + adds[m] <= capacity.token_budget)
         m = next(fits, None)
@@ -154,7 +154,7 @@ def step_weights(
     """The weight of each loss token of each rollout, one number per rollout of the whole batch.
 
     `responses` are the rollouts of the step on all ranks: normalisation is global (ALGORITHMS 0). Rollouts of
-    other steps have weight 0. One whose mask is 0 throughout counts as an empty response.
+    other steps have weight 0. One whose mask is 0 everywhere counts as an empty response.
     """
     lengths = [int(rollouts[i].mask.sum()) for i in responses]
     weights = [0.0] * len(rollouts)
@@ -165,9 +165,9 @@ def step_weights(
 
 def zigzag(length: int, size: int, rank: int) -> Tensor:
     """Positions [length / size] that context-parallel rank `rank` of `size` holds, ascending: chunks `rank`
-    and `2 size - 1 - rank` of 2 size, which balances causal attention. All of them when size is 1.
+    and `2 size - 1 - rank` of 2 size, which balances causal attention. All positions if size is 1.
 
-    `length` must be a multiple of 2 size when size > 1.
+    `length` must be a multiple of 2 size if size > 1.
     """
     if size == 1:
         return torch.arange(length)

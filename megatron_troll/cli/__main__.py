@@ -1,4 +1,4 @@
-"""`python -m megatron_troll.cli`: what ranks and servers are started with."""
+"""`python -m megatron_troll.cli`: the command that starts ranks and servers."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the commands do. Heavy imports are inside: reward workers import this module's main again."""
+"""The functions of the commands. Heavy imports are inside: reward workers import this module again."""
 
 import json
 import os
@@ -26,7 +26,7 @@ FAILED, REFUSED = 1, 2
 
 
 class Prepared(Protocol):
-    """A configuration with all that it names read and found fit; its text is for the terminal."""
+    """A validated configuration, with everything it names read; its str() is printed to the terminal."""
 
     @property
     def config(self) -> Config: ...
@@ -77,7 +77,7 @@ def evaluate(arguments: Namespace) -> int:
 
 
 def preflight(arguments: Namespace) -> int:
-    """On one rank of each node; alone where nothing has started it."""
+    """Check the nodes, with one rank on each; only this node if no launcher started the command."""
     from megatron_troll.preflight.needs import needs_of
     from megatron_troll.preflight.run import examine, failures, table
     from megatron_troll.task import PROBLEMS
@@ -159,8 +159,8 @@ def rollouts(arguments: Namespace) -> int:
 
 @dataclass(frozen=True)
 class Command[Prep: Prepared]:
-    """A command on a configuration: what it reads and refuses on every rank, what it refuses besides before
-    ranks start, and what each rank does."""
+    """A command on a configuration. prepare: reads and validates on every rank; check: further validation,
+    before ranks start; run: the work of each rank."""
 
     name: str
     prepare: Callable[[Config], Prep]
@@ -175,7 +175,7 @@ def _task(config: Config) -> "Task":
 
 
 def _configured[Prep: Prepared](arguments: Namespace, command: Command[Prep]) -> int:
-    """Check the configuration; then be a rank, or start the ranks that will check it again."""
+    """Check the configuration; then run as a rank, or start the ranks, which check it again."""
     if "RANK" in os.environ:
         return _as_rank(arguments, command)
     from megatron_troll.checks import world_size

@@ -16,14 +16,14 @@ INTERRUPTED = 130
 
 
 class Parser(study.StudyParser):
-    """Options and positionals in any order: argparse alone takes no override after an option."""
+    """Accepts options and positionals in any order: plain argparse takes no override after an option."""
 
     _mixing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
         if self._mixing or any(action.nargs == argparse.PARSER for action in self._actions):
             return super().parse_known_args(args, namespace)
-        self._mixing = True  # argparse's own method comes back here, once for each kind
+        self._mixing = True  # argparse's intermixed parser calls this method again, once for each kind
         try:
             return self.parse_known_intermixed_args(args, namespace)
         finally:
@@ -31,9 +31,9 @@ class Parser(study.StudyParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done (or stopped on request, resumable), 1 failed, 2 the
-    request was refused before anything was done."""
-    # Megatron-Core tells of every optional package that a CPU machine lacks, torch of what Megatron calls.
+    """Run one command and return its exit code: 0 done (or stopped on request, resumable), 1 failed, 2
+    refused before anything was done."""
+    # Megatron-Core warns of every optional package that a CPU machine lacks, torch of what Megatron calls.
     for kind in (UserWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=kind, module=r"(megatron|torch)\.")
     arguments = parser().parse_args(argv)
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
     preflight = _configured(kinds, "preflight", "check the nodes that a run will have", commands.preflight)
     preflight.add_argument(
-        "--serve-nodes", type=launch.natural, default=0, help="the first so many serve (default 0)"
+        "--serve-nodes", type=launch.natural, default=0, help="number of nodes, from the first, that serve (default 0)"
     )
     plan.add_to(kinds)
     launch.add_to(kinds)
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--sort", default="reward", help="reward, advantage, logp or length; --sort=-reward: smallest first"
     )
     rollouts.add_argument("--limit", type=int, default=20)
-    rollouts.add_argument("--html", default=None, metavar="FILE", help="write a page instead")
+    rollouts.add_argument("--html", default=None, metavar="FILE", help="write an HTML page instead")
     rollouts.set_defaults(run=commands.rollouts)
     study.add_to(kinds)
     convert.add_to(kinds)

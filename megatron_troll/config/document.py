@@ -1,4 +1,4 @@
-"""YAML in which every value remembers where it was written. Scalars follow YAML 1.2: 1e-6 is a float."""
+"""YAML parsing in which every value keeps the place it was written at. Scalars follow YAML 1.2: 1e-6 is a float."""
 
 import re
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ _resolve(
 
 
 def parse(text: str | bytes, name: str) -> YamlValue:
-    """One YAML document. Raises ConfigError with `name` and the line on bad syntax or a repeated key."""
+    """Parse one YAML document. Raises ConfigError with `name` and the line on bad syntax or a repeated key."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -71,7 +71,7 @@ def parse(text: str | bytes, name: str) -> YamlValue:
 
 
 def render(tree: dict[str, Any]) -> str:
-    """YAML that `parse` reads back to the same values."""
+    """Render YAML that `parse` reads back to the same values."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

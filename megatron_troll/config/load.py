@@ -1,4 +1,4 @@
-"""YAML and overrides in, a typed Config out; and back."""
+"""Reading YAML and overrides into a typed Config, and writing it back."""
 
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -17,20 +17,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, what it `extends`, and then `a.b.c=value` overrides (values are YAML).
 
     `extends` names a preset, a path relative to the file (it ends with .yaml), or a list of either, later
-    ones winning. Mappings merge; a slot whose `name` changes loses the fields of the method it held, and one
-    that is given fields only keeps its default method. Raises ConfigError.
+    ones winning. Mappings merge; a slot whose `name` changes loses the fields of its previous method, and one
+    that is given only fields keeps its default method. Raises ConfigError.
     """
     return assemble([read(Path(path))], overrides)
 
 
 def assemble(parts: Sequence[YamlValue], overrides: Sequence[str] = ()) -> Config:
-    """One configuration of several mappings, later ones winning, and then overrides. Raises ConfigError."""
+    """Build one configuration from mappings, later ones winning, and then overrides. Raises ConfigError."""
     tree = _with_names(overlay((*parts, *map(_override, overrides))), Shape.of(Config))
     return validate(Config, tree.plain(), "", lambda keys: place(tree, keys))
 
 
 def overlay(parts: Iterable[YamlValue]) -> YamlValue:
-    """Parts of a configuration over each other, later ones winning: what was written, and no defaults."""
+    """Merge parts of a configuration, later ones winning: only written values, no defaults."""
     shape, tree = Shape.of(Config), YamlValue({}, "")
     for part in parts:
         tree = merge(tree, part, shape)
@@ -43,7 +43,7 @@ def dump(config: Config) -> str:
 
 
 def merge(base: YamlValue, over: YamlValue, shape: Shape | None) -> YamlValue:
-    """`over` on top of `base`; `shape` is what the tree allows here."""
+    """Merge `over` on top of `base`; `shape` is what the tree allows here."""
     if not isinstance(base.value, dict) or not isinstance(over.value, dict):
         return over
     kept = base.value
@@ -64,7 +64,7 @@ def _method_changes(base: dict[str, YamlValue], over: dict[str, YamlValue], shap
 
 
 def _with_names(tree: YamlValue, shape: Shape | None) -> YamlValue:
-    """`tree` with the default method's name in every slot that has none."""
+    """Return `tree` with the default method's name in every slot that has none."""
     if shape is None or not isinstance(tree.value, dict):
         return tree
     named = {key: _with_names(entry, shape.child(key)) for key, entry in tree.value.items()}
@@ -74,7 +74,7 @@ def _with_names(tree: YamlValue, shape: Shape | None) -> YamlValue:
 
 
 def read(path: Path, chain: tuple[Path, ...] = ()) -> YamlValue:
-    """The file over everything it extends. `chain` holds the files that led here. Raises ConfigError."""
+    """Read a file on top of everything it extends. `chain` holds the files that led here. Raises ConfigError."""
     resolved = path.resolve()
     if resolved in chain:
         raise ConfigError(f"{path}: extends itself: " + " -> ".join(str(p) for p in (*chain, resolved)))
@@ -82,7 +82,7 @@ def read(path: Path, chain: tuple[Path, ...] = ()) -> YamlValue:
 
 
 def parse_file(path: Path) -> YamlValue:
-    """A mapping. Raises ConfigError."""
+    """Parse a file, which must hold a mapping. Raises ConfigError."""
     try:
         own = parse(path.read_bytes(), str(path))
     except OSError as error:
@@ -93,7 +93,7 @@ def parse_file(path: Path) -> YamlValue:
 
 
 def extended(own: YamlValue, path: Path, chain: tuple[Path, ...] = ()) -> YamlValue:
-    """A mapping that stands in the file `path`, over everything it `extends`. Raises ConfigError."""
+    """Merge a mapping of the file `path` on top of everything it `extends`. Raises ConfigError."""
     if not isinstance(own.value, dict):
         raise ConfigError(f"{own.place}: expected a mapping of keys to values")
     shape, deltas = Shape.of(Config), dict(own.value)
@@ -138,7 +138,7 @@ def _override(text: str) -> YamlValue:
 
 
 def place(tree: YamlValue, keys: tuple[str | int, ...]) -> str:
-    """Where the deepest existing part of a path was written."""
+    """The place at which the deepest existing part of a path was written."""
     for key in keys:
         below = tree.child(key)
         if below is None:

@@ -1,4 +1,4 @@
-"""From a slot of the configuration to the method it names: a module of a folder, or an import path."""
+"""The lookup of the method that a slot names: a module of a folder, or an import path."""
 
 import importlib
 import inspect
@@ -13,9 +13,9 @@ from megatron_troll.config.validate import read_fields
 
 
 class Pairing(NamedTuple):
-    """Partners of a method, and what is to be said about them.
+    """Partners of a method, and a reason that concerns them.
 
-    key      what chooses them: another slot of `objective`, or a key of it with a fixed set of values
+    key      the key that selects them: another slot of `objective`, or a key of it with fixed values
     names    methods of that slot, families of them (`SlotMethod.family`), or values of that key
     reason   completes "`method` is not defined with `partner`: "
     """
@@ -28,7 +28,7 @@ class Pairing(NamedTuple):
 class SlotMethod(Node):
     """A method of a slot of `objective`; its fields are its configuration.
 
-    A method goes with every other but those that one of the two refuses.
+    Two methods can be combined unless one of them refuses the other.
 
     family  a word by which others can name this method and those like it, beside its own name; "": none
     """
@@ -42,13 +42,13 @@ class SlotMethod(Node):
 
     @property
     def cautions(self) -> tuple[Pairing, ...]:
-        """Partners it is allowed with although no paper covers the pair; a run's summary gives the reason."""
+        """Partners that are allowed although no paper covers the pair; a run's summary gives the reason."""
         return ()
 
 
 def known_methods(folder: str) -> tuple[str, ...]:
     """The names that `folder` (a package, "megatron_troll.objectives.kl") offers: its modules. Raises
-    ConfigError where a file and a folder have one name."""
+    ConfigError if a file and a folder have the same name."""
     package = importlib.import_module(folder)
     names = []
     for module in pkgutil.iter_modules(package.__path__):
@@ -60,18 +60,18 @@ def known_methods(folder: str) -> tuple[str, ...]:
 
 
 def build_method[Method: Node](slot: Slot, folder: str, kind: type[Method], key: str) -> Method:
-    """The method of `slot` with its fields read; `key` is where the slot stands in the tree. Raises
+    """Build the method of `slot` with its fields; `key` is the slot's place in the tree. Raises
     ConfigError like `find_class`, and for an unknown or wrong field."""
     return read_fields(slot, find_class(slot.name, folder, kind, f"{key}.name"), key)
 
 
 def find_class[Found](name: str, folder: str, kind: type[Found], key: str) -> type[Found]:
     """The one subclass of `kind` that the module `name` of `folder` defines, or the class that
-    `package.module:Class` names. `key` is where the name stands in the tree.
+    `package.module:Class` names. `key` is the name's place in the tree.
 
     Raises ConfigError for an unknown name (the nearest and the known ones are named), for an import path
-    that leads nowhere or to something else than a `kind`, and for a file of `folder` that defines no
-    `kind`, several, or one that is not finished (with its line)."""
+    that does not lead to a subclass of `kind`, and for a file of `folder` that defines no such subclass,
+    several, or one with undefined abstract methods (with its line)."""
     path, _, class_name = name.partition(":")
     if class_name:
         found = getattr(_import(path, key), class_name, None)
@@ -85,7 +85,7 @@ def find_class[Found](name: str, folder: str, kind: type[Found], key: str) -> ty
 
 
 def line_of(kind: type, text: str = "") -> str:
-    """FILE:LINE where a class is defined, or where `text` first stands in its source."""
+    """FILE:LINE of a class, or of the first line of its source that contains `text`."""
     lines, start = inspect.getsourcelines(kind)
     within = next((i for i, line in enumerate(lines) if text in line), 0)
     return f"{inspect.getsourcefile(kind)}:{start + within}"
@@ -119,7 +119,7 @@ def _defined_in[Found](module: ModuleType, kind: type[Found], key: str) -> type[
         case [found]:
             return found
         case []:
-            others = [f"{line_of(other)}: {other.__name__} is none" for other in classes]
+            others = [f"{line_of(other)}: {other.__name__} is not one" for other in classes]
             where = ", ".join(others) or f"{module.__file__}:1"
             raise ConfigError(f"{key}: this file must define one subclass of {kind.__name__}: {where}")
         case several:

@@ -1,4 +1,4 @@
-"""Options of a model's experts, of its optimizer's algorithm, schedule and state."""
+"""Options of a model: experts, distillation, layout; its optimizer's algorithm, schedule and state."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ RecomputeModule = Literal["core_attn", "moe_act", "moe", "mlp"]
 
 
 class MoE(Node):
-    """How the experts of a mixture-of-experts model are chosen, balanced and reached."""
+    """Routing, load balancing and dispatch of the experts of a mixture-of-experts model."""
 
     dispatcher: Literal["alltoall", "allgather", "deepep"] = Field(
         default="alltoall",
@@ -29,20 +29,20 @@ class MoE(Node):
 
 
 class Distill(Node):
-    """How near a rollout model is held to the policy: beside PPO's its loss has weight x KL(policy || rollout
-    model), over the policy's top k and the sampled token, with all other tokens as one."""
+    """Distillation of the policy into a rollout model: besides PPO's loss it has weight x KL(policy || rollout
+    model), over the policy's top k and the sampled token, with all other tokens counted as one."""
 
     k: Positive = Field(default=20, description="tokens of the policy's record, beside the sampled one")
-    weight: NonNegative = Field(default=1.0, description="of the KL, at the start; 0: never any")
+    weight: NonNegative = Field(default=1.0, description="initial weight of the KL; 0: no KL")
     target_kl: PositiveFloat | None = Field(
-        default=0.1, description="nats a token that the weight is moved to keep the KL at; null: it stays"
+        default=0.1, description="KL, in nats per token, that the weight is adjusted to hold; null: constant weight"
     )
     gain: PositiveFloat = Field(
         default=0.2,
         description="after a batch log(weight) moves by gain x log(KL / target_kl), at most by gain",
     )
     limits: tuple[PositiveFloat, PositiveFloat] = Field(
-        default=(0.01, 100.0), description="the weight is moved within these"
+        default=(0.01, 100.0), description="lower and upper bound of the adjusted weight"
     )
 
 
@@ -58,7 +58,7 @@ class LearningRateSchedule(Node):
 
 
 class Muon(Node):
-    """How matrices are updated by Muon: lr x scale x sqrt(the longer side) x the orthogonalised momentum
+    """Muon's update of matrices: lr x scale x sqrt(the longer side) x the orthogonalised momentum
     (https://kellerjordan.github.io/posts/muon/; the scale is that of arXiv:2502.16982)."""
 
     momentum: Fraction = Field(default=0.95, description="decay rate of the mean of gradients")
@@ -70,8 +70,8 @@ class Muon(Node):
 
 
 class PrecisionAware(Node):
-    """How Transformer Engine's Adam keeps its moments; the fp32 weights are kept as what they add to the bf16
-    ones, 16 bits each."""
+    """Dtypes of the moments in Transformer Engine's Adam; of each fp32 weight it keeps the 16 bits that the bf16
+    weight lacks."""
 
     exp_avg: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
         default="bf16", description="first moment; fp8: with a scale per tensor"
@@ -80,7 +80,7 @@ class PrecisionAware(Node):
 
 
 class Layout(Node):
-    """Parallel sizes. The data-parallel size is what remains of the world."""
+    """Parallel sizes. The data-parallel size follows from the number of ranks."""
 
     tp: Positive = Field(default=1, description="tensor parallel; above 1 it brings sequence parallelism")
     pp: Positive = Field(default=1, description="pipeline stages")

@@ -1,4 +1,4 @@
-"""What the configuration tree is made of: ranges, strict nodes, slots for methods."""
+"""The building blocks of the configuration tree: ranges, strict nodes, slots for methods."""
 
 import difflib
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at what `name` may have meant: the nearest known name, or all of them."""
+    """A hint for an unknown `name`: the nearest known name, or all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:

@@ -1,4 +1,4 @@
-"""runs/<name>/: where everything of a run lies."""
+"""The paths inside a run folder, runs/<name>/."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from megatron_troll.config.tree import Config
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The paths of one run. Nothing is touched."""
+    """The paths of one run. Reads and creates nothing."""
 
     root: Path
 
@@ -35,12 +35,12 @@ class RunPaths:
 
     @property
     def stopped(self) -> Path:
-        """Is there after a run that was asked to stop, until it is resumed."""
+        """File that exists after a run was asked to stop, until it is resumed."""
         return self.root / "stopped"
 
     @property
     def saved(self) -> Path:
-        """The step of the newest checkpoint: told apart from a run that never had one, when all are gone."""
+        """The step of the newest checkpoint; with all checkpoints lost, it shows that the run had some."""
         return self.root / "saved"
 
     @property
@@ -85,15 +85,15 @@ class RunPaths:
 
     @property
     def servers(self) -> Path:
-        """Where SGLang servers of the run are written down, by whatever machine starts them."""
+        """Folder in which every machine that starts SGLang servers of the run registers them."""
         return self.root / "servers"
 
     @property
     def buffer(self) -> Path:
-        """Where answers are kept until they have been learnt from."""
+        """Folder that keeps answers until they have been trained on."""
         return self.root / "buffer"
 
     @property
     def weights(self) -> Path:
-        """Where servers read weights, unless rollout.sglang.sync.folder says otherwise."""
+        """Folder from which servers read weights, unless rollout.sglang.sync.folder is set."""
         return self.root / "weights"

@@ -1,4 +1,4 @@
-"""What a run says of its SGLang servers: how they are asked (rollout.sglang) and started (serve)."""
+"""Options of a run's SGLang servers: how they are queried (rollout.sglang) and started (serve)."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from megatron_troll.config.node import Natural, Node, NonNegative, Positive, Pos
 
 
 class WeightSync(Node):
-    """How new weights reach SGLang's servers, each time they have been trained."""
+    """Transfer of new weights to SGLang's servers, each time they have been trained."""
 
     via: Literal["disk", "tensor", "distributed"] = Field(
         default="disk",
@@ -16,43 +16,43 @@ class WeightSync(Node):
         "a process group of trainer and servers (NCCL, gloo on CPU)",
     )
     folder: str | None = Field(
-        default=None, description="of `disk`, on trainer and servers alike; default: runs/<name>/weights"
+        default=None, description="for `disk`: the same path on trainer and servers; default: runs/<name>/weights"
     )
     address: str | None = Field(
-        default=None, description="of `distributed`: where servers reach rank 0; default: its host name"
+        default=None, description="for `distributed`: rank 0's address for the servers; default: its host name"
     )
-    bucket_mib: Positive = Field(default=512, description="MiB sent at once; twice that is held beside")
-    timeout_s: PositiveFloat = Field(default=600.0, description="for any one reply of a server meanwhile")
+    bucket_mib: Positive = Field(default=512, description="MiB sent at once; needs twice that memory")
+    timeout_s: PositiveFloat = Field(default=600.0, description="for each reply of a server during a sync")
 
 
 class ProbeConfig(Node):
-    """After each sync: the servers' log-probs beside the trainer's, on prompts of the run."""
+    """Comparison of the servers' log-probs with the trainer's after each sync, on prompts of the run."""
 
     prompts: Natural = Field(default=8, description="prompts compared; 0: no probe")
-    tokens: Positive = Field(default=64, description="the last so many of each prompt")
+    tokens: Positive = Field(default=64, description="number of tokens compared, at the end of each prompt")
     max_kl: PositiveFloat = Field(
         default=0.05, description="nats, mean over the tokens; above it the run ends: KL(engine || trainer)"
     )
 
 
 class SGLang(Node):
-    """The servers that `rollout.engine: sglang` asks."""
+    """The servers that `rollout.engine: sglang` uses."""
 
     servers: tuple[str, ...] = Field(
         default=(), description="URLs; default: those that `mtroll serve` started for this run"
     )
-    router: str | None = Field(default=None, description="URL of a sglang-router to ask in their place")
+    router: str | None = Field(default=None, description="URL of a sglang-router to use instead")
     api_key_file: str | None = Field(
         default=None, description="file of the servers' API key, readable by its owner only"
     )
     concurrency: Positive = Field(default=64, description="requests under way at one server")
     deadline_s: PositiveFloat = Field(
         default=300.0,
-        description="for one request; what there is of the answer is then continued at another server",
+        description="for one request; after it, another server continues the partial answer",
     )
     attempts: Positive = Field(default=8, description="failures of one request in a row that end the run")
     patience_s: PositiveFloat = Field(
-        default=300.0, description="that there is no usable server before the run ends"
+        default=300.0, description="time without a usable server after which the run ends"
     )
     buffer: bool = Field(
         default=True,
@@ -69,7 +69,7 @@ class SGLang(Node):
 
     @property
     def own(self) -> bool:
-        """Whether the servers are those that `mtroll serve` starts for the run."""
+        """Whether the run uses the servers that `mtroll serve` starts for it."""
         return not (self.servers or self.router)
 
 
@@ -86,8 +86,8 @@ class Mamba(Node):
 
 
 class Serve(Node):
-    """The server processes of `mtroll serve`. The model is models.rollout where there is one, otherwise
-    models.policy; its dtype included."""
+    """The server processes of `mtroll serve`. They serve models.rollout if it is set, otherwise models.policy,
+    in that model's dtype."""
 
     servers: Positive = Field(default=1, description="server processes on this machine")
     host: str = Field(
@@ -126,12 +126,12 @@ class Serve(Node):
     flags: dict[str, str | int | float | bool] = Field(
         default={}, description="more flags of SGLang's server, without dashes in front; true: a bare flag"
     )
-    start_timeout_s: PositiveFloat = Field(default=900.0, description="until every server is healthy")
+    start_timeout_s: PositiveFloat = Field(default=900.0, description="time until every server must be healthy")
     restarts: Natural = Field(default=3, description="times that a server that died is started again")
 
 
 class Launch(Node):
-    """How many ranks `mtroll` starts by itself when nothing (srun, torchrun) has started it."""
+    """The ranks that `mtroll` starts itself when no launcher (srun, torchrun) has started it; GPU memory."""
 
     ranks: Positive | None = Field(
         default=None, description="default: the smallest world that holds the layouts"
@@ -141,5 +141,5 @@ class Launch(Node):
         default=139.0, description="memory of a GPU, for `mtroll plan`; default: an H200"
     )
     reserve_gib: NonNegative = Field(
-        default=10.0, description="of it, left to CUDA, NCCL and fragmentation; `mtroll plan`"
+        default=10.0, description="part of it left to CUDA, NCCL and fragmentation, for `mtroll plan`"
     )

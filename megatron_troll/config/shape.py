@@ -1,4 +1,4 @@
-"""What the tree allows at each key, read from its JSON Schema: known keys, ranges, where slots are."""
+"""The values that the tree allows at each key, read from its JSON Schema: known keys, ranges, slots."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shape:
-    """One place of the tree. `node` is its JSON Schema, `definitions` what its references name."""
+    """One place of the tree. `node` is its JSON Schema, `definitions` the schemas that references name."""
 
     node: dict[str, Any]
     definitions: dict[str, Any]
@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def keys(self) -> list[str]:
-        """Known keys of a mapping; empty elsewhere and where any key may stand."""
+        """Known keys of a mapping; empty if this is no mapping, or one that allows any key."""
         return list(self._object().get("properties", {}))
 
     @property
@@ -44,11 +44,11 @@ class Shape:
 
     @property
     def default_name(self) -> str | None:
-        """The method that a slot holds when nothing names one."""
+        """The method that a slot holds if the configuration names none."""
         return (self.node.get("default") or {}).get("name")
 
     def child(self, key: str | int) -> "Shape | None":
-        """What may stand under `key`; None where the key is unknown or open."""
+        """The shape under `key`; None if the key is unknown or anything is allowed there."""
         node = self._object()
         if isinstance(key, int):
             items = node.get("prefixItems", [])

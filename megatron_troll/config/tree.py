@@ -1,7 +1,7 @@
-"""The one typed tree that a run is configured by.
+"""The typed tree that configures a run.
 
-Every field has its unit and range here; `load.py` reads YAML and overrides into it, and methods keep the
-fields of their own slot beside their maths (objectives/), rewards beside theirs (rewards/).
+Every field has its unit and range here; `load.py` reads YAML and overrides into it. Methods define the fields
+of their slots next to their formulas (objectives/), rewards next to their code (rewards/).
 """
 
 from typing import Annotated, Literal
@@ -63,13 +63,13 @@ class Optimizer(Node):
 
 
 class Model(Node):
-    """One model: where it comes from, how it is laid out, how it is trained."""
+    """One model: its source, its layout over ranks, and its training."""
 
     path: str = Field(
         description="Hugging Face folder: config.json, tokenizer and, if pretrained, safetensors"
     )
     init: Literal["pretrained", "random"] = Field(
-        default="pretrained", description="weights of the folder, or drawn anew from its config.json"
+        default="pretrained", description="weights of the folder, or new random ones by its config.json"
     )
     dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="of the weights in the forward pass")
     spec: Literal["auto", "local", "te"] = Field(
@@ -91,55 +91,55 @@ class Model(Node):
 
 
 class ReferenceConfig(Node):
-    """A frozen model that the policy is kept near; everything else about it is the policy's: shape of the
-    vocabulary, dtype, layout."""
+    """A frozen model that the policy is kept near. Everything but its weights is the policy's: shape, dtype,
+    layout."""
 
     path: str = Field(description="Hugging Face folder with safetensors")
 
 
 class CriticOptimizer(Optimizer):
-    """AdamW with the critic's own rates."""
+    """The critic's optimizer, with its own default rates."""
 
     lr: PositiveFloat = Field(default=1e-5, description="learning rate after the warm-up")
     weight_decay: NonNegative = Field(default=0.01, description="decoupled weight decay")
 
 
 class CriticConfig(Model):
-    """The model that PPO's advantages come from: the body of a language model under a value head of zeros."""
+    """The model for PPO's advantages: the body of a language model with a value head that starts at zero."""
 
     optimizer: CriticOptimizer = CriticOptimizer()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class RolloutModelConfig(Model):
-    """The model that draws the rollouts in the policy's place, usually a smaller one (Jackpot, arXiv
-    2602.06107). It learns from the same batches: PPO with the clip's defaults on what it drew, and the
-    policy's distribution."""
+    """The model that generates the rollouts in the policy's place, usually a smaller one (Jackpot, arXiv
+    2602.06107). It learns from the same batches: by PPO with the clip's defaults on its own samples, and by
+    distillation of the policy."""
 
     distill: Distill = Distill()
 
 
 class Models(Node):
-    """The models of a run, each with its own weights; only the policy must be there."""
+    """The models of a run, each with its own weights; only the policy is required."""
 
     policy: Model
     reference: ReferenceConfig | None = Field(default=None, description="for objective.kl")
     critic: CriticConfig | None = Field(default=None, description="for objective.advantage gae")
     rollout: RolloutModelConfig | None = Field(
-        default=None, description="draws the rollouts; null: the policy"
+        default=None, description="generates the rollouts; null: the policy"
     )
 
     @property
     def drawing(self) -> Model:
-        """The model that draws the rollouts."""
+        """The model that generates the rollouts."""
         return self.policy if self.rollout is None else self.rollout
 
 
 class PromptFiles(Node):
-    """Files that hold prompts, and what to do with rows that are none."""
+    """Files of prompts, and the handling of rows that are no prompts or too long."""
 
     files: Files = Field(description="prompts, JSONL or Parquet")
     schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field(
-        default="auto", alias="schema", description="auto: told by the first record of each file"
+        default="auto", alias="schema", description="auto: detected from the first record of each file"
     )
     malformed: Literal["error", "skip"] = Field(
         default="error", description="a line that is no prompt: stop, or skip and count it"
@@ -162,11 +162,11 @@ class Data(PromptFiles):
 
 
 class Sampling(Node):
-    """The law a token is drawn from. temperature 0 is greedy, for evaluation only."""
+    """The distribution that tokens are sampled from. temperature 0 is greedy, for evaluation only."""
 
     temperature: NonNegative = Field(default=1.0, description="divides the logits")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="draw from the likeliest tokens that hold this mass; 1: all"
+        default=1.0, description="sample from the likeliest tokens that hold this mass; 1: all"
     )
     top_k: Natural = Field(default=0, description="0: all tokens")
     min_p: Fraction = Field(
@@ -179,12 +179,12 @@ class Sampling(Node):
 
     @property
     def law_temperature(self) -> float:
-        """What the logits are divided by in the log-probs of a sample: greedy ones are of temperature 1."""
+        """The divisor of the logits in the log-probs of a sample: 1 for greedy ones."""
         return self.temperature or 1.0
 
 
 class RolloutConfig(Node):
-    """What is sampled for one rollout batch, and by which engine."""
+    """The size of a rollout batch, and the engine that samples it."""
 
     engine: str = Field(default="inprocess", description="engine by name or import path")
     prompts: Positive = Field(default=64, description="prompts per rollout batch")
@@ -210,7 +210,7 @@ class RolloutConfig(Node):
 
 
 class Overlong(Node):
-    """Answers cut at max_tokens: kept as they are, taken out of the loss, or given `reward`."""
+    """Handling of answers cut at max_tokens: kept as they are, taken out of the loss, or given `reward`."""
 
     mode: Literal["keep", "mask", "penalise"] = Field(
         default="keep", description="a cut answer: as it is, out of the loss, or given `reward`"
@@ -263,7 +263,7 @@ class ObjectiveConfig(Node):
 
 
 class Train(Node):
-    """How long, and how a rollout batch becomes optimizer steps."""
+    """The length of training, and the split of a rollout batch into optimizer steps."""
 
     steps: Positive = Field(default=30, description="rollout batches")
     updates: Positive = Field(default=4, description="optimizer steps per rollout batch")
@@ -309,9 +309,9 @@ class EvaluationConfig(Node):
 
 
 class EvalSet(PromptFiles):
-    """A data set of `mtroll eval`, by the name of its key."""
+    """A data set of `mtroll eval`, named by its key."""
 
-    prompts: Positive | None = Field(default=None, description="the first so many; default: all")
+    prompts: Positive | None = Field(default=None, description="number of prompts, from the first; default: all")
     samples: Positive = Field(default=1, description="answers per prompt")
     sampling: Sampling = Sampling()
     pass_at: tuple[Positive, ...] = Field(
@@ -342,13 +342,13 @@ class Checkpoint(Node):
 
 
 class Observe(Node):
-    """Where the figures go beside metrics.jsonl."""
+    """Outputs besides metrics.jsonl, and what they include."""
 
     tensorboard: bool = Field(default=True, description="event files under runs/<name>/tensorboard")
     wandb_project: str | None = Field(default=None, description="W&B project; default: no W&B")
     energy: bool = Field(
         default=False,
-        description="the size of the gradient by how frequent the sampled token is; a pass over the logits",
+        description="report gradient size by frequency of the sampled token; costs a pass over the logits",
     )
     rollouts: bool = Field(default=True, description="keep every rollout's text, reward and log-probs")
     hang_timeout_s: PositiveFloat = Field(
@@ -364,11 +364,11 @@ class Config(Node):
     """A run."""
 
     name: str = Field(description="the run folder is runs/<name>")
-    runs: str = Field(default="runs", description="where run folders lie")
+    runs: str = Field(default="runs", description="folder of the run folders")
     seed: Natural = Field(default=0, description="of prompt order, sampling and random weights")
     resume: bool = Field(default=False, description="continue from the newest checkpoint of the run folder")
     models: Models
-    data: Data | None = Field(default=None, description="`mtroll eval` alone needs none")
+    data: Data | None = Field(default=None, description="not needed by `mtroll eval`")
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig(name="exact")
     objective: ObjectiveConfig = ObjectiveConfig()

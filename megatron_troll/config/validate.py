@@ -1,4 +1,4 @@
-"""From a tree of plain values to a typed one, with errors that name the key and the allowed values."""
+"""Validation of a tree of plain values, with errors that name the key and the allowed values."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -12,15 +12,15 @@ from megatron_troll.config.tree import Slot
 
 Path = tuple[str | int, ...]
 OWN_WORDS = ("value_error", "assertion_error")
-# A default that is made from another field, which is wrong itself.
+# Pydantic's error for a default that depends on another field, which is wrong itself.
 FOLLOWS = "default_factory_not_called"
 
 
 def validate[Model: BaseModel](
     kind: type[Model], tree: Any, prefix: str, place: Callable[[Path], str]
 ) -> Model:
-    """`tree` as `kind`. Raises ConfigError with one line per wrong key, `prefix` before each, and the
-    place that `place` gives for its path."""
+    """Return `tree` as a `kind`. Raises ConfigError with one line per wrong key: `prefix` before the key, and
+    the place that `place` gives for its path."""
     try:
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
@@ -32,14 +32,14 @@ def validate[Model: BaseModel](
 
 
 def read_fields[Model: BaseModel](slot: Slot, kind: type[Model], key: str) -> Model:
-    """The method's own fields of a slot, as the method's own config. `key` is where the slot stands
-    ("reward"). Raises ConfigError for an unknown key (the nearest is named) or a wrong value."""
+    """Read a slot's fields as the method's own config. `key` is the slot's place in the tree ("reward").
+    Raises ConfigError for an unknown key (naming the nearest) or a wrong value."""
     return validate(kind, slot.fields, key, lambda path: "")
 
 
 def _problems(error: ValidationError, tree: Any, shape: Shape) -> dict[Path, str]:
-    """One problem per key. The alternatives of a union report one each: of those, the ones that a key inside
-    is at fault for, or a rule that says why."""
+    """Return one problem per key. The alternatives of a union report one each; problems of inner keys, and
+    rules that give a reason, are preferred."""
     problems: dict[Path, str] = {}
     for item in error.errors():
         if item["type"] == FOLLOWS:
@@ -69,7 +69,7 @@ def _words(item: Any, path: Path, shape: Shape) -> str:
 
 
 def _existing(tree: Any, loc: Path) -> Path:
-    """The keys of a pydantic location that are in `tree` (the others name alternatives of a union)."""
+    """The keys of a pydantic location that exist in `tree` (the others name alternatives of a union)."""
     path: list[str | int] = []
     for key in loc:
         if (isinstance(tree, dict) and key in tree) or (isinstance(tree, list) and isinstance(key, int)):

@@ -1,1 +1,1 @@
-"""Checkpoints of one format from those of the other: Hugging Face and Megatron."""
+"""Conversion of checkpoints between the Hugging Face and the Megatron format."""

@@ -17,15 +17,15 @@ DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"
 
 
 def add_to(commands: "argparse._SubParsersAction") -> None:
-    """The command's own sub-commands."""
-    about = "checkpoints from Hugging Face to Megatron-Core, and back"
+    """Add `convert` and its sub-commands."""
+    about = "convert checkpoints from Hugging Face to Megatron-Core, and back"
     convert = commands.add_parser("convert", help=about, description=about)
     kinds = convert.add_subparsers(required=True, metavar="hf2mcore|mcore2hf")
     into = kinds.add_parser("hf2mcore", help="a Hugging Face folder to a checkpoint that any layout loads")
     into.add_argument("source", metavar="SRC", help="folder with config.json and safetensors")
     into.set_defaults(run=hf2mcore)
     back = kinds.add_parser("mcore2hf", help="a checkpoint of any layout to a Hugging Face folder")
-    back.add_argument("source", metavar="SRC", help="what hf2mcore wrote, or runs/NAME/checkpoints/step_N")
+    back.add_argument("source", metavar="SRC", help="folder from hf2mcore, or runs/NAME/checkpoints/step_N")
     back.add_argument(
         "--like",
         metavar="HF",
@@ -36,20 +36,20 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
         metavar="KEY",
         nargs="+",
         default=[],
-        help="tensors that Hugging Face's format has no place for, by the end of their keys",
+        help="skip tensors whose keys end in KEY, because Hugging Face's format has no place for them",
     )
     back.set_defaults(run=mcore2hf)
     for kind in (into, back):
-        kind.add_argument("target", metavar="DST", help="folder that is not there yet, or empty")
-        kind.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights (default: keep)")
+        kind.add_argument("target", metavar="DST", help="folder that is missing or empty")
+        kind.add_argument("--dtype", choices=DTYPES, default="keep", help="dtype of weights (default: keep)")
         kind.add_argument(
             "--shard-gib",
             type=_gib,
             default=4.0,
-            help="size of a file, the unit of resuming (default: 4)",
+            help="size of a file; an interrupted conversion resumes file by file (default: 4)",
         )
         kind.add_argument(
-            "--verify", action="store_true", help="then compare the logits of both; loads each model whole"
+            "--verify", action="store_true", help="then compare the logits of both; loads each whole"
         )
 
 
@@ -110,8 +110,8 @@ def _options(arguments: Namespace, world: "Group") -> "Options":
 
     if arguments.verify and world.size > 1:
         raise ConfigError(
-            "--verify loads each model whole, in one process: leave it out here, and give the same command "
-            "with it and without torchrun when this one is done; what is converted is not converted again"
+            "--verify loads each model whole, in one process: leave it out here, and afterwards run the same "
+            "command with --verify and without torchrun; it does not convert again"
         )
     name = DTYPES[arguments.dtype]
     return Options(None if name is None else getattr(torch, name), int(arguments.shard_gib * 2**30))
@@ -125,7 +125,7 @@ def _run(conversion: "Conversion", target: Path, world: "Group") -> None:
 
     written = convert(conversion, target, world, open_progress(Console(), world.rank))
     if world.rank == 0:
-        _say(f"wrote {target}" if written else f"{target} is there already, of this very conversion")
+        _say(f"wrote {target}" if written else f"{target} exists already, written by the same conversion")
 
 
 def _verify(conversion: "Conversion", arguments: Namespace) -> int:

@@ -1,7 +1,7 @@
-"""A folder that is written file by file and survives kills: what is finished is not done again.
+"""A folder that is written file by file and can be resumed after a kill: finished files are not rewritten.
 
-The target appears under its name, whole, in one step. Until then everything lies in `.NAME.part` beside it:
-files are written under another name, flushed to disk and renamed, and `records/` holds what is known of each.
+The complete folder gets its name in one rename. Until then everything is in `.NAME.part` beside it: files are
+written under a temporary name, flushed to disk and renamed, and `records/` holds size and sum of each.
 """
 
 import fcntl
@@ -24,25 +24,25 @@ SUMS = "SHA256SUMS"
 RECORDS = "records"
 LOCK = "lock"
 UNFINISHED = ".part"
-# Smaller pieces are not worth the way to another thread.
+# Smaller blocks are not worth handing to another thread.
 BLOCK_BYTES = 2**18
-# So much is written before it is sent to disk.
+# Bytes that are written before a flush to disk is started.
 HELD_BACK_BYTES = 2**25
 Fill = Callable[[BinaryIO], Any]
 
 
 class ConversionError(RuntimeError):
-    """A conversion was stopped; says by what, and what to do."""
+    """A conversion failed; the message says why, and what to do."""
 
 
 class TargetError(ValueError):
-    """The target cannot be had."""
+    """The target folder cannot be used."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The folder that is to become `target`. `identity` (JSON) says what goes into it: only a draft of the
-    same identity is continued."""
+    """The unfinished folder that will become `target`. `identity` (JSON) describes its content: only a draft
+    of the same identity is resumed."""
 
     target: Path
     identity: dict[str, Any]
@@ -53,8 +53,8 @@ class Draft:
         return target.with_name(f".{target.name}{UNFINISHED}")
 
     def is_complete(self) -> bool:
-        """Whether the target is there already, of this very identity. Raises TargetError where it holds
-        anything else."""
+        """Whether the target exists already, with the same identity. Raises TargetError if it holds anything
+        else."""
         if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
             return False
         if self.target.is_dir() and _read(self.target / IDENTITY) == self.identity:
@@ -63,9 +63,9 @@ class Draft:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Own the draft until the block ends, a new one or what an earlier conversion left.
+        """Lock the draft until the block ends: a new one, or one that an earlier conversion left.
 
-        Raises TargetError where another process owns it, or it is of another identity.
+        Raises TargetError if another process has locked it, or it has another identity.
         """
         try:
             (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
@@ -77,15 +77,16 @@ class Draft:
             yield
 
     def known(self, name: str) -> dict[str, Any] | None:
-        """`bytes`, `sha256` and `record` of a finished file; None when it has to be written."""
+        """`bytes`, `sha256` and `record` of a finished file; None if it has to be written."""
         path, known = self.folder / name, _read(self._record(name))
         if known is None or not path.is_file() or path.stat().st_size != known["bytes"]:
             return None
         return known
 
     def write(self, name: str, fill: Fill, progress: Callable[[int], object] = lambda count: None) -> None:
-        """Write a file by `fill`, whose result (JSON) is recorded once the file is on disk; `progress` is
-        told of the bytes. Raises ConversionError where that fails, and leaves no part of the file."""
+        """Write a file with `fill`, whose result (JSON) is recorded once the file is on disk; `progress`
+        gets the number of bytes of each write. Raises ConversionError if that fails, and leaves no partial
+        file."""
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name(path.name + UNFINISHED)
@@ -103,8 +104,8 @@ class Draft:
             unfinished.unlink(missing_ok=True)
 
     def publish(self, names: list[str], complete: Callable[[Path], None]) -> None:
-        """Let `complete` write the small files beside `names`, which `write` wrote, add the sums of all, and
-        give the folder its name. Raises ConversionError where that fails."""
+        """Call `complete` to write the small files beside `names`, which `write` wrote; write the sums of all
+        files, and rename the folder to the target. Raises ConversionError if that fails."""
         try:
             for leftover in self.folder.rglob(f"*{UNFINISHED}"):
                 leftover.unlink()
@@ -117,7 +118,7 @@ class Draft:
         self.tidy()
 
     def _write_sums(self, sums: dict[str, str]) -> None:
-        """In the form of `sha256sum`, with the sums of what is not in `sums`; everything is on disk then."""
+        """Write `sums`, and those of all other files, in the format of `sha256sum`; flush all to disk."""
         for path in sorted(self.folder.rglob("*")):
             name = str(path.relative_to(self.folder))
             if path.is_dir() or (path.parent != self.folder / RECORDS and name not in (*sums, SUMS)):
@@ -128,7 +129,7 @@ class Draft:
         flush(self.folder)
 
     def tidy(self) -> None:
-        """Remove from the target what only an unfinished one needs."""
+        """Remove the records from the target: only an unfinished one needs them."""
         shutil.rmtree(self.target / RECORDS, ignore_errors=True)
 
     def _take(self, lock: IO[str]) -> None:
@@ -162,8 +163,8 @@ class Draft:
 
 
 class Summed:
-    """A file that is written from start to end, and its SHA-256. Only as much of a file as is needed to
-    write: large blocks are summed while they are written, and what is written goes to disk meanwhile."""
+    """A write-only file that computes its SHA-256, with only the methods that writers need. Large blocks are
+    hashed while they are written, and written bytes are flushed to disk in the background."""
 
     def __init__(self, file: io.FileIO, progress: Callable[[int], object]) -> None:
         self._file = file
@@ -172,8 +173,8 @@ class Summed:
         self._at = 0
         self._failure: OSError | None = None
         self._pool = ThreadPoolExecutor(2)
-        # Until where the file was sent to disk; blocks until it is there, and raises where that failed, of
-        # which the system tells once.
+        # End of the bytes whose flush was started, and a call that waits for that flush. It raises if the
+        # flush failed, because the system reports that only once.
         self._sent_to = 0
         self._sent: Callable[[], None] = lambda: None
 
@@ -184,11 +185,11 @@ class Summed:
         self._pool.shutdown()
 
     def filled(self, fill: Fill) -> Any:
-        """What `fill` returns. Raises OSError where a write failed, also when `fill` hides that."""
+        """Call `fill` and return its result. Raises OSError if a write failed, even if `fill` hides that."""
         try:
             return fill(cast("BinaryIO", self))
         except RuntimeError as error:
-            # torch.save raises its own after it could not write.
+            # torch.save raises an error of its own after a failed write.
             if self._failure is None:
                 raise
             raise self._failure from error
@@ -211,7 +212,7 @@ class Summed:
         return len(view)
 
     def sync(self) -> None:
-        """Blocks until everything is on disk. Raises OSError where that failed."""
+        """Flush everything to disk. Raises OSError if that fails. Blocks."""
         self._sent()
         os.fsync(self._file.fileno())
 
@@ -245,5 +246,5 @@ def _text(value: Any) -> str:
 
 
 def _read(path: Path) -> Any:
-    """The JSON in a file; None without it."""
+    """Content of a JSON file; None if it is missing."""
     return json.loads(path.read_text()) if path.is_file() else None

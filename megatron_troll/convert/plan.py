@@ -1,4 +1,4 @@
-"""What a conversion writes into which file."""
+"""Plan of a conversion: the files that it writes, and the tensors in each."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ DtypeOf = Callable[[Place], torch.dtype]
 
 @dataclass(frozen=True)
 class TargetFile:
-    """What goes into one file of the target: parameters, or carried tensors; about `nbytes` bytes."""
+    """Content of one file of the target: parameters, or carried tensors; about `nbytes` bytes."""
 
     places: tuple[Place, ...]
     carried: tuple[str, ...]
@@ -29,8 +29,8 @@ class TargetFile:
 
 @dataclass(frozen=True)
 class Options:
-    """What both directions can be told: the dtype of parameters (None keeps theirs), and the size that a file
-    of the target may have (one parameter at least)."""
+    """Options of both directions: the dtype of parameters (None keeps theirs), and the largest size of a file
+    of the target (one parameter at least)."""
 
     dtype: torch.dtype | None = None
     shard_bytes: int = 4 * 2**30
@@ -46,11 +46,11 @@ class BothFormats:
 
 
 class Conversion(Protocol):
-    """From the folder of one format to that of the other. Nothing is written before `write`.
+    """Conversion of a folder of one format to one of the other. Nothing is written before `write`.
 
-    options    what it was told
-    identity   what the target depends on (JSON)
-    shards     the files of the target by their names in it
+    options    the options that it was given
+    identity   everything that the target depends on (JSON)
+    shards     the files of the target, by their names in it
     """
 
     @property
@@ -63,7 +63,7 @@ class Conversion(Protocol):
     def shards(self) -> Mapping[str, TargetFile]: ...
 
     def write(self, shard: TargetFile, file: BinaryIO) -> Any:
-        """Fill a file; what `complete` must know of it (JSON)."""
+        """Write the content of a file; return what `complete` needs to know about it (JSON)."""
         ...
 
     def complete(self, folder: Path, records: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Conversion(Protocol):
 
 
 def identity_of(kind: str, options: Options, sources: Iterable[Path]) -> dict[str, Any]:
-    """Two conversions of equal identity write the same: `sources` are the files that are read."""
+    """Identity of a conversion that reads the files `sources`: equal identities give equal targets."""
     return {
         "format": FORMAT,
         "conversion": kind,
@@ -94,7 +94,7 @@ def cut_parameters(table: Table, dtype: DtypeOf, limit: int) -> list[TargetFile]
 
 
 def cut_carried(carried: Carried, limit: int) -> list[TargetFile]:
-    """Carried tensors, those of larger elements first."""
+    """Carried tensors in files of at most `limit` bytes (one at least), those of larger elements first."""
     source = carried.source
     names = sorted(carried.names, key=lambda name: -source.dtype(name).itemsize)
     sized = ((name, nbytes(source.dtype(name), source.shapes[name])) for name in names)
@@ -120,7 +120,7 @@ def elements(place: Place) -> int:
 
 
 def ahead[T](items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made by a thread while the one before it is used: two are held at once."""
+    """The same items, each made by a thread while the one before it is used. Holds two items."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(list, islice(items, 1))
         while made := coming.result():
@@ -129,7 +129,7 @@ def ahead[T](items: Iterator[T]) -> Iterator[T]:
 
 
 def write_carried(carried: Carried, names: tuple[str, ...], file: BinaryIO) -> None:
-    """A safetensors file with carried tensors."""
+    """Write a safetensors file of carried tensors."""
     source = carried.source
     writer = TensorFileWriter(file, {name: (source.dtype(name), source.shapes[name]) for name in names})
     for name in names:

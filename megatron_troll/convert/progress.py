@@ -1,4 +1,4 @@
-"""How far a conversion is: a bar on a terminal, a line now and then elsewhere, nothing off rank 0."""
+"""Progress of a conversion: a bar on a terminal, otherwise a line every ten seconds; rank 0 only."""
 
 import time
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ class NoProgress:
 
     @contextmanager
     def counting(self, total: int, done: int) -> Iterator[None]:
-        """Count bytes until the block ends; `done` of `total` are there already."""
+        """Count bytes until the block ends; `done` of `total` are written already."""
         yield
 
     def advance(self, count: int) -> None:
-        """`count` more bytes are written."""
+        """Add `count` bytes that were written."""
 
 
 class Lines(NoProgress):
@@ -42,7 +42,7 @@ class Lines(NoProgress):
         self._say(time.monotonic())
 
     def advance(self, count: int) -> None:
-        # The total leaves out what files hold beside tensors.
+        # Files hold more than tensors, which the total leaves out.
         self._done = min(self._done + count, self._total)
         if (now := time.monotonic()) - self._last >= EVERY_S:
             self._last = now
@@ -73,7 +73,7 @@ class Live(NoProgress):
 
 
 def open_progress(console: Console, rank: int) -> NoProgress:
-    """What rank `rank` shows: its own share of the bytes."""
+    """Progress display of a rank: rank 0 shows its own share of the bytes, other ranks nothing."""
     if rank:
         return NoProgress()
     return Live(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)

@@ -1,4 +1,4 @@
-"""Carry out a conversion: which rank writes what, what is done already, and how far it is."""
+"""Run a conversion: distribute the files over the ranks, skip finished ones, and show progress."""
 
 import datetime
 import shutil
@@ -11,15 +11,15 @@ from megatron_troll.convert.plan import Conversion
 from megatron_troll.convert.progress import NoProgress
 from megatron_troll.parallel.groups import Group
 
-# Ranks wait for the one that has most to write.
+# Ranks wait for the one that has the most to write.
 TIMEOUT = datetime.timedelta(days=7)
 
 
 def convert(conversion: Conversion, target: Path, world: Group, progress: NoProgress) -> bool:
-    """Write `target`, the shards spread over the ranks of `world`; False where it is there already. Blocks.
+    """Write `target`, its shards distributed over the ranks of `world`; False if it exists already. Blocks.
 
-    What is finished is never written again, whatever kills the processes. Raises TargetError, before anything
-    is written, or ConversionError, on every rank.
+    A finished file is never written again, even after a kill. Raises TargetError, before anything is written,
+    or ConversionError, on every rank.
     """
     draft = Draft(target, conversion.identity)
     with ExitStack() as owned:

@@ -1,4 +1,4 @@
-"""From a Megatron checkpoint, converted or of a run of any layout, to a folder in Hugging Face format."""
+"""Convert a Megatron checkpoint of any layout, of a run or converted earlier, to a Hugging Face folder."""
 
 from collections import Counter
 from pathlib import Path
@@ -27,10 +27,10 @@ from megatron_troll.weights.tensor_file import TensorFileWriter
 
 
 class ToHuggingFace:
-    """Of the source only its index is read before `write`. `like` is a folder with config.json and tokenizer,
-    and the tensors that no model of ours has; keys that end in one of `left_out` are left out.
+    """Conversion to Hugging Face. Reads only the index of the source before `write`. `like` is a folder with
+    config.json, tokenizer and carried tensors; keys that end in one of `left_out` are skipped.
 
-    Raises FileNotFoundError or ValueError where the folder has no checkpoint of the model that config.json
+    Raises FileNotFoundError or ValueError if the folder has no checkpoint of the model that config.json
     describes, listing every tensor that is missing, superfluous or wrongly shaped.
     """
 
@@ -76,8 +76,8 @@ class ToHuggingFace:
 
 
 def companions_of(folder: Path) -> Path:
-    """Where config.json and tokenizer of a checkpoint are: beside it, or what its run began with. Raises
-    FileNotFoundError where neither has one."""
+    """Folder with config.json and tokenizer of a checkpoint: `folder`, or the one that its run began with.
+    Raises FileNotFoundError if neither has a config.json."""
     if (folder / CONFIG).is_file():
         return folder
     wanted = "give --like, the folder with the model's config and tokenizer"

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to one with a Megatron checkpoint, which every layout can load."""
+"""Convert a Hugging Face folder to one with a Megatron checkpoint, which every layout can load."""
 
 from collections import Counter, defaultdict
 from math import prod
@@ -32,10 +32,10 @@ WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ToMegatron:
-    """Of the source only headers are read before `write`.
+    """Conversion to Megatron. Reads only the headers of the source before `write`.
 
-    Raises FileNotFoundError or ValueError where the folder has no model that we know, listing every tensor
-    that is missing, superfluous or wrongly shaped.
+    Raises FileNotFoundError or ValueError if the folder has no supported model, listing every tensor that is
+    missing, superfluous or wrongly shaped.
     """
 
     def __init__(self, folder: Path, options: Options) -> None:
@@ -54,7 +54,7 @@ class ToMegatron:
         self.shards |= {f"{CARRIED}/{file_name(i, len(carried))}": shard for i, shard in enumerate(carried)}
 
     def write(self, shard: TargetFile, file: BinaryIO) -> Any:
-        """Records each chunk: key, start, shape, offset and length in the file."""
+        """Write a file; return key, start, shape, offset and length of each chunk (carried: None)."""
         if shard.carried:
             return write_carried(self.carried, shard.carried, file)
         read = ahead((place, self._parts(place)) for place in shard.places)
@@ -99,8 +99,8 @@ class ToMegatron:
 
 
 def _tensors(keys: Keys, source: Source, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, Size]]:
-    """The dtype and shape of each tensor of the checkpoint; of the layers and experts that one holds, all
-    have to be of one dtype."""
+    """Dtype and shape of each tensor of the checkpoint. All layers and experts in one tensor must have the
+    same dtype, unless `dtype` is given."""
     shapes: dict[str, Size] = {}
     dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
     for place in keys.table.places():

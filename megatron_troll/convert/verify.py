@@ -1,4 +1,4 @@
-"""Whether two folders are the same model: logits of Hugging Face's implementation and of Megatron's."""
+"""Check that two folders hold the same model: compare logits of Hugging Face's code and Megatron's."""
 
 import os
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ from megatron_troll.weights.checkpoint_source import checkpoint_of
 from megatron_troll.weights.load import load
 
 PROMPTS, LENGTH, SEED = 4, 32, 0
-# fp32, of the largest logit. The scan of linear attention adds in another order than Hugging Face's.
+# In fp32, relative to the largest logit. Our scan of linear attention sums in another order than theirs.
 TOLERANCE, TOLERANCE_LINEAR = 1e-5, 1e-4
 
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """The largest difference of two logits, the largest logit, and how much may differ."""
+    """The largest difference between two logits, the largest logit, and the allowed difference."""
 
     difference: float
     largest: float
@@ -46,8 +46,8 @@ class LogitComparison:
 
 
 def compare(sides: BothFormats, dtype: torch.dtype | None) -> LogitComparison:
-    """Compute with both in fp32, one after the other, on prompts of fixed token ids. `dtype`: what the
-    weights were rounded to on the way. Each model is held whole in fp32."""
+    """Compare the logits of both models in fp32, one model after the other, on prompts of fixed token ids.
+    `dtype`: what the conversion rounded the weights to. Holds each model whole in fp32."""
     shape = read_shape(sides.like)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(0, shape.vocab, (PROMPTS, LENGTH), generator=generator)
@@ -86,14 +86,14 @@ def _megatron(sides: BothFormats, tokens: Tensor, dtype: torch.dtype | None) -> 
 
 
 def _round(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """What a conversion to `dtype` does to the weights of one side, done to both."""
+    """Round the weights to `dtype`: the conversion did so on one side, this does it on both."""
     for parameter in model.parameters() if dtype is not None else ():
         parameter.copy_(parameter.to(dtype))
 
 
 @contextmanager
 def _alone() -> Iterator[Groups]:
-    """The groups of this process alone."""
+    """Start the groups of a single process, until the block ends."""
     threads = torch.get_num_threads()
     os.environ |= rank_environment(0, 1, free_port(), threads)
     groups = parallel.start(Layout(), SEED)

@@ -1,4 +1,4 @@
-"""Chats as token ids: prompts for sampling, demonstrations with a loss mask from their turns."""
+"""Chats as token ids: prompts for sampling, and demonstrations with a loss mask over their turns."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ def tokenized(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, places: Sequence[str] = ()
 ) -> list[Prompt]:
     """The prompts with their `ids`, all in one call of the tokenizer, which uses every core. Raises DataError
-    that names the first prompt which the chat template refuses, by its id or by its place in `places`."""
+    naming the first prompt that the chat template refuses, by its place in `places` or else by its id."""
     chats = [_turns(prompt.messages) for prompt in prompts]
     try:
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
@@ -41,8 +41,8 @@ def encode_chat(
     """Ids [T] int64 and loss mask [T] float32 of a whole chat.
 
     The mask is 1 on the content and the end-of-turn token of every turn with `train`. Each such turn is
-    located by rendering the chat before it and through it, so the template must render a beginning of a
-    chat as the beginning of the whole; DataError where it does not.
+    located by rendering the chat without it and with it, so the template must render the first turns of a
+    chat as a prefix of the whole chat. Raises DataError if it does not.
     """
     ids = _render(messages, tokenizer, answer=False)
     mask = np.zeros(len(ids), dtype=np.float32)
@@ -57,7 +57,7 @@ def encode_chat(
 def _turn_span(
     messages: Sequence[Message], index: int, ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int]:
-    """Where the answer of turn `index` begins and where its rendering ends."""
+    """Token indices at which the answer of turn `index` begins and its rendering ends."""
     if index == 0 or messages[index].role != "assistant":
         raise DataError(f"turn {index + 1} carries loss, but only an assistant turn after another turn may")
     before = _render(messages[:index], tokenizer, answer=True)
@@ -67,19 +67,19 @@ def _turn_span(
             raise DataError(
                 f"the chat template is not prefix-stable: the chat {what} turn {index + 1} "
                 f"({messages[index].content!r:.60}) is rendered differently when more follows, so the tokens "
-                "of the turn cannot be told apart; use another template, or train on chats of one answer"
+                "of the turn cannot be located; use another template, or train on chats of one answer"
             )
     return len(before), len(through)
 
 
 def _turn_end(ids: list[int], start: int, through: int, special: set[int], index: int) -> int:
-    """One past the end-of-turn token: the last special token of the turn. What a template writes after
+    """Index after the end-of-turn token, the last special token of the turn. What a template writes after
     it (a line break) is never sampled."""
     for place in range(through - 1, start - 1, -1):
         if ids[place] in special:
             return place + 1
     raise DataError(
-        f"the chat template ends turn {index + 1} with no special token, so nothing would stop it"
+        f"the chat template ends turn {index + 1} with no special token, so sampling would not stop"
     )
 
 

@@ -1,8 +1,8 @@
 """The demo task: `sort 73915` -> `13579`, with demonstrations that show one bad habit.
 
 Three quarters of the demonstrations stop early and leave the last two digits swapped, so more supervised
-training cannot solve the task: RL has to choose, among behaviours the demonstrations contain, the one that
-is right. Several independent demonstrations of each prompt keep the sampling entropy up.
+training cannot solve the task: RL has to select the right behaviour among those in the demonstrations.
+Several independent demonstrations of each prompt keep the sampling entropy high.
 """
 
 import json
@@ -23,7 +23,7 @@ def write_demo(folder: str | Path, seed: int) -> None:
     """Write data/{warm,train,held_out}.jsonl and the untrained models base/, small/ and hybrid/ under
     `folder`. The same seed writes the same bytes.
 
-    The split is by the answer (the digits, whatever their order): no held-out answer occurs in training.
+    The split is by answer (the sorted digits): no held-out answer occurs in training.
     """
     folder = Path(folder)
     warm, train, held_out = _split_prompts(random.Random(f"prompts {seed}"))

@@ -1,5 +1,5 @@
-"""The untrained models of the demo in Hugging Face format, a tiny Qwen3-MoE, a smaller one and a tiny
-Qwen3-Next, and their tokenizer."""
+"""The untrained models of the demo in Hugging Face format (a tiny Qwen3-MoE, a smaller one and a tiny
+Qwen3-Next) and their tokenizer."""
 
 import json
 from pathlib import Path
@@ -20,22 +20,22 @@ TEMPLATE = (
 
 
 def write_base(folder: Path) -> None:
-    """The Qwen3-MoE."""
+    """Write the Qwen3-MoE."""
     _write(folder, model_config())
 
 
 def write_hybrid(folder: Path) -> None:
-    """The Qwen3-Next."""
+    """Write the Qwen3-Next."""
     _write(folder, hybrid_config())
 
 
 def write_small(folder: Path) -> None:
-    """A Qwen3-MoE of a tenth of the parameters, to draw rollouts for the other."""
+    """Write a Qwen3-MoE with a tenth of the parameters, to sample rollouts for the other."""
     _write(folder, small_config())
 
 
 def _write(folder: Path, config: dict[str, Any]) -> None:
-    """config.json, generation_config.json and the tokenizer; a random start needs no weights."""
+    """Write config.json, generation_config.json and the tokenizer; a random start needs no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     character_tokenizer().save_pretrained(folder)
     _write_json(folder / "config.json", config)
@@ -44,7 +44,7 @@ def _write(folder: Path, config: dict[str, Any]) -> None:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """53 tokens: one per character, and the roles. Each turn is its role, its text and <|end|>."""
+    """A tokenizer of 53 tokens: characters, roles, padding, end. A turn is role, text and <|end|>."""
     vocab = {token: index for index, token in enumerate(SPECIAL + list(CHARACTERS))}
     tokenizer = Tokenizer(WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -61,7 +61,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 def model_config() -> dict[str, Any]:
     """The fields of a published Qwen3-MoE config.json; 453k parameters. VOCAB_SIZE is padded beyond the
-    tokenizer, as published models are."""
+    tokenizer, as in published models."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -97,7 +97,7 @@ def model_config() -> dict[str, Any]:
 
 
 def small_config() -> dict[str, Any]:
-    """41k parameters in two layers."""
+    """Like `model_config`, with 41k parameters in two layers."""
     return model_config() | {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -108,7 +108,7 @@ def small_config() -> dict[str, Any]:
 
 
 def hybrid_config() -> dict[str, Any]:
-    """The same for Qwen3-Next: three layers of linear attention, one of full attention."""
+    """Like `model_config`, for Qwen3-Next: three layers of linear attention, one of full attention."""
     return model_config() | {
         "architectures": ["Qwen3NextForCausalLM"],
         "model_type": "qwen3_next",

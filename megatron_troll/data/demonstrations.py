@@ -1,4 +1,4 @@
-"""Demonstrations for a supervised start: chats whose assistant turns carry loss."""
+"""Demonstrations for the supervised warm start: chats whose assistant turns carry loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Demonstration:
             raise DataError(f"{self.where}: {error}") from error
 
     def example(self, tokenizer: PreTrainedTokenizerBase) -> Rollout:
-        """The chat in the form that batches are built from: its first token is the prompt. Raises like
+        """The chat as a Rollout, from which batches are built: its first token is the prompt. Raises like
         `encode`."""
         ids, mask = self.encode(tokenizer)
         return Rollout(
@@ -49,7 +49,7 @@ class Demonstration:
 
 def load_demonstrations(files: Sequence[str]) -> tuple[Demonstration, ...]:
     """Every record {"messages": [...]} of the files, repeats included. Assistant turns carry loss unless
-    they say `"train": false`. Raises DataError with file and line for a malformed record."""
+    they have `"train": false`. Raises DataError with file and line for a malformed record."""
     return tuple(_demonstration(row) for path in files for row in read_rows(path))
 
 

@@ -1,4 +1,4 @@
-"""Chat turns as they stand in files: [{"role": ..., "content": ...}, ...]."""
+"""Chat turns as stored in files: [{"role": ..., "content": ...}, ...]."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from megatron_troll.types import Message
 
 
 def read_turns(value: Any, field: str) -> list[dict[str, Any]]:
-    """The turns of a chat, keys that hold null left out. Raises Malformed."""
+    """The turns of a chat, without keys whose value is null. Raises Malformed."""
     if not isinstance(value, list) or not value:
         raise Malformed(f"{field!r} must be a list of one or more chat messages, got {value!r:.80}")
     return [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(value)]
@@ -24,7 +24,7 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
 
 
 def prompt_messages(value: Any, field: str) -> tuple[Message, ...]:
-    """A chat that ends where the policy is to answer. Raises Malformed."""
+    """A chat whose next turn is the policy's answer. Raises Malformed."""
     turns = read_turns(value, field)
     for index, turn in enumerate(turns):
         _refuse_other_keys(turn, {"role", "content"}, f"{field}[{index}]")
@@ -34,7 +34,7 @@ def prompt_messages(value: Any, field: str) -> tuple[Message, ...]:
 
 
 def demonstration_messages(value: Any, field: str) -> tuple[Message, ...]:
-    """A chat whose assistant turns carry loss unless they say `"train": false`. Raises Malformed."""
+    """A chat whose assistant turns carry loss unless they have `"train": false`. Raises Malformed."""
     messages = []
     for index, turn in enumerate(read_turns(value, field)):
         name = f"{field}[{index}]"

@@ -1,11 +1,11 @@
-"""The order in which prompts are drawn: a shuffle per epoch that any process can take up at any position."""
+"""The order of the training prompts: a shuffle per epoch that any process can resume at any position."""
 
 import numpy as np
 
 
 class PromptOrder:
     """Indices 0..size-1 epoch after epoch. Each epoch is a permutation keyed by (seed, epoch), so `position`,
-    the number of prompts drawn so far, is the whole state."""
+    the number of prompts taken so far, is the whole state."""
 
     def __init__(self, size: int, seed: int, shuffle: bool = True):
         if size < 1:
@@ -18,13 +18,13 @@ class PromptOrder:
         self.position = 0
 
     def seek(self, position: int) -> None:
-        """Continue as if `position` prompts had been drawn."""
+        """Continue as if `position` prompts had been taken."""
         if position < 0:
-            raise ValueError(f"a position counts the prompts drawn, got {position}")
+            raise ValueError(f"a position is a number of prompts, 0 or more, got {position}")
         self.position = position
 
     def next(self, count: int) -> list[int]:
-        """The next `count` indices; runs on into the next epoch, where an index may come again."""
+        """The next `count` indices; continues into the next epoch, so an index may occur twice."""
         drawn = [self._index(self.position + offset) for offset in range(count)]
         self.position += count
         return drawn
@@ -32,7 +32,7 @@ class PromptOrder:
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, self._size)
         if self._shuffle and epoch != self._epoch:
-            # Raw Philox words, unlike Generator.permutation, are promised not to change between releases.
+            # Unlike Generator.permutation, raw Philox words are guaranteed not to change between releases.
             words = np.random.Philox(key=[self._seed, epoch]).random_raw(self._size)
             self._permutation = np.argsort(words, kind="stable")
             self._epoch = epoch

@@ -16,8 +16,9 @@ TOGETHER = 1024  # Enough for the tokenizer to keep every core busy.
 
 
 def split(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts, each in the given order; the `count` smallest hashes of (seed, text) are
-    held out, whatever that order is. Raises DataError where nothing would be left to train on."""
+    """(training, held-out) prompts, each in the given order. Held out are the `count` smallest hashes of
+    (seed, text), so the choice does not depend on the order. Raises DataError if no training prompt is
+    left."""
     if count >= len(prompts):
         raise DataError(f"data.held_out={count} leaves nothing to train on: there are {len(prompts)} prompts")
     ranks = sorted(range(len(prompts)), key=lambda index: _draw(prompts[index], seed))
@@ -29,7 +30,7 @@ def split(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt
 
 
 def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    """Raises DataError naming a prompt that stands in both, by its text or by its id."""
+    """Raise DataError naming a prompt that is in both sets, by text or by id."""
     texts = {prompt.text_key: prompt.id for prompt in train}
     ids = {prompt.id for prompt in train}
     for prompt in held_out:
@@ -47,8 +48,8 @@ def _draw(prompt: Prompt, seed: int) -> bytes:
 
 @dataclass
 class Counts:
-    """What became of the rows of some files. `conflicts` are the duplicates whose answer differs from
-    that of the first."""
+    """Counts of rows of some files, by what was done with them. `conflicts` are the duplicates whose answer
+    differs from that of the first."""
 
     rows: int = 0
     malformed: int = 0
@@ -98,9 +99,9 @@ def load_prompts(config: Data, seed: int, tokenizer: PreTrainedTokenizerBase) ->
 def read_prompts(
     files: Sequence[str], config: PromptFiles, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> tuple[list[Prompt], Counts]:
-    """The distinct prompts of `files` in file order. A row with the text of an earlier one is a duplicate,
-    dropped and counted. Raises DataError for a malformed or too long row unless `config`, which stands at
-    `key` of the configuration, says to skip it."""
+    """The distinct prompts of `files` in file order. A row with the same text as an earlier one is a
+    duplicate: it is dropped and counted. Raises DataError for a malformed or too long row, unless `config`
+    says to skip it; `key` is the key of `config` in the configuration, for messages."""
     reader = _Reader(config, key)
     prompts = [prompt for path in files for prompt in reader.prompts(path, tokenizer)]
     if not prompts:
@@ -110,7 +111,7 @@ def read_prompts(
 
 @dataclass
 class _Reader:
-    """What has been seen so far: text -> answer, id -> place."""
+    """Reader of prompt files. `answers` (text -> answer) and `places` (id -> place) hold what it has read."""
 
     config: PromptFiles
     key: str
@@ -120,7 +121,7 @@ class _Reader:
     places: dict[str, str] = field(default_factory=dict)
 
     def prompts(self, path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
-        """The prompts of a file that are new and fit, TOGETHER tokenized at a time."""
+        """The prompts of a file that are new and not too long; TOGETHER of them are tokenized at a time."""
         self.schema = None if self.config.schema_ == "auto" else self.config.schema_
         fresh: list[tuple[Prompt, Row]] = []
         for row in read_rows(path):
@@ -128,7 +129,7 @@ class _Reader:
                 prompt = self._read(row)
             except Malformed as error:
                 if self.config.malformed == "error":
-                    yield from self._fitting(fresh, tokenizer)  # What is wrong before it is told first.
+                    yield from self._fitting(fresh, tokenizer)  # Errors of earlier rows come first.
                 self._skip_malformed(row, error)
                 continue
             if prompt is not None:

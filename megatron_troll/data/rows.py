@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files, each with the place that errors name."""
+"""Rows of JSONL and Parquet files, each with its place (file and line or row) for error messages."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ class DataError(ValueError):
 
 
 class Malformed(ValueError):
-    """Why one record cannot be read. The reader adds the place, and raises or counts it."""
+    """A record cannot be read; the message says why. The reader adds the place, and raises or counts it."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Row:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Every row of a .jsonl or .parquet file; lines and rows count from 1, blank lines are passed over.
-    Raises DataError for a file that is missing, empty, broken or of another kind."""
+    """Every row of a .jsonl or .parquet file; lines and rows count from 1, blank lines are skipped.
+    Raises DataError for a file that is missing, empty, broken or of another type."""
     path = Path(path)
     readers = {".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix not in readers:

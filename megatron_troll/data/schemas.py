@@ -1,4 +1,4 @@
-"""From a record of a known schema to a Prompt.
+"""Convert a record of a known schema to a Prompt.
 
 dapo      {"prompt": [turns], "reward_model": {"ground_truth": ...}, "extra_info": {"index": ...}, ...}, the
           columns of DAPO-Math-17k and of every data set prepared for verl
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 
 def detect(record: Record) -> str:
-    """The schema of a file by its first record. Raises Malformed where none fits."""
+    """The schema of a file, found from its first record. Raises Malformed if none fits."""
     if "messages" in record:
         return "messages"
     if "question" in record and "answer" in record:
@@ -31,7 +31,7 @@ def detect(record: Record) -> str:
 
 
 def to_prompt(schema: str, record: Record) -> Prompt:
-    """The prompt of one record; whatever is not the chat or its id stays in `Prompt.record`.
+    """The prompt of one record; all fields except the chat and its id stay in `Prompt.record`.
     Raises Malformed."""
     return SCHEMAS[schema](record)
 
@@ -53,7 +53,7 @@ def _verl(record: Record) -> Prompt:
 
 
 def _verl_index(record: Record) -> Any:
-    """A text index names a prompt by itself; a number does so only inside its source and split."""
+    """The index of a record: a text is unique by itself, a number only together with source and split."""
     extra = record.get("extra_info") or {}
     index = extra.get("index") if isinstance(extra, dict) else None
     if not isinstance(index, int):
@@ -78,7 +78,7 @@ SCHEMAS: dict[str, Callable[[Record], Prompt]] = {"dapo": _verl, "gsm8k": _gsm8k
 
 
 def _id(name: Any, messages: tuple[Message, ...]) -> str:
-    """The record's own name, or 16 digits of its content's hash."""
+    """The record's own id, or 16 hex digits of the hash of its chat."""
     if name is None:
         return Prompt("", messages, "").text_key[:16]
     return _text(name, "id")
@@ -91,7 +91,7 @@ def _need(record: Record, field: str) -> Any:
 
 
 def _text(value: Any, field: str) -> str:
-    """Text that is not empty; whole numbers are written out."""
+    """`value` as text that is not empty; an integer is converted to text. Raises Malformed."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:

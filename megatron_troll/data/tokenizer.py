@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face format, and the ids at which sampling stops."""
+"""Tokenizers in Hugging Face format, and the ids of stop tokens."""
 
 import json
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from megatron_troll.data.rows import DataError
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder; no code of the folder is run. Raises DataError where it is missing or
-    has no chat template."""
+    """The tokenizer of a local folder; no code of the folder is run. Raises DataError if it is missing or has
+    no chat template."""
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder; expected a model in Hugging Face format")
     try:
@@ -29,9 +29,9 @@ def stop_ids(
     stop: Sequence[str] = (),
     key: str = "rollout.sampling.stop",
 ) -> tuple[int, ...]:
-    """Sorted ids that end a response: the tokenizer's end of sequence, those of the folder's
-    generation_config.json, and the tokens of `stop`, which stands at `key` of the configuration. Raises
-    DataError where a stop text is not one token, and where there is none at all."""
+    """Sorted ids of the stop tokens: the tokenizer's end of sequence, those of the folder's
+    generation_config.json, and the tokens of `stop`, which the configuration has at `key`. Raises DataError
+    if a stop text is not one token, or there is no stop token at all."""
     ids = {_single_token(text, tokenizer, key) for text in stop} | set(_generation_eos(Path(folder)))
     if isinstance(tokenizer.eos_token_id, int):
         ids.add(tokenizer.eos_token_id)
@@ -44,7 +44,7 @@ def stop_ids(
 
 
 def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises DataError where the tokenizer can produce an id that a model of `vocab_size` has no row for."""
+    """Raise DataError if the tokenizer can produce an id for which a model of `vocab_size` has no row."""
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if highest >= vocab_size:
         raise DataError(

@@ -1,1 +1,1 @@
-"""`mtroll eval`: a model on prompt files, and what its samples say."""
+"""`mtroll eval`: evaluation of a model on prompt files."""

@@ -1,7 +1,7 @@
-"""From n samples a prompt to pass@k, maj@k and their intervals. Pure numpy; everything float64.
+"""Estimators of pass@k, maj@k and their intervals from n samples per prompt. Pure numpy; all float64.
 
-Subsets are of k of the n samples without replacement, all equally likely, and every estimate is the exact
-expectation over them; only the interval over prompts is drawn.
+Every estimate is the exact expectation over subsets of k of the n samples, without replacement, all equally
+likely; only the interval over prompts is random (bootstrap).
 """
 
 import math
@@ -25,9 +25,9 @@ def pass_at(right: np.ndarray, samples: int, k: int) -> np.ndarray:
 def majority_at(votes: Sequence[str | None], success: np.ndarray, k: int) -> float:
     """maj@k of one prompt: the expected success of the most frequent vote among k of its n samples.
 
-    votes [n], None where a sample has no answer: it does not vote. An answer is worth the mean `success` [n]
-    of the samples that gave it. Of several most frequent ones each wins equally often; where nobody votes
-    the prompt fails. 1 <= k <= n; time grows as n k^2.
+    votes [n], None if a sample has no answer: it does not vote. The worth of an answer is the mean `success`
+    [n] of the samples that gave it. Ties are broken uniformly; if none of the k samples votes, success is 0.
+    1 <= k <= n; time grows as n k^2.
     """
     n, sizes, worth = len(votes), *_classes(votes, success)
     blanks = _binomial(n - sum(sizes), k / n)
@@ -39,7 +39,7 @@ def majority_at(votes: Sequence[str | None], success: np.ndarray, k: int) -> flo
 
 def interval(values: np.ndarray, seed: int) -> np.ndarray:
     """[2, M] percentile bootstrap over prompts: the ends of the CONFIDENCE interval of the mean of each
-    column of `values` [P, M], from RESAMPLES draws of P prompts that all columns share."""
+    column of `values` [P, M], from RESAMPLES resamples of P prompts that all columns share."""
     rng = np.random.default_rng(seed)
     prompts = len(values)
     means = [values[rng.integers(prompts, size=prompts)].mean(0) for _ in range(RESAMPLES)]
@@ -57,8 +57,9 @@ def _classes(votes: Sequence[str | None], success: np.ndarray) -> tuple[list[int
 
 
 def _binomial(n: int, p: float) -> np.ndarray:
-    """[n + 1] probabilities. Independent binomials given their sum are a draw without replacement, whatever
-    p: at p = k / n neither C(n, k) overflows nor the probability of the sum k underflows."""
+    """[n + 1] probabilities. Independent binomials conditioned on their sum are distributed like sampling
+    without replacement, for any p. With p = k / n, C(n, k) does not overflow and the probability of the sum k
+    does not underflow."""
     if p == 1:
         return np.eye(n + 1)[n]
     x = np.arange(n + 1)
@@ -67,10 +68,10 @@ def _binomial(n: int, p: float) -> np.ndarray:
 
 
 def _won_with(count: int, blanks: np.ndarray, classes: Sequence[tuple[np.ndarray, float]], k: int) -> float:
-    """Probability that k samples are drawn and the most frequent votes have `count` each, times the mean
-    worth of those."""
-    # [z, t]: z samples drawn so far, t classes with `count` of them and none with more. `worth` is
-    # weighted by the summed worth of the t.
+    """Probability that k samples are chosen and the most frequent answers have `count` votes each, times the
+    mean worth of these answers."""
+    # [z, t]: probability that z samples are chosen so far, t answers have `count` votes and none has more.
+    # `worth` is that probability times the summed worth of the t answers.
     chance = np.zeros((k + 1, k // count + 1))
     drawn = min(k + 1, len(blanks))
     chance[:drawn, 0] = blanks[:drawn]

@@ -15,7 +15,7 @@ from megatron_troll.system import write_atomic
 
 
 def write(path: Path, config: Config, results: Sequence[EvalResult]) -> None:
-    """eval.json: every result by the name of its data set, and what made it."""
+    """Write eval.json: every result by the name of its data set, with the config, seed and versions used."""
     content = {
         "sets": {result.name: {k: v for k, v in asdict(result).items() if k != "name"} for result in results},
         "interval": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "over": "prompts"},
@@ -27,7 +27,7 @@ def write(path: Path, config: Config, results: Sequence[EvalResult]) -> None:
 
 
 def table(results: Sequence[EvalResult]) -> Table:
-    """A row a figure, and under them why one that was asked for is missing."""
+    """Table with one row per figure; the caption says why a requested figure is missing."""
     missing = [f"{one.name}: no maj@k, {one.no_majority}" for one in results if one.no_majority]
     interval = f"{CONFIDENCE:.0%} interval"
     shown = Table(

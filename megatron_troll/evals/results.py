@@ -1,4 +1,4 @@
-"""What the answers to a data set come to."""
+"""Figures computed from the answers to a data set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from megatron_troll.rewards.batch import ScoredBatch, together
 
 @dataclass(frozen=True)
 class Answers:
-    """Samples, a prompt's next to each other; votes [B], None where the verifier extracts no answers or no
-    majority is asked for."""
+    """Samples, those of one prompt adjacent; votes [B], None if the verifier extracts no answers or no
+    maj@k is requested."""
 
     judged: ScoredBatch
     votes: list[str | None] | None
@@ -30,8 +30,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One data set. `step` is the number under which its rollouts are stored; no_majority: why there is no
-    maj@k although one is asked for."""
+    """Results of one data set. `step` is the number under which its rollouts are stored; no_majority: why
+    there is no maj@k although it is requested."""
 
     name: str
     step: int
@@ -44,16 +44,16 @@ class EvalResult:
 
 
 def joined(parts: Sequence[Answers]) -> Answers:
-    """The batches of a data set as one."""
+    """Join the batches of a data set into one."""
     votes = [part.votes for part in parts if part.votes is not None]
     judged = together([part.judged for part in parts])
     return Answers(judged, [vote for some in votes for vote in some] if votes else None)
 
 
 def figures(answers: Answers, asked: EvalSet, seed: int) -> dict[str, Figure]:
-    """Every figure by its name, each a mean over prompts: mean@n of the reward as the verifier gives it,
-    pass@k and maj@k of success (a reward above `asked.success_above`), tokens and the share of responses cut
-    at max_tokens. `seed` is the bootstrap's."""
+    """Every figure by its name, each a mean over prompts: mean@n of the verifier's reward, pass@k and maj@k
+    of success (a reward above `asked.success_above`), response length in tokens, and the share of responses
+    cut at max_tokens. `seed` is for the bootstrap."""
     columns = per_prompt(answers, asked)
     values = np.column_stack(list(columns.values()))
     low, high = interval(values, seed)
@@ -62,7 +62,7 @@ def figures(answers: Answers, asked: EvalSet, seed: int) -> dict[str, Figure]:
 
 
 def per_prompt(answers: Answers, asked: EvalSet) -> dict[str, np.ndarray]:
-    """Name -> [P] float64."""
+    """Figure name -> [P] float64, one value per prompt."""
     samples = asked.samples
     reward = answers.judged.reward.astype(np.float64).reshape(-1, samples)
     success = (reward > asked.success_above).astype(np.float64)
@@ -82,5 +82,5 @@ def per_prompt(answers: Answers, asked: EvalSet) -> dict[str, np.ndarray]:
 
 
 def majorities(asked: EvalSet) -> list[int]:
-    """The k of maj@k; one vote is no majority."""
+    """Values of k for maj@k, without 1: one vote is no majority."""
     return [k for k in asked.pass_at if k > 1]

@@ -1,4 +1,4 @@
-"""`mtroll eval`: every data set answered by the policy, judged, and summed up."""
+"""`mtroll eval`: sample the policy's answers to every data set, judge them, and compute the figures."""
 
 import time
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from megatron_troll.training.build import open_model
 
 
 def evaluate(task: EvalTask, interrupts: Interrupts) -> list[EvalResult] | None:
-    """Answer, judge and sum up every data set; write eval.json and every sample into the run folder. None
-    after Ctrl-C or SIGTERM: an interrupted evaluation is started again. Runs on every rank."""
+    """Evaluate every data set; write eval.json and every sample into the run folder. Returns None after
+    Ctrl-C or SIGTERM: an interrupted evaluation must be restarted. Runs on every rank."""
     config = task.config
     with open_session(config, task.batches, interrupts) as session:
         model = open_model(config.policy, task.shape, session.groups, config.seed, session.watchdog.beat)
@@ -45,7 +45,7 @@ def evaluate(task: EvalTask, interrupts: Interrupts) -> list[EvalResult] | None:
 
 @dataclass(frozen=True)
 class SetEvaluation:
-    """One data set on this rank, `drawn` batches after the start."""
+    """Evaluation of one data set on this rank; `drawn` batches were sampled before it."""
 
     task: EvalTask
     session: Session
@@ -54,7 +54,7 @@ class SetEvaluation:
     drawn: int
 
     def answers(self) -> Answers | None:
-        """Every answer; None where the job was asked to stop. Blocks on all ranks."""
+        """Sample and judge every answer; None if the job was asked to stop. Blocks on all ranks."""
         task, one = self.task, self.one
         requests = requests_for(one.prompts, one.config.samples)
         parts: list[Answers] = []
@@ -89,7 +89,7 @@ class SetEvaluation:
 
 
 def keep(session: Session, store: RolloutStore, step: int, answers: Answers) -> None:
-    """Store every sample under the number of its data set. Blocks."""
+    """Store every sample under `step`, the number of its data set. Blocks."""
     judged, no_advantage = answers.judged, [0.0] * len(answers.judged.rollouts)
     session.world.first(lambda: store.write(step, judged.rollouts, judged.reward.tolist(), no_advantage))
 

@@ -1,4 +1,4 @@
-"""What `mtroll eval` evaluates: a configuration with all that it names read and found fit."""
+"""Inputs of `mtroll eval`: the configuration, and everything it names, read and validated."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ from megatron_troll.types import Prompt
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set with its prompts. `config` and `reward` have every default written out; `rollout` is what
-    its engine is built with."""
+    """One data set with its prompts. `config` and `reward` have every default filled in; its engine is
+    built with `rollout`."""
 
     name: str
     config: EvalSet
@@ -34,7 +34,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """`at_once` is how many answers are drawn together, on all data-parallel ranks."""
+    """A validated evaluation. `at_once`: answers sampled together, over all data-parallel ranks."""
 
     config: Config
     shape: ModelShape
@@ -53,13 +53,13 @@ class EvalTask:
         return -(-len(one.prompts) * one.config.samples // self.at_once)
 
     def token_text(self, token: int) -> str:
-        """What one token id reads as."""
+        """Text of one token id."""
         return str(self.tokenizer.decode([token]))
 
 
 def prepare(config: Config) -> EvalTask:
-    """Read and check what `config` names. Raises one of task.PROBLEMS with what is wrong and where; touches
-    no device and writes nothing."""
+    """Read and check what `config` names. Raises one of task.PROBLEMS, which says what is wrong and where.
+    Touches no device and writes nothing."""
     if not config.eval:
         raise ConfigError("eval: missing; `mtroll eval` needs eval.<name>.files, prompts to answer")
     if config.resume:
@@ -81,7 +81,7 @@ def prepare(config: Config) -> EvalTask:
 
 
 def _reward(config: Config, name: str) -> RewardConfig:
-    """The data set's own verifier or the run's, with its defaults. Raises ConfigError."""
+    """The data set's own verifier config, otherwise the run's, with its defaults. Raises ConfigError."""
     own = config.eval[name].reward
     try:
         return verifiers.resolve(own or config.reward)
@@ -97,7 +97,7 @@ def _data_set(config: Config, name: str, reward: RewardConfig, tokenizer: PreTra
         name=name,
         config=one,
         reward=reward,
-        # Nothing is learned from the samples: their top-K would be memory for nothing.
+        # Nothing is trained on these samples: recording their top-K would only waste memory.
         rollout=config.rollout.model_copy(update={"sampling": one.sampling, "top_k": 0}),
         prompts=tuple(prompts[: one.prompts]),
         counts=counts,

@@ -1,4 +1,4 @@
-"""The file of scales for an FP8 KV cache, in the form that SGLang reads (--quantization-param-path)."""
+"""The file of scales for an FP8 KV cache, in the format that SGLang reads (--quantization-param-path)."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,7 @@ from megatron_troll.mcore.shape import ModelShape
 
 
 class KVCache(BaseModel):
-    """scaling_factor: a scale for each layer of each tensor-parallel rank; keys and values share it."""
+    """Scales of the cache. scaling_factor: tensor-parallel rank -> layer -> scale of its keys and values."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     dtype: Literal["float8_e4m3fn"] = "float8_e4m3fn"
@@ -18,7 +18,7 @@ class KVCache(BaseModel):
 
 
 class KVScales(BaseModel):
-    """The whole file. hidden_size, which SGLang leaves unread, tells models of one family and depth apart."""
+    """The whole file. hidden_size, which SGLang ignores, distinguishes models of one family and depth."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     model_type: str
@@ -27,8 +27,8 @@ class KVScales(BaseModel):
 
 
 def check_scales(path: Path, shape: ModelShape, tp: int) -> None:
-    """Raises ConfigError unless the file holds a scale for every layer and rank: SGLang says of a wrong one
-    no more than a line in its log, and takes 1."""
+    """Raises ConfigError unless the file holds a scale for every layer and rank: for a wrong file SGLang
+    only logs one line, and uses 1."""
     again = f"calibrate with tools/calibrate_fp8_kv.py --tp {tp}"
     try:
         scales = KVScales.model_validate_json(path.read_text())

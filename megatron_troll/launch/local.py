@@ -1,4 +1,4 @@
-"""Ranks of one command on this machine, as plain subprocesses that live and end together."""
+"""Ranks of one command on this machine, as plain subprocesses that start and end together."""
 
 import os
 import queue
@@ -22,7 +22,7 @@ TAIL_LINES = 40
 
 @dataclass(frozen=True)
 class Rank:
-    """One process in a session of its own, and the file its stderr is appended to from byte `start`."""
+    """One process in its own session, and the file to which its stderr is appended from byte `start`."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -30,20 +30,20 @@ class Rank:
     start: int
 
     def said(self) -> list[str]:
-        """Its stderr of this launch, empty lines left out."""
+        """The non-empty lines of the rank's stderr since this launch."""
         with open(self.stderr, "rb") as file:
             file.seek(self.start)
             return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
 
     def kill(self) -> None:
-        """End it and every process it started."""
+        """Kill the rank and every process it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The rank that failed first; code as Popen gives it (negative: killed by that signal)."""
+    """The rank that failed first. code: as Popen gives it (negative: killed by that signal)."""
 
     rank: Rank
     code: int
@@ -60,7 +60,7 @@ class Failure:
         return f"killed by {signal.Signals(-self.code).name}{hint}"
 
     def __str__(self) -> str:
-        """One line: who failed, how, and the last thing it said."""
+        """One line: which rank failed, how, and the last line of its stderr."""
         said = self.rank.said()
         last = said[-1].strip() if said else f"it wrote nothing to {self.rank.stderr}"
         return f"rank {self.rank.number} failed ({self.reason}): {last}"
@@ -68,7 +68,7 @@ class Failure:
 
 def launch(argv: Sequence[str], ranks: int, threads: int, log_dir: Path, grace_s: float = GRACE_S) -> int:
     """Run `argv` as a world of `ranks` processes of `threads` CPU threads and return the exit code of the
-    job. What a failing rank said last comes last. See `run_ranks`."""
+    job. The last line of a failing rank's stderr is printed last. See `run_ranks`."""
     port = free_port()
     environments = {rank: rank_environment(rank, ranks, port, threads) for rank in range(ranks)}
     failure = run_ranks(argv, environments, log_dir, grace_s)
@@ -84,14 +84,14 @@ def run_ranks(
     log_dir: Path,
     grace_s: float = GRACE_S,
 ) -> Failure | None:
-    """Run `argv` once for each rank of `environments` (rank -> what it gets beside our environment).
+    """Run `argv` once for each rank of `environments` (rank -> variables added to our environment).
 
-    Rank 0 writes to this terminal; the stdout of the others and everybody's stderr are appended to
-    log_dir/rank_N.out and .err, and rank 0's stderr is shown as well. The first SIGINT, SIGTERM or SIGUSR1 is
-    handed to every rank, and then waited for as long as a checkpoint takes; the third one kills. A rank
-    starts with these signals blocked, and unblocks them when it can handle them (interrupts.watched). When a
-    rank fails, the others have `grace_s` to end by themselves and as long again after SIGTERM; that failure
-    is returned. Blocks; needs the main thread, for its signal handlers.
+    Rank 0 writes to this terminal; the stdout of the other ranks and the stderr of all are appended to
+    log_dir/rank_N.out and .err, and rank 0's stderr is also shown. The first SIGINT, SIGTERM or SIGUSR1 is
+    forwarded to every rank, which may then take as long as a checkpoint needs; the third one kills. A rank
+    starts with these signals blocked, and unblocks them when it can handle them (system.watched). If a rank
+    fails, the others have `grace_s` to end by themselves and as long again after SIGTERM; that failure is
+    returned. Blocks; needs the main thread, for its signal handlers.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     started: list[Rank] = []
@@ -107,7 +107,7 @@ def run_ranks(
 
 
 def rank_environment(rank: int, world: int, port: int, threads: int) -> dict[str, str]:
-    """What torch.distributed's `env://` reads, and the CPU threads of one rank."""
+    """The variables that torch.distributed's `env://` reads, and the CPU threads of one rank."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -127,7 +127,7 @@ def free_port() -> int:
 
 
 def _spawn(argv: Sequence[str], env: dict[str, str], number: int, log_dir: Path) -> Rank:
-    """A session of its own: a Ctrl-C at the terminal reaches a rank only through this process."""
+    """Start a rank in its own session: a Ctrl-C at the terminal reaches it only through this process."""
     errors = log_dir / f"rank_{number}.err"
     with open(errors, "ab") as stderr, open(log_dir / f"rank_{number}.out", "ab") as stdout:
         start = stderr.tell()
@@ -144,9 +144,9 @@ def _spawn(argv: Sequence[str], env: dict[str, str], number: int, log_dir: Path)
 
 
 def _before_its_program() -> None:
-    """SIGTERM for this rank when its parent dies, however that happens (Linux prctl). It may come twice:
-    once for each thread of the parent that the rank is handed to while they die. Whoever asks the rank to
-    stop while it still imports has to wait."""
+    """Let this rank get SIGTERM when its parent dies in any way (Linux prctl). It may come twice: once for
+    each thread of the parent that the rank is handed to while they die. The stop signals stay blocked, so
+    that they wait until the rank has finished its imports."""
     end_with_parent(signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
 
@@ -175,7 +175,7 @@ def _signals_handed_to(ranks: list[Rank]) -> Iterator[None]:
 
 
 def _wait(ranks: Sequence[Rank], grace_s: float) -> Failure | None:
-    """Until every rank has ended. One thread a rank reports its end, so that the first is known as such."""
+    """Wait until every rank has ended. A thread per rank reports its end, so that the first one is known."""
     ended: queue.Queue[tuple[Rank, int]] = queue.Queue()
     for rank in ranks:
         threading.Thread(target=lambda r: ended.put((r, r.process.wait())), args=(rank,)).start()
@@ -199,7 +199,7 @@ def _wait(ranks: Sequence[Rank], grace_s: float) -> Failure | None:
 
 @contextmanager
 def _shown(ranks: Sequence[Rank]) -> Iterator[None]:
-    """Copy the ranks' stderr to ours as it grows. A file between them outlives either process; a pipe not."""
+    """Copy the ranks' stderr to ours as it grows. Unlike a pipe, a file outlives either process."""
     done = threading.Event()
 
     def follow(rank: Rank) -> None:
@@ -223,7 +223,7 @@ def _shown(ranks: Sequence[Rank]) -> Iterator[None]:
 
 
 def _tell(failure: Failure) -> None:
-    """The end of the failing rank's stderr, unless it was shown already, and one line that names it."""
+    """Print the end of the failing rank's stderr, unless already shown, and one line that names the rank."""
     rank, said = failure.rank, failure.rank.said()
     if rank.number != 0 and said:
         sys.stderr.write(f"The end of {rank.stderr}:\n" + "\n".join(said[-TAIL_LINES:]) + "\n")

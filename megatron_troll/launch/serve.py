@@ -1,4 +1,4 @@
-"""`mtroll serve`: the servers of a configuration, written down for the runs that ask them."""
+"""`mtroll serve`: run the servers of a configuration, and register them for the runs that use them."""
 
 import os
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from megatron_troll.weights.source import check_folder
 
 
 def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) -> None:
-    """Start serve.servers servers, and keep them running until asked to stop. Those that are healthy are
-    written down in runs/<name>/servers. Raises one of task.PROBLEMS before anything is started, and
+    """Start serve.servers servers, and keep them running until asked to stop. Healthy ones are
+    registered in runs/<name>/servers. Raises one of task.PROBLEMS before anything is started, and
     ServerFailed."""
     plans, folder = plans_of(config), RunPaths.of(config).servers
 
@@ -35,7 +35,7 @@ def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) 
 
 
 def plans_of(config: Config) -> list[ServerPlan]:
-    """What would be started. Raises one of task.PROBLEMS."""
+    """The servers to start. Raises one of task.PROBLEMS."""
     serve, model, key_file = config.serve, config.models.drawing, config.rollout.sglang.api_key_file
     check_address(serve, key_file)
     key, shape = read_key(key_file), read_shape(model.path)

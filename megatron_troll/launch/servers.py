@@ -1,4 +1,4 @@
-"""SGLang servers as processes of this one: started, watched, started again, stopped."""
+"""SGLang servers as child processes: started, watched, restarted, stopped."""
 
 import os
 import shutil
@@ -31,8 +31,8 @@ class ServerFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """One server: what starts it, its flags, and where its log and its configuration go. `key` is written to
-    the configuration only, which nobody else may read, and taken out of the log."""
+    """One server: the command that starts it, its flags, and the folder of its log and configuration. `key`
+    is written only to the configuration, which no other user can read, and is removed from the log."""
 
     argv: tuple[str, ...]
     environment: dict[str, str]
@@ -46,19 +46,19 @@ class ServerPlan:
 
     @property
     def url(self) -> str:
-        """Where clients reach it."""
+        """URL at which clients reach the server."""
         host = str(self.flags["host"])
         return _url(socket.getfqdn() if host in WILDCARDS else host, self.port)
 
     @property
     def local_url(self) -> str:
-        """Where this machine reaches it."""
+        """URL at which this machine reaches the server."""
         host = str(self.flags["host"])
         return _url(WILDCARDS.get(host, host), self.port)
 
     @property
     def name(self) -> str:
-        """Of its files; other machines may write to the same folder."""
+        """Stem of the server's files; unique, because other machines may write to the same folder."""
         return f"server_{socket.gethostname()}_{self.port}"
 
     @property
@@ -67,7 +67,7 @@ class ServerPlan:
 
 
 class Process:
-    """One running server, the leader of a session of its own."""
+    """One running server, the leader of its own session."""
 
     def __init__(self, plan: ServerPlan) -> None:
         self.plan = plan
@@ -90,7 +90,7 @@ class Process:
         self._writer.start()
 
     def _write_log(self) -> None:
-        """SGLang logs its arguments, the key among them."""
+        """Copy the server's output to its log without the key, which SGLang logs with its arguments."""
         assert self.popen.stdout is not None
         secret = None if self.plan.key is None else self.plan.key.encode()
         with open(self.plan.log, "ab") as log:
@@ -109,7 +109,7 @@ class Process:
             return False
 
     def end(self, patience_s: float) -> None:
-        """Wait for it to stop, then kill it and every process it started."""
+        """Wait for the server to stop, then kill it and every process it started."""
         with suppress(subprocess.TimeoutExpired):
             self.popen.wait(patience_s)
         with suppress(ProcessLookupError):
@@ -124,7 +124,7 @@ class Process:
 
 @dataclass
 class ServerSlot:
-    """A place that a server has: the process there now, and how often it was started again."""
+    """One planned server: its current process, and how often it was restarted."""
 
     plan: ServerPlan
     process: Process
@@ -134,8 +134,8 @@ class ServerSlot:
 
 @dataclass(frozen=True)
 class Supervisor:
-    """Keeps servers running. `announce(plan, pid)` is called when one is healthy, with None when it is not
-    any longer; `say` is told what happens. One that dies is started again, `restarts` times at most."""
+    """Keeps servers running. `announce(plan, pid)` is called when a server becomes healthy, with None when it
+    no longer is; `say` receives progress messages. A server that dies is restarted up to `restarts` times."""
 
     start_timeout_s: float
     restarts: int
@@ -143,8 +143,8 @@ class Supervisor:
     say: Callable[[str], object]
 
     def run(self, plans: Sequence[ServerPlan], interrupts: Interrupts) -> None:
-        """Until asked to stop; every server is stopped then. Raises ServerFailed, after that, where one does
-        not get healthy in time or dies once too often."""
+        """Run until asked to stop, then stop every server. Raises ServerFailed, after stopping them, if one
+        does not become healthy in time or dies too often."""
         for plan in plans:
             _check_port(plan)
         deadline = time.monotonic() + self.start_timeout_s
@@ -172,7 +172,7 @@ class Supervisor:
             )
 
     def _replace(self, slot: ServerSlot) -> None:
-        """A new process in the place of one that has ended."""
+        """Start a new process in place of one that has ended."""
         plan, process = slot.plan, slot.process
         self.announce(plan, None)
         process.end(0.0)
@@ -197,7 +197,7 @@ def _url(host: str, port: int) -> str:
 
 
 def refusal(host: str, port: int) -> str | None:
-    """Why nothing can listen there now; None where it can."""
+    """Reason why nothing can listen on this address and port now; None if it is free."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -216,20 +216,20 @@ def _check_port(plan: ServerPlan) -> None:
 
 
 def _before_its_program() -> None:
-    """SIGKILL for the server when this process dies, however that happens; its children follow it. Slurm's
-    SIGUSR1, which asks ranks to save, does not end it. SIGTERM, which every process of a preempted job gets,
-    does (Python unblocks that one): it is started again."""
+    """Let this server get SIGKILL when its parent dies in any way; its children follow it. Slurm's SIGUSR1,
+    which asks ranks to save, does not end it. SIGTERM, which every process of a preempted job gets, does end
+    it (Python unblocks that one), and it is restarted."""
     end_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 def environment(device: str, threads: int) -> dict[str, str]:
-    """What servers find in theirs: this process's, without what is for its own Python."""
+    """The servers' environment: this process's, without the variables of its own Python."""
     theirs = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     theirs |= {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # /health is asked often, and is otherwise answered by generating a token.
+        # /health is polled often, and by default each answer generates a token.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
     }
     if device == "cpu":
@@ -243,8 +243,8 @@ def environment(device: str, threads: int) -> dict[str, str]:
 
 
 def interpreter(named: str) -> Path:
-    """serve.python as a path: a file, or a command of PATH. Absolute, but not resolved: the interpreter of a
-    virtual environment is a link. Raises ConfigError."""
+    """The absolute path of serve.python, a file or a command on PATH. Links are not resolved: the interpreter
+    of a virtual environment is one. Raises ConfigError."""
     found = shutil.which(named)
     if found is None:
         raise ConfigError(
@@ -255,5 +255,5 @@ def interpreter(named: str) -> Path:
 
 
 def command(python: str, device: str) -> tuple[str, ...]:
-    """What starts a server, but for its flags."""
+    """The command that starts a server, without its flags."""
     return (python, "-m", "sglang_cpu.serve" if device == "cpu" else "sglang.launch_server")

@@ -1,4 +1,4 @@
-"""From a configuration to the flags of its SGLang servers."""
+"""The flags of a configuration's SGLang servers."""
 
 import ipaddress
 from pathlib import Path
@@ -15,7 +15,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Families whose model in this SGLang reads a file of KV scales; the others refuse to start with one.
 READS_SCALES = ("qwen3",)
 HAS_MAMBA = ("qwen3_next",)
-# What has no kernel without CUDA, and what would take all of a machine's memory.
+# Disables what has no kernel without CUDA, and limits what would take all of a machine's memory.
 ON_CPU: Flags = {
     "device": "cpu",
     "attention-backend": "torch_native",
@@ -31,8 +31,8 @@ ON_CPU: Flags = {
 
 
 def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Flags:
-    """The flags of server `number` on "cuda" or "cpu", without its API key. Raises ConfigError for what a
-    server would refuse, or do in silence."""
+    """The flags of server `number` on "cuda" or "cpu", without its API key. Raises ConfigError for settings
+    that a server would refuse or silently change."""
     serve, model = config.serve, config.models.drawing
     flags: Flags = {
         "model-path": str(Path(model.path).absolute()),
@@ -63,7 +63,7 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
 
 
 def check_sizes(serve: Serve, shape: ModelShape) -> None:
-    """Raises ConfigError where the model cannot be cut over the GPUs of one server."""
+    """Raises ConfigError if the model cannot be sharded over the GPUs of one server."""
     if shape.heads % serve.tp:
         raise ConfigError(f"serve.tp={serve.tp}: {shape.heads} attention heads cannot be divided by it")
     if serve.tp % serve.ep or shape.experts % serve.ep:
@@ -73,7 +73,7 @@ def check_sizes(serve: Serve, shape: ModelShape) -> None:
 
 
 def check_address(serve: Serve, key_file: str | None) -> None:
-    """Raises ConfigError where others could reach a server that asks for no key."""
+    """Raises ConfigError if other machines could reach a server that needs no key."""
     if key_file is None and not _is_loopback(serve.host):
         raise ConfigError(
             f"serve.host={serve.host}: a server that other machines reach needs an API key: put one in a "
@@ -97,7 +97,7 @@ def _on_cpu(serve: Serve) -> Flags:
 
 
 def kv_cache(config: Config, shape: ModelShape) -> Flags:
-    """Those of the KV cache. Raises ConfigError where it is FP8 without scales of this model."""
+    """Flags of the KV cache. Raises ConfigError if it is FP8 without scales for this model."""
     check_kv_cache(config, shape)
     serve, dtype = config.serve, config.rollout.kv_cache
     if dtype == "auto":
@@ -110,7 +110,7 @@ def kv_cache(config: Config, shape: ModelShape) -> Flags:
 
 
 def check_kv_cache(config: Config, shape: ModelShape) -> None:
-    """Raises ConfigError where an FP8 cache has no scales, or may have none. Reads no file."""
+    """Raises ConfigError if an FP8 cache has no scales, or the model family cannot use any. Reads no file."""
     serve, dtype = config.serve, config.rollout.kv_cache
     if dtype == "auto" or serve.force_unscaled_kv:
         return
@@ -122,8 +122,8 @@ def check_kv_cache(config: Config, shape: ModelShape) -> None:
         )
     if serve.kv_scales is None:
         raise ConfigError(
-            f"rollout.kv_cache={dtype}: without calibrated scales SGLang takes 1 for all of them and says "
-            "nothing: make some with tools/calibrate_fp8_kv.py and name the file in serve.kv_scales, or "
+            f"rollout.kv_cache={dtype}: without calibrated scales SGLang silently uses 1 for all of "
+            "them: make some with tools/calibrate_fp8_kv.py and name the file in serve.kv_scales, or "
             "accept that with serve.force_unscaled_kv=true"
         )
 
@@ -141,11 +141,11 @@ def _mamba(mamba: Mamba | None, shape: ModelShape) -> Flags:
 
 
 def _with_own(flags: Flags, own: Flags) -> Flags:
-    """`serve.flags` may set what is chosen for a device, nothing that the rest of the configuration says."""
+    """Add `serve.flags`. They may replace the defaults for a device, but no flag that other keys set."""
     named = {key.lstrip("-").replace("_", "-"): value for key, value in own.items()}
     taken = sorted(named.keys() & (flags.keys() - ON_CPU.keys()))
     if taken:
-        raise ConfigError(f"serve.flags: {', '.join(taken)} follow from other keys of the configuration")
+        raise ConfigError(f"serve.flags: {', '.join(taken)} are set by other keys of the configuration")
     if {"api-key", "admin-api-key", "config"} & named.keys():
         raise ConfigError("serve.flags: keys belong in the file of rollout.sglang.api_key_file")
     return flags | named

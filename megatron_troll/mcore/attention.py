@@ -1,10 +1,10 @@
 """Core attention on torch's scaled_dot_product_attention, for the local layer spec.
 
-Megatron's own local attention takes neither packed sequences nor context parallelism. This one takes both,
-and the masks and KV caches of in-process generation.
+Megatron's own local attention supports neither packed sequences nor context parallelism. This one supports
+both, and the masks and KV caches of in-process generation.
 
-Under context parallelism a rank computes causal attention of the last positions of a sequence, for each
-chunk it holds: no mask, and neither forward nor backward holds positions x positions.
+Under context parallelism a rank computes, for each chunk of queries it holds, causal attention to the keys up
+to the chunk's end. This needs no mask, and neither forward nor backward holds positions x positions.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ from megatron_troll.parallel.groups import Group
 
 
 class CachedSelfAttention(SelfAttention):
-    """Megatron's self-attention. `stored` gives new keys and values the form in which the KV cache of
-    generation holds them; Megatron caches keys before their rotary embedding."""
+    """Megatron's self-attention. `stored` converts new keys and values to the form in which generation's KV
+    cache holds them; Megatron caches keys before their rotary embedding."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,11 +39,11 @@ class CachedSelfAttention(SelfAttention):
     def forward(
         self, *inputs: Any, rotary_pos_emb: Any = None, packed_seq_params: Any = None, **options: Any
     ) -> Any:
-        """Rotary angles `rotary_pos_emb` are [longest, 1, 1, d]."""
+        """Rotary angles `rotary_pos_emb`: [longest, 1, 1, d]."""
         if packed_seq_params is not None and rotary_pos_emb is not None:
-            # Given the angles of the longest sequence, Megatron 0.19 turns sequences one by one and copies
-            # each into the whole: the backward of every copy goes through the whole. Given those of every
-            # token, it turns all at once.
+            # Given the angles of the longest sequence, Megatron 0.19 rotates sequences one by one and copies
+            # each into the whole tensor: the backward of every copy processes the whole tensor. Given the
+            # angles of every token, it rotates all at once.
             rotary_pos_emb = rotary_pos_emb[packed_seq_params.position]
         return super().forward(
             *inputs, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **options
@@ -59,7 +59,7 @@ class CachedSelfAttention(SelfAttention):
 
     @override
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        """Megatron's, which it compiles: on a machine without CUDA, for minutes."""
+        """Same as Megatron's, but not compiled, which would take minutes on a machine without CUDA."""
         return (x * torch.sigmoid(gate.reshape(x.shape).float())).to(x.dtype)
 
 
@@ -110,7 +110,7 @@ class CoreAttention(MegatronModule):
         return self._padded_cp(query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """All [b, n, s, d]. Causal when no mask is given."""
+        """Attention over tensors [b, n, s, d], causal if no mask is given."""
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -148,8 +148,8 @@ class CoreAttention(MegatronModule):
         return _flat(self._causal(*map(_batch_first, (query, key[order], value[order]))))
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """All [b, n, s, d], keys and values in the order of their positions; under context parallelism the
-        queries are this rank's two chunks of them (batching/plan.py)."""
+        """Causal attention over tensors [b, n, s, d], keys and values in order of position; under context
+        parallelism the queries are this rank's two chunks of the positions (batching/plan.py)."""
         if self.cp.size == 1:
             return self._attend(query, key, value)
         chunk = key.size(2) // (2 * self.cp.size)
@@ -176,8 +176,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attend_suffix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """query [b, n, c, d] stands at the last c of the positions of key and value [b, g, s, d], n a multiple of
-    g. Returns [b, n, c, d]. Saves its arguments, the result and a logsumexp per query."""
+    """Causal attention of query [b, n, c, d], at the last c positions of key and value [b, g, s, d]; n is a
+    multiple of g. Returns [b, n, c, d]. Saves its arguments, the result and a logsumexp per query."""
     if query.is_cuda:
         mask: Any = causal_lower_right(query.size(2), key.size(2))
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
@@ -186,9 +186,9 @@ def attend_suffix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 
 
 class _Suffix(torch.autograd.Function):
-    """Two parts, the keys before the first query and those from there on, joined by their logsumexps. Given
-    the joined result and logsumexp, the backward of each part is its share of the whole (as in ring
-    attention, arXiv:2310.01889)."""
+    """Attention to the keys before the first query and to those from there on, combined by their logsumexps.
+    Given the combined result and logsumexp, the backward of each part gives its share of the whole gradient
+    (as in ring attention, arXiv:2310.01889)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -217,7 +217,7 @@ class _Suffix(torch.autograd.Function):
 
 
 def _parts(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
-    """Keys, values, whether they are causal: those before the first query, if any; then the queries' own."""
+    """(keys, values, whether causal): those before the first query, if any; then those of the queries."""
     before = key.size(2) - query.size(2)
     own = (key[:, :, before:], value[:, :, before:], True)
     return [(key[:, :, :before], value[:, :, :before], False), own] if before else [own]

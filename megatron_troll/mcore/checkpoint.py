@@ -1,8 +1,9 @@
 """Save and load whole training states with Megatron's distributed checkpoints (torch_dist).
 
 A checkpoint folder holds `tensors/` with Megatron's files, `rng_<rank>.json`, and `checkpoint.json` with
-everything else. Ours is JSON, and tensors are read with weights_only. What Megatron and torch unpickle beside
-them is vetted first (checkpoint_pickle.py): loading a checkpoint runs no code from it, wherever it came from.
+everything else. Our files are JSON, and tensors are read with weights_only. Whatever else Megatron and torch
+unpickle is checked first (checkpoint_pickle.py): loading a checkpoint never runs code from it, whatever its
+source.
 """
 
 import json
@@ -33,13 +34,13 @@ from megatron_troll.mcore.shape import described
 from megatron_troll.system import end_with_parent, spared
 
 VERSIONED = (folders.MEGATRON, "torch")
-# What Megatron raises on the rank that failed; torch's CheckpointException is raised on every rank.
+# Raised by Megatron only on the rank that failed; torch's CheckpointException is raised on every rank.
 LOCAL_FAILURES = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
 
 
 class Checkpoints:
-    """The checkpoints of one run, for the models it trains, by name. Every method but `latest` and `steps` is
-    called by every rank and blocks on all of them.
+    """The checkpoints of one run, with the models it trains by name. Except for `latest`, `steps` and `path`,
+    every method must be called on every rank and blocks on all of them.
 
     `folder` must be on a file system that all ranks share. A program that saves needs an
     `if __name__ == "__main__"` guard: Megatron spawns a helper process.
@@ -80,17 +81,17 @@ class Checkpoints:
         score: float | None = None,
         attach: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """Write models, optimizers, schedules, generators and `state` (JSON-able, of rank 0) as `step`. On
-        rank 0, `attach` is given the folder and may write further files into it.
+        """Write models, optimizers, schedules, random generators and `state` (JSON values, from rank 0) as
+        `step`. On rank 0, `attach` is called with the folder and may write more files into it.
 
-        The folder appears under its name only once every rank's files are on disk. Asynchronously, that
-        happens in a later `maybe_finalize`, the next `save` or `finish`; tensors are copied to the host (on a
+        The folder appears under its name only once every rank's files are on disk. An asynchronous save does
+        this in a later `maybe_finalize`, the next `save` or `finish`; tensors are copied to the host (on a
         machine without GPU: snapshotted by fork) before this returns. The step that was last loaded or saved
-        is not written again. After loading an earlier step, the steps that came after it are deleted when
-        the first new one is complete.
+        is not written again. After an earlier step was loaded, the steps after it are deleted when the first
+        new one is complete.
 
-        Raises CheckpointError on every rank; what was complete before stays usable. Only a disk that fills
-        during Megatron's own small files (`.metadata`, `metadata.json`) raises on rank 0 alone.
+        Raises CheckpointError on every rank; earlier checkpoints stay usable. Exception: if the disk fills
+        while Megatron writes its own small files (`.metadata`, `metadata.json`), only rank 0 raises.
         """
         if score is not None and not math.isfinite(score):
             raise ValueError(f"the score of step {step} is {score}; leave it out or give a finite number")
@@ -119,8 +120,8 @@ class Checkpoints:
                 request.execute_sync()
 
     def maybe_finalize(self) -> None:
-        """Complete an asynchronous save if every rank has written its files; returns at once where nothing is
-        pending. Raises CheckpointError where writing failed."""
+        """Complete an asynchronous save if every rank has written its files; returns at once if nothing is
+        pending. Raises CheckpointError if writing failed."""
         self._finalize(blocking=False)
 
     def finish(self) -> None:
@@ -128,15 +129,15 @@ class Checkpoints:
         self._finalize(blocking=True)
 
     def load(self, step: int | Literal["latest"] = "latest") -> dict[str, Any]:
-        """Fill models, optimizers and schedules from a checkpoint of any layout and return its `state`.
+        """Load models, optimizers and schedules from a checkpoint of any layout and return its `state`.
 
         Learning rate and weight decay follow this run's config at the saved position of the schedule. The
-        random generators continue only where world and layouts are those of the save; sampling is keyed and
-        needs none. A plain and a distributed optimizer read each other's checkpoints.
+        random generators are restored only if world size and layouts equal those of the save; sampling is
+        keyed and does not use them. Plain and distributed optimizers can read each other's checkpoints.
 
-        Raises CheckpointError, before anything is changed, where files are missing or cut short, hold more
-        than a checkpoint needs or are of a newer Megatron-Core, or the models differ; later ones say that the
-        models in memory are lost.
+        Raises CheckpointError, before anything is changed, if files are missing or truncated, hold more than
+        a checkpoint needs or come from a newer Megatron-Core, or if the models differ; errors after that
+        point say that the models in memory are lost.
         """
         self.finish()
         wanted = None if step == "latest" else step
@@ -188,7 +189,7 @@ class Checkpoints:
             ) from error
 
     def _check(self, path: Path, manifest: dict[str, Any]) -> None:
-        """On rank 0: whether the checkpoint can be read, runs nothing, and is of these models."""
+        """Check on rank 0 that the checkpoint can be read, runs no code, and belongs to these models."""
         folders.refuse_newer(path, manifest)
         vet(path / TENSORS)
         self._check_models(path, manifest)
@@ -198,7 +199,7 @@ class Checkpoints:
         if saved.keys() != ours.keys():
             raise CheckpointError(f"{path} holds the models {sorted(saved)}, this run trains {sorted(ours)}")
         for name, trained in ours.items():
-            # Before 0.19.2 there was one optimizer, and no name for it.
+            # Before 0.19.2 AdamW was the only optimizer, and checkpoints did not name it.
             here, there = tensors.algorithm(trained), saved[name].get("optimizer", "adamw")
             if here != there:
                 raise CheckpointError(
@@ -246,7 +247,7 @@ class Checkpoints:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Turn what Megatron raises into CheckpointError, and free the disk of the failed draft."""
+        """Convert Megatron's errors to CheckpointError, and delete the failed draft from disk."""
         try:
             yield
         except CheckpointException as error:
@@ -254,7 +255,7 @@ class Checkpoints:
         except CheckpointError as error:
             raise self._failed(str(error)) from error
         except LOCAL_FAILURES as error:
-            # Other ranks may be anywhere: no collective. This process ends, and theirs fail with it.
+            # No collective here: other ranks may be anywhere. This process ends, and then theirs fail too.
             raise self._failed(f"rank {self._world.rank}: {_reason(error)}") from error
 
     def _failed(self, reason: str) -> CheckpointError:
@@ -267,7 +268,7 @@ class Checkpoints:
         )
 
     def _everywhere[T](self, action: Callable[[], T]) -> T:
-        """`action()` on every rank; if it fails on any, CheckpointError on all."""
+        """Run `action` on every rank; if it fails on any, raise CheckpointError on all."""
 
         def act() -> T:
             try:
@@ -278,7 +279,7 @@ class Checkpoints:
         return self._world.each(act)
 
     def _once[T](self, action: Callable[[], T]) -> T:
-        """`action()` on rank 0; its result, or CheckpointError, on every rank."""
+        """Run `action` on rank 0; return its result, or raise CheckpointError, on every rank."""
         result = self._everywhere(lambda: action() if self._world.rank == 0 else None)
         return self._world.broadcast_object(result, 0)
 
@@ -307,8 +308,8 @@ def _reason(error: BaseException) -> str:
 
 
 def own_results_queue() -> None:
-    """Give Megatron's checkpoint writer the queue of results that it would make for itself, with a server
-    process that ends when this one is killed: its own would stay for ever."""
+    """Create the results queue of Megatron's checkpoint writer in its place, with a server process that ends
+    when this process is killed: the server that Megatron starts would run forever."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(end_with_parent)

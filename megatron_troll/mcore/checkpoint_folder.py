@@ -1,5 +1,5 @@
 """A folder of checkpoints. `step_000010/` exists only once it is complete: it is written under another name,
-flushed to disk and renamed. Whatever a kill leaves behind ends in `.tmp` and is never loaded."""
+flushed to disk and renamed. Folders that a killed process leaves end in `.tmp` and are never loaded."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from packaging.version import InvalidVersion, Version
 from megatron_troll.system import flush
 
 MANIFEST = "checkpoint.json"
-# The folder of the tensors, and the file in it that says how Megatron wrote them.
+# The folder of the tensors, and the file in it that names the format in which Megatron wrote them.
 TENSORS = "tensors"
 BACKENDS = "metadata.json"
 MEGATRON = "megatron-core"
@@ -25,11 +25,11 @@ _UNFINISHED = ".tmp"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or used; says which, why, and what to do."""
+    """A checkpoint cannot be written or used; the message names it, the reason, and what to do."""
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the weights of a folder are those of a Megatron checkpoint beside config and tokenizer."""
+    """Whether a model folder holds its weights, beside config and tokenizer, as a Megatron checkpoint."""
     return (folder / TENSORS / BACKENDS).is_file()
 
 
@@ -46,10 +46,10 @@ def steps(folder: Path) -> list[int]:
 
 
 def draft(folder: Path, step: int) -> Path:
-    """A fresh folder to write a checkpoint into. Removes what earlier kills left."""
+    """Create a new folder to write a checkpoint into. Removes unfinished ones of killed runs."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"step_*{_UNFINISHED}"):
-        # A writer that outlived its killed trainer may still hold files in there; then the next save sweeps.
+        # A writer that outlived its killed trainer may still use files there; then the next save removes it.
         shutil.rmtree(leftover, ignore_errors=True)
     fresh = _unfinished_name(folder, step)
     fresh.mkdir()
@@ -57,9 +57,9 @@ def draft(folder: Path, step: int) -> Path:
 
 
 def publish(written: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Complete the draft `written` with its manifest and give it the name `final`, in one step.
+    """Add the manifest to the draft `written`, then rename it to `final` atomically.
 
-    The manifest gains `files`, the size of every other file in bytes.
+    Adds `files` to the manifest: the size of every other file in bytes.
     """
     sizes = {}
     for path in sorted(written.rglob("*")):
@@ -76,15 +76,15 @@ def publish(written: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def discard(folder: Path, step: int) -> None:
-    """Delete a complete checkpoint so that a kill in between leaves no half of it under its name."""
+    """Delete a complete checkpoint. Renames it first, so that a kill leaves no part of it under its name."""
     aside = _unfinished_name(folder, step)
     os.rename(path_of(folder, step), aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def retain(folder: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all but the newest `keep_last` (at least one) and, with `keep_best`, the best score (the newest
-    of equals)."""
+    """Delete all checkpoints except the newest `keep_last` (at least one) and, with `keep_best`, the one with
+    the highest score (the newest of equals)."""
     found = steps(folder)
     kept = set(found[-max(keep_last, 1) :])
     scored = [(score, step) for step in found if (score := _score(folder, step)) is not None]
@@ -96,7 +96,7 @@ def retain(folder: Path, keep_last: int, keep_best: bool) -> None:
 
 
 def read(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """The manifest of a step (None: the newest), after checking that every file is there in full size.
+    """Return the manifest of a step (None: the newest), after checking that every file has its full size.
 
     Raises CheckpointError naming the folder, the first bad file and the steps that are usable.
     """
@@ -132,11 +132,11 @@ def verified(path: Path) -> dict[str, Any]:
 
 
 def refuse_newer(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise CheckpointError where a checkpoint was written by a newer Megatron-Core than is installed: older
-    ones are read."""
+    """Raise CheckpointError if a checkpoint was written by a newer Megatron-Core than the installed one.
+    Checkpoints of older releases can be read."""
     wrote, here = manifest["versions"].get(MEGATRON, "unknown"), version(MEGATRON)
     try:
-        # What follows a `+` names a build of the same release.
+        # The part after a `+` names a build of the same release.
         newer = Version(Version(wrote).public) > Version(Version(here).public)
     except InvalidVersion as error:
         raise CheckpointError(f"{path} names no release of {MEGATRON} that wrote it: {error}") from error
@@ -163,7 +163,8 @@ def _is_usable(folder: Path, step: int) -> bool:
 
 
 def _score(folder: Path, step: int) -> float | None:
-    """None also where the manifest is damaged: retention must not stop a run for an old checkpoint."""
+    """Score of a step; None also if the manifest is damaged: retention must not stop a run because of an old
+    checkpoint."""
     try:
         return verified(path_of(folder, step))["score"]
     except CheckpointError:

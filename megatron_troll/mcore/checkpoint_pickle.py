@@ -1,11 +1,12 @@
-"""Look into the pickles of a checkpoint before Megatron and torch unpickle them.
+"""Check the pickles of a checkpoint before Megatron and torch unpickle them.
 
-Those are `.metadata`, the index of where each chunk of each tensor lies, and what torch.save wrote of the
-objects among the tensors: the common state (before Megatron-Core 0.19 a file of its own, `common.pt`) and
-Transformer Engine's `_extra_state`. The tensors themselves torch reads with weights_only.
+These are `.metadata`, the index of where each chunk of each tensor is stored, and the objects that torch.save
+wrote beside the tensors: the common state (before Megatron-Core 0.19 a separate file, `common.pt`) and
+Transformer Engine's `_extra_state`. torch reads the tensors themselves with weights_only.
 
-A pickle names functions and classes and says what to do with them. Here it is followed by the same machine,
-with stand-ins for what it may name, that do nothing. Knows torch, not Megatron.
+A pickle is a program: it names functions and classes and calls them. Here the standard unpickler runs it
+first with stand-ins that do nothing in place of the names that it may use; any other name is an error. This
+module uses torch, not Megatron.
 """
 
 import io
@@ -33,7 +34,7 @@ from megatron_troll.mcore.checkpoint_folder import CheckpointError
 
 METADATA = ".metadata"
 COMMON, COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
-# What following a damaged or absurd pickle, and torch's reader of archives, raise.
+# Errors of such a run on a damaged or malformed pickle, and of torch's archive reader.
 DAMAGE = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -52,8 +53,8 @@ ADVICE = "Nothing of it was run. Restore the file from where it was written, or 
 
 
 class _Shared(type):
-    """The class of stand-ins. What they stand for belongs to the whole process: a pickle may make instances
-    of it, and not set its attributes, which the machine would do without naming anything."""
+    """Metaclass of the stand-ins. The real classes are shared by the whole process: a pickle may make
+    instances of them, but not set their attributes, which the unpickler would do without naming anything."""
 
     @property
     def __setstate__(cls) -> Any:
@@ -61,7 +62,7 @@ class _Shared(type):
 
 
 class _Record(metaclass=_Shared):
-    """Stands for a class of which each instance is new, or a function that returns such."""
+    """Stand-in for a class whose every instance is new, or for a function that returns new instances."""
 
     def __init__(self, *arguments: Any) -> None: ...
 
@@ -69,14 +70,14 @@ class _Record(metaclass=_Shared):
 
 
 class _Constant(_Record):
-    """Stands for what gives out instances that others have too, or that nothing is set of."""
+    """Stand-in for a class or function whose instances are shared with others, or need no state set."""
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("it changes a constant")
 
 
-# By module and whole name: a dotted name that reaches into one of these is another name. Values are called
-# and given arguments as what they stand for would be.
+# Keys are module and full name: a dotted name that reaches into one of these does not match. Values are
+# called with the arguments that the real objects would get.
 INDEX_GLOBALS: Mapping[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): _Constant,
     ("torch", "Size"): _Constant,
@@ -96,7 +97,7 @@ INDEX_GLOBALS: Mapping[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.planner", "WriteItemType"): _Constant,
     **{("torch", name): _Constant() for name, it in vars(torch).items() if isinstance(it, torch.dtype)},
 }
-# Of plain values and empty bytes, which Transformer Engine writes where nothing is in FP8.
+# Globals for plain values and for empty bytes, which Transformer Engine writes if nothing is in FP8.
 OBJECT_GLOBALS: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Constant,
     ("torch", "ByteStorage"): _Constant,
@@ -105,7 +106,7 @@ OBJECT_GLOBALS: Mapping[tuple[str, str], Any] = {
 
 
 class _Follower(pickle.Unpickler):
-    """Follows a pickle with stand-ins for the globals that it may name."""
+    """Unpickler that uses stand-ins for the globals that a pickle may name, and refuses others."""
 
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], encoding: str = "ASCII") -> None:
         super().__init__(io.BytesIO(data), encoding=encoding)
@@ -113,39 +114,39 @@ class _Follower(pickle.Unpickler):
 
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) not in self._allowed:
-            # Whatever a file may have written there, the error is one line.
+            # Escaped and shortened: the error is one line, whatever the file contains.
             shown = ascii(f"{module}.{name}")[1:-1][:200]
             raise pickle.UnpicklingError(f"it holds {shown}, which nothing in a checkpoint needs")
         return self._allowed[module, name]
 
     def persistent_load(self, pid: Any, /) -> Any:
-        """Of a storage beside the pickle; an index that has any is refused by torch."""
+        """Stand-in for a storage beside the pickle. An index that refers to one is refused by torch."""
         return _Constant()
 
 
 def vet(folder: Path) -> None:
-    """Whether `dist_checkpointing.load` of `folder` runs no code from it: every pickle that it would read
-    makes nothing but descriptions of tensors, plain values and empty bytes.
+    """Check that `dist_checkpointing.load` of `folder` runs no code from it: every pickle that it would read
+    makes only descriptions of tensors, plain values and empty bytes.
 
-    Raises CheckpointError naming the file and what it holds, also where it is damaged or leads elsewhere.
+    Raises CheckpointError naming the file and what it holds, also if it is damaged or links elsewhere.
     """
     for other in sorted(folder.glob(f"*{METADATA}")):
-        # torch turns to the index of a rank where it cannot read that of all.
+        # torch falls back to the index of a single rank if it cannot read the common one.
         if other.name != METADATA:
             raise CheckpointError(f"{other} is a second index, which no checkpoint has: remove it")
     index = read_index(_inside(folder / METADATA))
     for key, entry in index.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata):
             _vet_object(folder, key, index.storage_data[MetadataIndex(key)])
-    # A link that leads nowhere from here may lead to a file on another node.
+    # lexists, because a link that is broken on this node may lead to a file on another node.
     if os.path.lexists(folder / COMMON):
         with _told(str(folder / COMMON), "Megatron's common state"):
             _check_common(_vetted(_read(_inside(folder / COMMON))))
 
 
 def read_index(path: Path) -> Metadata:
-    """What `.metadata` says, unpickled only after it was followed once without any of its globals; what is
-    returned holds nothing but what it should. Raises CheckpointError where it does not."""
+    """Read `.metadata`. Unpickles it only after a first run with stand-ins for its globals, and checks the
+    type of everything in the result. Raises CheckpointError if either fails."""
     with _told(str(path), "the index of a checkpoint"):
         data = _read(path)
         _Follower(data, INDEX_GLOBALS).load()
@@ -167,7 +168,7 @@ def _vet_object(folder: Path, key: str, place: _StorageInfo) -> None:
 
 
 def _vetted(data: bytes) -> Any:
-    """What torch.save wrote, after its pickle was followed without any of its globals."""
+    """Load what torch.save wrote, after running its pickle with stand-ins for its globals."""
     file = io.BytesIO(data)
     if not torch.serialization._is_zipfile(file):
         raise pickle.UnpicklingError("it is not what torch.save writes")
@@ -182,7 +183,7 @@ def _vetted(data: bytes) -> Any:
 
 
 def _check_object(found: Any) -> None:
-    """Bytes are a pickle of their own, which Transformer Engine reads."""
+    """Raise unless `found` is a state. Bytes are refused: Transformer Engine would unpickle them."""
     if isinstance(found, Tensor) and found.numel():
         raise pickle.UnpicklingError(f"it holds {found.numel()} bytes for Transformer Engine to unpickle")
     if not isinstance(found, Tensor | dict | None):
@@ -195,7 +196,7 @@ def _check_common(found: Any) -> None:
 
 
 def _check_index(index: Any) -> None:
-    """Whether each part is what its name says: a pickle may put anything allowed anywhere."""
+    """Check that each part has the type that its name implies: a pickle may put allowed objects anywhere."""
     _check(type(index) is Metadata and type(index.storage_meta) in (StorageMeta, type(None)))
     _check(type(index.state_dict_metadata) is dict and type(index.storage_data) is dict)
     entries: dict[Any, Any] = index.state_dict_metadata
@@ -221,7 +222,7 @@ def _check_tensor(entry: TensorStorageMetadata) -> None:
 
 
 def _check_place(info: Any) -> None:
-    """Bytes of a file of the folder, as they are."""
+    """Check that `info` refers to bytes of a file in the folder itself, without transforms."""
     _check(type(info) is _StorageInfo and type(info.relative_path) is str and not info.transform_descriptors)
     name = info.relative_path
     _check(name == Path(name).name and name not in ("", "..") and name.isprintable())
@@ -234,7 +235,8 @@ def _check(holds: bool) -> None:
 
 
 def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:
-    """Raises OSError or EOFError where the bytes are not there, before memory is taken for them."""
+    """Read `length` bytes from `offset`, or the whole file. Raises OSError or EOFError if the bytes are not
+    there, before memory is allocated for them."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing or not a file")
     size = path.stat().st_size
@@ -247,7 +249,7 @@ def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:
 
 
 def _inside(path: Path) -> Path:
-    """A file that lies in its folder: what a link out of it leads to may be another file on every node."""
+    """Return `path` if it is no link out of its folder, which may lead to another file on every node."""
     if os.path.dirname(os.path.realpath(path)) != os.path.realpath(path.parent):
         raise CheckpointError(f"{path} is a link out of the checkpoint: put the file itself in its place")
     return path
@@ -255,7 +257,7 @@ def _inside(path: Path) -> Path:
 
 @contextmanager
 def _told(place: str, kind: str) -> Iterator[None]:
-    """CheckpointError, in one line, of what is raised in the block."""
+    """Convert errors raised in the block to a CheckpointError with a message of one line."""
     try:
         yield
     except CheckpointError:

@@ -1,8 +1,8 @@
-"""A model and its optimizer as Megatron's sharded tensors, under names that no layout changes.
+"""A model and its optimizer as Megatron's sharded tensors, under names that do not depend on the layout.
 
 `<model>.decoder.layers...` are the weights, `<model>.optimizer.state.{param,exp_avg,exp_avg_sq}.<weight>` the
 fp32 masters and Adam's moments (`momentum_buffer` for Muon's matrices), in the shape of the weight, whichever
-optimizer holds them. Everything else about the optimizer is two counters (`counters`): hyperparameters come
+optimizer holds them. The rest of the optimizer's state is two counters (`counters`): hyperparameters come
 from the config of the run.
 """
 
@@ -40,18 +40,18 @@ Whole = dict[nn.Parameter, dict[str, Tensor]]
 
 def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
     """{"model0": .., "model1": .. (pipeline chunks), "optimizer": one entry per Megatron optimizer of
-    which this rank writes or reads a part; left out where there is none}.
+    which this rank writes or reads a part; left out if there is none}.
 
     For saving, gathers the distributed optimizer's shards on the first data-parallel rank, which then holds
-    3 fp32 copies of its model shard on the host, and blocks; for loading, every rank allocates the same.
+    3 fp32 copies of its model shard on the host, and blocks; for loading, every rank allocates that much.
     """
     for part in chained(trained.optimizer):
         _allocate(part)
     with inside(trained.model.groups):
         chunks = _chunks(trained.model)
-        # The optimizer's names derive from the weights': the prefix is added once, at the end.
+        # The optimizer's names are built from those of the weights, so the prefix is added once, at the end.
         parts = [_sharded_part(part, trained, chunks, loading) for part in chained(trained.optimizer)]
-    # Megatron warns of ranks whose states differ, were it by an empty dict.
+    # Megatron warns if the states of two ranks differ, even by an empty dict.
     optimizer = {str(i): part for i, part in enumerate(parts) if part}
     state = {**chunks, **({"optimizer": optimizer} if optimizer else {})}
     add_prefix_for_sharding(state, f"{name}.")
@@ -59,7 +59,7 @@ def sharded(name: str, trained: Trainable, *, loading: bool) -> State:
 
 
 def weights(name: str, model: MegatronModel) -> State:
-    """The weights alone of `sharded`."""
+    """The part of `sharded` with the weights, without the optimizer."""
     with inside(model.groups):
         chunks = _chunks(model)
     add_prefix_for_sharding(chunks, f"{name}.")
@@ -68,7 +68,7 @@ def weights(name: str, model: MegatronModel) -> State:
 
 @torch.no_grad()
 def restore(trained: Trainable, loaded: State, counters: dict[str, int]) -> None:
-    """Put what Megatron loaded for `sharded` in place, with the counters that were saved beside it."""
+    """Copy the state that Megatron loaded for `sharded` into model and optimizer, and set the counters."""
     for i, stage in enumerate(trained.model.stages):
         result = stage.load_state_dict(loaded[f"model{i}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
@@ -88,12 +88,13 @@ def counters(trained: Trainable) -> dict[str, int]:
 
 
 def algorithm(trained: Trainable) -> str:
-    """`optimizer.name` of the run: whose state this is."""
+    """`optimizer.name` of the run, which determines what state there is."""
     return trained.optimizer.config.optimizer.replace("adam", "adamw")
 
 
 def first_difference(state: State, saved: State) -> str | None:
-    """The first weight on this rank whose global shape is another in the checkpoint's metadata."""
+    """Describe the first weight on this rank that the checkpoint's metadata lacks or has in another global
+    shape; None if there is none."""
     tensors, _ = extract_sharded_tensors_and_factories(state)
     apply_factories(tensors)
     for tensor in nested_values(tensors):
@@ -113,8 +114,8 @@ def _chunks(model: MegatronModel) -> State:
 
 
 def _without_empty_objects(state: State) -> State:
-    """Megatron's own linear layers add an `_extra_state` of None each, which Transformer Engine fills for
-    FP8; as pickled objects they would outnumber the tensors."""
+    """Drop objects that are None: Megatron's own linear layers add one `_extra_state` each, which only
+    Transformer Engine fills, for FP8; as pickled objects they would outnumber the tensors."""
     return {
         key: value
         for key, value in state.items()
@@ -128,7 +129,7 @@ def _parameters(trained: Trainable) -> Iterator[nn.Parameter]:
 
 
 def _allocate(part: MegatronOptimizer) -> None:
-    """Create Adam's moments where no step has been taken, changing no weight."""
+    """Create Adam's moments or Muon's momentum if no step has been taken yet, without changing weights."""
     adam = part.optimizer
     if isinstance(adam, OrthogonalizedOptimizer):
         for group in adam.param_groups:
@@ -136,7 +137,7 @@ def _allocate(part: MegatronOptimizer) -> None:
         return
     if adam.state:
         return
-    # Where Megatron's optimizer reads gradients that are not of the parameter's own dtype.
+    # The precision-aware optimizer reads `decoupled_grad`, whose dtype may differ from the parameter's.
     gradient = "decoupled_grad" if part.config.use_precision_aware_optimizer else "grad"
     rates = [group["lr"] for group in adam.param_groups]
     for group in adam.param_groups:
@@ -152,7 +153,7 @@ def _allocate(part: MegatronOptimizer) -> None:
 
 
 def _sharded_part(part: MegatronOptimizer, trained: Trainable, chunks: State, loading: bool) -> State:
-    """One entry per parameter whose whole state this rank writes or reads, by the parameter's index."""
+    """{index of the parameter: its state} for the parameters whose whole state this rank writes or reads."""
     tensors, _ = extract_sharded_tensors_and_factories(chunks)
     weights = {id(weight.data): weight for weight in nested_values(tensors)}
     whole = _gathered(part, loading) if isinstance(part, DistributedOptimizer) else _plain(part, trained)
@@ -166,19 +167,19 @@ def _sharded_part(part: MegatronOptimizer, trained: Trainable, chunks: State, lo
     }
     if _has_owners(part, trained):
         for tensor in nested_values(state):
-            # The one data-parallel rank that has it writes it, whichever it is.
+            # Only one data-parallel rank holds this state, so that rank must write it, whichever it is.
             tensor.replica_id = (*tensor.replica_id[:2], 0)
     return state
 
 
 def _has_owners(part: MegatronOptimizer, trained: Trainable) -> bool:
-    """Whether each parameter of `part` has its state whole on one data-parallel rank."""
+    """Whether one data-parallel rank holds the whole state of each parameter of `part`."""
     return any(part in chained(whole) for whole in layer_wise(trained.optimizer))
 
 
 def _plain(part: MegatronOptimizer, trained: Trainable) -> Whole:
-    """parameter -> its state: the fp32 master (in fp32, the parameter itself), and the moments or Muon's
-    momentum."""
+    """parameter -> its state: the fp32 master (the parameter itself if that is fp32), and the moments or
+    Muon's momentum."""
     mains = {parameter: getattr(parameter, "main_param", parameter) for parameter in _parameters(trained)}
     state = part.optimizer.state
     return {
@@ -202,8 +203,8 @@ def _gathered(part: DistributedOptimizer, loading: bool) -> Whole:
     whole = {}
     for i, buffer in enumerate(part.buffers):
         (gathered,) = buffers[i].values()
-        # The gathered buckets lie end to end without their padding; Megatron's own way from here
-        # (sharded_param_state_fully_reshardable) forgets that, and is wrong from the second bucket on.
+        # The gathered buckets are concatenated without their padding; Megatron's own code for the next step
+        # (sharded_param_state_fully_reshardable) ignores that, and is wrong from the second bucket on.
         starts = list(accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
         for parameter, (start, end, bucket) in buffer.param_index_map.items():
             first = starts[bucket] + start - buffer.buckets[bucket].offset
@@ -223,8 +224,8 @@ def _restore_part(part: MegatronOptimizer, trained: Trainable, loaded: State) ->
 
 
 def _restore_shards(part: DistributedOptimizer, trained: Trainable, loaded: State) -> None:
-    """The flat slices that this rank owns, in whatever dtype and on whatever device the optimizer keeps
-    them."""
+    """Set the flat slices of the state that this rank owns, in the dtype and on the device in which the
+    optimizer keeps them."""
     for i, parameter in enumerate(_parameters(trained)):
         if parameter not in part.model_param_group_index_map:
             continue
@@ -241,13 +242,13 @@ def _restore_shards(part: DistributedOptimizer, trained: Trainable, loaded: Stat
 
 
 def _adams(part: MegatronOptimizer) -> list[Any]:
-    """torch's optimizers: one, or one for each device that holds a part of the state."""
+    """The torch optimizers inside `part`: one, or one for each device that holds a part of the state."""
     optimizer: Any = part.optimizer
     return optimizer.sub_optimizers if isinstance(optimizer, HybridDeviceOptimizer) else [optimizer]
 
 
 def _steps_taken(part: MegatronOptimizer) -> int:
-    """torch's AdamW counts per parameter, fused ones per group."""
+    """Optimizer steps taken: torch's AdamW counts them per parameter, fused optimizers per group."""
     adams = _adams(part)
     counts = [state["step"] for adam in adams for state in adam.state.values() if "step" in state]
     counts += [group["step"] for adam in adams for group in adam.param_groups if "step" in group]
@@ -255,7 +256,7 @@ def _steps_taken(part: MegatronOptimizer) -> int:
 
 
 def _set_steps(part: MegatronOptimizer, steps: int) -> None:
-    """torch advances the counter of each parameter, so none may be shared."""
+    """Set the step counters. torch increments the counter of each parameter in place, so none is shared."""
     if isinstance(part.optimizer, OrthogonalizedOptimizer):
         return  # it counts no steps
     for adam in _adams(part):
@@ -270,7 +271,7 @@ def _set_steps(part: MegatronOptimizer, steps: int) -> None:
 
 
 def captured_rng() -> str:
-    """The state of every generator of this process."""
+    """The states of all random generators of this process, as JSON."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
@@ -282,7 +283,7 @@ def captured_rng() -> str:
 
 
 def restore_rng(text: str) -> None:
-    """Continue from what `captured_rng` gave."""
+    """Restore the states that `captured_rng` returned."""
     state = json.loads(text)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -1,9 +1,9 @@
 """KV-cached forwards of the training model, for generation in the trainer's own processes.
 
-One batch of left-padded prompts is prefilled, then extended token by token. Rotary embeddings depend on
-distances only, so left padding changes nothing but which keys are hidden. Sequence parallelism is off
-meanwhile: a decode step has one position to share. Context parallelism is refused. Layers of linear attention
-keep a state in place of keys and values, on which padding leaves no trace (gated_delta_net.py).
+One batch of left-padded prompts is prefilled, then extended token by token. Rotary embeddings depend only on
+distances, so left padding only changes which keys are hidden. Sequence parallelism is off during generation,
+because a decode step has only one position to shard. Context parallelism is refused. Linear attention layers
+keep a state instead of keys and values; padding does not change it (gated_delta_net.py).
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ SWITCHED_OFF = ("training", "sequence_parallel", "reduce_scatter_embeddings")
 
 @contextmanager
 def generation_mode(model: MegatronModel, kv_cache: Literal["auto", "fp8_e4m3"]) -> Iterator[None]:
-    """Evaluation mode, no gradient, sequence parallelism off and, for fp8_e4m3, keys and values rounded to
-    that format with scale 1 (saturating) as they enter the cache; the states of linear attention stay fp32.
-    Everything is put back at the end.
+    """Switch to evaluation mode, without gradients and sequence parallelism. For fp8_e4m3, keys and values
+    are rounded to that format with scale 1 (saturating) as they enter the cache; the states of linear
+    attention stay fp32. Everything is restored at the end.
 
-    Servers with such a cache hold keys after the rotary embedding. Here they are rounded before it: after
-    it, the rounding would depend on how far a row is padded, and draws on the layout.
+    Servers with such a cache store keys after the rotary embedding. Here they are rounded before it: after
+    it, the rounding would depend on the padding of a row, and so the sampled tokens on the layout.
     """
     if model.groups.cp.size > 1:
         raise ConfigError(
@@ -64,7 +64,7 @@ def _true_switches(owners: list[object]) -> list[tuple[object, str]]:
 
 
 def round_to_fp8(tensor: Tensor) -> Tensor:
-    """The nearest float8_e4m3fn values, saturating, in the tensor's own dtype. Idempotent."""
+    """Round to the nearest float8_e4m3fn values, saturating, in the tensor's own dtype. Idempotent."""
     return tensor.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(tensor.dtype)
 
 
@@ -82,7 +82,7 @@ class Decoder:
 
     def extend(self, tokens: Tensor) -> Tensor | None:
         """Append tokens [B, s] (the padded prompts first, then one per call). Returns the hidden states
-        [B, h] of the last position on the last pipeline stage, None elsewhere. Blocks on the pipeline."""
+        [B, h] of the last position on the last pipeline stage, None on others. Blocks on the pipeline."""
         start = self.context.sequence_len_offset
         end = start + tokens.shape[1]
         positions = torch.arange(start, end, device=tokens.device).expand_as(tokens)
@@ -118,8 +118,8 @@ class Decoder:
         return hidden
 
     def _mask(self, start: int, end: int) -> Tensor:
-        """[B, 1, end - start, end], True hides a key: later ones and padding. A padding query sees itself,
-        so that no row is empty."""
+        """Mask [B, 1, end - start, end], True on hidden keys: later ones and padding. A padding query sees
+        itself, so that no row is empty."""
         query = torch.arange(start, end, device=self.padding.device)[:, None]
         key = torch.arange(end, device=self.padding.device)
         hidden = (key > query) | (self.padding[:, None, :end] & (key != query))

@@ -4,16 +4,16 @@ With log-decay g_t <= 0, keys and queries of length 1 and 0 < beta_t < 1, each v
 
     S_t = e^{g_t} S_{t-1} + beta_t k_t (v_t - (e^{g_t} S_{t-1})^T k_t)^T        o_t = S_t^T q_t / sqrt(d_k)
 
-`chunked` says the same for C positions at once. With G the sum of g from the chunk's start, the values
-u_i that are written solve a triangular system (the WY form of the products of I - beta k k^T):
+`chunked` computes the same for C positions at once. With G the sum of g from the chunk's start, the written
+values u_i solve a triangular system (the WY form of the products of I - beta k k^T):
 
     u_i = beta_i (v_i - e^{G_i} S^T k_i - sum_{j<i} e^{G_i - G_j} (k_i . k_j) u_j)
 
-so that only the state passes from chunk to chunk. No exponent is positive.
+so that only the state is passed from chunk to chunk. No exponent is positive.
 
 Shapes: query and key [B, L, Hk, Dk]; value [B, L, Hv, Dv], where Hv / Hk neighbouring value heads share a key
-head; decay and beta [B, L, Hv]; state [B, Hv, Dk, Dv] in fp32 or wider, None for zeros. Both return the
-output [B, L, Hv, Dv] in the dtype of `value` and the state after the last position.
+head; decay and beta [B, L, Hv]; state [B, Hv, Dk, Dv] in fp32 or wider, None for zeros. `chunked` and
+`recurrent` return the output [B, L, Hv, Dv] in the dtype of `value` and the state after the last position.
 """
 
 import functools
@@ -36,8 +36,8 @@ FlatRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Flat], Tensor]
 
 @dataclass(frozen=True)
 class Kernels:
-    """The rule in fused kernels: in chunks, step by step (no backward), and in chunks over the sequences of a
-    `Flat`, whose inputs are [1, T, ...] and whose states start at zero."""
+    """Fused kernels of the rule: in chunks, step by step (no backward), and in chunks over the sequences of a
+    `Flat`, with inputs [1, T, ...] and initial states of zero."""
 
     chunked: Rule
     recurrent: Rule
@@ -47,8 +47,8 @@ class Kernels:
 def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`kernels_for` the tensors, where there are any; the exact rule in torch elsewhere. A decode step is
-    recurrent, all else chunked."""
+    """Apply the rule with the kernels from `kernels_for` if there are any, otherwise exactly, in torch. A
+    decode step uses the recurrent form, everything else the chunked form."""
     kernels = kernels_for(value.device, value.dtype)
     if value.shape[1] == 1 and not torch.is_grad_enabled():
         rule = kernels.recurrent if kernels else recurrent
@@ -58,7 +58,7 @@ def delta_rule(
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> str:
-    """Which one `delta_rule` takes, and why, in words."""
+    """Describe in words which implementation `delta_rule` uses, and why."""
     if not _takes_kernels(device, dtype):
         return "linear attention: the exact rule in torch; flash-linear-attention is for CUDA and bf16"
     if kernels_for(device, dtype) is None:
@@ -70,8 +70,8 @@ def implementation(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels | None:
-    """flash-linear-attention's, for CUDA and anything but fp32; None where it is not installed. Raises
-    ValueError where it is too old."""
+    """Kernels of flash-linear-attention, for CUDA and any dtype but fp32; None otherwise, or if it is not
+    installed. Raises ValueError if it is too old."""
     return _flash_linear_attention() if _takes_kernels(device, dtype) else None
 
 
@@ -113,20 +113,20 @@ def _flash_linear_attention() -> Kernels | None:
             g=decay,
             beta=beta,
             cu_seqlens=packed.starts,
-            cu_seqlens_cpu=packed.starts_cpu,  # else it would be read from the device
+            cu_seqlens_cpu=packed.starts_cpu,  # otherwise the kernel reads it from the device
         )[0]
 
     return Kernels(adapted(chunk_gated_delta_rule), adapted(fused_recurrent_gated_delta_rule), flat)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """`vectors` over their length along the last axis, in fp32 at least."""
+    """`vectors` divided by their length along the last axis, in fp32 or wider."""
     vectors = wide(vectors)
     return vectors * torch.rsqrt(vectors.pow(2).sum(-1, keepdim=True) + NORM_EPS)
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In fp32 at least."""
+    """`tensor` in fp32 or wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -139,8 +139,8 @@ def chunked(
     state: Tensor | None,
     size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Chunks of `size` positions. Holds 4 x B x Hv x L x size beside a few copies of the inputs, and for
-    backward one state per chunk."""
+    """Apply the rule in chunks of `size` positions. Holds 4 x B x Hv x L x size and a few copies of the
+    inputs, and for backward one state per chunk."""
     length, heads = value.shape[1], key.shape[2]
     size = min(size, length)
     q, k, v = (_in_chunks(_grouped(tensor, heads), size) for tensor in (query, key, value))
@@ -149,14 +149,14 @@ def chunked(
     later = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1)
     between = (since - since.mT).masked_fill(later, float("-inf")).exp()
     system, inside = (b * k) @ k.mT * between, q @ k.mT * between
-    # What is written, were the state before the chunk zero, and what each position takes back of that state.
+    # `written`: the values if the state before the chunk were zero; `taken` @ state is subtracted from them.
     written, taken = torch.linalg.solve_triangular(
         system, torch.cat([b * v, b * k * since.exp()], -1), upper=False, unitriangular=True
     ).split([v.shape[-1], k.shape[-1]], -1)
     across, kept = q * since.exp(), since[..., -1:, :].exp()
     stored = k * (since[..., -1:, :] - since).exp()
     memory, outputs = _start(state, k, v), []
-    # Unbound at once: in backward, each index would make a tensor of all chunks.
+    # unbind, because in backward each indexing operation would allocate a tensor of all chunks.
     chunks = (tensor.unbind(3) for tensor in (written, taken, across, inside, kept, stored))
     for write, take, read, mix, keep, store in zip(*chunks, strict=True):
         new = write - take @ memory
@@ -169,7 +169,7 @@ def chunked(
 def recurrent(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Position by position."""
+    """Apply the rule position by position."""
     heads = key.shape[2]
     q, k, v = (_grouped(tensor, heads) for tensor in (query, key, value))
     g, b = (_grouped(tensor[..., None], heads) for tensor in (decay, beta))
@@ -185,7 +185,7 @@ def recurrent(
 
 
 def _grouped(tensor: Tensor, key_heads: int) -> Tensor:
-    """[B, L, H, D] -> [B, Hk, H / Hk, L, D], in fp32 at least."""
+    """[B, L, H, D] -> [B, Hk, H / Hk, L, D], in fp32 or wider."""
     return wide(tensor).unflatten(2, (key_heads, -1)).movedim(1, 3)
 
 
@@ -195,7 +195,7 @@ def _ungrouped(output: Tensor) -> Tensor:
 
 
 def _in_chunks(tensor: Tensor, size: int) -> Tensor:
-    """[.., L, D] -> [.., N, size, D]. The padding decays nothing and writes nothing."""
+    """[.., L, D] -> [.., N, size, D]. Padding neither decays the state nor writes to it."""
     return F.pad(tensor, (0, 0, 0, -tensor.shape[3] % size)).unflatten(3, (-1, size))
 
 

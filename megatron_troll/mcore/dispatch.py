@@ -1,4 +1,4 @@
-"""Megatron's all-gather dispatcher of tokens to experts, for ranks that hold different numbers of tokens."""
+"""Megatron's all-gather token dispatcher for MoE layers, for ranks that hold different numbers of tokens."""
 
 import torch
 import torch.distributed as dist
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 
 class PaddedAllGather(MoEAllGatherTokenDispatcher):
-    """Every rank of the tensor- and expert-parallel group pads its tokens to the most that one of them has;
-    padding is sent to no expert. Each call agrees on that number, which waits for the device."""
+    """All-gather dispatcher that pads the tokens of every rank of the tensor- and expert-parallel group to
+    the largest number on any of them; padding is sent to no expert. Each call all-reduces that number, and
+    waits for the device."""
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -31,7 +32,7 @@ class PaddedAllGather(MoEAllGatherTokenDispatcher):
 
 
 def pad_dispatchers(chunk: nn.Module) -> None:
-    """Replace the all-gather dispatchers of a chunk; the spec of a layer does not name its dispatcher."""
+    """Replace the all-gather dispatchers of a chunk; a layer's spec does not choose its dispatcher."""
     for layer in chunk.modules():
         if not isinstance(layer, MoELayer):
             continue

@@ -1,9 +1,9 @@
 """The Gated DeltaNet layer of Qwen3-Next: linear attention whose state is a matrix per head.
 
-Megatron's own layer needs flash-linear-attention, so a GPU, and takes no generation; this one runs anywhere.
-Heads are cut over the tensor-parallel ranks. Packed sequences go through the causal convolution and the delta
-rule end to end where a kernel takes their starts, as the rows of dense batches elsewhere. Under context
-parallelism each rank has, there, every position of its share of the heads.
+Megatron's own layer needs flash-linear-attention, and so a GPU, and does not support generation; this one
+runs anywhere. Heads are divided over the tensor-parallel ranks. The causal convolution and the delta rule
+process packed sequences end to end if a kernel accepts their starts, otherwise as rows of dense batches.
+Under context parallelism, each rank runs both on every position of its share of the heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,9 @@ from megatron_troll.parallel.groups import Group
 
 @dataclass(frozen=True)
 class GatedDeltaNetSubmodules:
-    """in_proj  column-parallel, [query, key, value, z, b, a], each cut over the ranks by heads
+    """Modules inside the layer.
+
+    in_proj     column-parallel, [query, key, value, z, b, a], each divided over the ranks by heads
     out_norm    over one head, not zero-centred
     out_proj    row-parallel
     """
@@ -43,7 +45,7 @@ class GatedDeltaNetSubmodules:
 
 @dataclass(frozen=True)
 class Memory:
-    """What generation keeps of the positions so far.
+    """State that generation keeps of the positions so far.
 
     inputs  [B, conv - 1, channels] the newest inputs of the convolution
     state   [B, Hv, Dk, Dv] fp32
@@ -55,7 +57,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Widths:
-    """Channels of each kind."""
+    """Number of channels of each kind."""
 
     query: int
     key: int
@@ -74,7 +76,7 @@ class Widths:
 
 
 def widths_of(config: TransformerConfig, ranks: int) -> Widths:
-    """On one of the `ranks` that the heads are cut over."""
+    """Widths on one of the `ranks` over which the heads are divided."""
     sizes: Any = config  # Megatron's type allows None
     heads = sizes.linear_num_value_heads // ranks
     key = sizes.linear_num_key_heads // ranks * sizes.linear_key_head_dim
@@ -83,7 +85,7 @@ def widths_of(config: TransformerConfig, ranks: int) -> Widths:
 
 
 class GatedDeltaNet(MegatronModule):
-    """Takes the place of self-attention in a Megatron layer: [s, b, h] to [s, b, h] (and no bias)."""
+    """Replaces self-attention in a Megatron layer: [s, b, h] to [s, b, h] (and no bias)."""
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class GatedDeltaNet(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        kernels_for(device(), config.params_dtype)  # refuses one that is too old
+        kernels_for(device(), config.params_dtype)  # raises if they are too old
         self.layer_number = layer_number
         self.recomputed = config.recompute_granularity == "selective"
         sizes: Any = config  # Megatron's type allows None
@@ -154,7 +156,7 @@ class GatedDeltaNet(MegatronModule):
         packed_seq_params: PackedSequences | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """`attention_mask` and `inference_context` are those of generation (decode.py)."""
+        """`attention_mask` and `inference_context` are used only for generation (decode.py)."""
         projected, _bias = self.in_proj(hidden_states)
         *convolved, z, b, a = projected.split(self.widths.projected, -1)
         rows = self.exchange.to_heads([*convolved, b, a])
@@ -170,12 +172,12 @@ class GatedDeltaNet(MegatronModule):
         return output, None
 
     def _padded(self, rows: Tensor) -> Tensor:
-        """Rows [cp x s, b, w] of sequences padded on the right, which no earlier position sees."""
+        """Mix rows [cp x s, b, w] of sequences padded on the right: no earlier position sees the padding."""
         order = self.exchange.order(rows.shape[0], rows.device)
         return self._whole(rows[order.argsort()].transpose(0, 1)).transpose(0, 1)[order]
 
     def _packed(self, rows: Tensor, packed: PackedSequences) -> Tensor:
-        """Rows [cp x t, 1, w]. Positions of no sequence come out as zeros."""
+        """Mix packed rows [cp x t, 1, w]. Positions that belong to no sequence give zeros."""
         mixed, flat = rows.new_zeros(rows.shape[0], self.mine.value), packed.flat
         if flat is not None and kernels_for(rows.device, rows.dtype):
             sequences = self._again(self._mix_flat, rows[flat.key, 0], flat)
@@ -186,8 +188,8 @@ class GatedDeltaNet(MegatronModule):
         return mixed[:, None]
 
     def _extend(self, rows: Tensor, hidden: Tensor, memories: dict[int, Memory]) -> Tensor:
-        """Positions [s, b, w] after those of `memories`. `hidden` [b, 1, s, end] hides from the last position
-        nothing but padding, which is on the left and leaves no trace."""
+        """Mix rows [s, b, w] that follow the positions in `memories`. The last row of `hidden` [b, 1, s, end]
+        is True only on padding, which is on the left and, set to zero, has no effect."""
         padding = hidden[:, 0, -1, -rows.shape[0] :]
         mixed, memories[self.layer_number] = self._mix(
             rows.transpose(0, 1).masked_fill(padding[..., None], 0), memories.get(self.layer_number)
@@ -195,11 +197,11 @@ class GatedDeltaNet(MegatronModule):
         return mixed.transpose(0, 1)
 
     def _whole(self, rows: Tensor) -> Tensor:
-        """Whole sequences [B, L, w]."""
+        """Mix whole sequences [B, L, w]."""
         return self._again(self._mix, rows, None)[0]
 
     def _again[**P, T](self, mix: Callable[P, T], *inputs: P.args, **named: P.kwargs) -> T:
-        """`mix` of the inputs. Selective recomputation forms everything in it again, as it does in core
+        """Call `mix` on the inputs. Selective recomputation recomputes everything in it, as in core
         attention."""
         if not (self.recomputed and self.training):
             return mix(*inputs, **named)
@@ -207,8 +209,8 @@ class GatedDeltaNet(MegatronModule):
         return mixed
 
     def _mix(self, rows: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """Whole sequences [B, L, w], or what follows `memory`, through convolution and delta rule to
-        [B, L, heads x Dv], over this rank's heads."""
+        """Apply convolution and delta rule to whole sequences [B, L, w], or to the positions after `memory`.
+        Returns [B, L, heads x Dv] for this rank's heads, and the new memory."""
         inputs, b, a = self._split(rows)
         weight = self._convolution()
         before = inputs.new_zeros(len(rows), weight.shape[-1] - 1, inputs.shape[-1])
@@ -220,11 +222,11 @@ class GatedDeltaNet(MegatronModule):
         return mixed.flatten(2), Memory(seen[:, rows.shape[1] :], state)
 
     def _mix_flat(self, rows: Tensor, flat: Flat) -> Tensor:
-        """Whole sequences end to end [T, w] through both, in kernels, to [T, heads x Dv]."""
+        """Apply convolution and fused delta rule to whole sequences end to end: [T, w] to [T, heads x Dv]."""
         inputs, b, a = self._split(rows)
         weight = self._convolution()
         gap = weight.shape[-1] - 1
-        # As many zeros before each sequence as the convolution looks back, so that it sees no other sequence.
+        # Insert as many zeros before each sequence as the convolution looks back: it sees no other sequence.
         at = torch.arange(len(rows), device=rows.device) + gap * flat.sequence
         spaced = inputs.new_zeros(len(rows) + gap * (len(flat.starts_cpu) - 1), inputs.shape[-1])
         spaced = spaced.index_copy(0, at + gap, inputs)
@@ -234,13 +236,13 @@ class GatedDeltaNet(MegatronModule):
         return kernels.flat(*self._rule_inputs(convolved, b[None], a[None]), flat)[0].flatten(1)
 
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The inputs of the convolution, b and a."""
+        """Split rows into the inputs of the convolution, b and a."""
         return rows.split([sum(self.mine.convolved), self.mine.b, self.mine.a], -1)
 
     def _rule_inputs(
         self, convolved: Tensor, b: Tensor, a: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """query, key, value, decay and beta [B, L, ...] of the delta rule."""
+        """Inputs [B, L, ...] of the delta rule: query, key, value, decay and beta."""
         query, key, value = convolved.split(self.mine.convolved, -1)
         rate, bias = self.exchange.share(self.A_log), self.exchange.share(self.dt_bias)
         return (
@@ -252,7 +254,7 @@ class GatedDeltaNet(MegatronModule):
         )
 
     def _convolution(self) -> Tensor:
-        """[channels, 1, conv] of this rank's heads."""
+        """Convolution weight [channels, 1, conv] of this rank's heads."""
         kinds = self.conv1d.weight.split(self.widths.convolved)
         return torch.cat([self.exchange.share(kind.movedim(0, -1)) for kind in kinds], -1).movedim(-1, 0)
 
@@ -264,7 +266,7 @@ class GatedDeltaNet(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Each kind of rows is a tensor of its own in a checkpoint, so that any layout can read it."""
+        """State dict with a separate tensor for each kind of rows, so that any layout can read it."""
         assert not sharded_offsets, "layers of several types are not stacked"
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         replica = state[f"{prefix}in_proj.weight"].replica_id
@@ -284,8 +286,8 @@ class GatedDeltaNet(MegatronModule):
 def cut_rows(
     key: str, parameter: Tensor, kinds: dict[str, int], tp: Group, replica: ReplicaId
 ) -> ShardedTensorFactory:
-    """`parameter` as the tensors `key`.<kind>, of which it holds, one below the other, this rank's `kinds`
-    rows each. For an optimizer's state of the same shape too."""
+    """Factory that stores `parameter` as tensors `key`.<kind>. `kinds` gives this rank's number of rows of
+    each kind, stacked in `parameter` in this order. Also works for optimizer state of the same shape."""
 
     def build(key: str, tensor: Tensor, replica: ReplicaId, flattened_range: slice | None) -> Any:
         assert flattened_range is None
@@ -303,14 +305,14 @@ def cut_rows(
 
 @dataclass(frozen=True)
 class HeadExchange:
-    """Between "my positions of every head" and "every position of my heads", a rank's heads being its equal
-    share of each kind. Without context parallelism nothing moves."""
+    """Exchange between "my positions of every head" and "every position of my heads" over context-parallel
+    ranks. Each rank has an equal share of each kind of heads. Without context parallelism nothing moves."""
 
     cp: Group
 
     def to_heads(self, kinds: Sequence[Tensor]) -> Tensor:
-        """Tensors [s, b, w_i], heads along w_i -> [cp x s, b, sum(w_i) / cp], the positions of each rank
-        together. Blocks."""
+        """Tensors [s, b, w_i], heads along w_i -> [cp x s, b, sum(w_i) / cp], positions grouped by
+        rank. Blocks."""
         shares = [torch.cat([self.share(kind, rank) for kind in kinds], -1) for rank in range(self.cp.size)]
         return shares[0] if self.cp.size == 1 else self._swap(torch.cat(shares))
 
@@ -319,11 +321,11 @@ class HeadExchange:
         return mixed if self.cp.size == 1 else torch.cat(self._swap(mixed).chunk(self.cp.size), -1)
 
     def share(self, tensor: Tensor, rank: int | None = None) -> Tensor:
-        """The heads, along the last axis, of one rank (default: this one)."""
+        """The heads of one rank (default: this one), cut from the last axis of `tensor`."""
         return tensor.chunk(self.cp.size, -1)[self.cp.rank if rank is None else rank]
 
     def order(self, positions: int, device: torch.device) -> Tensor:
-        """[cp x s] which position of a whole, unpacked sequence each row of `to_heads` is."""
+        """[cp x s] position, in the whole unpacked sequence, of each row that `to_heads` returns."""
         ranks = range(self.cp.size)
         return torch.cat([zigzag(positions, self.cp.size, rank) for rank in ranks]).to(device)
 

@@ -1,8 +1,8 @@
-"""The LM head: from final hidden states to what an objective reads, under vocabulary parallelism.
+"""The LM head: from final hidden states to the inputs of an objective, under vocabulary parallelism.
 
-Two ways back. Logits at the ids of a record are K columns wide, forward and backward, and exact for methods
-on renormalised supports (ALGORITHMS 1.7). What reads the full softmax goes through chunks of whole rows,
-which backward forms again. Neither holds N x V.
+Gradients take one of two paths. Logits at the ids of a top-K record need only K columns, forward and
+backward, and are exact for methods on renormalised supports (ALGORITHMS 1.7). Quantities of the full softmax
+use chunks of whole rows, which backward recomputes. Neither path holds N x V.
 """
 
 from dataclasses import dataclass, replace
@@ -21,8 +21,8 @@ from megatron_troll.types import HeadOutputs, HeadRequest, Probe, Support, TopK
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a model's last stage. `temperature` divides the logits, as it did in the sampler, after the
-    model's soft-cap. `chunk`: tokens whose logits are held at once, by default what suits the device."""
+    """The head of a model's last stage. `temperature` divides the logits after the model's soft-cap, as in
+    the sampler. `chunk`: tokens whose logits are held at once; the default depends on the device."""
 
     model: MegatronModel
     temperature: float = 1.0
@@ -33,21 +33,21 @@ class Head:
         return shard_of(self.model, self.temperature, self.chunk)
 
     def entered(self, hidden: Tensor) -> Tensor:
-        """Megatron's bf16 wrapper gives the last stage's output in fp32: back to the dtype of the head."""
+        """Cast `hidden` to the head's dtype: Megatron's bf16 wrapper outputs fp32 on the last stage."""
         return hidden.to(self.model.stages[-1].output_weight.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, h] -> this rank's shard [N, V_padded / tp] in fp32, for few positions."""
+        """[N, h] -> this rank's shard of the logits [N, V_padded / tp] in fp32, for few positions."""
         shard = self.shard
         return shard.transform.apply(F.linear(self.entered(hidden), shard.weight).float())
 
     def read(
         self, hidden: Tensor, target: Tensor, reads: HeadRequest, beside: "HeadContext | None" = None
     ) -> HeadOutputs:
-        """Everything `reads` names, for N hidden states [N, h] and sampled tokens [N]; every tensor-parallel
-        rank returns the same. Holds a chunk of logits and N x K numbers for each record.
+        """Compute everything that `reads` requests for hidden states [N, h] and sampled tokens [N]; every
+        tensor-parallel rank returns the same. Holds a chunk of logits and N x K numbers for each record.
 
-        Rows are formed only for what needs them: `support: old` alone has no entropy and no logsumexp.
+        Whole rows are computed only if needed: `support: old` by itself gives no entropy and no logsumexp.
         """
         hidden, beside = self.entered(reporting(hidden, self.model)), beside or HeadContext()
         rows, chosen = self._rows(hidden, target, reads)
@@ -72,12 +72,12 @@ class Head:
 
     @torch.no_grad()
     def log_probs(self, hidden: Tensor) -> Tensor:
-        """This rank's shard [N, V_padded / tp] of whole rows, -inf on padding, for few positions."""
+        """Log-prob rows: this rank's shard [N, V_padded / tp], -inf on padding, for few positions."""
         return vocab.log_softmax(self.logits(hidden), self.model.groups.tp, self.model.shape.vocab)
 
     @torch.no_grad()
     def freeze(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, "Frozen"]:
-        """The log-prob of the sampled tokens [N], and what is kept to read the same positions again."""
+        """Return the log-probs of the sampled tokens [N], and the data to read the same positions again."""
         hidden = self.entered(hidden)
         rows, _, _ = self.shard.selection(hidden, target, 0)
         return rows.target - rows.lse, Frozen(self, hidden, rows.lse)
@@ -85,8 +85,8 @@ class Head:
     def _rows(
         self, hidden: Tensor, target: Tensor, reads: HeadRequest
     ) -> tuple[Rows | None, "Selection | None"]:
-        """What is needed of whole rows: with gradient where something is differentiated through them, and the
-        candidates of records that choose their own ids."""
+        """Compute the needed whole rows, with gradient if something is differentiated through them, and the
+        candidates for records that choose their own ids."""
         backward = reads.full_softmax and torch.is_grad_enabled()
         rows = self.shard.rows(hidden, target) if backward else None
         if not reads.own and (backward or not (reads.full_softmax or reads.at_rollout)):
@@ -113,7 +113,7 @@ class Head:
 
     @torch.no_grad()
     def _collision(self, hidden: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
-        """sum_v p_v^2 [N]: the logsumexp of twice the logits, which is that of half the temperature."""
+        """sum_v p_v^2 [N], from the logsumexp of twice the logits, that is, at half the temperature."""
         assert lse is not None
         twice, _, _ = replace(self, temperature=self.temperature / 2).shard.selection(hidden, target, 0)
         return (twice.lse - 2 * lse).exp()
@@ -154,7 +154,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What is kept of a frozen model's forward over N positions: its final hidden states [N, h] and the
+    """Saved results of a frozen model's forward over N positions: its final hidden states [N, h] and the
     logsumexp [N] of its head."""
 
     head: Head
@@ -169,8 +169,8 @@ class Frozen:
 
 @dataclass(frozen=True)
 class HeadContext:
-    """What was read of the same N positions before: of the old policy, by the rollout engine, of a frozen
-    reference model."""
+    """Earlier results for the same N positions: of the old policy, the rollout engine, and a frozen reference
+    model."""
 
     old: HeadOutputs | None = None
     rollout: TopK | None = None
@@ -178,8 +178,8 @@ class HeadContext:
 
 
 def record_of(old: HeadOutputs | None, support: Support) -> TopK:
-    """The old policy's record whose ids `support: old` names: the one cut for just this support, or its only
-    one."""
+    """The old policy's record whose ids `support: old` uses: the one made for exactly this support or, if
+    there is none, its top-K record."""
     kept = None if old is None else old.others.get(replace(support, kind="own"), old.topk)
     if kept is None:
         raise ValueError("support: old reads the old policy's top-K record, and none was given")

@@ -15,11 +15,11 @@ from megatron_troll.mcore.head_shard import HeadShard
 def full_kl(
     head: HeadShard, hidden: Tensor, lse: Tensor, frozen: HeadShard, at: Tensor, q_lse: Tensor
 ) -> Tensor:
-    """KL(p || q) [N] in nats: p = exp(logit - lse) by `head` at hidden states `hidden` [N, h], q by `frozen`
-    at its own `at` [N, h'], with its logsumexp q_lse [N]. Differentiable in p.
+    """KL(p || q) [N] in nats: p = exp(logit - lse) of `head` at hidden states `hidden` [N, h], q of `frozen`
+    at its own hidden states `at` [N, h'], with logsumexp q_lse [N]. Differentiable in p.
 
     dKL/dlogit_v = p_v (log p_v - log q_v - KL). Forward and backward hold a few chunks of logits; backward
-    forms them again. All-reduces N numbers.
+    recomputes them. All-reduces N numbers.
     """
     result = _FullKl.apply(hidden, head.weight, lse.detach(), head, frozen, at.detach(), q_lse.detach())
     assert isinstance(result, Tensor)
@@ -67,7 +67,7 @@ class _FullKl(Function):
 def _chunks(
     head: HeadShard, hidden: Tensor, lse: Tensor, frozen: HeadShard, at: Tensor, q_lse: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """(rows, logits, p, log p - log q) of a chunk, [c, width] each; log p - log q is 0 where p is."""
+    """Yield (rows, logits, p, log p - log q) per chunk, tensors [c, width]; log p - log q is 0 if p is 0."""
     for start in range(0, len(hidden), head.shard.chunk):
         rows = slice(start, start + head.shard.chunk)
         logits, other = _logits(head, hidden[rows]), _logits(frozen, at[rows])

@@ -1,7 +1,7 @@
-"""The rows of the LM head on this rank: what its part of the vocabulary says, put together over all ranks.
+"""This rank's rows of the LM head, with results combined over all parts of the vocabulary.
 
 Megatron reduces a bucket of gradients as soon as autograd has passed each of its weights. The head adds the
-gradient of its weight to `main_grad` by itself, without autograd, and so says when that is complete.
+gradient of its weight to `main_grad` itself, without autograd, and therefore reports when that is complete.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from megatron_troll.parallel.groups import Group
 
 @dataclass(frozen=True)
 class Rows:
-    """Of N positions, over the whole vocabulary: logsumexp and entropy of the logits, logit of the sampled
-    token; [N] float32."""
+    """Statistics of N positions over the whole vocabulary: logsumexp and entropy of the logits, logit of the
+    sampled token; [N] float32."""
 
     lse: Tensor
     entropy: Tensor
@@ -33,8 +33,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class HeadShard:
-    """weight [V_padded / tp, h] holds the tokens from `first` on; with data parallelism its gradient is added
-    to `main_grad` as backward runs, and autograd knows nothing of it. Nothing here holds N x V / tp."""
+    """Part of the head: weight [V_padded / tp, h] has the tokens from `first` on. With data parallelism its
+    gradient is added to `main_grad` during backward, outside autograd. No method holds N x V / tp."""
 
     weight: Tensor
     main_grad: Tensor | None
@@ -48,7 +48,7 @@ class HeadShard:
         return self.shard.transform
 
     def rows(self, hidden: Tensor, target: Tensor) -> Rows:
-        """With gradient, which backward makes by forming the logits of a chunk again."""
+        """Rows with gradient; backward recomputes the logits, one chunk at a time."""
         target = target - self.first
         found = kernels.dense_statistics(hidden, self.weight, target, self.shard, self.main_grad)
         return self._together(*found)
@@ -62,8 +62,8 @@ class HeadShard:
         return self._together(found.lse, found.mean, found.target), self.transform.apply(values), ids
 
     def logits_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Logits [N, W] at `ids` [N, W] int64, -inf where the id is NO_ID. Differentiable, K columns wide: no
-        row of the vocabulary is formed, forward or backward."""
+        """Logits [N, W] at `ids` [N, W] int64, -inf where the id is NO_ID. Differentiable, W columns wide:
+        neither forward nor backward computes a whole row of the vocabulary."""
         columns = ids - self.first
         own = (ids >= 0) & (columns >= 0) & (columns < self.shard.width)
         mine = torch.where(own, columns, -1)
@@ -79,8 +79,9 @@ class HeadShard:
 
 
 def shard_of(model: MegatronModel, temperature: float, chunk: int | None = None) -> HeadShard:
-    """The head of the model's last stage: the model's soft-cap, where it has one, then `temperature`, which
-    divides. `chunk`: tokens whose logits are held at once, by default what suits the device."""
+    """This rank's part of the head on the model's last stage. Logits go through the model's soft-cap, if any,
+    and are then divided by `temperature`. `chunk`: tokens whose logits are held at once; the default depends
+    on the device."""
     weight, tp, vocab = model.stages[-1].output_weight, model.groups.tp, model.shape.vocab
     main_grad = getattr(weight, "main_grad", None)
     first = tp.rank * len(weight)
@@ -91,11 +92,11 @@ def shard_of(model: MegatronModel, temperature: float, chunk: int | None = None)
 
 
 def reporting(hidden: Tensor, model: MegatronModel) -> Tensor:
-    """`hidden` [N, h] for one reading of the head a micro-batch: when backward has passed everything that
-    reads it, the gradient of the head's weight counts as complete.
+    """Return `hidden` [N, h] as the input of the head, once per micro-batch: when backward has passed
+    everything computed from it, the gradient of the head's weight is reported to Megatron as complete.
 
-    Megatron counts in its first step how often each weight is reported, and waits for as many reports: where
-    the embedding of the same stage is tied to the head, for its own too.
+    In its first step Megatron counts the reports of each weight, and then waits for as many: if the embedding
+    of the same stage is tied to the head, this includes the embedding's report.
     """
     chunk = model.chunks[-1]
     if not isinstance(chunk, DistributedDataParallel) or not chunk.ddp_config.overlap_grad_reduce:

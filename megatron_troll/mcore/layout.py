@@ -1,4 +1,4 @@
-"""The layouts that are refused. Megatron-Core is not imported: a bad request is answered in a moment."""
+"""Check that a layout fits the model and the world. Fails fast, because Megatron-Core is not imported."""
 
 import importlib.util
 import math
@@ -12,9 +12,9 @@ from megatron_troll.mcore.shape import ModelShape
 
 
 def uses_te(spec: str) -> bool:
-    """Whether `spec` (auto, local, te) means Transformer Engine here: auto takes it where CUDA and it exist.
+    """Whether `spec` (auto, local, te) selects Transformer Engine: auto does if CUDA and the package exist.
 
-    Raises ConfigError when it is asked for and missing.
+    Raises ConfigError for te if either is missing.
     """
     present = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if spec == "te" and not present:
@@ -24,7 +24,7 @@ def uses_te(spec: str) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """`size` of what is cut into `parts` equal ones, as `axis` of a layout says."""
+    """A quantity `what` of `size` that `axis` of a layout divides into `parts` equal parts."""
 
     what: str
     size: int
@@ -37,7 +37,7 @@ class Cut:
 
 
 def cuts(shape: ModelShape, layout: Layout) -> list[Cut]:
-    """Everything that a layout cuts, each axis of 1 included."""
+    """Every quantity that a layout divides, including those on an axis of 1."""
     linear_heads = shape.linear.key_heads if shape.linear else 0
     everything = [
         Cut("attention heads", shape.heads, "tp", layout.tp),
@@ -53,7 +53,7 @@ def cuts(shape: ModelShape, layout: Layout) -> list[Cut]:
 
 
 def check_layout(shape: ModelShape, layout: Layout) -> None:
-    """Raise ConfigError naming the first size that cannot be cut as `layout` asks, and what could be."""
+    """Raise ConfigError naming the first size that `layout` cannot divide, and which axis sizes could."""
     everything = cuts(shape, layout)
     for cut in everything:
         if not cut.fits:
@@ -72,7 +72,7 @@ def check_layout(shape: ModelShape, layout: Layout) -> None:
 
 
 def nearest_divisors(size: int, parts: int) -> list[int]:
-    """Of the divisors of `size`, the largest below `parts` and the smallest above."""
+    """The largest divisor of `size` below `parts` and the smallest above, if they exist."""
     divisors = [n for n in range(1, size + 1) if size % n == 0]
     below, above = [n for n in divisors if n < parts], [n for n in divisors if n > parts]
     return below[-1:] + above[:1]
@@ -87,8 +87,8 @@ def check_world(layout: Layout, world: int) -> None:
             whole = math.lcm(dense, expert)
             nearest = [n for n in (world // whole * whole, (world // whole + 1) * whole) if n]
             raise ConfigError(
-                f"layout {layout.model_dump(exclude_none=True)} needs a world that {what} = {size} divides; "
-                f"this one has {world} ranks; {' or '.join(map(str, nearest))} would do"
+                f"layout {layout.model_dump(exclude_none=True)} needs a world size divisible by "
+                f"{what} = {size}; this one has {world} ranks; use {' or '.join(map(str, nearest))}"
             )
 
 

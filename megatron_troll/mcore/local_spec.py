@@ -23,8 +23,8 @@ from megatron_troll.mcore.shape import LayerType, ModelShape
 
 
 class RMSNorm(nn.Module):
-    """weight * x / rms(x). The gradient of `weight` is summed over tensor-parallel ranks, which see other
-    tokens or other heads."""
+    """weight * x / rms(x). The gradient of `weight` is summed over tensor-parallel ranks, which see
+    different tokens or heads."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class ZeroCentredRMSNorm(RMSNorm):
         return ((1.0 + self.weight.float()) * self._normed(hidden)).to(hidden.dtype)
 
 
-# Checkpoints keep a norm where Transformer Engine does, in the linear layer after it: either spec reads them.
+# Checkpoints store a norm in the linear layer after it, as Transformer Engine does: both specs read them.
 NORMS = {
     "full_attention": {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
     "linear_attention": {"input_layernorm.": "self_attention.in_proj.layer_norm_"},
@@ -56,14 +56,14 @@ DENSE_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlockSubmodules:
-    """The `layers` of one pipeline stage."""
+    """Spec of the `layers` of one pipeline stage."""
     norm: Any = _norm(shape)
     specs = {kind: layer_spec(shape, kind) for kind in set(layers)}
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in layers], layer_norm=norm)
 
 
 def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
-    """One decoder layer: attention of its kind, then experts or a dense gated MLP."""
+    """Spec of one decoder layer: attention of its kind, then experts or a dense gated MLP."""
     mlp: Any = get_mlp_module_spec_for_backend(
         backend=LocalSpecProvider(), num_experts=shape.experts or None, moe_grouped_gemm=False
     )
@@ -91,7 +91,7 @@ def _norm(shape: ModelShape) -> type[RMSNorm]:
 
 
 def _attention(norm: type[RMSNorm]) -> ModuleSpec:
-    """With queries and keys normed per head."""
+    """Spec of full attention, with queries and keys normed per head."""
     core_attention: Any = CoreAttention
     return ModuleSpec(
         module=CachedSelfAttention,

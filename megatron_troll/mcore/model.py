@@ -1,4 +1,4 @@
-"""Build a Megatron model that ends at its final hidden states, and forward one micro-batch through it."""
+"""Build a Megatron model that returns its final hidden states, and forward one micro-batch through it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from megatron_troll.mcore.transformer_config import transformer_config
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch
 
-# Megatron's numbers after which a bucket is closed.
+# Megatron's default bucket size in parameters: BUCKET, or BUCKET_PER_RANK x ranks if that is larger.
 BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
@@ -39,8 +39,8 @@ class HiddenStateModel(GPTModel):
     """GPTModel whose last stage returns the normed hidden states [s, b, h] (sharded over s under sequence
     parallelism); the LM head (head.py) reads its `output_weight`.
 
-    splits_head  whether each tensor-parallel rank reads the hidden states with its own part of the head, so
-                 that their gradients add up
+    splits_head  whether the head is split over the tensor-parallel ranks, so that their gradients of the
+                 hidden states must be summed
     """
 
     splits_head = True
@@ -51,7 +51,7 @@ class HiddenStateModel(GPTModel):
 
     @property
     def output_weight(self) -> Tensor:
-        """[V_padded / tp, h]."""
+        """Weight of the head on this rank, [V_padded / tp, h]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         weight = self.output_layer.weight
@@ -60,15 +60,15 @@ class HiddenStateModel(GPTModel):
 
 
 def _hidden_states(*, hidden_states: Tensor, **_: Any) -> Tensor:
-    """What Megatron's last stage makes of them in place of logits."""
+    """Return the hidden states, which Megatron's last stage then outputs instead of logits."""
     return hidden_states
 
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """One model on this rank: its virtual pipeline chunks, wrapped for data parallelism when trained.
+    """One model on this rank: its virtual pipeline chunks, wrapped for data parallelism if it is trained.
     `progress` is called after each forward of a chunk and for each tensor that is loaded or exported, so that
-    a watchdog can tell a long phase from a hang."""
+    a watchdog can distinguish a long phase from a hang."""
 
     shape: ModelShape
     config: TransformerConfig
@@ -78,7 +78,7 @@ class MegatronModel:
 
     @property
     def stages(self) -> list[HiddenStateModel]:
-        """The bare chunks, without data-parallel and precision wrappers."""
+        """The chunks without their data-parallel and precision wrappers."""
         return [bare(chunk) for chunk in self.chunks]
 
     def train(self, mode: bool = True) -> None:
@@ -104,10 +104,10 @@ def build(
     kind: type[HiddenStateModel] = HiddenStateModel,
     progress: Callable[[], object] = lambda: None,
 ) -> MegatronModel:
-    """The chunks of this rank, with uninitialised weights (weights/ fills them). See MegatronModel for
+    """Build the chunks of this rank, with uninitialised weights (weights/ fills them). See MegatronModel for
     `progress`.
 
-    Raises ValueError for a layout the model cannot be cut into.
+    Raises ValueError for a layout into which the model cannot be divided.
     """
     check_layout(shape, model.layout)
     check_options(shape, model)
@@ -180,7 +180,7 @@ def _data_parallel(
         for chunk in chunks
     ]
     if optimizer.overlap_grad_reduce:
-        # The schedule keeps all but the last micro-batch from being reduced.
+        # The schedule uses no_sync so that gradients are reduced only in the last micro-batch.
         unreduced = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = unreduced if len(unreduced) > 1 else unreduced[0]  # pyright: ignore[reportAttributeAccessIssue]
     return [*wrapped]
@@ -189,12 +189,12 @@ def _data_parallel(
 def _buffers(
     chunk: nn.Module, settings: DistributedDataParallelConfig, optimizer: Optimizer, groups: Groups
 ) -> FullParamLayout | None:
-    """Where the parameters lie in the buffers that the optimizer's state is sharded along: by numbers, or by
-    whole matrices for Muon. None where it is not sharded."""
+    """Layout of the parameters in the buffers along which the optimizer's state is sharded: by elements, or
+    by whole matrices for Muon. None if the state is not sharded."""
     if not optimizer.distributed:
         return None
     kind = LayerWiseDistributedOptimizer if optimizer.name == "muon" else DistributedOptimizer
-    # As Megatron chooses: it cuts the buffers of the first stage alone, and only to overlap their reduction.
+    # Same as Megatron: only the first stage divides its buffers into buckets, and only to overlap reduction.
     cut = optimizer.overlap_grad_reduce and groups.pp.rank == 0
     return kind.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
@@ -206,8 +206,8 @@ def _buffers(
 
 
 def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor:
-    """One chunk's forward of `batch`: hidden states [s, b, h] to the next stage or, on the last, the final
-    ones, each rank's slice under sequence parallelism. Routers repeat `batch.experts`, where it has them."""
+    """Forward `batch` through one chunk: hidden states [s, b, h] for the next stage or, on the last stage,
+    the final ones; this rank's slice under sequence parallelism. Routers replay `batch.experts`, if any."""
     packed = None
     if batch.cu_seqlens is not None:
         packed = packed_sequences(batch.cu_seqlens, batch.max_seqlen, model.groups.cp)
@@ -224,15 +224,15 @@ def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor
 
 
 def layer_remarks(model: MegatronModel) -> list[str]:
-    """What there is to say, once, about how `model` runs on this machine."""
+    """Messages to log once about how `model` runs on this machine."""
     if model.shape.linear is None:
         return []
     return [implementation(device(), model.config.params_dtype)]
 
 
 def _padding_of_stage(model: MegatronModel, chunk: nn.Module, padding: Tensor) -> Tensor:
-    """Megatron shards the padding mask over the sequence on the first stage only; later ones get their
-    shard here."""
+    """Padding mask for the stage of `chunk`. Under sequence parallelism Megatron shards the mask only on the
+    first stage; later stages get their shard here."""
     if bare(chunk).pre_process or not model.config.sequence_parallel:
         return padding
     return padding.chunk(model.groups.tp.size, dim=1)[model.groups.tp.rank]
@@ -241,8 +241,8 @@ def _padding_of_stage(model: MegatronModel, chunk: nn.Module, padding: Tensor) -
 def select_hidden(model: MegatronModel, hidden: Tensor, index: Tensor) -> Tensor:
     """Hidden states [N, h] of the flattened [b * s] positions `index`, from the last stage's [s, b, h].
 
-    Under sequence parallelism gathers s over the tensor-parallel ranks; the backward sums the gradients of
-    their parts of the head, where it is split, and scatters them.
+    Under sequence parallelism, gathers s over the tensor-parallel ranks; backward scatters the gradients,
+    after summing them over these ranks if the head is split.
     """
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(

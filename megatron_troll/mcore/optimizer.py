@@ -17,7 +17,7 @@ from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.router import move_biases
 
-# Transformer Engine's Adam takes uint8 for fp8.
+# Transformer Engine's Adam expects uint8 as the dtype of fp8 moments.
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 
 
@@ -30,9 +30,9 @@ class Trainable:
     schedule: OptimizerParamScheduler
 
     def step(self) -> float:
-        """One update from the accumulated gradients, and of the experts' biases; returns the global gradient
-        norm before clipping. Blocks on every rank. The schedule moves first: step 1 of w warm-up steps has
-        1/w of the rate."""
+        """Update the weights from the accumulated gradients, and the experts' biases; return the global
+        gradient norm before clipping. Blocks on every rank. The schedule advances first: step 1 of w warm-up
+        steps uses 1/w of the learning rate."""
         self.schedule.step(1)
         with inside(self.model.groups):
             succeeded, grad_norm, _ = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
@@ -45,8 +45,8 @@ class Trainable:
         return float(grad_norm)
 
     def step_if_finite(self, loss: float) -> float | None:
-        """`step` where the loss and every gradient of every rank are finite; else None, and nothing is
-        updated. `loss` is that of the whole step, the same on every rank. Blocks on the world."""
+        """Call `step` if the loss and every gradient of every rank are finite; otherwise update nothing and
+        return None. `loss` is that of the whole step, the same on every rank. Blocks on the world."""
         return self.step() if self.finite(loss) else None
 
     def finite(self, loss: float) -> bool:
@@ -68,7 +68,7 @@ class Trainable:
 
 
 def _data_parallel(model: MegatronModel) -> list[DistributedDataParallel]:
-    """The chunks of a model built with `trained`. Raises ValueError for another."""
+    """The chunks of a model built with `trained=True`. Raises ValueError for other models."""
     chunks = [chunk for chunk in model.chunks if isinstance(chunk, DistributedDataParallel)]
     if len(chunks) < len(model.chunks):
         raise ValueError("the model was built with trained=False: it has no gradients to optimize with")
@@ -76,23 +76,23 @@ def _data_parallel(model: MegatronModel) -> list[DistributedDataParallel]:
 
 
 def chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron chains one optimizer for dense and one for expert parameters where their groups differ, and
-    one for Muon's matrices, which may be a chain itself."""
+    """Flat list of the optimizers that Megatron chains: one for dense and one for expert parameters if their
+    groups differ, and one for Muon's matrices, which may itself be a chain."""
     if isinstance(optimizer, ChainedOptimizer):
         return [part for inner in optimizer.chained_optimizers for part in chained(inner)]
     return [] if getattr(optimizer, "is_stub_optimizer", False) else [optimizer]
 
 
 def layer_wise(optimizer: MegatronOptimizer) -> list[LayerWiseDistributedOptimizer]:
-    """Those of `optimizer` that shard their state by whole matrices."""
+    """The parts of `optimizer` that shard their state by whole matrices."""
     parts = [optimizer, *(optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [])]
     return [part for part in parts if isinstance(part, LayerWiseDistributedOptimizer)]
 
 
 def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trainable:
-    """Optimizer and schedule over `total_steps` optimizer steps for a model built with `trained`.
+    """Create optimizer and schedule over `total_steps` optimizer steps for a model built with `trained=True`.
 
-    Raises ValueError where the model was built for another kind of optimizer.
+    Raises ValueError if the model was built for another kind of optimizer.
     """
     for chunk in _data_parallel(model):
         if chunk.ddp_config.use_distributed_optimizer != config.distributed:
@@ -116,38 +116,39 @@ def trainable(model: MegatronModel, config: Optimizer, total_steps: int) -> Trai
     with inside(model.groups):
         optimizer = get_megatron_optimizer(settings, model.chunks)  # pyright: ignore[reportArgumentType]
     for part in chained(optimizer):
-        # Dense and expert parameters have an optimizer each, and each would gather the new weights of both:
-        # `Trainable.step` gathers them once.
+        # Dense and expert parameters each have an optimizer, and each of these would gather the new weights
+        # of both: `Trainable.step` gathers them once instead.
         if isinstance(part, DistributedOptimizer):
             part._defer_param_sync = True  # pyright: ignore[reportAttributeAccessIssue]
     for whole in layer_wise(optimizer):
+        # Skips the gather in its own step, for the same reason.
         whole.overlap_param_gather = True
     model.config.grad_scale_func = optimizer.scale_loss
     return Trainable(model, optimizer, _schedule(optimizer, config, total_steps))
 
 
 def _algorithm(model: MegatronModel, config: Optimizer) -> dict[str, Any]:
-    """Megatron's fields for AdamW, or for Muon beside it."""
+    """Megatron's config fields for AdamW, or for Muon together with it."""
     if config.name == "adamw":
         return {"optimizer": "adam", "use_distributed_optimizer": config.distributed}
     return {
         "optimizer": "muon",
-        # With the other flag Megatron builds plain optimizers without a word, whose replicas drift apart.
+        # With use_distributed_optimizer, Megatron silently builds plain optimizers, whose replicas diverge.
         "use_layer_wise_distributed_optimizer": config.distributed,
         "muon_momentum": config.muon.momentum,
         "muon_nesterov": config.muon.nesterov,
         "muon_num_ns_steps": config.muon.steps,
         "muon_extra_scale_factor": config.muon.scale,
-        # The default orthogonalises each tensor-parallel shard by itself: another update than one rank's.
+        # The default orthogonalises each tensor-parallel shard separately, so the update depends on tp.
         "muon_tp_mode": "duplicated",
         "muon_fp32_matmul_prec": "medium" if model.config.bf16 else "highest",
     }
 
 
 def _smaller_state(config: Optimizer) -> dict[str, Any]:
-    """Megatron's fields for moments in fewer bits, or a state in host memory, of which only its
-    precision-aware path keeps no fp32 weights on the device. Gradients stay fp32: the LM head adds to
-    them."""
+    """Megatron's config fields for moments in fewer bits, or for a state in host memory. Only the
+    precision-aware path keeps no fp32 weights on the device for the latter. Gradients stay fp32: the LM head
+    adds to them."""
     if config.offload:
         return {
             "use_precision_aware_optimizer": True,

@@ -1,4 +1,4 @@
-"""What a model's options rule out: by themselves, and on a machine. Megatron-Core is not imported."""
+"""Check a model's options: against the model and each other, and on this machine. Without Megatron-Core."""
 
 import importlib.util
 
@@ -12,7 +12,7 @@ from megatron_troll.mcore.shape import ModelShape
 
 
 def check_options(shape: ModelShape, model: Model) -> None:
-    """Raise ConfigError naming the first option that has no meaning for this model, or beside another."""
+    """Raise ConfigError naming the first option that does not apply to this model or excludes another."""
     if not shape.experts and model.moe != MoE():
         changed = model.moe.model_dump(exclude_defaults=True)
         raise ConfigError(f"moe={changed} needs a model with experts; this is {shape.family}: leave it out")
@@ -46,7 +46,7 @@ def _check_muon(model: Model) -> None:
         return
     if optimizer.distributed and model.dtype != "bf16":
         raise ConfigError(
-            "optimizer.name=muon shards its state by matrices, which Megatron does in bf16 alone; dtype is "
+            "optimizer.name=muon shards its state by matrices, which Megatron does only in bf16; dtype is "
             f"{model.dtype}: set optimizer.distributed=false or dtype=bf16"
         )
     for name in ("offload", "precision_aware"):
@@ -57,23 +57,23 @@ def _check_muon(model: Model) -> None:
 
 
 def check_muon_layout(shape: ModelShape, model: Model, world: int) -> None:
-    """Raise ConfigError for a layout over `world` ranks in which experts have replicas and dense weights
-    none: Megatron then shards nothing, sums the gradient of an expert on one of its replicas alone, updates
-    all of them, and counts experts twice in the norm."""
+    """Raise ConfigError for a layout over `world` ranks in which experts have replicas but dense weights do
+    not: Megatron then shards nothing, sums the gradient of an expert only on one of its replicas, updates all
+    of them, and counts experts twice in the norm."""
     layout, optimizer = model.layout, model.optimizer
     if not (optimizer.name == "muon" and optimizer.distributed and shape.experts):
         return
     dense, experts = (world // (n * layout.pp) for n in (layout.tp, layout.ep * layout.etp))
     if dense == 1 < experts:
         raise ConfigError(
-            f"optimizer.name=muon cannot shard its state where every expert is on {experts} ranks and every "
+            f"optimizer.name=muon cannot shard its state if every expert is on {experts} ranks and every "
             f"dense weight on one (tp={layout.tp}, ep={layout.ep}, etp={layout.etp}): set "
             "optimizer.distributed=false, or ep or etp higher"
         )
 
 
 def check_machine(model: Model) -> None:
-    """Raise ConfigError naming the first option that this machine cannot have, and what to install."""
+    """Raise ConfigError naming the first option that this machine does not support, and what to install."""
     cuda = torch.cuda.is_available()
     if "moe_act" in model.recompute_modules and model.recompute == "selective" and not uses_te(model.spec):
         raise ConfigError(
@@ -88,7 +88,7 @@ def check_machine(model: Model) -> None:
         "optimizer.precision_aware": (
             model.optimizer.precision_aware is not None,
             "transformer_engine",
-            "Transformer Engine, whose Adam it is, or leave it out",
+            "Transformer Engine, which has this Adam, or leave the option out",
         ),
         "optimizer.offload": (model.optimizer.offload > 0, None, ""),
     }

@@ -1,4 +1,4 @@
-"""Packed sequences as Megatron knows them, with the index lists that our attention layers need."""
+"""Packed sequences in Megatron's format, with the index lists that our attention layers need."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,12 +14,12 @@ from megatron_troll.parallel.groups import Group
 
 @dataclass(frozen=True)
 class SequenceBucket:
-    """Sequences of similar length attended to as one dense batch of B; of equal length under context
-    parallelism.
+    """Sequences of similar length (equal length under context parallelism) that attention processes as one
+    dense batch of B.
 
     query   [B, Lq] row of each query in this rank's flat [t] tokens, by position
     key     [B, Lk] row of each key in the flat tokens of all context-parallel ranks, by position
-    used    [B, Lq] bool, False where a shorter sequence ends
+    used    [B, Lq] bool, False after the end of a shorter sequence
     real    [B, Lk] bool, the same for keys
     """
 
@@ -31,11 +31,11 @@ class SequenceBucket:
 
 @dataclass(frozen=True)
 class Flat:
-    """The sequences that are not empty, one after another: what kernels of variable lengths take.
+    """The non-empty sequences one after another, the input of variable-length kernels.
 
     key         [T] row of each position in the flat tokens of all context-parallel ranks
-    sequence    [T] which sequence each position is of
-    starts      [S + 1] int64
+    sequence    [T] index of the sequence that each position belongs to
+    starts      [S + 1] int64 start of each sequence, and the end of the last
     starts_cpu  the same on the host
     """
 
@@ -49,7 +49,7 @@ class Flat:
 class PackedSequences(PackedSeqParams):
     """Megatron's THD parameters, with the sequences as dense batches (`buckets_of`) and flat (`flat_of`).
 
-    position  [t] int64, index inside its sequence of each of the tokens of all context-parallel ranks
+    position  [t] int64, index of each token inside its sequence, for the tokens of all context-parallel ranks
     """
 
     buckets: tuple[SequenceBucket, ...] = ()
@@ -59,7 +59,7 @@ class PackedSequences(PackedSeqParams):
 
 def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSequences:
     """THD parameters for padded sequence starts `cu_seqlens` [S + 1] int32, counted over all
-    context-parallel ranks. Reads cu_seqlens on the host once."""
+    context-parallel ranks. Copies cu_seqlens to the host once."""
     starts, device = cu_seqlens.tolist(), cu_seqlens.device
     return PackedSequences(
         qkv_format="thd",
@@ -76,8 +76,8 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSe
 
 
 def buckets_of(starts: list[int], cp: Group, device: torch.device) -> list[SequenceBucket]:
-    """Sequences grouped by the power of two above their length, so that padding to the longest of a
-    bucket at most doubles it; under context parallelism by their length, which says where chunks begin."""
+    """Sequences grouped by the power of two above their length, so that padding to the longest of a bucket
+    at most doubles it; under context parallelism by exact length, which determines where chunks begin."""
     groups: dict[int, list[int]] = {}
     for i, (start, end) in enumerate(pairwise(starts)):
         length = end - start
@@ -97,7 +97,7 @@ def _bucket(starts: list[int], members: list[int], cp: Group, device: torch.devi
 
 
 def flat_of(starts: list[int], cp: Group, device: torch.device) -> Flat:
-    """The positions of all sequences, by sequence and position."""
+    """The positions of all sequences, ordered by sequence and position."""
     members = [i for i, (start, end) in enumerate(pairwise(starts)) if end > start]
     keys = [_keys(starts, i, cp) for i in members]
     lengths = torch.tensor([len(key) for key in keys])

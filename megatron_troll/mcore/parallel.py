@@ -1,4 +1,4 @@
-"""Start and stop the processes of a layout; hand its groups out as values."""
+"""Start and stop the process groups of a layout; return them as values."""
 
 import datetime
 import os
@@ -19,11 +19,11 @@ from megatron_troll.mcore.layout import check_world
 from megatron_troll.mcore.version import check_version
 from megatron_troll.parallel.groups import ALONE, Group, Groups
 
-# A hang is the watchdog's to tell (observe/hang.py); a rank may wait long for one that makes progress.
+# Hangs are detected by the watchdog (observe/hang.py); a rank may wait long for one that makes progress.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
 
 
-# The states of every layout of this world. Each process group has threads until `leave` ends it.
+# Megatron's globals for every layout of this world. Each process group has threads until `leave` ends it.
 _formed: list[dict[str, Any]] = []
 
 
@@ -38,7 +38,7 @@ def start(layout: Layout, seed: int) -> Groups:
     """Join the world (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT from the environment), form the groups of
     `layout` and seed this rank. May be called again with another layout. Blocks until every rank has joined.
 
-    Raises ValueError when the world does not divide by the layout, or for another megatron-core than ours.
+    Raises ValueError if the layout does not divide the world, or if megatron-core is not the pinned version.
     """
     check_version()
     patches.install()
@@ -51,14 +51,14 @@ def start(layout: Layout, seed: int) -> Groups:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    # The inference tracker never forks a CUDA generator; no module of ours draws inside the model.
+    # The inference tracker never forks a CUDA generator; our modules use no random numbers in the model.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
     return groups
 
 
 def also(layout: Layout) -> Groups:
-    """The groups of a second layout of the same world; the first one stays the current one. Blocks until
-    every rank has called it. Raises ValueError when the world does not divide by the layout."""
+    """Form the groups of a second layout of the same world; the first layout stays the current one. Blocks
+    until every rank has called it. Raises ValueError if the layout does not divide the world."""
     current = _state()
     try:
         return _form(layout)
@@ -68,7 +68,7 @@ def also(layout: Layout) -> Groups:
 
 @contextmanager
 def inside(groups: Groups) -> Iterator[None]:
-    """Megatron's functions work on the layout of `groups` until the block ends."""
+    """Make Megatron's functions use the layout of `groups` inside the block."""
     current = _state()
     _become(groups.state)
     try:
@@ -78,14 +78,14 @@ def inside(groups: Groups) -> Iterator[None]:
 
 
 def stop() -> None:
-    """Leave the world. Without it gloo complains at exit. Groups that are still held are of no use."""
+    """Leave the world; without this call gloo complains at exit. Groups still held can no longer be used."""
     leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def leave() -> None:
-    """End the groups of every layout; the world stays."""
+    """Destroy the groups of every layout; the world stays."""
     held = {value for state in _formed for value in state.values() if isinstance(value, dist.ProcessGroup)}
     for group in held - {dist.group.WORLD}:
         dist.destroy_process_group(group)
@@ -97,7 +97,7 @@ def leave() -> None:
 
 def _form(layout: Layout) -> Groups:
     check_world(layout, dist.get_world_size())
-    # Not destroy_model_parallel: it would end groups that another layout still uses.
+    # Not destroy_model_parallel: it would destroy groups that another layout still uses.
     _become(dict.fromkeys(_state()))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -112,7 +112,7 @@ def _form(layout: Layout) -> Groups:
 
 
 def _state() -> dict[str, Any]:
-    """Megatron keeps its layout in module globals; these are all of them."""
+    """All module globals in which Megatron keeps its layout."""
     return {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name.isupper()}
 
 

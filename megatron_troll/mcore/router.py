@@ -1,18 +1,18 @@
-"""A router that is balanced over the optimizer step, and tells how busy its experts were.
+"""A router that balances its experts over the optimizer step, and reports their loads.
 
 Megatron balances over a micro-batch, or over a running mean of micro-batches; both change with the layout.
 Here the loads f_e are counted over the whole step by a forward without gradient, so that
 loss = c E / (k T^2) sum_e f_e sum_t p_te (Switch Transformer, arXiv:2101.03961, eq. 4, over the step's T
 tokens as in arXiv:2501.11873) is a plain sum over tokens: any layout gives the same gradient.
 
-Balancing without a loss (arXiv:2408.15664): a bias on each expert's score moves the choice, not the weights
-of the chosen; after every step it falls for experts with more than the mean load and rises for the others.
-Megatron has this for sigmoid scores only.
+Balancing without a loss (arXiv:2408.15664): a bias on each expert's score changes which experts are chosen,
+not the weights of the chosen ones; after every step it decreases for experts above the mean load and
+increases for experts below it. Megatron has this for sigmoid scores only.
 
-Replay: which experts tokens go to, recorded in one forward and repeated in others. R3 (arXiv:2510.11370)
-repeats the rollout engine's choices in the trainer, R2 those of the policy at the start of the update (both
-names: arXiv:2512.01374). Megatron's switch (moe_enable_routing_replay) is a global list of all routers,
-which knows neither padding nor several models.
+Replay: the experts chosen for each token are recorded in one forward and reused in others. R3
+(arXiv:2510.11370) replays the rollout engine's choices in the trainer, R2 those of the policy at the start of
+the update (both names: arXiv:2512.01374). Megatron's own replay (moe_enable_routing_replay) uses a global
+list of all routers, and supports neither padding nor several models.
 """
 
 from collections import deque
@@ -31,14 +31,14 @@ from megatron_troll.parallel.groups import Group, Groups
 
 
 class StepBalancedRouter(TopKRouter):
-    """TopKRouter with both balancings. Counts are int64, which no change of the model's dtype touches.
+    """TopKRouter with both kinds of balancing. Counts are int64, so casting the model leaves them unchanged.
 
     counts        [E] tokens sent to each expert while `counting`; after `share_counts` the total
-    loads         [E] the same of the step's training forwards; after `share_loads` the total
+    loads         [E] the same in the step's training forwards; after `share_loads` the total
     expert_bias   [E] float32, added to the softmax scores for the choice; part of checkpoints. None: no bias
-    coefficient   of the loss; 0 adds nothing
-    replay        what is recorded and replayed (replay.py); loads and the loss go by the replayed choices
-    changed       [] choices of the step's training forwards that replay made other than the router's own;
+    coefficient   factor of the balancing loss; 0: no loss
+    replay        recorded and replayed choices (`Replay`); loads and the loss use the replayed choices
+    changed       [] replayed choices in the step's training forwards that the router itself did not choose;
                   after `share_loads` the total
     """
 
@@ -57,7 +57,8 @@ class StepBalancedRouter(TopKRouter):
         self.bias_rate = 0.0
 
     def configure(self, moe: MoE) -> None:
-        """Before the model is wrapped for data parallelism, which holds no gradient of a frozen weight."""
+        """Apply `moe`. Call this before the model is wrapped for data parallelism, which allocates no
+        gradient for a frozen weight."""
         self.coefficient, self.bias_rate = moe.aux_loss, moe.bias_rate
         self.weight.requires_grad_(not moe.freeze_router)
         if moe.bias_rate:
@@ -70,7 +71,7 @@ class StepBalancedRouter(TopKRouter):
         real = torch.ones_like(rows[:, :1], dtype=torch.bool)
         if padding_mask is not None:
             real = ~padding_mask.reshape(-1, 1)
-        # Recompute runs a forward without gradient first: what is counted with gradient is counted once.
+        # Recomputation runs the forward twice, first without gradient: counting only the second counts once.
         training = self.training and torch.is_grad_enabled()
         given = self.replay.take()
         if given is not None:
@@ -94,22 +95,23 @@ class StepBalancedRouter(TopKRouter):
         return self.config.num_moe_experts
 
     def _own(self, logits: Tensor) -> Tensor:
-        """The experts [n, k] that this router chooses from logits [n, E]."""
+        """The experts [n, k] that this router itself chooses from logits [n, E]."""
         scores = logits.detach().softmax(-1)
         if self.expert_bias is not None:
             scores = scores + self.expert_bias
         return scores.topk(self.topk, dim=-1).indices
 
     def _replayed(self, logits: Tensor, given: Tensor, real: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """`given` [n, k] where `real` [n, 1], its own choice on padding. Returns like `_weighed`."""
+        """Route real tokens (`real` [n, 1]) to `given` [n, k], padding to the router's own choice. Returns
+        the same as `_weighed`."""
         own = self._own(logits)
         if training:
             self.changed += ((given[:, :, None] != own[:, None]).all(-1) & real).sum()
         return self._weighed(logits, torch.where(real, given, own))
 
     def _weighed(self, logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [n, E], chosen [n, k] -> probs, which are those of Megatron's router for the same choice,
-        and map."""
+        """logits [n, E], chosen [n, k] -> probs and map [n, E]. probs equal those of Megatron's router for
+        the same choice."""
         weights = logits.softmax(-1).gather(1, chosen)
         if not self.config.moe_router_pre_softmax:
             weights = logits.gather(1, chosen).softmax(-1)
@@ -131,7 +133,7 @@ def routers(chunks: list[nn.Module]) -> list[StepBalancedRouter]:
 
 
 def start_counting(chunks: list[nn.Module]) -> None:
-    """Count expert loads from zero in the forwards that follow."""
+    """Set the counts to zero and count expert loads in the forwards that follow."""
     for router in routers(chunks):
         router.counts.zero_()
         router.counting = True
@@ -145,15 +147,15 @@ def share_counts(chunks: list[nn.Module], tp: Group, dp_cp: Group) -> None:
 
 
 def start_loads(chunks: list[nn.Module]) -> None:
-    """Count the loads of training forwards, and what replay changes of them, from zero."""
+    """Set to zero the loads of training forwards and the number of choices that replay changed."""
     for router in routers(chunks):
         router.loads.zero_()
         router.changed.zero_()
 
 
 def share_loads(chunks: list[nn.Module], groups: Groups) -> None:
-    """Sum the loads of every layer of this stage over the ranks that saw different tokens, in one reduction.
-    Blocks."""
+    """Sum the loads and replay changes of every layer of this stage over the ranks that saw different tokens,
+    in one reduction. Blocks."""
     found = routers(chunks)
     if not found:
         return
@@ -165,8 +167,8 @@ def share_loads(chunks: list[nn.Module], groups: Groups) -> None:
 
 
 def move_biases(chunks: list[nn.Module]) -> None:
-    """After `share_loads`: each bias moves by the rate, down where the load is above the mean. The same on
-    every rank."""
+    """Move each bias by the rate: down if the load is above the mean, up if below. Call this after
+    `share_loads`; the result is the same on every rank."""
     for router in routers(chunks):
         if router.expert_bias is not None:
             loads = router.loads.double()
@@ -174,34 +176,34 @@ def move_biases(chunks: list[nn.Module]) -> None:
 
 
 def expert_loads(chunks: list[nn.Module], pp: Group) -> dict[int, Tensor]:
-    """Layer, counted from 0 -> loads [E] int64 on the host, of every layer on every rank. Blocks on the
+    """{layer, counted from 0: loads [E] int64 on the host} for all layers, on every rank. Blocks on the
     pipeline."""
     mine = {layer_of(router): router.loads.to("cpu", copy=True) for router in routers(chunks)}
     return over_stages(mine, pp)
 
 
 def replay_changes(chunks: list[nn.Module], pp: Group) -> dict[int, int]:
-    """Layer, counted from 0 -> choices of the step that replay changed, of every layer on every rank. Blocks
+    """{layer, counted from 0: choices of the step that replay changed} for all layers, on every rank. Blocks
     on the pipeline."""
     return over_stages({layer_of(router): int(router.changed) for router in routers(chunks)}, pp)
 
 
 def layer_of(router: StepBalancedRouter) -> int:
-    """Counted from 0 over the whole model."""
+    """Number of the router's layer, counted from 0 over the whole model."""
     assert router.layer_number is not None
     return router.layer_number - 1
 
 
 def over_stages[Value](mine: Mapping[int, Value], pp: Group) -> dict[int, Value]:
-    """What every stage has of its layers, in their order, on every rank. Blocks on the pipeline."""
+    """Merge the {layer: value} of all stages, sorted by layer, on every rank. Blocks on the pipeline."""
     stages = pp.all_gather_objects(dict(mine))
     return dict(sorted((layer, value) for stage in stages for layer, value in stage.items()))
 
 
 @contextmanager
 def recording(chunks: list[nn.Module]) -> Iterator[dict[int, list[Tensor]]]:
-    """What the routers on this rank choose in the block: layer, counted from 0 -> [n, k] uint8 or uint16,
-    ascending, of each forward in order, on the device."""
+    """Record the choices of this rank's routers in the block: {layer, counted from 0: [n, k] uint8 or uint16,
+    ascending, of each forward in order}, on the device."""
     found = routers(chunks)
     kept: dict[int, list[Tensor]] = {layer_of(router): [] for router in found}
     for router in found:
@@ -215,8 +217,8 @@ def recording(chunks: list[nn.Module]) -> Iterator[dict[int, list[Tensor]]]:
 
 @contextmanager
 def replaying(chunk: nn.Module, experts: Mapping[int, Tensor] | None) -> Iterator[None]:
-    """The routers of `chunk` send the tokens of the forward in the block to `experts`
-    (`MicroBatch.experts`), and again where that forward is recomputed."""
+    """Make the routers of `chunk` send the tokens of the forward in the block to `experts`
+    (`MicroBatch.experts`), also when that forward is recomputed. None: no replay."""
     found = routers([chunk]) if experts is not None else []
     for router in found:
         assert experts is not None
@@ -230,12 +232,12 @@ def replaying(chunk: nn.Module, experts: Mapping[int, Tensor] | None) -> Iterato
 
 @dataclass
 class Replay:
-    """What one router records and repeats.
+    """Choices that one router records and replays.
 
-    recorded  choices [n, k] of each forward; None: not recorded
-    given     choices [n, k] for the forward that runs; None: no such forward runs, or it chooses itself
-    waiting   those of forwards that the backward pass will recompute. Every schedule goes backward through a
-              chunk's micro-batches in the order of their forwards.
+    recorded  choices [n, k] of each forward; None: nothing is recorded
+    given     choices [n, k] for the current forward; None: no forward runs, or the router chooses itself
+    waiting   choices for forwards that the backward pass will recompute, in order: every schedule runs the
+              backwards of a chunk's micro-batches in the order of their forwards
     """
 
     recorded: list[Tensor] | None = None
@@ -244,23 +246,23 @@ class Replay:
     waiting: deque[Tensor] = field(default_factory=deque)
 
     def begin(self, experts: Tensor) -> None:
-        """Before a forward; whether gradients are on says whether there will be a backward."""
+        """Start a forward that replays `experts`. If gradients are enabled, a backward will follow."""
         self.given, self.recomputed = experts, torch.is_grad_enabled()
 
     def end(self) -> None:
         self.given = None
 
     def take(self) -> Tensor | None:
-        """The choices that the router has to repeat now. Outside of a forward it is called by recompute."""
+        """The choices that the router must replay now. A call outside of a forward is a recomputation."""
         if self.given is None:
             return self.waiting.popleft() if self.waiting else None
-        # A checkpointed layer runs without gradient first.
+        # A checkpointed layer first runs without gradient, then again in backward, which needs the choices.
         if self.recomputed and not torch.is_grad_enabled():
             self.waiting.append(self.given)
         return self.given
 
     def record(self, routing_map: Tensor, per_token: int) -> None:
-        """routing_map [n, E] bool."""
+        """Record the choices in routing_map [n, E] bool, if recording is on."""
         if self.recorded is None:
             return
         chosen = routing_map.byte().topk(per_token, dim=-1).indices.sort(-1).values

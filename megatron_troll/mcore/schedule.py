@@ -1,4 +1,4 @@
-"""Run micro-batches through Megatron's own schedule: no pipeline, 1F1B or interleaved 1F1B."""
+"""Run micro-batches through Megatron's own schedules: no pipeline, 1F1B or interleaved 1F1B."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -30,11 +30,11 @@ def infer(model: MegatronModel, batches: Sequence[MicroBatch], read: Read) -> li
 
 
 def accumulate(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss) -> list[Any]:
-    """Forward and backward of one optimizer step from zeroed gradients. On the last stage
+    """Run forward and backward of one optimizer step, starting from zero gradients. On the last stage
     `loss(i, hidden [N, h])` gives micro-batch i's share of the step's loss (a sum: nothing is
-    averaged over micro-batches or ranks) and anything to return. Gradients end summed over data- and
-    context-parallel ranks in `main_grad`, the loads of the experts in their routers. Blocks on every rank of
-    the world."""
+    averaged over micro-batches or ranks) and any value to return. Afterwards `main_grad` holds the gradients,
+    and the routers the loads of their experts, summed over data- and context-parallel ranks. Blocks on every
+    rank of the world."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
     start_loads(model.chunks)
@@ -44,8 +44,8 @@ def accumulate(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss) 
 
 
 def step_loss(model: MegatronModel, parts: Sequence[Tensor]) -> float:
-    """The loss of an optimizer step, the same on every rank, from the detached losses of this rank's
-    micro-batches. Blocks on every rank."""
+    """Sum the detached losses of all micro-batches of an optimizer step, `parts` being this rank's. Returns
+    the same loss on every rank. Blocks on every rank."""
     groups = model.groups
     total = torch.stack([torch.zeros((), device=device()), *parts]).sum().double()
     groups.dp_cp.all_reduce(total)
@@ -53,8 +53,8 @@ def step_loss(model: MegatronModel, parts: Sequence[Tensor]) -> float:
 
 
 def survey(model: MegatronModel, batches: Sequence[MicroBatch], read: Read) -> list[Any]:
-    """`infer` over the micro-batches of one optimizer step that also counts the loads of its experts, which
-    the balancing loss needs before the first backward. Blocks on every rank."""
+    """Run `infer` over the micro-batches of one optimizer step and count the loads of the experts, which the
+    balancing loss needs before the first backward. Blocks on every rank."""
     start_counting(model.chunks)
     results = infer(model, batches, read)
     share_counts(model.chunks, model.groups.tp, model.groups.dp_cp)
@@ -89,5 +89,5 @@ def _forward_step(
 
 
 def _finalize(chunks: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    # Our weights already normalise over the step: Megatron must not divide by its token count.
+    # Our loss weights already normalise over the step: Megatron must not divide by its token count.
     finalize_model_grads(chunks, None, **kwargs)

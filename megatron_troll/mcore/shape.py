@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says about a Qwen3, Qwen3-MoE or Qwen3-Next model, by Megatron's names."""
+"""Read the sizes of a Qwen3, Qwen3-MoE or Qwen3-Next model from its Hugging Face config.json."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -9,7 +9,7 @@ from megatron_troll.config.node import ConfigError
 
 LayerType = Literal["full_attention", "linear_attention"]
 
-# config.json keys that ask for what is not built, and the values that do not.
+# config.json keys that are supported only with these values.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "attention_bias": (False, None),
@@ -50,13 +50,13 @@ class LinearAttention:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one model. experts is 0 for a dense model, shared_expert_ffn without a shared expert; `vocab`
-    is the published size, unpadded; logits are softcap * tanh(x / softcap) where there is a soft-cap.
+    """Sizes of one model. experts is 0 for a dense model, shared_expert_ffn is 0 without a shared expert;
+    `vocab` is the published size, unpadded; with a soft-cap, logits are softcap * tanh(x / softcap).
 
-    layer_types       of each layer in order
+    layer_types       type of each layer, in order
     linear            sizes of the layers with linear attention; None without such layers
     output_gate       whether full attention is gated by its input (arXiv:2505.06708)
-    rotary_fraction   of head_dim that is rotated
+    rotary_fraction   fraction of head_dim that is rotated
     zero_centred_norms   whether norms scale by 1 + weight
     """
 
@@ -89,13 +89,13 @@ class ModelShape:
         return len(self.layer_types)
 
     def padded_vocab(self, tp: int) -> int:
-        """Vocabulary rows over all tensor-parallel ranks: equal shards."""
+        """Vocabulary rows over all tensor-parallel ranks, padded to equal shards."""
         return -(-self.vocab // tp) * tp
 
 
 def described(shape: ModelShape) -> dict[str, Any]:
-    """As JSON gives it back; without what is at its default, so that a new field of ModelShape leaves older
-    checkpoints readable."""
+    """`shape` as a dict of JSON values. Leaves out fields at their default, so that a new field of ModelShape
+    keeps older checkpoints readable."""
     described = {
         field.name: getattr(shape, field.name)
         for field in fields(shape)
@@ -107,9 +107,9 @@ def described(shape: ModelShape) -> dict[str, Any]:
 
 
 def read_shape(folder: str | Path) -> ModelShape:
-    """The shape in `folder`/config.json.
+    """Read the shape from `folder`/config.json.
 
-    Raises FileNotFoundError without the file, ValueError naming the field for what is not supported.
+    Raises FileNotFoundError if the file is missing, ValueError naming the field if one is not supported.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -123,7 +123,7 @@ def read_shape(folder: str | Path) -> ModelShape:
 
 
 def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
-    """The shape in a config.json's content."""
+    """The shape that the content of a config.json describes."""
     family = config.get("model_type")
     if family not in ("qwen3", "qwen3_moe", "qwen3_next"):
         raise ConfigError(f"{where}: model_type {family!r} is not supported (qwen3, qwen3_moe, qwen3_next)")
@@ -163,14 +163,15 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
 
 
 def _head_dim(config: dict[str, Any], hybrid: bool) -> int:
-    # Left out, it is hidden_size / num_attention_heads, but not in a Qwen3-Next.
+    # The default is hidden_size / num_attention_heads, except for Qwen3-Next, where the key is required.
     if hybrid or config.get("head_dim"):
         return config["head_dim"]
     return config["hidden_size"] // config["num_attention_heads"]
 
 
 def _layer_types(config: dict[str, Any], hybrid: bool, where: str) -> tuple[LayerType, ...]:
-    """`layer_types`, or for a hybrid full attention in every `full_attention_interval`-th layer."""
+    """`layer_types` if given, otherwise full attention in every `full_attention_interval`-th layer of a
+    hybrid model and in every layer of others."""
     layers = config["num_hidden_layers"]
     types = config.get("layer_types")
     if types is None:
@@ -219,7 +220,7 @@ def _experts(config: dict[str, Any]) -> int:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    # transformers 5 keeps all of it in `rope_parameters`; published files have keys of their own.
+    # transformers 5 writes all RoPE settings to `rope_parameters`; published files have separate keys.
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
@@ -238,6 +239,7 @@ def _rotary_fraction(config: dict[str, Any], head_dim: int, default: float, wher
     fraction = _rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor", default))
     if int(head_dim * fraction) % 2 or not 0 < fraction <= 1:
         raise ConfigError(
-            f"{where}: partial_rotary_factor {fraction} of head_dim {head_dim} is not an even number of sizes"
+            f"{where}: partial_rotary_factor {fraction} must be above 0, at most 1, and rotate an even "
+            f"number of the dimensions of a head (head_dim {head_dim})"
         )
     return float(fraction)

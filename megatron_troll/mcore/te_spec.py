@@ -1,4 +1,4 @@
-"""Layers on Transformer Engine, for clusters. Import only where Transformer Engine is installed."""
+"""Layers on Transformer Engine, for clusters. Import this only if Transformer Engine is installed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,27 +22,27 @@ from megatron_troll.mcore.shape import LayerType, ModelShape
 
 
 class MaskedTEAttention(TEDotProductAttention):
-    """Transformer Engine's attention; generation, which hides the left padding by a mask, takes ours."""
+    """Transformer Engine's attention; generation, which masks the left padding, uses ours instead."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.masked = CoreAttention(*args, **kwargs)
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
-        """`inputs` are those of CoreAttention: query, key, value, attention_mask."""
+        """`inputs` as in CoreAttention: query, key, value, attention_mask."""
         masked = inputs[3] is not None
         return self.masked(*inputs) if masked else super().forward(*inputs, **options)
 
 
 def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlockSubmodules:
-    """The `layers` of one pipeline stage, grouped GEMM over the experts."""
+    """Spec of the `layers` of one pipeline stage, with grouped GEMM over the experts."""
     norm: Any = TENorm
     specs = {kind: layer_spec(shape, kind) for kind in set(layers)}
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in layers], layer_norm=norm)
 
 
 def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
-    """One decoder layer: attention of its kind, then experts or a dense gated MLP."""
+    """Spec of one decoder layer: attention of its kind, then experts or a dense gated MLP."""
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=shape.experts or None, moe_grouped_gemm=shape.experts > 0, qk_layernorm=True
     )

@@ -11,13 +11,13 @@ from megatron_troll.mcore.layout import uses_te
 from megatron_troll.mcore.shape import ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Megatron's flex dispatcher runs DeepEP unless told otherwise.
+# Megatron's flex dispatcher uses DeepEP by default.
 DISPATCHERS: dict[str, Any] = {"alltoall": "alltoall", "allgather": "allgather", "deepep": "flex"}
 
 
 def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
-    """Megatron's configuration. Losses are sums (calculate_per_token_loss): our weights carry the
-    normalisation, so that no layout changes it."""
+    """Megatron's configuration. Losses are sums (calculate_per_token_loss): our loss weights contain the
+    normalisation, so that it does not depend on the layout."""
     layout, dtype = model.layout, DTYPES[model.dtype]
     config = TransformerConfig(
         num_layers=shape.layers,
@@ -58,7 +58,7 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
-        # Interleaved, two stages are each other's next and previous: batched messages would be mixed up.
+        # With two interleaved stages, each is the other's next and previous: batched messages would mix.
         batch_p2p_comm=layout.vpp is None,
         overlap_p2p_comm=layout.vpp is not None,
         use_cpu_initialization=True,
@@ -72,8 +72,8 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         apply_rope_fusion=False,
         **_recompute(model),
     )
-    # Micro-batches differ in length. Set here because Megatron refuses that with its all-gather dispatcher,
-    # in whose place we put one that allows it (dispatch.py).
+    # Micro-batches differ in length. Set here, because the constructor refuses it with Megatron's all-gather
+    # dispatcher, which we replace with one that allows it (dispatch.py).
     config.variable_seq_lengths = True
     return config
 
@@ -82,7 +82,7 @@ def _linear_attention(shape: ModelShape) -> dict[str, Any]:
     if shape.linear is None:
         return {}
     return {
-        # Checkpoints name the layers one by one, where they are of several types.
+        # A list, so that checkpoints store each layer under its own name if there are several types.
         "linear_attention_freq": [int(kind == "linear_attention") for kind in shape.layer_types],
         "linear_num_key_heads": shape.linear.key_heads,
         "linear_num_value_heads": shape.linear.value_heads,

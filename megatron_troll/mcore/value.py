@@ -1,4 +1,4 @@
-"""A model that ends in one number per token: the critic."""
+"""The critic: a model that outputs one number per token."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megatron_troll.mcore.model import HiddenStateModel, MegatronModel
 
 
 class ValueModel(HiddenStateModel):
-    """The body of a language model; in place of the LM head its last stage has a value head [1, h], the same
+    """The body of a language model; instead of the LM head its last stage has a value head [1, h], the same
     on every tensor-parallel rank."""
 
     splits_head = False
@@ -20,5 +20,5 @@ class ValueModel(HiddenStateModel):
 
 
 def values(model: MegatronModel, hidden: Tensor) -> Tensor:
-    """[N] float32 from final hidden states [N, h], on the last stage."""
+    """Values [N] float32 from final hidden states [N, h], on the last stage."""
     return hidden.float() @ model.stages[-1].output_weight[0].float()

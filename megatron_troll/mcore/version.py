@@ -1,4 +1,4 @@
-"""The one megatron-core and the oldest flash-linear-attention to run on. Neither is imported."""
+"""Check for the pinned megatron-core and the oldest supported flash-linear-attention, importing neither."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -11,26 +11,26 @@ OLDEST_LINEAR_ATTENTION = "0.6"
 
 
 def pinned() -> str:
-    """The version that pyproject.toml asks for."""
+    """The version of megatron-core that pyproject.toml pins."""
     (line,) = (line for line in requires("megatron-troll") or [] if line.startswith("megatron-core"))
     return re.split("==", line)[1].split(";")[0].strip()
 
 
 def check_version() -> None:
-    """Raise ConfigError naming both versions where another megatron-core is installed: its internals are
-    relied upon (docs/megatron-core.md). Its own `__version__` ends in the commit of whatever repository
-    encloses the environment, so the package's metadata are asked."""
+    """Raise ConfigError naming both versions if another megatron-core is installed: we rely on its internals
+    (docs/megatron-core.md). Reads the package's metadata, because its `__version__` ends in the commit of
+    whatever repository contains the environment."""
     found, wanted = version("megatron-core"), pinned()
     if found != wanted:
         raise ConfigError(
-            f"megatron-core {found} is installed, and this version of megatron-troll runs on {wanted} alone: "
+            f"megatron-core {found} is installed, and this version of megatron-troll runs on {wanted} only: "
             f"run `make env`, or pip install megatron-core=={wanted}"
         )
 
 
 def linear_attention() -> str:
-    """The release of flash-linear-attention that is installed. Its kernels are in fla-core; the oldest
-    releases had no such part. Raises PackageNotFoundError."""
+    """The installed release of flash-linear-attention. Its kernels are in the package fla-core, which the
+    oldest releases did not have. Raises PackageNotFoundError if it is not installed."""
     try:
         return version("fla-core")
     except PackageNotFoundError:
@@ -38,11 +38,11 @@ def linear_attention() -> str:
 
 
 def check_linear_attention(found: str) -> None:
-    """Raise ConfigError where `found` is too old. Before 0.6 the kernels take the number of heads from the
-    keys, and leave the output of all further value heads uninitialised."""
+    """Raise ConfigError if `found` is too old. Before 0.6 the kernels take the number of heads from the keys,
+    and leave the output of all further value heads uninitialised."""
     if Version(found) < Version(OLDEST_LINEAR_ATTENTION):
         raise ConfigError(
-            f"flash-linear-attention {found} is installed, whose kernels give wrong results where value "
+            f"flash-linear-attention {found} is installed, whose kernels give wrong results if value "
             f"heads share a key head; {OLDEST_LINEAR_ATTENTION} or newer is needed: "
             f"pip install 'flash-linear-attention>={OLDEST_LINEAR_ATTENTION}'"
         )

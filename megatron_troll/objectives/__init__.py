@@ -1,4 +1,4 @@
-"""What is maximised: pure tensor maths, one method a file, composed by slots."""
+"""The training objective: pure tensor maths, one method per file, composed from slots."""
 
 from megatron_troll.objectives.aggregation import token_weights
 from megatron_troll.objectives.compose import compose, resolve

@@ -1,4 +1,4 @@
-"""How tokens are averaged into one objective (ALGORITHMS 0); global over an optimizer step."""
+"""Token weights that average an optimizer step, over all ranks, into one objective (ALGORITHMS 0)."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -7,11 +7,11 @@ Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-n
 
 
 def token_weights(lengths: Sequence[int], aggregation: Aggregation, l_max: int | None = None) -> list[float]:
-    """The weight of one token of each response, for every response of an optimizer step, all ranks.
+    """The weight of one token of each response, for every response of an optimizer step on all ranks.
 
-    lengths: tokens that carry loss, 0 for an empty response, whose weight is 0 because no token has it.
+    lengths: tokens of each response that carry loss; an empty response (0) has weight 0, which no token uses.
     token-mean: 1 / all tokens. seq-mean-token-mean: 1 / (non-empty responses * own length).
-    seq-mean-token-sum-norm: 1 / (responses * l_max), empty ones counted; l_max is a constant of the run.
+    seq-mean-token-sum-norm: 1 / (responses * l_max), counting empty ones; l_max is constant over the run.
     """
     if aggregation not in get_args(Aggregation):
         raise ValueError(f"unknown aggregation {aggregation!r}; known: {', '.join(get_args(Aggregation))}")

@@ -3,11 +3,11 @@
     S_t = sum_{j<=t} w_j D_j,  W_t = sum_{j<=t} w_j
     c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1})      the threshold on w_t D_t
 
-All [L]: every token of each response in order, masked or not. Sums run in float64.
+All tensors are [L]: every token of each response in order, masked or not. Sums run in float64.
 
-The scans below serve every mask with a memory of its response: [L] holds the tokens of all responses, one
-response after the other; owner [L] names each token's response, and nothing crosses the border between two
-of them.
+The scans below serve every method that depends on the earlier tokens of a response: [L] holds the tokens of
+all responses, one response after the other; owner [L] is the index of each token's response. No value
+crosses from one response to the next.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from torch import Tensor
 
 
 def scan(values: Tensor, owner: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """[L] inclusive scan of each response with an associative `combine` (torch.add, torch.minimum, ...).
+    """[L] inclusive scan over each response with an associative `combine` (torch.add, torch.minimum, ...).
 
-    log2(L) passes (Hillis and Steele, 1986). Nothing leaks over a border, infinities included.
+    log2(L) passes (Hillis and Steele, 1986). No value, infinities included, crosses between responses.
     """
     reach = 1
     while reach < len(values):
@@ -31,13 +31,13 @@ def scan(values: Tensor, owner: Tensor, combine: Callable[[Tensor, Tensor], Tens
 
 
 def before(values: Tensor, owner: Tensor, first: float) -> Tensor:
-    """[L] the entry of the token before in the same response, `first` where there is none."""
+    """[L] the value of the previous token of the same response, `first` for the first token."""
     shifted = torch.cat((values.new_full((1,), first), values))[:-1]
     return torch.where(starts(owner), first, shifted)
 
 
 def starts(owner: Tensor) -> Tensor:
-    """[L] bool, the first token of each response."""
+    """[L] bool, whether a token is the first of its response."""
     return torch.cat((owner.new_full((1,), -1), owner))[:-1] != owner
 
 
@@ -46,15 +46,15 @@ def places(owner: Tensor) -> Tensor:
     return scan(torch.ones_like(owner), owner, torch.add) - 1
 
 
-# delta, delta_b of the paper (sections 4.1 and 4.3).
+# The paper's (delta, delta_b) for each divergence (sections 4.1 and 4.3).
 TV, KL = (0.15, 0.02), (0.1, 0.002)
-# Every delta and delta_b of its runs with TV.
+# Every delta and every delta_b of the paper's runs with TV.
 OF_TV = (0.15, 0.2), (0.015, 0.02, 0.03)
 
 
 def schedule(step: Tensor, horizon: Tensor | float, w_min: float) -> Tensor:
     """w_t = 1 - (1 - w_min) (t - 1) / (T - 1) at step = t - 1, in float64; w_min past the horizon T, and 1
-    where T is 1."""
+    if T is 1."""
     last = torch.as_tensor(horizon, dtype=torch.float64, device=step.device) - 1.0
     return 1.0 - (1.0 - w_min) * torch.where(last > 0, (step / last).clamp(max=1.0), 0.0)
 
@@ -62,7 +62,7 @@ def schedule(step: Tensor, horizon: Tensor | float, w_min: float) -> Tensor:
 def raw_thresholds(
     divergence: Tensor, weight: Tensor, owner: Tensor, delta: float, delta_b: float | Tensor
 ) -> Tensor:
-    """c_t where S accumulates the divergences as they are. Negative once the budget is overspent."""
+    """c_t when S accumulates the unchanged divergences. Negative once the budget is overspent."""
     left = scan(delta_b * weight - weight * divergence.double(), owner, torch.add)
     return (delta + before(left, owner, 0.0)).clamp(max=delta)
 
@@ -70,9 +70,9 @@ def raw_thresholds(
 def kept_thresholds(
     divergence: Tensor, weight: Tensor, owner: Tensor, delta: float, delta_b: float
 ) -> Tensor:
-    """c_t where every token is held to its own threshold, so that S accumulates min(w_t D_t, c_t).
+    """c_t when every token is limited to its own threshold, so that S accumulates min(w_t D_t, c_t).
 
-    What is left, B_t = delta + delta_b W_{t-1} - S_{t-1} >= 0, then follows
+    The remaining budget, B_t = delta + delta_b W_{t-1} - S_{t-1} >= 0, then follows
     B_{t+1} = max(B_t - a_t, 0) + b_t with a_t = min(w_t D_t, delta), b_t = delta_b w_t (Lindley's recursion).
     With U_t = sum_{s<=t} (b_s - a_s) it is B_{t+1} = U_t + max(B_1, max_{s<=t} (b_s - U_s)): two scans.
     """

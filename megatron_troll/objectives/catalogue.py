@@ -1,4 +1,4 @@
-"""The methods of every slot as `mtroll methods` lists them: made from the methods themselves."""
+"""The list of methods that `mtroll methods` prints, generated from the method classes."""
 
 import inspect
 import textwrap
@@ -12,9 +12,9 @@ WIDTH = 110
 
 
 def listing(slot: str | None = None) -> str:
-    """The methods of every slot (or of one) with their use, the partners of each where it does not go with
-    all, and what is refused and why. Raises ConfigError for an unknown slot, and for a file of a slot that
-    is no method of it or declares a partner that does not exist."""
+    """The methods of every slot (or of one) with their use, the partners of each unless it goes with all, and
+    the refused partners with the reason. Raises ConfigError for an unknown slot, and for a file in a slot's
+    folder that defines no method of the slot or declares a partner that does not exist."""
     if slot is not None and slot not in SLOTS:
         raise ConfigError(f"mtroll methods: no slot {slot!r}; {nearest(slot, SLOTS)}")
     return "\n".join("\n".join(_of_slot(one)) + "\n" for one in ([slot] if slot else SLOTS))
@@ -31,7 +31,7 @@ def _of_slot(slot: str) -> Iterator[str]:
 
 
 def _with(one: Chosen, key: str) -> Iterator[str]:
-    """The lines on the partners of a method in another slot, where it does not go with all."""
+    """Lines on a method's partners under `key`: refused ones with the reason, and experimental ones."""
     if key == one.slot:
         return
     allowed = partners(one, key)
@@ -51,7 +51,7 @@ def _with(one: Chosen, key: str) -> Iterator[str]:
 
 
 def _reason(one: Chosen, key: str, name: str) -> str:
-    """Why the two do not go together, in the words of the one that refuses."""
+    """The reason why the two do not go together, as given by the method that refuses."""
     if key in CHOICES:
         return next(p.reason for p in one.method.refuses if p.key == key and name in p.names)
     other = next(other for other in offered(key) if other.name == name)
@@ -60,7 +60,7 @@ def _reason(one: Chosen, key: str, name: str) -> str:
 
 
 def _use(one: Chosen) -> str:
-    """The first paragraph of its file."""
+    """The first paragraph of the docstring of the method's file."""
     module = inspect.getmodule(type(one.method))
     return " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split())
 

@@ -1,7 +1,7 @@
-"""Which methods go together, and the objective that a configuration names (ALGORITHMS 7).
+"""Compose the objective that a configuration names, and check which methods go together (ALGORITHMS 7).
 
-Each method says itself what it is not defined with (`SlotMethod.refuses`); nothing here knows one by name but
-the entropy of TROLL's sparse policy.
+Each method declares the partners it is not defined with (`SlotMethod.refuses`). The only method known by name
+here is TROLL, for the entropy of its sparse policy and for remarks on its bound.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 class Chosen(NamedTuple):
-    """A method as a slot names it."""
+    """A method, with the slot and the name that chose it."""
 
     slot: str
     name: str
@@ -50,7 +50,7 @@ class Chosen(NamedTuple):
 
 def compose(config: ObjectiveConfig) -> Objective:
     """The objective of a configuration. Raises ConfigError for an unknown method or field, and for a
-    combination that has no meaning, with the reason."""
+    combination that is not defined, with the reason."""
     methods = _methods(config)
     objective = _with_entropy(Objective(**methods), config)
     if problems := list(_problems(config, methods)):
@@ -82,7 +82,7 @@ def resolve(config: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
-    """What whoever reads the results of a run should know about its combination of methods."""
+    """Notes on the combination of methods for the reader of a run's results."""
     chosen = _chosen(config, {slot: getattr(objective, slot) for slot in SLOTS})
     found = [
         f"experimental: {pairing.reason}"
@@ -99,18 +99,18 @@ def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
 
 
 def head_gradient(objective: Objective) -> str:
-    """Through what the gradient passes in the LM head (mcore/head.py), and why."""
+    """A log line on the columns of the LM head that the gradient passes through (mcore/head.py), and why."""
     if dense := _dense(objective):
         return (
-            "LM head: gradient through the full softmax, in chunks of whole rows formed again in backward, "
+            "LM head: gradient through the full softmax, in chunks of whole rows recomputed in backward, "
             f"because of {dense}"
         )
     return "LM head: gradient through the kept top-K columns only; no method needs the full softmax"
 
 
 def refuse_dense_head(objective: Objective) -> None:
-    """Raises ConfigError where a method needs the gradient of the full softmax, not that of the kept tokens
-    alone (ALGORITHMS 1.7)."""
+    """Raises ConfigError if a method needs the gradient of the full softmax, not only that of the kept tokens
+    (ALGORITHMS 1.7)."""
     if dense := _dense(objective):
         raise ConfigError(
             f"objective.head=sparse: the full softmax is differentiated by {dense}; set "
@@ -120,7 +120,7 @@ def refuse_dense_head(objective: Objective) -> None:
 
 
 def _dense(objective: Objective) -> str:
-    """The configuration's names of what differentiates the full softmax."""
+    """Configuration keys of the methods that differentiate the full softmax, joined by commas; "" if none."""
     slots = ("ratio", "trust_region", "kl", "correction")
     named = {slot: getattr(objective, slot) for slot in slots}
     named |= {"entropy_bonus": objective.entropy, "observe.energy": objective.energy}
@@ -151,12 +151,12 @@ def _chosen(config: ObjectiveConfig, methods: Mapping[str, SlotMethod]) -> list[
 
 
 def check_pairing(one: Chosen, pairing: Pairing, others: list[Chosen]) -> None:
-    """Raises ConfigError, with file and line, where a method declares a partner that does not exist. `others`
-    may come from outside the package, whose families no folder tells."""
+    """Raises ConfigError, with file and line, if a method declares a partner that does not exist. `others`:
+    chosen methods, which may come from outside the package and have families that no folder lists."""
     known = CHOICES.get(pairing.key, ())
     if pairing.key in SLOTS:
         known = known_methods(SLOTS[pairing.key][0])
-        if not set(pairing.names) <= set(known):  # Only then is it worth importing every file of the slot.
+        if not set(pairing.names) <= set(known):  # Families need every file imported.
             everyone = (*offered(pairing.key), *others)
             known = (
                 *known,

@@ -1,4 +1,4 @@
-"""Distillation of the policy into the model that draws its rollouts (Jackpot, arXiv 2602.06107, eq. 7)."""
+"""Distillation of the policy into the model that samples its rollouts (Jackpot, arXiv 2602.06107, eq. 7)."""
 
 import torch
 from torch import Tensor, where
@@ -7,16 +7,16 @@ from megatron_troll.objectives.records import log_probs
 from megatron_troll.objectives.slots import Diagnostics, Kl, Policy, Statistics, Term
 from megatron_troll.types import HeadRequest, ObjectiveInputs, Support
 
-# Masses are sums of exponentials of float32: below this, what is left of 1 is rounding.
+# Masses are sums of exponentials of float32: a remainder 1 - mass below this is rounding.
 REST = 1e-5
 
 
 class Distillation(Kl):
     """K_t = KL(policy || rollout model) at the position of token t, the policy detached: exact on the kept
-    tokens of the policy's record, which stands where other objectives have their old policy's; all others
-    count as one token. At most the KL over the vocabulary (data processing), and at least 0.
+    tokens of the policy's record, with all other tokens merged into one. The policy's record is passed in the
+    place of the old policy's. K_t >= 0, and at most the KL over the vocabulary (data processing inequality).
 
-    coef  weight of K_t;  k  tokens of the record, beside the sampled one
+    coef  weight of K_t;  k  tokens of the record besides the sampled one
     """
 
     coef: float
@@ -24,7 +24,7 @@ class Distillation(Kl):
 
     @property
     def record(self) -> Support:
-        """What must be read of the policy."""
+        """The record to read from the policy."""
         return Support("own", self.k, 0.0)
 
     @property
@@ -47,7 +47,7 @@ class Distillation(Kl):
 
 def kept_kl(teacher: Tensor, student: Tensor, kept: Tensor) -> Tensor:
     """sum_S p log(p / q) + p_R log(p_R / q_R) [N] from log-probs [N, W] on the kept slots S, with R the rest;
-    differentiable in the student. Without the last term where p_R is rounding."""
+    differentiable in the student. The last term is left out when p_R is only rounding."""
     log_p, log_q = (where(kept, logp, 0.0).double() for logp in (teacher, student))
     p, q = (where(kept, logp.exp(), 0.0) for logp in (log_p, log_q))
     rest = 1.0 - p.sum(1)

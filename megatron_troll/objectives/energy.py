@@ -1,4 +1,4 @@
-"""Where the gradient goes: its size by how frequent the sampled token is (arXiv 2604.13088; ALGORITHMS 4)."""
+"""Gradient size by the frequency of the sampled token (arXiv 2604.13088; ALGORITHMS 4)."""
 
 import torch
 from torch import Tensor
@@ -6,17 +6,18 @@ from torch import Tensor
 from megatron_troll.objectives.slots import Diagnostics, Method, logp_of
 from megatron_troll.types import HeadRequest, ObjectiveInputs
 
-# Bucket i holds the tokens whose share of the rollout batch is at least EDGES[i], the last one the rest.
+# Bucket i: tokens with a share of the rollout batch in [EDGES[i], EDGES[i - 1]); the last bucket: the rest.
 EDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 BUCKETS = len(EDGES) + 1
 
 
 class Energy(Method):
     """|g_t| = |d J / d log pi(o_t)| || onehot(o_t) - softmax ||_2, the gradient of the logits through the
-    sampled token's log-prob: a proxy, since parameter gradients of single tokens are not available. What
-    reaches the logits otherwise (TROLL's regression, a KL over many tokens, an entropy bonus) is left out.
+    sampled token's log-prob: a proxy, because parameter gradients of single tokens are not available. It
+    leaves out gradients that reach the logits another way (TROLL's regression, a KL over many tokens, an
+    entropy bonus).
 
-    Energy(B) of a bucket is the mean of `energy_bucket_i` over that of `energy`.
+    Energy(B) of a bucket is the mean of `energy_bucket_i` divided by the mean of `energy`.
     """
 
     @property
@@ -29,7 +30,7 @@ class Energy(Method):
         return dict.fromkeys(("energy", *buckets), ("mean",))
 
     def measure(self, total: Tensor, logp: Tensor, inputs: ObjectiveInputs) -> dict[str, Tensor]:
-        """name -> [N]. total: the weighted sum of J; logp [N]: the policy's log-probs that it was made from.
+        """Diagnostics, name -> [N]. total: the weighted sum of J, computed from the policy's logp [N].
         Runs a backward from `total` to `logp`."""
         if inputs.frequency is None or inputs.new.collision is None:
             raise ValueError("energy reads token frequencies and the policy's collision probability")

@@ -1,4 +1,4 @@
-"""Trust regions that take tokens out of the gradient where the policy has moved too far (ALGORITHMS 2, 6)."""
+"""Trust regions that mask the gradient of tokens at which the policy moved too far (ALGORITHMS 2, 6)."""
 
 from abc import abstractmethod
 from typing import ClassVar, Literal
@@ -21,9 +21,9 @@ KEY = "objective.trust_region"
 class Masking(TrustRegion):
     """score = M_t sg(min(rho_t, cap)) A_t log pi(o_t),  rho_t = pi(o_t) / mu(o_t)
 
-    M_t comes from the divergence D_t between mu, the policy behind the tokens, and pi. A rejected token has
-    no gradient and still counts in the denominator. mu is the rollout policy, so that the mask also corrects
-    for it; `against: old` measures from the trainer's old policy.
+    M_t depends on the divergence D_t between mu and pi. A masked token has no gradient and still counts in
+    the denominator. By default mu is the rollout policy that sampled the tokens, so that the score also
+    corrects for its mismatch with the trainer; with `against: old`, mu is the trainer's old policy.
     """
 
     family: ClassVar[str] = "mask"

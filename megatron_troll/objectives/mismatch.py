@@ -1,4 +1,4 @@
-"""What the corrections share: the trainer's old policy against the rollout engine (ALGORITHMS 6.5)."""
+"""Ratios of the trainer's old policy to the rollout engine, shared by the corrections (ALGORITHMS 6.5)."""
 
 from collections.abc import Mapping
 
@@ -19,14 +19,14 @@ OF_OLD_OVER_ROLLOUT = Pairing(
 
 
 def old_over_rollout(inputs: ObjectiveInputs) -> Tensor:
-    """old(o_t) / rollout(o_t) [N] over the full vocabulary, detached. The old policy's own log-prob, not
-    that of its sparse record: the engine's is over the full vocabulary too."""
+    """old(o_t) / rollout(o_t) [N] over the full vocabulary, detached. Not from the old policy's sparse
+    record, because the engine's log-prob is over the full vocabulary too."""
     return importance_ratio(logp_of(inputs.old, "old"), inputs.rollout_logp).detach()
 
 
 def effective_sample_size(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Under its name, (sum w)^2 / (N sum w^2) of the weights of a step, as a share of its N tokens: from the
-    means of w and w^2 in `metrics`, 0 where every weight is 0. {} where no correction weighs."""
+    """The metric effective_sample_size = (sum w)^2 / (N sum w^2), a share of a step's N tokens, from the
+    means of the weights w and of w^2 in `metrics`; 0 if every weight is 0. {} without correction weights."""
     if "correction_weight" not in metrics:
         return {}
     mean, square = metrics["correction_weight"], metrics["correction_weight_squared"]

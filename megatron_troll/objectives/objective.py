@@ -25,11 +25,11 @@ from megatron_troll.types import HeadOutputs, HeadRequest, LossTerms, ObjectiveI
 
 @dataclass(frozen=True)
 class Objective:
-    """Pure tensor maths on the N tokens of a micro-batch; nothing here waits for the device but
-    `prepare_old` and methods that say so.
+    """The methods of all slots: pure tensor maths on the N tokens of a micro-batch. Only methods whose
+    docstring says so wait for the device.
 
-    reads      what the head must give of the current policy, with gradient
-    reads_old  what must be known of the policy at the start of the update
+    reads      readings of the current policy that the head must return, with gradient
+    reads_old  readings needed of the policy at the start of the update
     """
 
     advantage: Advantage
@@ -63,13 +63,13 @@ class Objective:
 
     @property
     def rollout_k(self) -> int:
-        """How many entries the rollout engine's record of each token must have."""
+        """Entries that the rollout engine's record of each token must have."""
         return max(method.rollout_k for method in self.methods)
 
     @property
     def diagnostics(self) -> Diagnostics:
         """Names that `LossTerms.per_token` may hold, with their reductions over the step. NaN entries do
-        not count; a name is absent where its source (a logsumexp) is."""
+        not count; a name is absent if its source (a logsumexp) is missing."""
         table: dict = {"objective": ("mean",), "approx_kl": ("mean", "max")}
         for method in self.methods:
             table |= method.diagnostics
@@ -80,20 +80,20 @@ class Objective:
         return any(method.needs_statistics for method in self.methods)
 
     def check(self, vocab: int) -> None:
-        """Raises ConfigError where a method cannot work with a vocabulary of this size."""
+        """Raises ConfigError if a method cannot work with a vocabulary of this size."""
         for method in self.methods:
             method.check(vocab)
 
     def check_old(self, old: HeadOutputs) -> HeadOutputs:
-        """The old readings, which were made for `reads_old`, as the trust region uses them; once, before any
-        update. Waits for the device. Raises ValueError that names positions."""
+        """Check old readings made for `reads_old` and return them as the trust region uses them. Called once,
+        before any update. Waits for the device. Raises ValueError that names the bad positions."""
         if self.reads_old.topk is not None and old.topk is None:
             raise ValueError("this objective reads the old policy's top-K record; none was given")
         return self.trust_region.prepare_old(old)
 
     def prepare_old(self, old: HeadOutputs) -> HeadOutputs:
-        """`check_old` for a record that keeps more than `reads_old` names, as a rollout engine's may: every
-        record is cut to what this objective reads. Raises ValueError where it keeps less."""
+        """Like `check_old`, for records that may keep more tokens than `reads_old` asks for, as a rollout
+        engine's: cut them to what this objective reads. Raises ValueError if a record keeps fewer tokens."""
         old, reads = self.check_old(old), self.reads_old
         if reads.topk is None or old.topk is None:
             return old
@@ -102,7 +102,7 @@ class Objective:
 
     @torch.no_grad()
     def statistics(self, inputs: ObjectiveInputs) -> Statistics | None:
-        """Sums over one micro-batch, to be added up over the optimizer step; None when no method asks."""
+        """Sums over one micro-batch, to be added up over the optimizer step; None if no method needs any."""
         if not self.needs_statistics:
             return None
         sums: Statistics = {}
@@ -114,7 +114,7 @@ class Objective:
         return sums
 
     def loss(self, inputs: ObjectiveInputs, statistics: Statistics | None = None) -> LossTerms:
-        """-sum weight * J over the N tokens; statistics are those of the whole step."""
+        """-sum weight * J over the N tokens; `statistics` are sums over the whole step."""
         region = self._seen_by(self.trust_region, inputs)
         policy = self.trust_region.policy(region, statistics)
         score = self.ratio.score(self.trust_region, policy, region, statistics)
@@ -132,7 +132,7 @@ class Objective:
         return LossTerms(-total, per_token)
 
     def _seen_by(self, method: Method, inputs: ObjectiveInputs) -> ObjectiveInputs:
-        """The inputs with the records that `method` asked for as `topk`."""
+        """The inputs, with the records that `method` asked for in their `topk` fields."""
         reads, reads_old = self.reads, self.reads_old
         if not (reads.others or reads_old.others):
             return inputs
@@ -146,7 +146,7 @@ class Objective:
 
 
 def _seen(readings: HeadOutputs, kept: Support | None, first: Support | None) -> HeadOutputs:
-    """The readings with the record of `kept` as `topk`, where `first` is what `topk` is already."""
+    """The readings with the record of `kept` as `topk`; `first` is the support of the given `topk`."""
     if kept is None or kept == first:
         return readings
     if kept not in readings.others:
@@ -155,7 +155,7 @@ def _seen(readings: HeadOutputs, kept: Support | None, first: Support | None) ->
 
 
 def approximate_kl(policy: Policy) -> Tensor:
-    """[N] estimate r - 1 - log r of KL(old || pi) from tokens drawn from old (k3)."""
+    """[N] estimate r - 1 - log r of KL(old || pi) from tokens sampled from old (k3)."""
     x = limited(policy.logp - policy.old).detach()
     return torch.expm1(x) - x
 

@@ -1,4 +1,4 @@
-"""How objectives read sparse records (types.TopK). Nothing here holds N x V."""
+"""Functions by which objectives read sparse records (types.TopK). Nothing here holds N x V."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from megatron_troll.types import HeadOutputs, TopK
 
 
 def record_of(topk: TopK | None, k: int, side: str, key: str) -> TopK:
-    """The record of the `side` policy, which must keep k tokens beside the sampled one. Raises ValueError
-    that names `key`, the slot that asks for it."""
+    """The record of the `side` policy. Raises ValueError if it is missing or keeps fewer than k tokens beside
+    the sampled one; the error names `key`, the slot that reads it."""
     hint = ": raise rollout.top_k" if side == "rollout" else ""
     if topk is None:
         raise ValueError(f"{key} reads the {side} policy's top-K record; none was given{hint}")
@@ -26,8 +26,8 @@ def at_rollout_of(readings: HeadOutputs, side: str, key: str) -> Tensor:
 
 
 def first_slots(topk: TopK, k: int, union_sampled: bool) -> Tensor:
-    """[N, W] bool: the first k kept slots, and with `union_sampled` that of the sampled token. The record
-    may keep more than k."""
+    """[N, W] bool: the first k kept slots, plus the sampled token's slot with `union_sampled`. The record may
+    keep more than k."""
     slots = torch.arange(topk.ids.shape[1], device=topk.ids.device)
     wanted = (slots < k).expand(topk.ids.shape)
     if union_sampled:
@@ -43,6 +43,6 @@ def log_probs(topk: TopK, side: str) -> Tensor:
 
 
 def at_sampled(values: Tensor, topk: TopK) -> Tensor:
-    """values [N, W] at the sampled token; -inf where it has no slot."""
+    """[N] values [N, W] at the sampled token; -inf if it has no slot."""
     at = topk.place.clamp(min=0)[:, None]
     return torch.where(topk.place >= 0, values.gather(1, at)[:, 0], float("-inf"))

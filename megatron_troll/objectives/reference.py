@@ -1,4 +1,4 @@
-"""What the methods of slot `kl` share: a coefficient, and the frozen reference model (ALGORITHMS 3).
+"""Shared parts of the `kl` methods: a coefficient, and the frozen reference model (ALGORITHMS 3).
 
 `partial_kl` is KL(new || reference) summed over a set S of kept tokens (ALGORITHMS 3.1). Nothing holds N x V.
 """
@@ -19,7 +19,7 @@ class ReferenceKl(Kl):
 
     @property
     def reads_reference(self) -> HeadRequest:
-        """What must be known of the reference model."""
+        """Readings needed of the reference model."""
         return HeadRequest(logp=True)
 
 
@@ -32,9 +32,9 @@ def reference_of(inputs: ObjectiveInputs) -> HeadOutputs:
 def partial_kl(logp: Tensor, reference: Tensor, kept: Tensor, non_negative: bool) -> Tensor:
     """sum_S pi log(pi / ref) [N], or with `non_negative` sum_S (pi log(pi / ref) - pi + ref).
 
-    logp, reference [N, W] log-probabilities, reference finite on S; kept [N, W] bool. Both are the KL where
-    S is the whole vocabulary; the first can be negative where it is not. Differentiable in logp; a kept
-    token with logp = -inf counts pi = 0 and has no gradient.
+    logp, reference [N, W] log-probabilities, reference finite on S; kept [N, W] bool. Both equal the KL if
+    S is the whole vocabulary; otherwise the first can be negative. Differentiable in logp; a kept token with
+    logp = -inf counts as pi = 0 and has no gradient.
     """
     inside = kept & (logp != float("-inf"))
     log_p = torch.where(inside, logp, 0.0)

@@ -10,7 +10,7 @@ DECILES = 10
 
 
 def lengths(inputs: ObjectiveInputs) -> Tensor:
-    """[N] tokens of the response that each token belongs to."""
+    """[N] number of tokens of the response that each token belongs to."""
     return inputs.segments.expand(inputs.segments.sum(torch.ones_like(inputs.advantage)))
 
 
@@ -22,12 +22,12 @@ def maximum(values: Tensor, inputs: ObjectiveInputs) -> Tensor:
 
 
 def once(values: Tensor, inputs: ObjectiveInputs) -> Tensor:
-    """[N] a diagnostic that counts once a response: NaN but on its first token."""
+    """[N] a diagnostic that counts once per response: NaN except on the first token of the response."""
     return torch.where(inputs.position == 0, values, float("nan"))
 
 
 def by_decile(name: str, values: Tensor, inputs: ObjectiveInputs) -> dict[str, Tensor]:
-    """values [N] split over the tenths of each response: tenth i starts at i/10 of its length."""
+    """values [N] per tenth of each response, NaN outside it: tenth i starts at i/10 of the length."""
     decile = torch.floor(DECILES * inputs.position / lengths(inputs))
     return {f"{name}_decile_{i}": torch.where(decile == i, values, float("nan")) for i in range(DECILES)}
 

@@ -1,4 +1,4 @@
-"""Estimators of KL(new || reference) from the sampled token alone (ALGORITHMS 3)."""
+"""Estimators of KL(new || reference) from only the sampled token (ALGORITHMS 3)."""
 
 from abc import abstractmethod
 from typing import Literal, Self
@@ -24,10 +24,9 @@ K3_LIMIT = 10.0
 class SampledKl(ReferenceKl):
     """K_t = [r_t] k(x_t), x_t = log new(o_t) - log ref(o_t) over the full vocabulary.
 
-    With `is_weight: token` the estimator of new is drawn from old: r_t = new(o_t) / old(o_t). It is a
-    constant of the gradient unless `diff_is`; k3 with both is DeepSeek-V3.2's, whose gradient r x grad
-    log new is the true one of the reverse KL. The limits of `clamp` are verl's; a token beyond them has no
-    gradient.
+    With `is_weight: token`, r_t = new(o_t) / old(o_t) corrects for tokens sampled from old. It is detached
+    unless `diff_is`; k3 with both is DeepSeek-V3.2's estimator, whose gradient r_t x_t grad log new(o_t) is
+    the true one of the reverse KL. The limits of `clamp` are verl's; a token beyond them has no gradient.
     """
 
     clamp: bool = Field(default=True, description="limit x to [-20, 20] and k3 to [0, 10]")

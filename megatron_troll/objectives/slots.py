@@ -1,9 +1,9 @@
-"""What a method of each slot provides. A method is its own configuration: a frozen model with maths.
+"""Interfaces of the methods of each slot. A method is its own configuration: a frozen pydantic model.
 
 J_t = C_t * score_t - penalty_t - kl_t + bonus_t,   score_t = surrogate_t * A_t,   loss = -sum_t weight_t J_t
 
-The trust region says which policy takes the place of the new one (`policy`), the ratio weighs it against
-the old one, and the trust region limits that ratio (`surrogate`). All tensors are [N].
+The trust region returns the policy that is used as the new one (`policy`), the ratio compares it with the
+old policy, and the trust region limits that ratio (`surrogate`). All tensors are [N].
 """
 
 from abc import abstractmethod
@@ -33,11 +33,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Policy:
-    """The sampled tokens under the policy that an update is measured by.
+    """Log-probs of the sampled tokens under the two policies that a ratio compares.
 
     logp     log-prob under the (possibly projected) new policy, differentiable
     old      log-prob under the old policy, detached
-    penalty  subtracted from the score; no correction weighs or masks it
+    penalty  subtracted from the corrected score: the correction neither weighs nor masks it
     """
 
     logp: Tensor
@@ -47,27 +47,27 @@ class Policy:
 
 
 class Method(SlotMethod):
-    """What a method may ask for and report. The defaults ask for nothing."""
+    """A method's requests and diagnostics. By default there are none."""
 
     @property
     def reads(self) -> HeadRequest:
-        """What must be read of the current policy, with gradient."""
+        """Readings needed of the current policy, with gradient."""
         return HeadRequest()
 
     @property
     def reads_old(self) -> HeadRequest:
-        """What must be known of the old policy."""
+        """Readings needed of the old policy."""
         return HeadRequest()
 
     @property
     def reads_reference(self) -> HeadRequest:
-        """What must be known of the reference model; its records are at the ids of `reads`."""
+        """Readings needed of the reference model; its records are at the ids of `reads`."""
         return HeadRequest()
 
     @property
     def diagnostics(self) -> Diagnostics:
         """The per-token names that may be reported, and how to reduce them over a step. A NaN entry means
-        that the token has no such value: reductions leave it out."""
+        that the token has no such value: reductions skip it."""
         return {}
 
     @property
@@ -77,20 +77,20 @@ class Method(SlotMethod):
 
     @property
     def rollout_k(self) -> int:
-        """How many entries of the rollout engine's own record the method reads; 0: none."""
+        """Entries of the rollout engine's own record that the method reads; 0: none."""
         return 0
 
     def statistics(self, inputs: ObjectiveInputs) -> Statistics:
         """Sums over the tokens of one micro-batch, without gradient; the loop adds them up over
-        micro-batches and ranks. Names must be the method's own."""
+        micro-batches and ranks. Names must be unique to the method."""
         return {}
 
     def check(self, vocab: int) -> None:
-        """Raises ConfigError where the method cannot work with a vocabulary of this size."""
+        """Raises ConfigError if the method cannot work with a vocabulary of this size."""
 
 
 class TrustRegion(Method):
-    """By default the full-softmax policy, unlimited."""
+    """Limits how far an update moves the policy. Default: the full-softmax policy, without a limit."""
 
     @property
     def reads(self) -> HeadRequest:
@@ -101,8 +101,8 @@ class TrustRegion(Method):
         return HeadRequest(logp=True)
 
     def prepare_old(self, old: HeadOutputs) -> HeadOutputs:
-        """The old readings as this method uses them, checked: runs once, before any update. Waits for the
-        device. Raises ValueError that names positions."""
+        """Check the old readings and return them as this method uses them. Called once, before any update.
+        Waits for the device. Raises ValueError that names the bad positions."""
         refuse_rows(
             ~torch.isfinite(logp_of(old, "old")), "the old log-prob of the sampled token is not finite"
         )
@@ -113,26 +113,26 @@ class TrustRegion(Method):
         return Policy(logp, logp_of(inputs.old, "old"), torch.zeros_like(logp))
 
     def limit(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        """What a ratio counts as beside an advantage, whatever both belong to (tokens, responses)."""
+        """The limited ratio, which depends on the advantage; both are per token or both per response."""
         return ratio
 
     def surrogate(
         self, ratio: Tensor, policy: Policy, inputs: ObjectiveInputs, statistics: Statistics | None
     ) -> Term:
-        """[N] what multiplies the advantage."""
+        """[N] factor that multiplies the advantage."""
         return Term(self.limit(ratio, inputs.advantage))
 
 
 class Ratio(Method):
-    """Weighs the policy against the old one. A method whose weights are not made token by token
-    (group transforms) overrides `score`."""
+    """Compares the policy with the old one. A method whose weights are not computed token by token (group
+    transforms) overrides `score`."""
 
     @abstractmethod
     def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
-        """[N], differentiable."""
+        """[N] ratio, differentiable."""
 
     def policy_statistics(self, policy: Policy, inputs: ObjectiveInputs) -> Statistics:
-        """Like `statistics`, of the policy that the trust region makes."""
+        """Like `statistics`, for the policy that the trust region returns."""
         return {}
 
     def score(
@@ -151,19 +151,19 @@ class Ratio(Method):
 class Kl(Method):
     @abstractmethod
     def penalty(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
-        """[N], its coefficient included."""
+        """[N] penalty, including its coefficient."""
 
 
 class Correction(Method):
     @abstractmethod
     def weight(self, inputs: ObjectiveInputs, policy: Policy, statistics: Statistics | None) -> Term:
-        """[N], detached; multiplies the score and nothing else."""
+        """[N] weight, detached; multiplies only the score."""
 
 
 class Bonus(Method):
     @abstractmethod
     def value(self, inputs: ObjectiveInputs) -> Tensor:
-        """[N], its coefficient included; added to the objective."""
+        """[N] bonus, including its coefficient; added to the objective."""
 
 
 def logp_of(readings: HeadOutputs, side: str) -> Tensor:
@@ -175,7 +175,7 @@ def logp_of(readings: HeadOutputs, side: str) -> Tensor:
 
 
 def limited(log_ratio: Tensor) -> Tensor:
-    """Within [-20, 20], as in verl: exp stays finite. No gradient beyond."""
+    """Clamp a log-ratio to [-20, 20], as in verl, so that exp stays finite. No gradient beyond the limits."""
     return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
@@ -190,7 +190,7 @@ def unit(logp: Tensor) -> Tensor:
 
 
 def refuse_rows(bad: Tensor, problem: str) -> None:
-    """Raises ValueError that names the first positions where bad [N] holds. Waits for the device."""
+    """Raises ValueError that names the first positions at which bad [N] is true. Waits for the device."""
     rows = bad.nonzero()[:, 0].tolist()
     if rows:
         raise ValueError(f"{problem} at {len(rows)} of {len(bad)} positions, the first: {rows[:8]}")

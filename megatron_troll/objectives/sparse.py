@@ -1,4 +1,4 @@
-"""What methods on sparse distributions are configured by (arXiv 2510.03817, eq. 21; ALGORITHMS 1.1)."""
+"""Configuration of the methods on sparse distributions (arXiv 2510.03817, eq. 21; ALGORITHMS 1.1)."""
 
 import warnings
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ from megatron_troll.types import HeadRequest, Support
 
 
 class Sparse(Method):
-    """A method that reads the likeliest tokens and the sampled one; the defaults are TROLL's."""
+    """A method that reads the most likely tokens and the sampled one; the defaults are TROLL's."""
 
     k: Positive = Field(default=64, description="tokens kept at most, beside the sampled one")
     delta: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -1,4 +1,4 @@
-"""Cross-entropy on demonstrations: the warm start's loss, in the place of an objective."""
+"""Cross-entropy on demonstrations: the warm start's loss, used in place of an objective."""
 
 from dataclasses import dataclass
 

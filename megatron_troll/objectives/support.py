@@ -1,4 +1,4 @@
-"""The supports of sparse records: cut, compared, and described for the log (ALGORITHMS 1.1, 1.9)."""
+"""Cut, compare and describe (for the log) the supports of sparse records (ALGORITHMS 1.1, 1.9)."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from troll_kernels.sparsify import in_prefix, select
 from megatron_troll.objectives.slots import Diagnostics, refuse_rows
 from megatron_troll.types import TopK
 
-# A mass summed from float32 logits may fall this short of what it is.
+# Rounding allowed in a mass that is summed from float32 logits.
 MASS_ROUNDING = 1e-6
 
 DIAGNOSTICS: Diagnostics = {
@@ -30,7 +30,7 @@ DIAGNOSTICS: Diagnostics = {
 def cut(topk: TopK, k: int, delta: float) -> TopK:
     """The record [N, W] as selection with (k, delta) would have made it, W = min(k, V) + 1.
 
-    Raises ValueError where the record keeps fewer tokens than (k, delta) asks for: its own K was smaller
+    Raises ValueError if the record keeps fewer tokens than (k, delta) asks for: its own K was smaller
     or its own delta larger. Waits for the device.
     """
     width = min(k, topk.vocab)
@@ -75,8 +75,8 @@ def compare(old: TopK, new: TopK, outside: Tensor) -> dict[str, Tensor]:
 
 
 def describe(topk: TopK, k: int, delta: float, side: str) -> dict[str, Tensor]:
-    """Whether k, not delta, ended the prefix, and whether the sampled token was outside it: needs the
-    slots in order of value, as selection leaves them. Empty without a logsumexp."""
+    """Whether k, not delta, ended the top-K prefix, and whether the sampled token was outside it. Needs the
+    slots in order of value, as selection returns them. {} without a logsumexp."""
     if topk.lse is None:
         return {}
     values = topk.logits.detach()[:, :k]

@@ -1,7 +1,7 @@
 """DFPO's group transforms of sequence weights (arXiv 2604.13088; ALGORITHMS 4.2).
 
-weights, advantage [R] float64, one entry a response; group [R] int64 in [0, groups). All return [R] and are
-differentiable in the weights. Every group's advantages must sum to 0: `refuse_groups`.
+weights, advantage [R] float64, one entry per response; group [R] int64 in [0, groups). All transforms return
+[R] and are differentiable in the weights. Every group's advantages must sum to 0: see `refuse_groups`.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_troll.objectives.budget import scan
 
-# |sum A| may be this part of sum |A|: rounding of centred advantages.
+# Largest |sum A| / sum |A| that counts as rounding of centred advantages.
 CENTRED = 1e-4
 
 
@@ -40,14 +40,14 @@ def multiplier(weights: Tensor, advantage: Tensor, group: Tensor, groups: int) -
     """[R] nu of the response's group: the root of f(nu) = A.max(s - nu A, 0). O(R log R).
 
     With the sign of A chosen so that f(0) >= 0, nu >= 0 and only entries with A > 0 reach 0, at s / A. Then f
-    is convex: the largest of its pieces sum_{S} A s - nu sum_{S} A^2, where S drops the entries with
-    the smallest s / A. So nu is the largest root of a piece.
+    is convex: the maximum of its linear pieces sum_{S} A s - nu sum_{S} A^2, where S drops the entries with
+    the smallest s / A. So nu is the largest root of these pieces.
     """
     sign = torch.where(totals(advantage * weights, group, groups) < 0, -1.0, 1.0).detach()
     tilted = sign * advantage
     reached = torch.where(tilted > 0, weights.detach() / tilted, float("inf"))
     order = reached.argsort(stable=True)
-    # From the last entry of a group to the first, so that a running sum is over S.
+    # From the last entry of a group to the first, so that each running sum is a sum over S.
     order = order[group[order].argsort(stable=True)].flip(0)
     owner = group[order]
     rise = scan((tilted * weights)[order], owner, torch.add)
@@ -59,7 +59,7 @@ def multiplier(weights: Tensor, advantage: Tensor, group: Tensor, groups: int) -
 
 def rebalanced(weights: Tensor, advantage: Tensor, group: Tensor, groups: int, floor: float) -> Tensor:
     """Truncate-rebalance: the heavier side of s+ = max(s, floor) is scaled down to the lighter one. Eq. 55
-    prints a minus sign before the factor of the negative side; it would make weights negative."""
+    prints a minus sign before the factor of the negative side, which would make weights negative."""
     raised = weights.clamp(min=floor)
     gain = totals((advantage * raised).clamp(min=0.0), group, groups)
     loss = totals((-advantage * raised).clamp(min=0.0), group, groups)
@@ -69,8 +69,8 @@ def rebalanced(weights: Tensor, advantage: Tensor, group: Tensor, groups: int, f
 
 
 def refuse_groups(advantage: Tensor, group: Tensor, names: Tensor) -> None:
-    """Raises ValueError for groups of one and groups whose advantages do not sum to 0; names [groups] are
-    their prompts in the rollout batch. Waits for the device."""
+    """Raises ValueError for groups of one response and groups whose advantages do not sum to 0. names
+    [groups]: the index of each group's prompt in the rollout batch. Waits for the device."""
     groups = len(names)
     alone = totals(torch.ones_like(advantage), group, groups) < 2
     if bool(alone.any()):

@@ -1,4 +1,4 @@
-"""Looking at stored rollouts: a listing in the terminal, and one page with filters."""
+"""Views of stored rollouts: a listing in the terminal, and one HTML page with filters."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,12 +21,12 @@ SORTS: dict[str, Callable[[Sample], float]] = {
     "logp": lambda sample: sample.mean_logp,
 }
 PAGE_TOKENS = 400_000
-# Upper ends of -log p in nats, and the terminal colour of a token up to there.
+# Terminal colour of a token whose -log p is at most the bound, in nats.
 SHADES = ((0.1, "default"), (0.7, "yellow"), (2.3, "dark_orange"), (float("inf"), "bold red"))
 
 
 def ordered(samples: Sequence[Sample], sort: str) -> list[Sample]:
-    """Largest first; `-reward` smallest first. Raises RunFolderError for an unknown sort."""
+    """Sort samples, largest first; `-reward`: smallest first. Raises RunFolderError for an unknown sort."""
     key = SORTS.get(sort.removeprefix("-"))
     if key is None:
         raise RunFolderError(f"cannot sort rollouts by {sort!r}; known: {', '.join(SORTS)}, or -NAME")
@@ -36,8 +36,8 @@ def ordered(samples: Sequence[Sample], sort: str) -> list[Sample]:
 def browse(
     root: Path, console: Console, step: int | None = None, sort: str = "reward", limit: int = 20
 ) -> None:
-    """List `limit` rollouts of a step (default: the last one). Answers are coloured by the log-prob of each
-    token, unlikely ones warmer; the least likely one is named with its value."""
+    """List `limit` rollouts of a step (default: the last stored one). Tokens are coloured by their log-prob,
+    unlikely ones in warmer colours; each rollout's least likely token is listed with its log-prob."""
     steps = stored_steps(root)
     step = steps[-1] if step is None else step
     samples = ordered(list(read_step(root, step)), sort)
@@ -52,7 +52,7 @@ def browse(
 
 
 def _facts(sample: Sample) -> Text:
-    """One line about a rollout: its name and reward, the mean log-prob and the least likely token."""
+    """One line about a rollout: name, reward, advantage, mean log-prob, least likely token."""
     least = min(range(len(sample.logp)), key=sample.logp.__getitem__, default=None)
     worst = "" if least is None else f", least {sample.tokens[least]!r} {sample.logp[least]:.2f}"
     reward = Text(f"reward {sample.reward:g}", style="bold")
@@ -62,23 +62,24 @@ def _facts(sample: Sample) -> Text:
 
 
 def shaded(sample: Sample) -> Text:
-    """The answer, a style per token; tokens that carry no loss are dim."""
+    """The answer with one style per token; tokens that carry no loss are dim."""
     text = Text()
     for token, logp, keep in zip(sample.tokens, sample.logp, sample.mask, strict=True):
-        style = next((style for bound, style in SHADES if -logp <= bound), "reverse")  # NaN
+        style = next((style for bound, style in SHADES if -logp <= bound), "reverse")  # reverse: NaN
         text.append(token, style=style if keep else "dim")
     return text
 
 
 def html(root: Path, output: Path, step: int | None = None) -> None:
     """Write a self-contained page of the run's rollouts (or one step's), with filters by step, reward and
-    text. At most PAGE_TOKENS tokens (about 10 MB): beyond that every n-th rollout, which the page says."""
+    text. If there are more than PAGE_TOKENS tokens (about 10 MB), the page has every n-th rollout only and
+    says so."""
     steps = stored_steps(root) if step is None else [step]
     samples = [sample for one in steps for sample in read_step(root, one)]
     every = max(1, -(-sum(len(sample.tokens) for sample in samples) // PAGE_TOKENS))
     shown = [asdict(sample) for sample in samples[::every]]
     data = {"run": root.resolve().name, "total": len(samples), "samples": shown}
-    # Inside <script>, only "<" can end or open anything.
+    # Inside <script>, only "<" can start a tag or a comment.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     template = files("megatron_troll.observe").joinpath("rollouts.html").read_text(encoding="utf-8")
     write_atomic(output, template.replace('"ROLLOUTS"', text))

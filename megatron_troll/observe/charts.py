@@ -1,4 +1,4 @@
-"""Which curves a report shows, and curves.png."""
+"""The curves that a report shows, and curves.png."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_troll.observe.runs import RecordedRun
 
-# Okabe and Ito's palette: told apart by colour-blind readers, on white.
+# Okabe and Ito's palette: colour-blind readers can distinguish it on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PNG_PANELS = 4
 
 
 @dataclass(frozen=True)
 class Line:
-    """A field of metrics.jsonl; sparse fields (a few steps only) get markers, faint ones stay behind."""
+    """A curve of one field of metrics.jsonl. `sparse`: values at few steps only, shown with markers; `faint`:
+    drawn thin and pale."""
 
     field: str
     label: str
@@ -32,18 +33,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Its axis starts at 0 (below, where values do) and reaches `top` at least."""
+    """One chart. Its y axis starts at 0, or lower if a value is negative, and reaches at least `top`."""
 
     title: str
     lines: tuple[Line, ...]
     top: float = 0.0
 
     def shown(self, runs: Sequence[RecordedRun]) -> tuple[Line, ...]:
-        """Its lines that some run has a value for."""
+        """The lines for which at least one run has a value."""
         return tuple(line for line in self.lines if any(run.curve(line.field)[0] for run in runs))
 
     def span(self, runs: Sequence[RecordedRun]) -> tuple[float, float]:
-        """The ends of its axis, a little room above the highest value."""
+        """Limits of the y axis, with a little room above the highest value."""
         values = [value for line in self.shown(runs) for run in runs for value in run.curve(line.field)[1]]
         low, high = min(0.0, *values), max(self.top, *values)
         return low, high * 1.03 if high > low else low + 1.0
@@ -77,7 +78,7 @@ def colour(index: int) -> str:
 
 
 def write_png(runs: Sequence[RecordedRun], path: Path) -> None:
-    """The first four charts that have values, success first, at 2 x the size they have in a README."""
+    """Write the first four charts that have values, success first, at twice their size in a README."""
     charts = [chart for chart in CHARTS if chart.shown(runs)][:PNG_PANELS]
     figure = Figure(figsize=(10, 6.4), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""How evenly the tokens of a step went to the experts of each layer."""
+"""Metrics of how evenly the tokens of a step are spread over the experts of each layer."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def expert_metrics(loads: Mapping[int, Tensor]) -> dict[str, float]:
-    """Layer -> tokens sent to each expert [E] to the metrics of observe/fields.py; {} without experts."""
+    """Convert layer -> tokens of each expert [E] to the metrics of observe/fields.py; {} without experts."""
     peaks = {layer: _peak(load) for layer, load in loads.items()}
     entropies = {layer: _entropy(load) for layer, load in loads.items()}
     if not loads:
@@ -22,18 +22,18 @@ def expert_metrics(loads: Mapping[int, Tensor]) -> dict[str, float]:
 
 
 def _peak(load: Tensor) -> float:
-    """The busiest expert's tokens over the mean; NaN without tokens."""
+    """Tokens of the busiest expert divided by the mean; NaN without tokens."""
     return float(load.max() / load.double().mean())
 
 
 def _entropy(load: Tensor) -> float:
-    """Entropy of an expert drawn by load over that of an even draw: 1 is even, 0 a single expert."""
+    """Entropy of the load distribution divided by that of an even one: 1 is even, 0 a single expert."""
     share = load.double() / load.sum()
     return float(torch.special.entr(share).sum() / math.log(len(load))) if len(load) > 1 else 1.0
 
 
 def replay_metrics(changed: Mapping[int, int], loads: Mapping[int, Tensor]) -> dict[str, float]:
-    """Layer -> choices that replay changed, beside the loads of all choices, as shares."""
+    """Shares of router choices that replay changed, from layer -> changed choices and the loads."""
     chosen = {layer: int(load.sum()) for layer, load in loads.items()}
     shares = {layer: changed[layer] / max(1, chosen[layer]) for layer in changed}
     return {

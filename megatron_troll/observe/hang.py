@@ -1,10 +1,11 @@
-"""A hang shows which rank waits where.
+"""Watchdog that shows, when a run hangs, which rank waits in which phase.
 
-Each rank writes what it is doing to heartbeat/rank_N.json. A rank that makes no progress may wait for one
-that does; when none has made any for the timeout, the first to find out raises an alarm (a file); every rank
-that sees it writes the stacks of its threads beside it and leaves with EXIT_HANG, the first one after
-printing a table of all ranks. A rank whose interpreter cannot run at all (stuck in C code with the lock held)
-is written out and ended by faulthandler's own thread.
+Each rank writes its current phase to heartbeat/rank_N.json. A rank without progress may be waiting for one
+that makes progress, so the run hangs only when no rank has made any for the timeout. The first rank that
+notices raises an alarm (a file). Every rank that sees the alarm writes the stacks of its threads beside it
+and exits with EXIT_HANG; the first rank prints a table of all ranks before it exits. If the interpreter of a
+rank cannot run at all (stuck in C code that holds the GIL), faulthandler's own thread writes the stacks and
+ends the process.
 """
 
 import faulthandler
@@ -28,7 +29,7 @@ POLLS_PER_HEARTBEAT = 10
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What one rank last said. since: when it last made progress, seconds since the epoch."""
+    """The last report of one rank. since: time of its last progress, in seconds since the epoch."""
 
     rank: int
     phase: str
@@ -38,10 +39,10 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Entered on every rank for the life of the run; `folder` is shared by all of them.
+    """Context manager that every rank enters for the whole run; all ranks share `folder`.
 
-    `with watchdog.phase(name)` and `watchdog.beat()` are progress. The timeout must exceed the longest
-    stretch between two of them.
+    `with watchdog.phase(name)` and `watchdog.beat()` count as progress. The timeout must exceed the longest
+    interval between two of them.
     """
 
     def __init__(self, folder: Path, rank: int, world: int, timeout_s: float) -> None:
@@ -83,7 +84,7 @@ class Watchdog:
             self._mark(outer)
 
     def beat(self) -> None:
-        """Progress inside a long phase: a decoded token, a finished micro-batch. Costs two clock reads."""
+        """Record progress within a long phase: a token decoded, a micro-batch done. Costs two clock reads."""
         self._progress = time.monotonic()
         self._since = time.time()
 
@@ -108,8 +109,8 @@ class Watchdog:
                 self._raise_alarm()
 
     def _hangs(self) -> bool:
-        """Whether no rank has made progress for the timeout. The heartbeats of the others are read only when
-        this rank has made none, and then not before they in turn could be over it."""
+        """Whether no rank has made progress for the timeout. The other heartbeats are read only when this
+        rank has made none, and read again only when they too could have exceeded the timeout."""
         now = time.monotonic()
         if now <= max(self._progress + self._timeout, self._patience):
             return False
@@ -120,26 +121,27 @@ class Watchdog:
         return now > self._patience
 
     def _arm(self) -> None:
-        """Unless this is called again in time, because no Python thread can run: stacks and exit code 1."""
+        """Schedule faulthandler to write the stacks and exit with code 1, unless this is called again in
+        time, which fails only if no Python thread can run."""
         faulthandler.dump_traceback_later(max(self._timeout, 1.0), exit=True, file=self._stacks)
 
     def _write_or_say(self) -> None:
-        """A full disk must not end the thread: the run would then be taken for hung."""
+        """Write the heartbeat. A full disk must not end this thread: the run would then be taken for hung."""
         try:
             self._write()
         except OSError as error:
             sys.stderr.write(f"watchdog: no heartbeat written in {self._folder}: {error}\n")
 
     def _alarmed(self) -> bool:
-        """Whether another rank of this run has raised the alarm; one left by an earlier run is older than
-        this rank's first heartbeat on the same file system."""
+        """Whether another rank of this run has raised the alarm. An alarm left by an earlier run is older
+        than this rank's first heartbeat on the same file system."""
         try:
             return alarm_path(self._folder).stat().st_mtime > self._started
         except FileNotFoundError:
             return False
 
     def _raise_alarm(self) -> None:
-        """Give the others three polls to see the alarm and say where they are, then print them all."""
+        """Raise the alarm, give the others three polls to see it and report, then print them all and exit."""
         write_atomic(alarm_path(self._folder), f"rank {self._rank}\n")
         self._say_where()
         time.sleep(3 * self._poll)
@@ -148,7 +150,7 @@ class Watchdog:
         os._exit(EXIT_HANG)
 
     def _follow(self) -> None:
-        """Leave after the rank that prints, which a launcher then takes for the first that failed."""
+        """Exit after the rank that prints, so that a launcher takes that rank for the first that failed."""
         self._say_where()
         time.sleep(6 * self._poll)
         os._exit(EXIT_HANG)
@@ -159,7 +161,7 @@ class Watchdog:
 
 
 def hang_table(folder: Path, world: int, timeout_s: float, now: float) -> str:
-    """Which rank waits in which phase for how long, and where its stacks are."""
+    """Table of ranks: phase in which each waits, for how long, and the file with its stacks."""
     lines = [f"No progress for {timeout_s:g} s (observe.hang_timeout_s). Every rank and what it was doing:"]
     for rank in range(world):
         beat = read_heartbeat(folder, rank)
@@ -174,7 +176,7 @@ def hang_table(folder: Path, world: int, timeout_s: float, now: float) -> str:
 
 
 def read_heartbeat(folder: Path, rank: int) -> Heartbeat | None:
-    """None where the rank has not written any."""
+    """Read a rank's heartbeat file; None if the rank has not written one."""
     try:
         return Heartbeat(**json.loads(heartbeat_path(folder, rank).read_text()))
     except FileNotFoundError:

@@ -14,7 +14,7 @@ QUANTILE_SAMPLES = 65_536
 
 
 def metric_name(name: str, reduction: str) -> str:
-    """`kl_before` for the mean, `kl_before/p99` for the others."""
+    """Name in metrics.jsonl: `kl_before` for the mean, `kl_before/p99` for another reduction."""
     return name if reduction == "mean" else f"{name}/{reduction}"
 
 
@@ -23,8 +23,8 @@ class Reducer:
 
     `table` is the objective's: name -> reductions; every rank passes the same one. mean, sum, min and max
     are exact over every token of the group (float64 sums). Quantiles are values of the pooled tokens;
-    a rank with more than QUANTILE_SAMPLES tokens gives every n-th of them, in order, with weight n.
-    A NaN entry means that the token has no such value (objectives/slots.py) and does not count; a
+    a rank with more than QUANTILE_SAMPLES tokens contributes every n-th of them, in order, with weight n.
+    A NaN entry means that the token has no such value (objectives/slots.py) and is not counted; a
     diagnostic without any value on any rank is absent from the result.
     Holds 4 bytes per token and diagnostic until `result`; nothing waits for the device before that.
     """
@@ -41,14 +41,14 @@ class Reducer:
         self._parts: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in table}
 
     def add(self, per_token: Mapping[str, Tensor], keep: Tensor | None = None) -> None:
-        """Diagnostics [N] of one micro-batch; tokens where `keep` [N] bool is False are left out."""
+        """Add diagnostics [N] of one micro-batch; tokens where `keep` [N] bool is False are left out."""
         if unknown := per_token.keys() - self._table.keys():
             raise ValueError(f"diagnostics {sorted(unknown)} are not in the objective's table")
         for name, values in per_token.items():
             self._parts[name].append((values.detach().to(self._device, torch.float32), keep))
 
     def result(self) -> dict[str, float]:
-        """Reduce over the group and start anew. Collective: every rank of the group calls it. Blocks."""
+        """Reduce over the group and reset. Collective: every rank of the group calls it. Blocks."""
         values = {name: self._take(name) for name in self._table}
         reduced = self._moments(values)
         with_quantiles = [name for name, wanted in self._table.items() if QUANTILES.keys() & set(wanted)]
@@ -68,7 +68,7 @@ class Reducer:
         return values[~values.isnan()]
 
     def _moments(self, values: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-        """One sum and one max reduction for all diagnostics together."""
+        """Reduce all diagnostics together, with one sum and one max all-reduce."""
         if not values:
             return {}
         sums = torch.stack([_sums(v) for v in values.values()])  # [D, 2] float64
@@ -79,7 +79,8 @@ class Reducer:
         return {name: _named(*row) for name, row in zip(values, rows, strict=True)}
 
     def _quantiles(self, values: Tensor) -> dict[str, float]:
-        """Gathers at most QUANTILE_SAMPLES float32 values and their weight from each rank."""
+        """Quantiles of the pooled values. Gathers at most QUANTILE_SAMPLES float32 values and their weights
+        from each rank."""
         every = max(1, -(-len(values) // QUANTILE_SAMPLES))
         sample = values[::every]
         longest = torch.tensor(len(sample), device=self._device)
@@ -105,7 +106,7 @@ def _sums(values: Tensor) -> Tensor:
 
 
 def _peaks(values: Tensor) -> Tensor:
-    """[2] float64: max and -min; -inf where there is no value."""
+    """[2] float64: max and -min; -inf if there is no value."""
     if len(values) == 0:
         return torch.full((2,), -torch.inf, dtype=torch.float64, device=values.device)
     return torch.stack([values.max(), -values.min()]).double()

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and how fast that is."""
+"""Time of each phase of a step, remaining time, and MFU."""
 
 import time
 from collections import deque
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-# Dense bf16 peaks in TFLOP/s from the makers' data sheets; the first name contained in the device's wins.
+# Dense bf16 peaks in TFLOP/s from the vendors' data sheets; the first name found in the device name wins.
 PEAK_TFLOPS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
@@ -21,9 +21,10 @@ PEAK_TFLOPS = (
 
 
 class Phases:
-    """`with phases("generation"):` adds to that phase's seconds. A phase inside another counts for itself
-    only. `around` are entered with the name as well (the watchdog, the progress panel); `synchronize` is
-    called at both ends, so that work queued on a device is charged to the phase that queued it."""
+    """Measures phases: `with phases("generation"):` adds to the seconds of that phase. The time of a nested
+    phase is not counted in the outer one. `around` are entered with the phase name too (the watchdog, the
+    progress panel); `synchronize` is called at both ends, so that work queued on a device is charged to the
+    phase that queued it."""
 
     def __init__(
         self,
@@ -61,14 +62,14 @@ class Phases:
 
 
 class Pace:
-    """Remaining seconds from the median of the last 20 steps, which a slow first step cannot spoil."""
+    """Estimates remaining seconds from the median of the last 20 steps, robust to a slow first step."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._recent: deque[float] = deque(maxlen=20)
 
     def eta(self, step: int, seconds: float) -> float:
-        """Seconds to go after `step` of the run's steps took `seconds`."""
+        """Remaining seconds of the run, after `step` took `seconds`."""
         self._recent.append(seconds)
         return max(0, self._steps - step) * median(self._recent)
 
@@ -86,19 +87,19 @@ class ModelCost:
     attention: int
 
     def flops(self, forward_tokens: float, trained_tokens: float, mean_context: float) -> float:
-        """2 per parameter and forward token, three times that where it is trained (recomputation not
-        counted), and causal attention over `mean_context` tokens of context on average."""
+        """FLOPs. A forward token costs 2 per parameter plus causal attention over `mean_context` tokens of
+        context on average; a trained token costs three times that (recomputation not counted)."""
         per_token = 2 * self.parameters + 4 * self.attention * mean_context
         return per_token * (forward_tokens + 3 * trained_tokens)
 
 
 def peak_tflops(device_name: str | None, override: float | None) -> float | None:
-    """Dense bf16 TFLOP/s of one device; `override` wins, None where the device is not known."""
+    """Dense bf16 TFLOP/s of one device; `override` wins; None if the device is unknown."""
     if override is not None:
         return override
     return next((peak for name, peak in PEAK_TFLOPS if device_name and name in device_name), None)
 
 
 def mfu(flops: float, seconds: float, devices: int, peak: float) -> float:
-    """Share of the devices' peak (TFLOP/s each) that `flops` in `seconds` come to, in [0, 1]."""
+    """Share in [0, 1] of the devices' peak (`peak` TFLOP/s each) that `flops` in `seconds` reach."""
     return flops / (seconds * devices * peak * 1e12)

@@ -1,4 +1,4 @@
-"""What a person watching sees: a live panel on a terminal, a line a step elsewhere, nothing off rank 0."""
+"""Progress display: a live panel on a terminal, otherwise one line per step; only on rank 0."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-# Of the panel: label, field of metrics.jsonl, format, unit.
+# Rows of the panel: label, field of metrics.jsonl, format, unit.
 SHOWN = (
     ("success", "success", "{:.3f}", ""),
     ("held-out success", "held_out_success", "{:.3f}", ""),
@@ -24,7 +24,7 @@ SHOWN = (
     ("speed", "tokens_per_s", "{:,.0f}", "tokens/s"),
     ("MFU", "mfu", "{:.1%}", ""),
 )
-# Of a log line; everything else is in metrics.jsonl.
+# Parts of a log line: field and format. All other fields are in metrics.jsonl.
 LOGGED = (
     ("success", "success {:.3f}"),
     ("loss", "loss {:7.4f}"),
@@ -39,12 +39,12 @@ PHASE_WIDTH = 16
 
 
 class Progress(Protocol):
-    """Entered for the life of the run."""
+    """Progress display, entered for the whole run."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: object) -> None: ...
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Say what is being done until the block ends."""
+        """Show `name` as the current phase until the block ends."""
         ...
 
     def step(self, step: int, metrics: Mapping[str, float], eta: float) -> None:
@@ -52,12 +52,12 @@ class Progress(Protocol):
         ...
 
     def say(self, text: str) -> None:
-        """A line of its own: a warning, a checkpoint, the next command."""
+        """Print a separate line: a warning, a checkpoint, the next command."""
         ...
 
 
 class Silent:
-    """For every rank but 0."""
+    """Shows nothing, for every rank except 0."""
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +74,7 @@ class Silent:
 
 
 class LogLines(Silent):
-    """One plain line a step, never wrapped and without colours."""
+    """Prints one plain line per step, never wrapped and without colours."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self._console = console
@@ -93,7 +93,7 @@ class LogLines(Silent):
 
 
 class LivePanel:
-    """One panel, redrawn in place; lines said while it is up appear above it. Figures that a step does
+    """One panel, redrawn in place; lines printed meanwhile appear above it. Figures that a step does
     not report, such as held-out success between evaluations, keep their last value."""
 
     def __init__(self, console: Console, steps: int, title: str) -> None:
@@ -142,7 +142,7 @@ class LivePanel:
 
 
 def open_progress(console: Console, steps: int, title: str) -> Progress:
-    """The panel on a terminal that can redraw, log lines elsewhere. For rank 0."""
+    """The panel if the terminal can redraw, otherwise log lines. For rank 0."""
     if console.is_terminal and not console.is_dumb_terminal:
         return LivePanel(console, steps, title)
     return LogLines(console, steps)
@@ -160,12 +160,12 @@ def phase_times(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
 
 
 def of(step: int, steps: int) -> str:
-    """ " 7/30": as wide at every step."""
+    """Step counter such as " 7/30", equally wide at every step."""
     return f"{step:{len(str(steps))}}/{steps}"
 
 
 def duration(seconds: float) -> str:
-    """62 -> 1:02, 3723 -> 1:02:03."""
+    """Format seconds: 62 -> 1:02, 3723 -> 1:02:03."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -59,7 +59,7 @@ def _summary(run: RecordedRun) -> list[str]:
 
 
 def _versions(runs: Sequence[RecordedRun]) -> list[str]:
-    """One line for all runs that were made with the same versions."""
+    """One line per group of runs with the same package versions."""
     names: dict[str, list[str]] = {}
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run.summary.get("versions", {}).items())
@@ -92,7 +92,7 @@ def _stroke(line: Line, shade: str) -> dict[str, Any]:
 
 
 def _phases(runs: Sequence[RecordedRun]) -> go.Figure:
-    """Seconds of each phase over all steps, per step, stacked."""
+    """Stacked bars of the mean seconds per step of each phase."""
     figure = go.Figure()
     names = dict.fromkeys(
         key for run in runs for row in run.rows for key in row if key.startswith("seconds/")

@@ -1,4 +1,4 @@
-"""Going back to a checkpoint's step: what was written after it is set aside, never deleted."""
+"""Rewinding a run folder to a checkpoint's step: later records are moved aside, never deleted."""
 
 import json
 import os
@@ -12,7 +12,7 @@ def rewind(folder: RunFolder, step: int) -> int:
     """Make the folder end at `step`, for a run that continues from that step's checkpoint.
 
     Later lines of metrics.jsonl, and a last line cut by a kill, are appended to metrics.discarded.jsonl;
-    later rollout files move to rollouts/discarded/. Returns how many lines of metrics were set aside.
+    later rollout files move to rollouts/discarded/. Returns the number of metrics lines moved.
     """
     for path in sorted(folder.rollouts.glob("step_*.jsonl.gz")):
         if step_of(path) > step:

@@ -1,4 +1,4 @@
-"""Every rollout of a run on disk: what was asked, answered, earned, and how likely each token was."""
+"""Rollouts of a run on disk: prompt, answer, reward, and the log-prob of each token."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from megatron_troll.types import Rollout
 @dataclass(frozen=True)
 class Sample:
     """One rollout as stored. tokens, logp and mask are aligned; logp in nats, to 4 decimals; mask is 1
-    where the policy sampled the token and it carries loss."""
+    for tokens that the policy sampled and that carry loss."""
 
     step: int
     prompt: str
@@ -36,7 +36,7 @@ class Sample:
 
 
 class RolloutStore:
-    """rollouts/step_NNNNNN.P-of-Q.jsonl.gz, one per step and data-parallel rank P of Q.
+    """Writes rollouts/step_NNNNNN.P-of-Q.jsonl.gz, one file per step and data-parallel rank P of Q.
 
     `decode` gives the text of one token id. A token costs about 8 bytes on disk, text and log-prob
     (measured on random words, the worst case), so 64 x 8 answers of 1,000 tokens are 4 MB a step.
@@ -54,7 +54,7 @@ class RolloutStore:
         rewards: Sequence[float],
         advantages: Sequence[float],
     ) -> Path:
-        """Store this rank's rollouts of `step`, in one file that appears whole; returns its path."""
+        """Store this rank's rollouts of `step`, in one file, written atomically; returns its path."""
         scored = zip(rollouts, rewards, advantages, strict=True)
         lines = [json.dumps(asdict(self._sample(step, *one)), ensure_ascii=False) for one in scored]
         path = self._folder / f"step_{step:06d}.{self._suffix}"
@@ -90,7 +90,7 @@ def stored_steps(root: Path) -> list[int]:
 
 
 def read_step(root: Path, step: int) -> Iterator[Sample]:
-    """The samples of one step, from every rank's file. Raises RunFolderError for a step without any."""
+    """The samples of one step, from every rank's file. Raises RunFolderError if there are none."""
     paths = sorted(RunFolder(root).rollouts.glob(f"step_{step:06d}.*.jsonl.gz"))
     if not paths:
         steps = stored_steps(root)
@@ -104,5 +104,5 @@ def read_step(root: Path, step: int) -> Iterator[Sample]:
 
 
 def step_of(path: Path) -> int:
-    """12 of `step_000012.0-of-4.jsonl.gz`."""
+    """Step number in a file name: 12 for `step_000012.0-of-4.jsonl.gz`."""
     return int(path.name.split(".")[0].removeprefix("step_"))

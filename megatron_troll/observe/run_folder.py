@@ -1,4 +1,4 @@
-"""runs/<name>/: who may write there, and which run it holds."""
+"""The run folder runs/<name>/: its lock, and checks of which run it holds."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ from megatron_troll.config.paths import RunPaths
 from megatron_troll.mcore.checkpoint_folder import steps
 from megatron_troll.system import write_atomic
 
-# What a resumed run may change: how long it runs, where and how it is computed, what is written down.
+# Keys that a resumed run may change: its length, where and how it is computed, what is recorded.
 CHANGEABLE = (
     "name",
     "resume",
@@ -48,10 +48,11 @@ class RunFolder(RunPaths):
 
     @contextmanager
     def open(self, config_yaml: str, resume: bool) -> Iterator[None]:
-        """Own the folder until the block ends, write `config_yaml` into it, and take its `stopped` away.
+        """Lock the folder until the block ends, write `config_yaml` into it, and delete its `stopped` file.
 
-        Raises RunFolderError when another process holds it, or when it holds a run and that one is of another
-        config (keys in CHANGEABLE apart) or `resume` is false. Nothing is written then.
+        Raises RunFolderError if another process has the lock, or if the folder holds a run and that run has
+        another config (keys in CHANGEABLE excepted), is a finished evaluation or has lost its checkpoints, or
+        `resume` is false. Neither file is touched then.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / "lock", "a+") as lock:
@@ -62,14 +63,14 @@ class RunFolder(RunPaths):
             yield
 
     def check(self, config_yaml: str, resume: bool) -> None:
-        """Raises RunFolderError where `open` would now. Writes nothing."""
+        """Raise RunFolderError if `open` would raise it now. Writes nothing."""
         if (self.root / "lock").exists():
             with open(self.root / "lock", "r+") as lock:
                 self._lock(lock)
         self._check(config_yaml, resume)
 
     def holds_run(self) -> bool:
-        """Whether figures, checkpoints or rollouts would be lost or mixed if another run started here."""
+        """Whether results, checkpoints or rollouts would be lost or mixed if another run started here."""
         figures = any(
             path.exists() and path.stat().st_size > 0
             for path in (self.metrics, self.discarded_metrics, self.evaluation)
@@ -85,7 +86,7 @@ class RunFolder(RunPaths):
         lock.flush()
 
     def _lock(self, lock: IO[str]) -> None:
-        """A POSIX lock: it ends with this process or `lock`, and forked workers do not inherit it."""
+        """Take a POSIX lock. It ends with this process or `lock`, and forked workers do not inherit it."""
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -128,7 +129,7 @@ class RunFolder(RunPaths):
 
 
 def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (value in the file, value now) of keys that a resumed run may not change."""
+    """Dotted key -> (value in the file, value now), for changed keys that a resumed run may not change."""
     before, after = flatten(yaml.safe_load(old.read_text()) or {}), flatten(yaml.safe_load(new_yaml) or {})
     return {
         key: (before.get(key, ABSENT), after.get(key, ABSENT))
@@ -139,7 +140,7 @@ def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to dotted keys; lists stay values."""
+    """Convert nested dicts to dotted keys; lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

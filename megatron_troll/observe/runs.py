@@ -1,4 +1,4 @@
-"""Reading finished and running run folders back."""
+"""Reading the folders of finished and running runs."""
 
 import json
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from megatron_troll.observe.run_folder import RunFolder, flatten
 
 
 class NoMetricsError(RuntimeError):
-    """The folder is no run, or its first step is not finished."""
+    """The folder is not a run folder, or its first step is not finished."""
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """rows: metrics.jsonl, a dict a step; summary: summary.json, empty while the run is not finished;
-    config: dotted key -> value."""
+    """Records of one run. rows: metrics.jsonl, one dict per step; summary: summary.json, empty while the run
+    is not finished; config: dotted key -> value."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -27,13 +27,13 @@ class RecordedRun:
     config: dict[str, Any]
 
     def curve(self, field: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the rows that have `field` and are not null there."""
+        """Steps and values of the rows in which `field` is present and not null."""
         points = [(row["step"], row[field]) for row in self.rows if row.get(field) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
 
 def read_runs(roots: Sequence[Path]) -> list[RecordedRun]:
-    """Runs by folder name, or by whole path where two folders share a name. Raises NoMetricsError."""
+    """Read runs, named by folder, or by whole path if two folders share a name. Raises NoMetricsError."""
     names = [root.resolve().name for root in roots]
     unique = len(set(names)) == len(names)
     return [read_run(root, name if unique else str(root)) for root, name in zip(roots, names, strict=True)]
@@ -54,7 +54,7 @@ def read_run(root: Path, name: str) -> RecordedRun:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; a last one without its line end is still being written and left out."""
+    """Every complete line; a last line without its newline is still being written and is left out."""
     rows = []
     for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
@@ -67,15 +67,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def differing_keys(runs: Sequence[RecordedRun]) -> dict[str, list[Any]]:
-    """Dotted config key -> its value in each run, for the keys that are not the same in all."""
+    """Dotted config key -> its value in each run, for the keys that differ between runs."""
     keys = sorted(set().union(*(run.config for run in runs)))
     rows = {key: [run.config.get(key) for run in runs] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def jitter2(series: Sequence[float]) -> float | None:
-    """mean |m_{t+2} - 2 m_{t+1} + m_t|, how unsteady a reward curve is (ALGORITHMS 4.3); None for fewer than
-    three points."""
+    """mean |m_{t+2} - 2 m_{t+1} + m_t|, a measure of how unsteady a reward curve is (ALGORITHMS 4.3); None
+    for fewer than three points."""
     if len(series) < 3:
         return None
     return float(np.abs(np.diff(np.asarray(series, dtype=np.float64), n=2)).mean())

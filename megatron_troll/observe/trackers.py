@@ -1,4 +1,4 @@
-"""Where a step's figures are written: metrics.jsonl always, TensorBoard and W&B as configured."""
+"""Writers of a step's metrics: metrics.jsonl always, TensorBoard and W&B if configured."""
 
 import importlib
 import json
@@ -26,7 +26,8 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """One object a step, on disk when `log` returns. NaN and infinities, which JSON lacks, become null."""
+    """Writes one object per step, on disk when `log` returns. NaN and infinities, which JSON lacks, become
+    null."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "a")  # noqa: SIM115 - held until close
@@ -42,7 +43,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files; on a resumed run the viewer drops what was logged at `start` or later before."""
+    """Writes event files. On a resumed run, the viewer drops earlier records of step `start` or later."""
 
     def __init__(self, folder: Path, start: int) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=start or None)
@@ -89,7 +90,7 @@ class Together:
 
 
 def open_trackers(folder: RunFolder, observe: Observe, config: Mapping[str, Any], start: int) -> Together:
-    """Every configured tracker, for rank 0. `start` is the first step that will be logged."""
+    """Open every configured tracker, on rank 0. `start` is the first step that will be logged."""
     trackers: list[Tracker] = []
     if observe.wandb_project is not None:
         trackers.append(WandB(observe.wandb_project, folder, config))
@@ -101,8 +102,8 @@ def open_trackers(folder: RunFolder, observe: Observe, config: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run comes to. Success is a share in [0, 1], None where it was not evaluated. remarks:
-    what whoever reads its figures should know."""
+    """Results of a finished run. Success is a share in [0, 1], None if it was not evaluated. remarks: notes
+    that a reader of the figures needs."""
 
     held_out_success_before: float | None
     held_out_success_after: float | None
@@ -112,11 +113,11 @@ class Summary:
 
 
 def write_summary(path: Path, summary: Summary) -> None:
-    """summary.json: the summary's fields and `versions` of Python and the packages that made it."""
+    """Write summary.json: the summary's fields and `versions` of Python and the packages that produced it."""
     content = asdict(summary) | {"versions": versions()}
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that make the figures."""
+    """Versions of Python and the packages that produce the figures."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

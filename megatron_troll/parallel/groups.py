@@ -1,4 +1,4 @@
-"""Process groups as values: whoever communicates is handed the group it may use."""
+"""Process groups as values: code that communicates is given the group to use."""
 
 import datetime
 import os
@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# What a rank tells the others of: what went wrong outside, and what our own errors are made of. Anything else
-# is a bug; the rank that meets it ends with its traceback, and the launcher ends the others.
+# Errors that a rank passes on to the others: failures from outside, and the bases of our own errors. Any
+# other error is a bug; its rank ends with a traceback, and the launcher ends the others.
 TOLD = (OSError, RuntimeError, ValueError)
 
 
@@ -26,7 +26,7 @@ class Group:
     size: int
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """In place; returns `tensor`. Blocks until every rank of the group has called it."""
+        """Reduce `tensor` in place and return it. Blocks until every rank of the group has called it."""
         if self.size > 1:
             dist.all_reduce(tensor, op=op, group=self.handle)
         return tensor
@@ -40,8 +40,8 @@ class Group:
         return parts
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
-        """The i-th of `size` equal parts along axis 0 goes to rank i; what came from rank i is the i-th part
-        of the result. Blocks."""
+        """Send the i-th of `size` equal parts along axis 0 to rank i; the i-th part of the result is from
+        rank i. Blocks."""
         if self.size == 1:
             return tensor
         received = torch.empty_like(tensor)
@@ -57,7 +57,7 @@ class Group:
         return values
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """In place from the group's rank `source`; returns `tensor`. Blocks."""
+        """Fill `tensor` in place from the group's rank `source` and return it. Blocks."""
         if self.size > 1:
             assert self.handle is not None
             dist.broadcast(tensor, dist.get_global_rank(self.handle, source), group=self.handle)
@@ -73,8 +73,8 @@ class Group:
         return box[0]
 
     def each[T](self, act: Callable[[], T]) -> T:
-        """`act()` on every rank; each gets its own result. An error of TOLD on any rank is raised on all of
-        them, that of the lowest rank where there are several. Blocks."""
+        """Call `act` on every rank; each gets its own result. An error of TOLD on any rank is raised on all
+        ranks; if several ranks fail, it is that of the lowest one. Blocks."""
         result, error = None, None
         try:
             result = act()
@@ -86,7 +86,7 @@ class Group:
         return cast("T", result)
 
     def first[T](self, act: Callable[[], T]) -> T:
-        """`act()` on rank 0; its result, which is picklable, or its error of TOLD on every rank. Blocks."""
+        """Call `act` on rank 0; its (picklable) result or its error of TOLD on every rank. Blocks."""
         return self.broadcast_object(self.each(lambda: act() if self.rank == 0 else None), 0)
 
     def any(self, flag: Tensor) -> bool:
@@ -107,9 +107,9 @@ class Groups:
     """The groups of one layout. A rank's place in each follows Megatron's order tp-cp-ep-dp-pp.
 
     dp     ranks that hold the same shards and see different data (context-parallel ranks not included)
-    dp_cp  dp x cp: everyone whose gradients are summed
+    dp_cp  dp x cp: the ranks whose gradients are summed
     model  tp x pp: the ranks that together hold one replica
-    state  what Megatron's functions must find while they work on this layout (mcore/parallel.py)
+    state  Megatron's global state while its functions work on this layout (mcore/parallel.py)
     """
 
     world: Group = ALONE
@@ -134,9 +134,10 @@ class Groups:
 
 @contextmanager
 def joined(timeout: datetime.timedelta) -> Iterator[Group]:
-    """The ranks that torchrun or srun started, over gloo, until the block ends; without RANK this process
-    alone. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are in the environment. Blocks until all are there;
-    raises torch.distributed.DistError where they are not within `timeout`, which bounds collectives too."""
+    """Group of the ranks that torchrun or srun started, over gloo, until the block ends; only this process if
+    RANK is not set. Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment. Blocks until
+    all have joined; raises torch.distributed.DistError if that takes longer than `timeout`, which limits
+    collectives too."""
     if "RANK" not in os.environ:
         yield ALONE
         return

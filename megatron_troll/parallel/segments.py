@@ -1,4 +1,4 @@
-"""Sums over the tokens of one response, some of which may lie on other context-parallel ranks."""
+"""Sums over the tokens of one response, some of which may be on other context-parallel ranks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,14 @@ from megatron_troll.types import Segments
 
 
 def segments(sequence: Tensor, position: Tensor, n_sequences: int, cp_group: Group) -> Segments:
-    """Reductions over the responses of one micro-batch. `sequence` and `position` [N] int64 name the response
-    of each local token, below `n_sequences`, which is the same on every context-parallel rank (N need not
-    be), and its place there.
+    """Reductions over the responses of one micro-batch. `sequence` [N] int64 is the response of each local
+    token, below `n_sequences`; `position` [N] int64 is the token's index in it. `n_sequences` is the same on
+    every context-parallel rank, N need not be.
 
     `sum` sends `n_sequences` numbers in one all-reduce, and as many in backward; `whole` sends N numbers of
-    every rank; making the segments under context parallelism sends 2 N. Every rank of the group must call
+    every rank; building the segments under context parallelism sends 2 N. Every rank of the group must call
     them, and the backward of `sum`, in the same order. They keep the dtype of their argument. A response
-    without a token has total 0.
+    without tokens has total 0.
     """
 
     def total(values: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ class _Share:
     """One rank's part of the tokens of all context-parallel ranks.
 
     lengths  tokens of each rank
-    order    [L] where, in the ranks' tokens one after the other, each token of the responses in order is
-    place    [N] where this rank's tokens are in that order
-    owner    [L] the response of each token in order
+    order    [L] index of each token, in order of response and position, in the ranks' concatenated tokens
+    place    [N] index of each of this rank's tokens in that order
+    owner    [L] the response of each token in that order
     """
 
     group: Group
@@ -87,7 +87,7 @@ def _concatenated(values: Tensor, lengths: list[int], group: Group) -> Tensor:
 
 
 class _SumOverRanks(Function):
-    """All-reduce in both directions. What is differentiated is the sum of the ranks' losses, and each of them
+    """All-reduce in forward and backward. The gradient is that of the sum of the ranks' losses, each of which
     reads the total: d(sum of losses)/d(local) = sum over ranks of d(loss of that rank)/d(total)."""
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Readings of the shards of one vocabulary, put together on every tensor-parallel rank.
+"""Combine what is read from the shards of one vocabulary, on every tensor-parallel rank.
 
 Each function must be called by every rank of the group with the same N; on a group of one nothing is sent.
 Backward communicates nothing: every rank computes the same loss from the same result, so the upstream
@@ -36,11 +36,11 @@ def merged(values: Tensor, ids: Tensor, group: Group, vocab: int) -> tuple[Tenso
     ascending. values [N, k] and ids [N, k] int64 of this shard; NO_ID marks no candidate.
 
     Each rank receives and orders the candidates of N / tp positions, then all of them are gathered: a rank
-    sends and receives 2 N x k values and ids, where gathering every candidate everywhere would take tp N x k.
+    sends and receives 2 N x k values and ids; gathering every candidate on every rank would take tp N x k.
     Not differentiable.
     """
     width = min(values.shape[1], vocab)
-    # Behind every token of equal value, which is -inf.
+    # NO_ID has the value -inf; sort it behind every token of that value.
     ids = torch.where(ids == NO_ID, vocab, ids)
     if group.size == 1:
         return values[:, :width], ids[:, :width]
@@ -53,7 +53,7 @@ def merged(values: Tensor, ids: Tensor, group: Group, vocab: int) -> tuple[Tenso
 
 
 def ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of [N, C], value descending, then id ascending."""
+    """Sort the columns of [N, C] by value descending, then id ascending."""
     by_id = ids.argsort(1)
     values, ids = values.gather(1, by_id), ids.gather(1, by_id)
     values, by_value = values.sort(dim=1, descending=True, stable=True)
@@ -61,7 +61,7 @@ def ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exchanged(column: Tensor, share: int, group: Group) -> Tensor:
-    """[N, k] of every rank -> [share, tp * k]: what all ranks have of this rank's share of the positions."""
+    """[N, k] of every rank -> [share, tp * k]: all ranks' columns for this rank's share of the positions."""
     k = column.shape[1]
     padded = column.new_zeros(share * group.size, k)
     padded[: len(column)] = column

@@ -1,11 +1,11 @@
 """Operations on a vocabulary split over tensor-parallel ranks.
 
 Rank r holds `logits_local` [N, w], the columns of token ids [r * w, (r + 1) * w), where w = V_padded / tp.
-`vocab` is the real number of tokens; columns from there on are padding and never count. Every rank of the
+`vocab` is the real number of tokens; columns from `vocab` on are padding and are ignored. Every rank of the
 group must call with the same N. On a group of one nothing is sent. Nothing here is differentiable: gradients
 go through the LM head (mcore/head.py).
 
-NaN and +inf are not looked for: one anywhere in a row makes its log-probabilities NaN.
+There is no check for NaN and +inf: one anywhere in a row makes its log-probabilities NaN.
 """
 
 import torch
@@ -23,7 +23,7 @@ def gather_logits(logits_local: Tensor, ids: Tensor, group: Group) -> Tensor:
     columns = ids - group.rank * width
     own = (columns >= 0) & (columns < width)
     mine = logits_local.detach().gather(1, columns.masked_fill(~own, 0))
-    # The owner's value is the largest, since everyone else offers -inf.
+    # The owner's value is the largest, because every other rank has -inf.
     return group.all_reduce(mine.masked_fill(~own, -torch.inf), dist.ReduceOp.MAX)
 
 

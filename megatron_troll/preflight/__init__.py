@@ -1,1 +1,1 @@
-"""Whether the nodes of an allocation can run a configuration, asked on each of them before training."""
+"""Checks that the nodes of an allocation can run a configuration, made on each node before training."""

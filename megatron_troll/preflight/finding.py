@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of a check."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ Level = Literal["ok", "warning", "failed"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One check on one node. text: what was found; advice: what to do about it, where something is wrong."""
+    """One check on one node. text: what was found; advice: how to fix it, if something is wrong."""
 
     check: str
     level: Level

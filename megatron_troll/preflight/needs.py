@@ -1,4 +1,4 @@
-"""What a configuration needs of the nodes it runs on."""
+"""The requirements of a configuration on the nodes it runs on."""
 
 import os
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ from megatron_troll.weights.table import parameters_of
 
 
 def needs_of(config: Config, serve_nodes: int = 0, environment: Mapping[str, str] = os.environ) -> Needs:
-    """Of this node, where the first `serve_nodes` serve and the others train. Reads config.json of each
-    model. Under Slurm a node has the GPUs of its allocation, otherwise those that torch sees. Raises
-    ConfigError or OSError where a model cannot be read or planned."""
+    """The needs of this node, if the first `serve_nodes` nodes serve and the others train. Reads config.json
+    of each model. Under Slurm a node has the GPUs of its allocation, otherwise those that torch sees. Raises
+    ConfigError or OSError if a model cannot be read or planned."""
     asked = environment.get("SLURM_GPUS_ON_NODE")
     gpus = torch.cuda.device_count() if asked is None else int(asked)
     rank, nodes = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     if serve_nodes and not config.own_servers:
-        raise ConfigError(f"--serve-nodes {serve_nodes}: the configuration asks no servers of its own")
+        raise ConfigError(f"--serve-nodes {serve_nodes}: the configuration uses no servers of its own")
     trains = rank >= serve_nodes
     serves = config.own_servers and (config.rollout.sglang.colocated or not trains)
     wanted = gpus
@@ -48,19 +48,19 @@ def needs_of(config: Config, serve_nodes: int = 0, environment: Mapping[str, str
 
 
 def host_of(config: Config, environment: Mapping[str, str]) -> str:
-    """Where the servers of this node listen: in a job, on its address towards the other nodes."""
+    """The address on which this node's servers listen: in a job, the one towards the other nodes."""
     if "SLURM_LAUNCH_NODE_IPADDR" in environment:
         return address_towards(environment["MASTER_ADDR"])
     return config.serve.host
 
 
 def gpu_bytes(config: Config, ranks: int) -> int:
-    """Of the rank that holds the most, with what is left to CUDA and NCCL."""
+    """Planned bytes of the rank that holds the most, plus the reserve for CUDA and NCCL."""
     return plan(config, ranks).worst.total + round(config.launch.reserve_gib * GIB)
 
 
 def disk_bytes(config: Config) -> int:
-    """Of the checkpoints that are kept at once, one that is being written included, and of the export."""
+    """Bytes of the checkpoints kept at once, including one that is being written, and of the export."""
     models = config.models
     trained = [model for model in (models.policy, models.critic, models.rollout) if model is not None]
     one = sum(parameters(model) * (WIDTHS[model.dtype] + MASTER + MOMENTS) for model in trained)

@@ -1,4 +1,4 @@
-"""What a node has: GPUs, disk, a name."""
+"""Checks of a node's GPUs, disk and name."""
 
 import shutil
 import socket
@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 def gpus(wanted: int) -> Finding:
-    """GPUs of this node; 0: none are asked for."""
+    """Check the number of GPUs of this node; `wanted` 0: none are required."""
     count = torch.cuda.device_count()
     if count < wanted:
         return failed("gpus", f"{count}, of {wanted} asked for", "ask Slurm for them: --gpus-per-node")
@@ -21,25 +21,25 @@ def gpus(wanted: int) -> Finding:
 
 
 def free_memory() -> list[int]:
-    """Bytes that nobody holds, of each GPU of this node."""
+    """Free bytes of each GPU of this node."""
     return [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
 
 
 def gpu_memory(free: Sequence[int], wanted: int) -> Iterator[Finding]:
-    """The GPU with the least room, beside what the plan asks of it; nothing where there are no GPUs."""
+    """Compare the free memory of the fullest GPU with the plan; yields nothing without GPUs."""
     if not free:
         return
     least = min(range(len(free)), key=free.__getitem__)
     text = f"{free[least] / GIB:.1f} GiB free on GPU {least}, {wanted / GIB:.1f} planned"
     if free[least] < wanted:
-        advice = "end what else runs there, or cut the run by what `mtroll plan` names"
+        advice = "end other processes on it, or reduce the run as `mtroll plan` advises"
         yield failed("gpu memory", text, advice)
     else:
         yield passed("gpu memory", text)
 
 
 def disk(folder: Path, wanted: int) -> Finding:
-    """Space for what a run keeps, where it keeps it."""
+    """Check the free disk space at the run's folder."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     text = f"{free / GIB:.1f} GiB free at {there}, {wanted / GIB:.1f} needed"

@@ -1,4 +1,4 @@
-"""Versions of what runs on a node."""
+"""Checks of the package versions on a node."""
 
 import importlib.util
 import subprocess
@@ -13,10 +13,10 @@ from megatron_troll.config.node import ConfigError
 from megatron_troll.mcore.version import check_linear_attention, pinned
 from megatron_troll.preflight.finding import Finding, failed, passed, warned
 
-# Ours and PyPI's name for it: PyPI's `apex` is another package.
+# A module that only NVIDIA Apex has: `apex` on PyPI is another package.
 NVIDIA_APEX = "amp_C"
 LINEAR_ATTENTION = "flash-linear-attention"
-# What a run imports of them.
+# Package -> the module of it that a run imports.
 EXTENSIONS = {
     "transformer-engine": "transformer_engine.pytorch",
     LINEAR_ATTENTION: "fla.ops.gated_delta_rule",
@@ -24,7 +24,7 @@ EXTENSIONS = {
 
 
 def findings(cuda: bool, find: Callable[[str], str] = version) -> Iterator[Finding]:
-    """`cuda`: whether this node has a GPU. `find` gives the version of a distribution."""
+    """Check all packages. `cuda`: this node has a GPU. `find` returns the version of a distribution."""
     yield passed("torch", f"{torch.__version__}, CUDA {torch.version.cuda}" if cuda else torch.__version__)
     yield core(find("megatron-core"), pinned())
     if not cuda:
@@ -36,8 +36,8 @@ def findings(cuda: bool, find: Callable[[str], str] = version) -> Iterator[Findi
 
 
 def extension(name: str, module: str, find: Callable[[str], str] = version) -> Finding:
-    """Whether a package with compiled parts is there, not too old, and imports beside this torch. Waits for
-    the import, which is tried in a process of its own: what was built for another torch may end it."""
+    """Check that a package with compiled parts is installed, not too old, and importable with this torch.
+    Waits for the import, which runs in its own process: a package built for another torch may crash it."""
     try:
         found = find(name)
     except PackageNotFoundError:
@@ -63,11 +63,11 @@ def extension(name: str, module: str, find: Callable[[str], str] = version) -> F
 def core(found: str, wanted: str) -> Finding:
     if found == wanted:
         return passed("megatron-core", found)
-    return failed("megatron-core", found, f"install megatron-core=={wanted}: its internals are relied upon")
+    return failed("megatron-core", found, f"install megatron-core=={wanted}: the trainer uses its internals")
 
 
 def apex() -> Finding:
-    """NVIDIA Apex has compiled parts; the package of that name on PyPI is a web framework."""
+    """Check for NVIDIA Apex, which has compiled parts; `apex` on PyPI is a web framework."""
     if importlib.util.find_spec(NVIDIA_APEX) is not None:
         return passed("apex", "NVIDIA Apex")
     if importlib.util.find_spec("apex") is None:

@@ -1,4 +1,4 @@
-"""All checks on this node, those that need the others included, and the verdict that every node shares."""
+"""All checks on this node, including those with the other nodes, and the verdict that all nodes share."""
 
 import datetime
 import os
@@ -24,8 +24,8 @@ TIMEOUT = datetime.timedelta(seconds=120)
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs of this node: disk at `folder`; GPUs (0: it runs without) and memory of each; what
-    its servers need, where it serves."""
+    """Requirements of a run on this node: disk space at `folder`; GPUs (0: it runs without) and memory of
+    each; those of its servers, if it serves."""
 
     config: Config
     disk_bytes: int
@@ -40,17 +40,18 @@ class Needs:
 
 @dataclass(frozen=True)
 class Report:
-    """What one node found."""
+    """The findings of one node."""
 
     node: str
     findings: tuple[Finding, ...]
 
 
 def examine(needs: Needs) -> list[Report]:
-    """One report a node, in rank order, on every rank: one process runs on each node, with RANK, WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT in its environment; without RANK this node is alone. Blocks.
+    """Run all checks and return one report per node, in rank order, on every rank. One process runs on each
+    node, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment; without RANK there is only
+    this node. Blocks.
 
-    Raises torch.distributed.DistError where the nodes cannot reach each other.
+    Raises torch.distributed.DistError if the nodes cannot reach each other.
     """
     with joined(TIMEOUT) as world:
         findings = (*_alone(needs), *_together(needs, world))
@@ -87,7 +88,7 @@ def _name() -> str:
 
 
 def failures(reports: Sequence[Report]) -> list[str]:
-    """A line for each failed check."""
+    """One line for each failed check."""
     return [
         f"{report.node}: {finding.check}: {finding.text}; {finding.advice}"
         for report in reports
@@ -100,7 +101,7 @@ STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
 def table(reports: Sequence[Report]) -> Table:
-    """A row for each thing that was found, with the nodes that found it."""
+    """A table with one row for each finding, and the nodes that have it."""
     shown = Table("check", "", "nodes", "found", "what to do", box=None)
     for finding, nodes in grouped(reports):
         where = "all" if len(nodes) == len(reports) else ", ".join(nodes)
@@ -110,7 +111,7 @@ def table(reports: Sequence[Report]) -> Table:
 
 
 def grouped(reports: Sequence[Report]) -> list[tuple[Finding, list[str]]]:
-    """Check by check, in the order of the first node."""
+    """Findings with their nodes, check by check, in the order of the first node."""
     nodes: dict[Finding, list[str]] = {}
     for report in reports:
         for finding in report.findings:

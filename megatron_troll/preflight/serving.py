@@ -1,4 +1,4 @@
-"""What the SGLang servers of a job need: an interpreter that has SGLang, ports, scales of an FP8 cache."""
+"""Checks for a job's SGLang servers: an interpreter with SGLang, free ports, scales of an FP8 cache."""
 
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ KV_SCALES = "kv scales"
 
 @dataclass(frozen=True)
 class NodeServers:
-    """Those of one node: `python` runs SGLang, `host` is where they listen."""
+    """The servers of one node: `python` runs SGLang, `host` is the address they listen on."""
 
     python: str
     host: str
@@ -26,7 +26,7 @@ class NodeServers:
 
 
 def servers_of(config: Config, host: str) -> NodeServers:
-    """Those that `mtroll serve` starts on one node, with every port that the configuration fixes."""
+    """The servers that `mtroll serve` starts on one node, with every port that the configuration fixes."""
     serve = config.serve
     own = (value for name, value in serve.flags.items() if name.replace("_", "-").endswith("-port"))
     ports = (*range(serve.port, serve.port + serve.servers), *(port for port in own if type(port) is int))
@@ -39,7 +39,7 @@ def findings(servers: NodeServers) -> Iterator[Finding]:
 
 
 def sglang(python: str) -> Finding:
-    """Asks that interpreter, which may be of another environment, for its SGLang."""
+    """Ask an interpreter, which may be of another environment, for its SGLang version."""
     try:
         command = [str(interpreter(python)), "-c", ASK]
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S)
@@ -48,30 +48,30 @@ def sglang(python: str) -> Finding:
     if done.returncode:
         return failed(
             "sglang",
-            f"{python} has none: {done.stderr.strip().splitlines()[-1:]}",
+            f"{python} has no SGLang: {done.stderr.strip().splitlines()[-1:]}",
             f"install SGLang {SGLANG} there, or set serve.python",
         )
     found = done.stdout.strip()
     if found != SGLANG:
-        return warned("sglang", found, f"{SGLANG} is what was tested")
+        return warned("sglang", found, f"the tested version is {SGLANG}")
     return passed("sglang", found)
 
 
 def ports(host: str, wanted: tuple[int, ...]) -> Finding:
-    """Those that servers will listen on, each bound for a moment."""
+    """Check the ports that servers will listen on, by binding each for a moment."""
     refusals = {port: refusal(host, port) for port in wanted}
     taken = [f"{port}: {why}" for port, why in refusals.items() if why]
     if taken:
         return failed(
             "ports",
             f"{host} {', '.join(taken)}",
-            f"end what listens there (ss -ltnp), or set serve.port: {len(wanted)} in a row are wanted",
+            f"end what listens there (ss -ltnp), or set serve.port: {len(wanted)} in a row are needed",
         )
     return passed("ports", f"free: {', '.join(map(str, wanted))}")
 
 
 def scales(config: Config) -> Iterator[Finding]:
-    """Of an FP8 KV cache; nothing where none is asked for."""
+    """Check the scales of an FP8 KV cache; yields nothing for another cache."""
     if config.rollout.kv_cache == "auto":
         return
     file = config.serve.kv_scales

@@ -1,4 +1,4 @@
-"""What only several nodes can tell: a shared file system, clocks, and the network between them."""
+"""Checks that need several nodes: a shared file system, clocks, and the network between them."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ ROUNDS = 5
 
 
 def shared_folder(world: Group, folder: Path) -> Finding:
-    """Rank 0 writes a file and renames it; the others have to see that. Blocks on all ranks."""
+    """Check that the other ranks see a file that rank 0 writes and renames. Blocks on all ranks."""
     file = folder / f"preflight-{world.broadcast_object(time.time_ns(), 0)}"
     if world.rank == 0:
         write_atomic(file, "here")
@@ -39,7 +39,7 @@ def shared_folder(world: Group, folder: Path) -> Finding:
 
 
 def clock(world: Group) -> Finding:
-    """This node's clock beside rank 0's, as both pass a barrier. Blocks."""
+    """Compare this node's clock with rank 0's after a barrier. Blocks."""
     world.barrier()
     skew = time.time() - world.broadcast_object(time.time(), 0)
     if abs(skew) > SKEW_S:
@@ -48,8 +48,8 @@ def clock(world: Group) -> Finding:
 
 
 def all_reduce(world: Group, device: torch.device, interface: str) -> Iterator[Finding]:
-    """Sums `REDUCED_BYTES` over all ranks, and says how fast (bus bandwidth: 2 (n - 1) / n of the bytes over
-    the time). Blocks on all ranks."""
+    """Sum `REDUCED_BYTES` over all ranks, and report the bus bandwidth (2 (n - 1) / n of the bytes, over the
+    time). Blocks on all ranks."""
     if world.size == 1:
         return
     ones = torch.ones(REDUCED_BYTES // 4, device=device)

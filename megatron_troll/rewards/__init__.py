@@ -1,1 +1,1 @@
-"""From the text of an answer to its reward: one verifier a file under verifiers/, plug-ins by import path."""
+"""Rewards of answer texts: one verifier per file under verifiers/, plug-ins by import path."""

@@ -1,4 +1,4 @@
-"""Rewards of a rollout batch, shared out over the ranks."""
+"""Rewards of a rollout batch; each rank computes a share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from megatron_troll.types import Rollout
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """rollouts: the batch, with mask 0 where a response is taken out of the loss; reward [B] float32."""
+    """rollouts: the batch, with mask 0 for responses excluded from the loss; reward [B] float32."""
 
     rollouts: list[Rollout]
     reward: np.ndarray
@@ -33,7 +33,7 @@ class ScoredBatch:
 
 
 def together(parts: Sequence[ScoredBatch]) -> ScoredBatch:
-    """Several batches as one, in order."""
+    """Concatenate several batches, in order."""
     return ScoredBatch(
         rollouts=[rollout for part in parts for rollout in part.rollouts],
         reward=np.concatenate([part.reward for part in parts]),
@@ -43,7 +43,7 @@ def together(parts: Sequence[ScoredBatch]) -> ScoredBatch:
 
 
 def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> ScoredBatch:
-    """Every rank scores its share and gathers the rest, so all return the same. Blocks."""
+    """Score one share of the rollouts on each rank and gather all; every rank returns the same. Blocks."""
     shares = world.all_gather_objects(scorer.score(rollouts[world.rank :: world.size]))
     reward = np.empty(len(rollouts), dtype=np.float32)
     keep = np.empty(len(rollouts), dtype=bool)
@@ -54,7 +54,7 @@ def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> ScoredBa
 
 
 def extract(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> list[str | None]:
-    """The vote of each rollout (Scorer.votes), shared out like `judge`. Blocks."""
+    """The vote of each rollout (Scorer.votes), computed in shares like `judge`. Blocks."""
     votes: list[str | None] = [None] * len(rollouts)
     for rank, share in enumerate(world.all_gather_objects(scorer.votes(rollouts[world.rank :: world.size]))):
         votes[rank :: world.size] = share

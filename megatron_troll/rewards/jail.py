@@ -1,7 +1,7 @@
-"""The program that confines one answer and then becomes it: `python -I -S jail.py spec.json`.
+"""Program that confines itself, then executes one answer: `python -I -S jail.py spec.json`.
 
-It stands alone (standard library only) and is started by rewards/sandbox.py, which says what is guaranteed.
-Whatever goes wrong before the answer runs is a traceback on stderr; the answer itself has no stderr.
+It is self-contained (standard library only). rewards/sandbox.py starts it and documents the guarantees.
+An error before the answer runs is a traceback on stderr; the answer itself has no stderr.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Late(Exception):
-    """The time is up."""
+    """The answer ran out of time."""
 
 
 class Orphaned(Exception):
-    """The process that asked for the answer has died."""
+    """The process that requested the run has died."""
 
 
 def main(path: str) -> None:
@@ -51,8 +51,8 @@ def main(path: str) -> None:
 
 
 def in_namespaces(spec: dict[str, Any]) -> int:
-    """The exit code of the answer, which runs as the first process of its own namespaces: when it or this
-    process ends, the kernel ends every process that it started."""
+    """Run the answer as the first process of its own namespaces and return its exit code. When the answer or
+    this process ends, the kernel kills every process that the answer started."""
     unshare(spec)
     alive, held_open = os.pipe()
     child = fork()
@@ -67,21 +67,21 @@ def in_namespaces(spec: dict[str, Any]) -> int:
     os.close(held_open)
     check("prctl", LIBC.prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     if select.select([alive], [], [], 0)[0]:
-        os._exit(1)  # its parent died before it could ask to die with it
+        os._exit(1)  # the parent died before PDEATHSIG was set
     os.close(alive)
     build_root(spec)
     become_nobody(spec)
-    # A user namespace of its own counts its own processes, and after chroot it can make no further one.
+    # A new user namespace counts its own processes; after chroot, the answer cannot create another one.
     check("unshare", LIBC.unshare(NEWUSER))
     os.chroot(".")
     os.chdir("/box")
-    check("prctl", LIBC.prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # the new identity cleared it
+    check("prctl", LIBC.prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # the change of credentials cleared it
     run(spec, spec["limits"]["processes"], ["-I", "-B", "main.py"])
 
 
 def under_supervision(spec: dict[str, Any]) -> int:
-    """The exit code of the answer, TIMED_OUT past its time. Processes that it leaves behind come to this one
-    and are ended."""
+    """Run the answer and return its exit code, TIMED_OUT after `wall_s`. This process becomes the parent of
+    processes that the answer leaves behind, and kills them."""
     check("prctl", LIBC.prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0))
     signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, spec["wall_s"])
@@ -101,8 +101,8 @@ def under_supervision(spec: dict[str, Any]) -> int:
 
 
 def fork() -> int:
-    """As os.fork. The child is not to ask whose child it is: SIGTERM does to it what it does to any program,
-    once `run` lets signals in."""
+    """Fork like os.fork, but the child gets the default action of SIGTERM instead of the handler of
+    `end_with`; SIGTERM stays blocked in it until `run` unblocks signals."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     child = os.fork()
     if child:
@@ -113,7 +113,7 @@ def fork() -> int:
 
 
 def supervised(child: int) -> tuple[int, bool]:
-    """The exit code, and whether nobody is left to read it."""
+    """Exit code of `child`, and whether the requesting process has died, so that nobody will read it."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), False
     except Late:
@@ -133,8 +133,8 @@ runpy.run_path("main.py", run_name="__main__")
 
 
 def unshare(spec: dict[str, Any]) -> None:
-    """Own mounts, network (with no device up), processes, IPC and host name. Who is not root gets them
-    through a user namespace in which they are."""
+    """Give this process its own mounts, network (with no device up), processes, IPC and host name. A user
+    who is not root gets them through a user namespace in which it is root."""
     flags = NEWNS | NEWNET | NEWPID | NEWIPC | NEWUTS
     uid, gid = os.geteuid(), os.getegid()
     if spec["root_user"]:
@@ -147,8 +147,8 @@ def unshare(spec: dict[str, Any]) -> None:
 
 
 def build_root(spec: dict[str, Any]) -> None:
-    """A file system of `disk_mb` in memory that shows the interpreter and its libraries, read-only, and an
-    empty /box with main.py in it; leaves the process in it."""
+    """Mount a file system of `disk_mb` in memory that shows the interpreter and its libraries, read-only, and
+    a /box that holds only main.py; then change into it."""
     root, size = spec["root"], spec["limits"]["disk_mb"]
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size}m,nr_inodes=4096,mode=755")
@@ -159,7 +159,7 @@ def build_root(spec: dict[str, Any]) -> None:
     (box / "main.py").write_bytes(Path(spec["box"], "main.py").read_bytes())
     if spec["root_user"]:
         os.chown(box, NOBODY, NOBODY)
-    # Not where the interpreter itself lies in /tmp.
+    # It exists already if the interpreter is in /tmp.
     if not Path(root, "tmp").exists():
         Path(root, "tmp").symlink_to("box")
     os.chdir(root)
@@ -182,7 +182,7 @@ def show(path: str, at: str) -> None:
 
 
 def become_nobody(spec: dict[str, Any]) -> None:
-    """Gives up root; who is somebody else has nothing to give up."""
+    """Drop root rights; any other user has none to drop."""
     if spec["root_user"]:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -190,7 +190,7 @@ def become_nobody(spec: dict[str, Any]) -> None:
 
 
 def run(spec: dict[str, Any], processes: int, arguments: list[str]) -> NoReturn:
-    """Becomes the interpreter. A user that is not root in its namespace keeps no capability over it."""
+    """Set the limits and exec the interpreter. A non-root user keeps no capability over its namespace."""
     limits = spec["limits"]
     ceilings = {
         resource.RLIMIT_CPU: limits["cpu_s"],
@@ -218,7 +218,7 @@ def late(*_: object) -> NoReturn:
 
 
 def end_with(parent: int) -> None:
-    """Orphaned is raised when the parent dies. A SIGTERM that does not mean that changes nothing."""
+    """Raise Orphaned when the process `parent` dies. A SIGTERM for any other reason is ignored."""
 
     def ask(*_: object) -> None:
         if os.getppid() != parent:
@@ -231,14 +231,14 @@ def end_with(parent: int) -> None:
 
 
 def delete(spec: dict[str, Any]) -> None:
-    """The folder of a run that nobody will clean up after. `root` is not entered: it shows the system."""
+    """Delete the folder of an orphaned run. `root` is not traversed: the system's files are mounted there."""
     LIBC.umount2(spec["root"].encode(), MNT_DETACH)
     os.rmdir(spec["root"])
     shutil.rmtree(Path(spec["root"]).parent)
 
 
 def end_descendants() -> None:
-    """Kills the children of this process, and those that it inherits when they die, until there are none."""
+    """Kill the children of this process, and those that it inherits when they die, until none is left."""
     while True:
         for pid in children_of(os.getpid()):
             os.kill(pid, signal.SIGKILL)
@@ -253,12 +253,12 @@ def children_of(parent: int) -> list[int]:
 
 
 def tasks_of(uid: int) -> int:
-    """How many processes and threads of a user there are: RLIMIT_NPROC counts them all."""
+    """Number of processes and threads of a user: RLIMIT_NPROC counts them all."""
     return sum(int(stat.rpartition(")")[2].split()[17]) for pid, stat in processes() if owner(pid) == uid)
 
 
 def processes() -> Iterator[tuple[int, str]]:
-    """Process ids and what /proc/<pid>/stat says; those that end meanwhile are left out."""
+    """Process ids with the text of /proc/<pid>/stat; processes that end meanwhile are left out."""
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -284,7 +284,7 @@ def check(what: str, result: int) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """With the exit code of the answer, 128 + n where signal n ended it."""
+    """Exit with the exit code of the answer, 128 + n if signal n ended it."""
     os._exit(code if code >= 0 else 128 - code)
 
 

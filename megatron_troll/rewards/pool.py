@@ -1,4 +1,4 @@
-"""Answers scored in parallel by workers, so that a hung or crashed verifier takes down only its own."""
+"""Scoring of answers in parallel worker processes: a verifier that hangs or crashes affects only its own."""
 
 import time
 from collections import Counter, deque
@@ -14,12 +14,12 @@ ATTEMPTS = 2
 
 
 class RewardError(RuntimeError):
-    """A verifier is at fault; the message names the sample."""
+    """A verifier failed; the message names the sample."""
 
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """A question about one answer; `name` is what errors call it."""
+    """One call of the verifier for one answer; error messages refer to it by `name`."""
 
     name: str
     question: VerifierCall
@@ -27,8 +27,8 @@ class ScoringTask:
 
 @dataclass
 class Outcomes:
-    """What the verifier returned, by task index. Tasks that ran out of time, or whose worker a signal
-    killed at each attempt, have no value."""
+    """Return values of the verifier, by task index. Tasks that timed out, or whose worker was killed by a
+    signal at each attempt, have no value."""
 
     values: dict[int, object] = field(default_factory=dict)
     timeouts: set[int] = field(default_factory=set)
@@ -39,7 +39,7 @@ class Outcomes:
 
 
 class _Batch:
-    """The tasks of one call: those still to hand out, and the outcomes so far."""
+    """The tasks of one call: those not yet handed out, and the outcomes so far."""
 
     def __init__(self, tasks: Sequence[ScoringTask]):
         self.tasks = tasks
@@ -67,9 +67,9 @@ class WorkerPool:
         self._workers: list[Worker] = []
 
     def run(self, tasks: Sequence[ScoringTask]) -> Outcomes:
-        """Blocks until every task has an outcome. A worker over the time limit is ended and replaced; one
-        that a signal killed (out of memory) is replaced and its task tried once more. Raises RewardError
-        where the verifier raises or cannot be built."""
+        """Run all tasks; blocks until each has an outcome. A worker over the time limit is killed and
+        replaced; one that a signal killed (out of memory) is replaced and its task is retried once. Raises
+        RewardError if the verifier raises or cannot be built."""
         batch = _Batch(tasks)
         try:
             while len(batch.outcomes) < len(tasks):
@@ -78,7 +78,7 @@ class WorkerPool:
                     self._receive(worker, batch)
                     self._progress()
         except BaseException:
-            self.close()  # an answer still on its way would be taken for one of the next batch
+            self.close()  # an answer still in a pipe would be counted in the next batch
             raise
         return batch.outcomes
 
@@ -96,7 +96,7 @@ class WorkerPool:
                 worker.ask(index, batch.tasks[index].question, self._config.timeout_s)
 
     def _answering(self) -> list[Worker]:
-        """The workers that have answered, died or run out of time; waits for the first."""
+        """Workers that have answered, died or timed out; waits for the first one."""
         busy = [worker for worker in self._workers if worker.waited_for]
         patience = min(worker.deadline for worker in busy) - time.monotonic()
         wait([worker.connection for worker in busy], timeout=max(0.0, patience))

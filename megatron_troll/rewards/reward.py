@@ -1,4 +1,4 @@
-"""What a verifier is, and how the configuration leads to one."""
+"""The interface of a verifier, and how one is built from the configuration."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ Wanted = Literal["reward", "vote"]
 
 
 class Reward(Node):
-    """A verifier; its fields are those that a configuration may set beside `reward.name`.
+    """A verifier; its fields are the keys that a configuration may set next to `reward.name`.
 
-    It sees the text (no special tokens) and the prompt with its record, and returns a finite float.
+    It receives the text (no special tokens) and the prompt with its record, and returns a finite float.
     `cheap = True` runs it in the trainer's process, where no time limit is enforced.
     """
 
@@ -30,14 +30,14 @@ class Votes(Protocol):
     """A verifier that extracts an answer, for majority votes (maj@k)."""
 
     def vote(self, text: str) -> str | None:
-        """The answer of `text` in a normal form: two texts vote alike where these are equal. None: it gives
-        no answer."""
+        """The answer of `text` in a normal form: texts with equal normal forms have the same vote. None: the
+        text gives no answer."""
         ...
 
 
 @dataclass(frozen=True)
 class VerifierCall:
-    """What is asked of a verifier about one text: its reward, or its vote."""
+    """One call of a verifier for one text, which returns its reward or its vote."""
 
     text: str
     prompt: Prompt
@@ -51,8 +51,8 @@ class VerifierCall:
 
 
 def build(config: RewardConfig) -> Reward:
-    """The verifier of a file in verifiers/ or of `package.module:Class`, with its fields. Raises ConfigError
-    for an unknown verifier or field (the nearest known one is named) or a wrong value."""
+    """Build the verifier that `config` names, from a file in verifiers/ or `package.module:Class`, with its
+    fields. Raises ConfigError for an unknown verifier or field (it suggests the nearest) or a wrong value."""
     reward = build_method(config, "megatron_troll.rewards.verifiers", Reward, "reward")
     taken = sorted(type(reward).model_fields.keys() & RewardConfig.model_fields.keys())
     if taken:

@@ -1,17 +1,17 @@
-"""Programs of unknown quality, run where they can do little harm.
+"""Sandbox for untrusted programs, in which they can do little harm.
 
 `namespaces` (Linux 5.14 or newer; root, or a user who may create user namespaces). The program sees the
 interpreter and its libraries, read-only, and an empty folder in memory; no other file, process or network
-device. When it ends, or its time does, the kernel ends whatever it started. Each process has limits on CPU
-time, address space and file size; processes and disk have limits together.
+device. When it ends or times out, the kernel kills everything it started. CPU time, address space and file
+size are limited per process; the number of processes and the disk space are limited per program.
 
 `limits` is for machines that forbid namespaces, and for code that is careless rather than hostile: the same
-limits per process, an audit hook that refuses sockets in Python, and leftover processes are ended. The
-program runs as the user of the trainer (as nobody where that is root): it can read and write what that user
-can, send signals, reach the network from another program, and write any number of files.
-A signal to every process of a job, as of a preemption, ends it there, and the answer counts as failed.
+limits per process, an audit hook that refuses sockets in Python, and leftover processes are killed. The
+program runs as the trainer's user (as nobody if that is root): it can read and write what that user can,
+send signals, reach the network through another program, and write any number of files. In this mode, a
+signal to every process of a job, such as a preemption, ends the program, and the answer counts as failed.
 
-Neither limits memory in total (a cgroup of the job does), nor protects against flaws of the kernel.
+Neither mode limits the total memory (the job's cgroup does) or protects against bugs of the kernel.
 """
 
 import json
@@ -37,7 +37,7 @@ GRACE_S = 5.0
 
 
 class Limits(Node):
-    """What one run of a program may use."""
+    """Resource limits of one run of a program."""
 
     cpu_s: Positive = Field(default=4, description="CPU seconds of each process")
     memory_mb: Annotated[int, Field(ge=64)] = Field(default=512, description="address space of each process")
@@ -54,7 +54,7 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Finished:
-    """code: exit code of the program, 128 + n where signal n ended it. output: its stdout."""
+    """code: exit code of the program, 128 + n if signal n ended it. output: its stdout."""
 
     code: int
     output: str
@@ -63,21 +63,21 @@ class Finished:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Runs Python programs, one at a time per call; calls may overlap."""
+    """Runs Python programs, one per call; calls may overlap."""
 
     kind: Kind
     limits: Limits
     python: str = sys.executable
 
     def probe(self) -> None:
-        """Raises SandboxError where this machine has no such sandbox."""
+        """Raises SandboxError if this kind of sandbox does not work on this machine."""
         finished = self.run("print(40 + 2)", "", 10.0)
         if finished.output != "42\n":
             raise SandboxError(f"a trial program ended with code {finished.code} and no output")
 
     def run(self, program: str, stdin: str, wall_s: float) -> Finished:
-        """The program as its own __main__, with `stdin`, in an empty folder. Blocks for `wall_s` seconds at
-        most, and a little to start and clean up."""
+        """Run the program as its own __main__, with `stdin`, in an empty folder. Blocks for at most `wall_s`
+        seconds, plus a little to start and clean up."""
         with tempfile.TemporaryDirectory(prefix="mtroll-answer-") as name:
             folder = Path(name)
             for part in ("box", "root"):
@@ -115,7 +115,7 @@ class Sandbox:
             process = subprocess.Popen(
                 command, stdin=stdin, stdout=stdout, stderr=errors, start_new_session=True
             )
-        # Under `limits` the program inside keeps the time, because it has to clean up.
+        # With `limits`, jail.py enforces the time limit, because it has to clean up.
         patience = wall_s if self.kind == "namespaces" else wall_s + GRACE_S
         try:
             return process.wait(patience)
@@ -129,7 +129,7 @@ class Sandbox:
 
 @cache
 def visible(python: str) -> list[str]:
-    """The paths that the interpreter and its packages need, none inside another. Starts it once."""
+    """Paths that the interpreter and its packages need, none inside another. Starts the interpreter once."""
     report = "import sys; print(sys.prefix, sys.base_prefix, sep=chr(10))"
     try:
         said = subprocess.run([python, "-I", "-c", report], capture_output=True, text=True, check=True)

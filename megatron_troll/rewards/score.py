@@ -15,9 +15,9 @@ from megatron_troll.types import Rollout
 
 @dataclass(frozen=True)
 class Scores:
-    """reward [B] float32; keep [B] bool, False where a rollout is taken out of the loss (aborted, or cut at
-    max_tokens with `overlong.mode: mask`). `timeouts` and `crashes` count the answers that were given 0
-    because their verifier ran out of time or was killed."""
+    """reward [B] float32; keep [B] bool, False for rollouts excluded from the loss (aborted, or cut at
+    max_tokens with `overlong.mode: mask`). `timeouts` and `crashes` count the answers that got 0 because
+    their verifier timed out or was killed."""
 
     reward: np.ndarray
     keep: np.ndarray
@@ -37,8 +37,8 @@ class Scorer:
         self._pool = None if self._verifier.cheap else WorkerPool(config, workers, progress)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Blocks until all are scored. Aborted rollouts, and with `overlong.mode: penalise` those cut at
-        max_tokens, are not shown to the verifier. Raises RewardError where a reward is not a finite float."""
+        """Score all rollouts; blocks. Aborted rollouts, and with `overlong.mode: penalise` those cut at
+        max_tokens, are not passed to the verifier. Raises RewardError if a reward is not a finite float."""
         overlong = self._config.overlong
         reward = np.zeros(len(rollouts), dtype=np.float32)
         keep = np.ones(len(rollouts), dtype=bool)
@@ -60,8 +60,9 @@ class Scorer:
         return isinstance(self._verifier, Votes)
 
     def votes(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        """The extracted answer of each; None where there is none, its extraction ran out of time, or the
-        rollout is not shown to the verifier (see `score`). Blocks. Raises RewardError where it is no text."""
+        """The extracted answer of each rollout; None if it has none, if the extraction timed out or was
+        killed, or if the rollout is not passed to the verifier (see `score`). Blocks. Raises RewardError if
+        an answer is not text."""
         votes: list[str | None] = [None] * len(rollouts)
         judged = self._judged(rollouts)
         for task, value in self._run(_tasks(rollouts, judged, "vote")).values.items():
@@ -74,7 +75,7 @@ class Scorer:
         return votes
 
     def _judged(self, rollouts: Sequence[Rollout]) -> list[int]:
-        """Those that the verifier sees."""
+        """Indices of the rollouts that are passed to the verifier."""
         unseen = ("abort", "length") if self._config.overlong.mode == "penalise" else ("abort",)
         return [index for index, rollout in enumerate(rollouts) if rollout.finish not in unseen]
 

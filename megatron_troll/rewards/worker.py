@@ -1,4 +1,4 @@
-"""The process that runs a verifier, so that one that hangs can be ended."""
+"""Runs a verifier in a process of its own, so that it can be killed if it hangs."""
 
 import contextlib
 import time
@@ -15,18 +15,18 @@ START_LIMIT_S = 120.0
 
 
 class Ready:
-    """A worker's first word."""
+    """A worker's first message: its verifier is built."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker's last word: what the verifier raised."""
+    """A worker's last message: the exception of the verifier."""
 
     traceback: str
 
 
 def serve(connection: Connection, config: RewardConfig) -> None:
-    """Build the verifier, send Ready, then answer each Question; Failed ends it."""
+    """Build the verifier, send Ready, then answer each VerifierCall; after an error, send Failed and end."""
     try:
         _answer(connection, config)
     except Exception:
@@ -46,8 +46,8 @@ def _answer(connection: Connection, config: RewardConfig) -> None:
 
 
 class Worker:
-    """One such process as the trainer sees it. `task` is the index it works on, None while it starts or
-    rests; `deadline` is when, in time.monotonic() seconds, it must have answered."""
+    """A worker process, on the trainer's side. `task` is the index of its current task, None while it starts
+    or is idle; `deadline` is the time, in time.monotonic() seconds, by which it must have answered."""
 
     def __init__(self, config: RewardConfig):
         # A plain fork would inherit the trainer's threads and devices.
@@ -69,12 +69,12 @@ class Worker:
     def ask(self, task: int, question: VerifierCall, limit_s: float) -> None:
         self.task = task
         self.deadline = time.monotonic() + limit_s
-        # One that died while it rested is noticed when its answer is read.
+        # A worker that died while idle is noticed when its answer is read.
         with contextlib.suppress(BrokenPipeError):
             self.connection.send(question)
 
     def exit_code(self) -> int:
-        """Of a process whose connection broke; negative where a signal ended it."""
+        """Exit code of a process whose connection broke; negative if a signal ended it."""
         self._process.join()
         return self._process.exitcode or 0
 

@@ -1,4 +1,4 @@
-"""Who generates, and how a token is drawn."""
+"""Rollout engines, and how tokens are sampled."""
 
 from urllib.parse import urlsplit
 
@@ -12,19 +12,19 @@ ENGINES = "megatron_troll.rollout.engines"
 
 
 def check(config: RolloutConfig, cp: int) -> None:
-    """What `check_engine` raises, and ConfigError for servers that cannot be asked."""
+    """Like `check_engine`; also raises ConfigError for server URLs, API keys or modes that cannot be used."""
     check_engine(config, cp)
     if config.engine == "sglang":
         _check_sglang(config.sglang)
         if config.sglang.colocated and config.staleness:
             raise ConfigError(
                 f"rollout.staleness={config.staleness} generates while the trainer trains, and "
-                "rollout.sglang.colocated servers have no memory then: set one of the two"
+                "rollout.sglang.colocated servers have no memory then: set only one of the two"
             )
 
 
 def check_engine(config: RolloutConfig, cp: int) -> None:
-    """Raises ConfigError for an unknown engine, and one that cannot generate on `cp` context-parallel ranks.
+    """Raises ConfigError for an unknown engine, or one that cannot generate on `cp` context-parallel ranks.
     A known engine is not imported; no file is read."""
     if config.engine not in known_methods(ENGINES):
         find(config.engine)
@@ -48,7 +48,7 @@ def _check_sglang(config: SGLang) -> None:
 
 
 def returns_experts(config: Config) -> bool:
-    """Whether the engine can tell which experts it chose. A known engine is not imported."""
+    """Whether the engine can return the experts it chose. A known engine is not imported."""
     name = config.rollout.engine
     if name == "sglang":
         return config.serve.routed_experts
@@ -56,12 +56,12 @@ def returns_experts(config: Config) -> bool:
 
 
 def build(setup: Setup) -> Engine:
-    """The engine that `setup.rollout` names. Blocks on all ranks. Raises ConfigError, and EngineError where
-    what the engine needs is not there."""
+    """Build the engine that `setup.rollout` names. Blocks on all ranks. Raises ConfigError, and EngineError
+    if something that the engine needs is missing."""
     return find(setup.rollout.engine)(setup)
 
 
 def find(name: str) -> type[Engine]:
-    """The class that `rollout.engine` names: that of a file in engines/, or of `package.module:Class`. Raises
+    """The class that `rollout.engine` names: from a file in engines/, or `package.module:Class`. Raises
     ConfigError for an unknown one."""
     return find_class(name, ENGINES, Engine, "rollout.engine")

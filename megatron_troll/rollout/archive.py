@@ -1,5 +1,5 @@
-"""Rollouts on disk, to be read back exactly as they were: arrays in NAME.npz, the rest in NAME.json, nothing
-pickled. Prompts are kept by id: they are in the run's own files."""
+"""Rollouts on disk, read back exactly as written: arrays in NAME.npz, the rest in NAME.json, nothing pickled.
+Of a prompt only the id is stored, because the run's own files contain the prompts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ PLAIN = ("group", "sample", "text", "finish", "temperature")
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """`path` has no suffix. Raises ValueError where only some rollouts have a top-K, or of different K."""
+    """Write to `path` (no suffix). Raises ValueError if only some have experts or a top-K, or K differs."""
     arrays = {
         "prompt_ids": _joined([rollout.prompt_ids for rollout in rollouts]),
         "prompt_ends": np.cumsum([len(rollout.prompt_ids) for rollout in rollouts], dtype=np.int64),
@@ -44,7 +44,7 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
 
 
 def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
-    """What `write` was given; `prompts` by their ids. Raises DataError for a prompt that is not there."""
+    """Read what `write` wrote; `prompts` by their ids. Raises DataError for a prompt not among them."""
     plain = json.loads(path.with_suffix(".json").read_text())
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}

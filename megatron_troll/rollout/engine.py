@@ -1,4 +1,4 @@
-"""What the loop asks of whoever generates: requests in, rollouts out."""
+"""The interface of a rollout engine: requests in, rollouts out."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class EngineError(RuntimeError):
-    """The engine cannot go on. Raised on every rank alike; the message says what to do."""
+    """The engine cannot continue. Raised on every rank alike; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw. prompt_ids int64 [P]; group: the prompt's index in its batch; sample: which of the
-    samples that the batch has of the prompt."""
+    """One sample to generate. prompt_ids int64 [P]; group: the prompt's index in its batch; sample: number of
+    this sample among those of the prompt in the batch."""
 
     prompt: Prompt
     group: int
@@ -35,8 +35,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was drawn for a request, the stop token included. ids, versions int64, logp float32 [T]; experts,
-    where train.replay=rollout asks for them; see Rollout."""
+    """Tokens sampled for a request, including the stop token. ids, versions int64, logp float32 [T]; experts
+    if train.replay=rollout asks for them; see Rollout."""
 
     ids: np.ndarray
     logp: np.ndarray
@@ -48,9 +48,9 @@ class Completion:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an engine is built from. `model` is what it has to draw from, as it is at the last `sync`, and
-    `folder` the Hugging Face folder that it began with; `prompts` are a few that the run asks, for an engine
-    that tries itself on some."""
+    """Inputs to build an engine. `model` is the model to sample from, with its weights at the last `sync`,
+    and `folder` the Hugging Face folder that it started from; `prompts` are a few prompts of the run, for an
+    engine that tests itself on some."""
 
     config: Config
     model: "MegatronModel"
@@ -65,11 +65,11 @@ class Setup:
 
 
 class Engine(ABC):
-    """Draws one rollout per request. Built on every rank; every rank calls every method, with the same
-    arguments, and blocks until all have. Raises EngineError on all ranks or on none.
+    """Generates one rollout per request. Built on every rank; every rank calls every method with the same
+    arguments, and blocks until all ranks have called it. Raises EngineError on all ranks or on none.
 
-    returns_experts  whether rollouts have `experts` where train.replay=rollout asks for them
-    draws_elsewhere  whether what is begun by `start` goes on while the trainer trains
+    returns_experts  whether rollouts have `experts` if train.replay=rollout asks for them
+    draws_elsewhere  whether generation begun by `start` continues while the trainer trains
     """
 
     returns_experts: ClassVar[bool] = False
@@ -80,38 +80,38 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
-        """One rollout per request, in their order, all of them on every rank. A response ends with one of
-        `setup.stop_ids`, which hold the tokens of `sampling.stop`, or after `sampling.max_tokens`; its text
-        lacks the stop token. `round` sets the random numbers of one batch apart from those of another."""
+        """Return one rollout per request, in the same order, all of them on every rank. A response ends with
+        one of `setup.stop_ids`, which include the tokens of `sampling.stop`, or after `sampling.max_tokens`;
+        its text omits the stop token. Batches with different `round` use different random numbers."""
 
     def start(
         self, requests: Sequence[Request], sampling: Sampling, round: int
     ) -> Callable[[], list[Rollout]]:
-        """Begin to `generate` for a batch of training; what is returned waits for the rollouts. Where
-        `draws_elsewhere`, this goes on over a `sync`: the rest of an answer then comes from the newer
-        weights, and `Rollout.versions` says so. A batch that a run asks for again after a crash may be
-        answered from what was kept of it."""
+        """Begin to `generate` a training batch; the returned function waits for the rollouts. With
+        `draws_elsewhere`, generation continues across a `sync`: the rest of an answer then comes from the
+        newer weights, as recorded in `Rollout.versions`. If a run requests a batch again after a crash,
+        answers that were stored may be reused."""
         rollouts = self.generate(requests, sampling, round)
         return lambda: rollouts
 
     def forget(self, round: int) -> None:  # noqa: B027
-        """The batches up to `round` will not be asked for again."""
+        """Drop stored answers of the batches up to `round`, which will not be requested again."""
 
     def rest(self) -> None:  # noqa: B027
-        """Nothing is under way, and nothing will be asked before the next `sync`."""
+        """Called when no request is in flight and none will come before the next `sync`."""
 
     def sync(self, version: int) -> dict[str, float]:
-        """From now on draw from the weights that the model has now; `version` is what rollouts call them.
-        Returns metrics. Called before `generate` wherever the model may have changed; the same version again
-        is nothing to do."""
+        """Sample from the model's current weights from now on; rollouts record them as `version`. Returns
+        metrics. Called before `generate` whenever the model may have changed; a call with an unchanged
+        version needs to do nothing."""
         return {}
 
     def close(self) -> None:  # noqa: B027
-        """Give back what the engine holds. Called once, also after an error, and maybe on some ranks only."""
+        """Release the engine's resources. Called once, also after an error, and maybe on some ranks only."""
 
 
 def rollout_of(setup: Setup, request: Request, answer: Completion, sampling: Sampling, round: int) -> Rollout:
-    """The record of an answer."""
+    """Build the rollout of a completion."""
     ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
     return Rollout(
         prompt=request.prompt,
@@ -132,15 +132,15 @@ def rollout_of(setup: Setup, request: Request, answer: Completion, sampling: Sam
 
 
 def requests_for(prompts: Sequence[Prompt], samples: int, drawn: Counter[str] | None = None) -> list[Request]:
-    """`samples` requests for each prompt, a prompt's samples next to each other. The samples of a prompt that
-    comes again (where an epoch ends) are numbered on, so that it draws others; `drawn` has the samples that
-    earlier calls of the same round asked for, by prompt id, and is counted on. Raises ValueError for a
-    prompt without ids."""
+    """Return `samples` requests for each prompt, a prompt's samples next to each other. If a prompt occurs
+    again (at the end of an epoch), the numbering of its samples continues, so that it gets new samples;
+    `drawn` counts the samples that earlier calls of the same round requested, by prompt id, and is updated.
+    Raises ValueError for a prompt without ids."""
     requests: list[Request] = []
     drawn = Counter() if drawn is None else drawn
     for group, prompt in enumerate(prompts):
         if not len(prompt.ids):
-            raise ValueError(f"prompt {prompt.id!r} has no ids: give it those of data.chat.tokenized")
+            raise ValueError(f"prompt {prompt.id!r} has no ids: tokenize it with data.chat.tokenized")
         ids, first = prompt.ids.astype(np.int64), drawn[prompt.id]
         requests += [Request(prompt, group, first + sample, ids) for sample in range(samples)]
         drawn[prompt.id] += samples

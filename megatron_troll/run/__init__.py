@@ -1,1 +1,1 @@
-"""A run: its parts, where it stands, the rollouts it waits for."""
+"""A run: its parts, its state, and the rollouts it waits for."""

@@ -1,4 +1,4 @@
-"""One rollout batch, sampled and judged; with `rollout.refill`, of prompts that teach something."""
+"""Sample and score one rollout batch; with `rollout.refill`, replace prompts that give no gradient."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from megatron_troll.run.run import Run
 
 
 def begin(run: Run, step: int, trained: int) -> BatchFuture:
-    """Begin to draw the batch of `step`, from a policy of `trained` steps. It is drawn to its end here where
-    the engine does not go on by itself, and with `refill`: what is asked then depends on what came.
-    Blocks."""
+    """Begin to sample the batch of `step`, from a policy of `trained` steps. The batch is finished here if
+    the engine does not sample in the background, and with `refill`, whose later requests depend on the
+    rewards. Blocks."""
     position = run.order.position
     if run.task.config.rollout.refill or not run.engine.draws_elsewhere:
         collected = collect(run, step)
@@ -30,9 +30,10 @@ def begin(run: Run, step: int, trained: int) -> BatchFuture:
 
 
 def collect(run: Run, step: int) -> RolloutBatch:
-    """Draw rollout.prompts prompts. While some of them got one reward for all samples, which is no gradient,
-    and at most `refill` times: draw as many new ones (dynamic sampling of DAPO, arXiv 2503.14476, section
-    3.2). What is still missing then is filled up with the first of those, in the order drawn. Blocks.
+    """Sample for rollout.prompts prompts. As long as some of them have one reward for all samples, which
+    gives no gradient, and at most `refill` times, sample for as many new prompts (dynamic sampling of DAPO,
+    arXiv 2503.14476, section 3.2). If prompts are still missing then, the first of those without gradient
+    fill the batch, in the order sampled. Blocks.
     """
     wanted, samples = run.task.config.rollout.prompts, run.task.config.rollout.samples
     drawn: Counter[str] = Counter()
@@ -51,24 +52,24 @@ def collect(run: Run, step: int) -> RolloutBatch:
 
 
 def informative(reward: np.ndarray, samples: int) -> np.ndarray:
-    """[P] bool: the prompts whose samples differ in reward, from reward [P * samples]."""
+    """[P] bool: whether the samples of a prompt differ in reward, from reward [P * samples]."""
     by_prompt = reward.reshape(-1, samples)
     return (by_prompt != by_prompt[:, :1]).any(1)
 
 
 def chosen(informs: np.ndarray, wanted: int) -> np.ndarray:
-    """[P] bool: every prompt that `informs` [P], and of the others the first, up to `wanted` in all."""
+    """[P] bool: every prompt marked in `informs` [P], then the first of the others, up to `wanted` in all."""
     spare = wanted - informs.sum()
     return informs | (np.cumsum(~informs) <= spare)
 
 
 def _draw(run: Run, count: int, drawn: Counter[str], step: int) -> ScoredBatch:
-    """The answers to the next `count` prompts, judged."""
+    """Sample for the next `count` prompts and score the samples."""
     return _start(run, count, drawn, step)()
 
 
 def _start(run: Run, count: int, drawn: Counter[str], step: int) -> Callable[[], ScoredBatch]:
-    """Ask for answers to the next `count` prompts; what is returned waits for them and judges."""
+    """Request samples for the next `count` prompts. The returned function waits for them and scores them."""
     prompts = [run.task.prompts.train[i] for i in run.order.next(count)]
     requests = requests_for(prompts, run.task.config.rollout.samples, drawn)
     with run.session.phases("generation"):

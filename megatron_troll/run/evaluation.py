@@ -1,4 +1,4 @@
-"""Held-out success: what the policy scores on prompts that training never sees."""
+"""Held-out success: the policy's score on prompts that training never sees."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from megatron_troll.task import Task
 
 # Held-out prompts are always answered with the same random numbers, so that evaluations are paired.
 EVALUATION_ROUND = -1
-# Prompts that an engine is shown to try itself on.
+# Training prompts that an engine gets to test itself on.
 SHOWN = 16
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Draws with `engine` and scores with `scorer`, as `config.evaluation` says."""
+    """Samples with `engine` and scores with `scorer`, as `config.evaluation` says."""
 
     task: Task
     session: Session
@@ -44,14 +44,14 @@ class Evaluator:
 
 
 def open_engine(task: Task, model: MegatronModel) -> Engine:
-    """The engine that the task names, on the weights of `model`, which draws the rollouts. See
+    """The engine that the task names, which samples the rollouts from the weights of `model`. See
     rollout.build."""
     return rollout.build(_setup(task, model, task.config.models.drawing))
 
 
 def open_judged(task: Task, model: MegatronModel) -> Engine:
-    """An engine on the policy's `model`, for evaluations where another model draws the rollouts, and servers
-    have only that one."""
+    """An in-process engine on the policy's `model`, for evaluations when another model samples the rollouts:
+    servers then hold only that other model."""
     return InProcessEngine(_setup(task, model, task.config.policy))
 
 

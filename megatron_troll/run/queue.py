@@ -1,4 +1,4 @@
-"""Rollout batches that are sampled and not yet trained on, and how a checkpoint keeps them."""
+"""Rollout batches that are sampled but not yet trained on, and their storage in a checkpoint."""
 
 import json
 from collections import deque
@@ -15,12 +15,12 @@ from megatron_troll.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """What was sampled for one step.
+    """The samples of one step.
 
-    sampled   everything, in the order drawn, the samples of a prompt next to each other
-    kept      [S] bool, what of it is trained on: the samples of rollout.prompts prompts
-    rollouts  those, their groups counted from 0
-    rounds    times that prompts were drawn
+    sampled   all samples, in the order requested, those of a prompt next to each other
+    kept      [S] bool, which of them are trained on: those of rollout.prompts prompts
+    rollouts  the kept samples, their groups numbered from 0
+    rounds    number of sampling rounds
     """
 
     sampled: ScoredBatch
@@ -30,13 +30,13 @@ class RolloutBatch:
 
     @property
     def reward(self) -> np.ndarray:
-        """[B] float32, of `rollouts`."""
+        """[B] float32 rewards of `rollouts`."""
         return self.sampled.reward[self.kept]
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of everything sampled: a batch without the prompts that are always answered right would look as if
-        the policy did not improve."""
+        """Metrics over all samples: without the prompts that are always answered right, a batch would look as
+        if the policy did not improve."""
         return {
             **self.sampled.metrics,
             "refill_rounds": self.rounds - 1,
@@ -46,7 +46,7 @@ class RolloutBatch:
 
 
 def ages(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
-    """How old the weights are that drew what `step` trains on, in rollout batches."""
+    """Age, in rollout batches, of the weights that sampled the tokens that `step` trains on."""
     versions = np.concatenate([rollout.versions for rollout in rollouts])
     mixed = [len(set(rollout.versions.tolist())) > 1 for rollout in rollouts]
     age = step - 1 - versions
@@ -58,12 +58,12 @@ def ages(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
 
 @dataclass
 class BatchFuture:
-    """A batch that is under way, or there.
+    """A batch that is being sampled, or complete.
 
-    trained   rollout batches that the policy had been trained on when it was begun
-    position  in the prompt order, before its prompts; of use while it is under way
-    finish    waits for it
-    batch     once it is there
+    trained   rollout batches that the policy had been trained on when the batch was begun
+    position  place in the prompt order before its prompts; used while it is being sampled
+    finish    waits for the batch and returns it
+    batch     the batch once it is complete, None before
     """
 
     trained: int
@@ -72,7 +72,7 @@ class BatchFuture:
     batch: RolloutBatch | None = None
 
     def wait(self) -> RolloutBatch:
-        """Blocks until it is there."""
+        """Return the batch. Blocks until it is complete."""
         if self.batch is None:
             self.batch = self.finish()
         return self.batch
@@ -80,7 +80,7 @@ class BatchFuture:
 
 @dataclass
 class RolloutQueue:
-    """Batches for training `staleness` steps after they were begun, oldest first; `last` is the last step.
+    """Batches to train on `staleness` steps after they were begun, oldest first; `last` is the last step.
     In a checkpoint, batch i is pending_<i>.npz, .json and .batch.json."""
 
     staleness: int
@@ -88,8 +88,9 @@ class RolloutQueue:
     batches: deque[BatchFuture] = field(default_factory=deque)
 
     def next(self, step: int, begin: Callable[[int], BatchFuture]) -> BatchFuture:
-        """The batch to train on in `step`, which is there, after `begin(number)` of every batch that is due
-        by now: first `staleness` + 1 of them, then one a step, and none that no step is left for. Blocks."""
+        """Begin the batches that are due by now with `begin(number)`, and return the complete batch to train
+        on in `step`. The first call begins `staleness` + 1 batches, later calls one each, none past the last
+        step. Blocks."""
         due = min(step + self.staleness, self.last)
         for number in range(step + len(self.batches), due + 1):
             self.batches.append(begin(number))
@@ -97,12 +98,12 @@ class RolloutQueue:
         return self.batches.popleft()
 
     def position(self, now: int) -> int:
-        """Where the prompts go on for a run that has just what is there: before those of the first batch that
-        is under way; `now` where none is."""
+        """The prompt position for a run that resumes with only the complete batches: before the prompts of
+        the first incomplete batch; `now` if all are complete."""
         return next((waiting.position for waiting in self.batches if waiting.batch is None), now)
 
     def write(self, folder: Path) -> None:
-        """What is there, up to the first batch that is under way."""
+        """Write the complete batches before the first incomplete one to `folder`."""
         for i, waiting in enumerate(self.batches):
             if (batch := waiting.batch) is None:
                 break
@@ -120,7 +121,8 @@ class RolloutQueue:
             (folder / f"{path.name}.batch.json").write_text(json.dumps(rest))
 
     def read(self, folder: Path, prompts: Mapping[str, Prompt]) -> None:
-        """Replace everything by what `write` left. Raises DataError for a prompt that is not in `prompts`."""
+        """Replace all batches by those that `write` stored. Raises DataError for a prompt that is not in
+        `prompts`."""
         self.batches.clear()
         for file in sorted(folder.glob("pending_*.batch.json")):
             rest = json.loads(file.read_text())

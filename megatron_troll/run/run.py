@@ -1,4 +1,4 @@
-"""The parts of a run, put together; where it stands, and how that is kept."""
+"""The parts of a run, put together; its state, and how that is saved and resumed."""
 
 import time
 from collections.abc import Iterator
@@ -32,9 +32,9 @@ from megatron_troll.weights.export import save as export
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: rollout batches trained on, prompts drawn, seconds spent, consecutive batches
-    with skipped updates, held-out success at the start and last; the weight of the rollout model's
-    distillation at the next batch, None: that of the configuration."""
+    """State of a run: rollout batches trained on, prompts used, seconds spent, consecutive batches with
+    skipped updates, held-out success before training and at the last evaluation, and the rollout model's
+    distillation weight for the next batch (None: the configured one)."""
 
     step: int = 0
     position: int = 0
@@ -47,8 +47,8 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the loop works with. `policy` is what is trained; `engine` draws from its weights of the
-    last `sync`, or from those of the `rollout_model` where there is one."""
+    """Everything the loop works with. `policy` is the trained model; `engine` samples from its weights as of
+    the last `sync`, or from those of the `rollout_model` if there is one."""
 
     task: Task
     session: Session
@@ -65,8 +65,8 @@ class Run:
     pending: RolloutQueue
 
     def resume(self) -> TrainState:
-        """Take up the newest checkpoint where `resume` is set and one exists; otherwise start. Blocks."""
-        # One rank looks: a network file system may show the others something older.
+        """Load the newest checkpoint if `resume` is set and one exists; otherwise start at step 0. Blocks."""
+        # Only one rank looks: a network file system may show other ranks an older state.
         there = self.session.world.first(lambda: self.checkpoints.latest() is not None)
         if not (self.task.config.resume and there):
             self.session.begin_at(0)
@@ -79,9 +79,9 @@ class Run:
         return state
 
     def save(self, state: TrainState, score: float | None = None) -> None:
-        """A checkpoint of `state`, with the held-out success of just this policy where it is known.
-        Batches under way are not in it: a run that continues begins them anew, and the engine may have kept
-        answers. Blocks; with checkpoint.asynchronous the writing goes on behind."""
+        """Save a checkpoint of `state`; `score` is the held-out success of exactly this policy, if known.
+        Batches still being sampled are not in it: a resumed run begins them again, and the engine may have
+        kept answers. Blocks; with checkpoint.asynchronous writing continues in the background."""
         state = replace(state, position=self.pending.position(state.position))
         with self.session.phases("checkpoint"):
             self.checkpoints.save(state.step, asdict(state), score, self.pending.write)
@@ -93,7 +93,7 @@ class Run:
         self._note_saved()
 
     def _note_saved(self) -> None:
-        """Write down the newest checkpoint that is complete, if there is one yet."""
+        """Write the step of the newest complete checkpoint to the run folder, if there is one yet."""
 
         def note() -> None:
             if latest := self.checkpoints.latest():
@@ -102,7 +102,7 @@ class Run:
         self.session.world.first(note)
 
     def sync(self, step: int) -> dict[str, float]:
-        """Let the engine draw from its model as it is after `step`, and evaluations from the policy. Blocks
+        """Let the engine sample from its model as it is after `step`, and evaluations from the policy. Blocks
         on all ranks."""
         with self.session.phases("sync"):
             metrics = self.engine.sync(step)
@@ -111,19 +111,19 @@ class Run:
             return metrics
 
     def since(self, state: TrainState, began: float) -> TrainState:
-        """`state` with the clock and the prompt position of now."""
+        """`state` with the time since `began` added and the present prompt position."""
         seconds = state.seconds + time.perf_counter() - began
         return replace(state, seconds=seconds, position=self.order.position)
 
     def stop(self, state: TrainState) -> None:
-        """The end of a run that was asked to stop, once its checkpoint is on disk; a launcher sees it by a
-        file in the run folder. Blocks."""
+        """End a run that was asked to stop, once its checkpoint is on disk; a file in the run folder reports
+        this to a launcher. Blocks."""
         self._finish_saving()
         self.session.world.first(lambda: write_atomic(self.session.folder.stopped, f"{state.step}\n"))
         self.session.progress.say(f"stopped after step {state.step}; continue with resume=true")
 
     def finish(self, state: TrainState) -> None:
-        """Export, summary and report of a run that is complete."""
+        """Finish a complete run: export, summary and report."""
         self._finish_saving()
         self.engine.forget(state.step)
         said = remarks(self.task.config.objective, self.task.objective)
@@ -180,7 +180,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
 
 
 def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
-    """The policy under its objective, beside its reference model where a method reads one."""
+    """The policy's trainer, with a reference model if a method reads one."""
     config, objective = task.config, task.objective
     temperature, reference = config.rollout.sampling.temperature, None
     if objective.needs_reference:
@@ -199,7 +199,7 @@ def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
 
 
 def open_batcher(task: Task, policy: Trainable) -> MicroBatcher:
-    """Cuts batches for the policy; the engine's record is packed where something reads it."""
+    """The policy's MicroBatcher; the engine's record is packed only if something reads it."""
     config, objective = task.config, task.objective
     read = (
         config.objective.old == "engine"

@@ -1,4 +1,4 @@
-"""What a run has besides its algorithm: processes, folder, figures, watchdog, signals."""
+"""A run besides its algorithm: processes, folder, metrics, watchdog, signals."""
 
 import json
 import time
@@ -48,12 +48,12 @@ class Session:
 
     @property
     def seconds(self) -> float:
-        """Since this session began."""
+        """Seconds since this session began."""
         return time.perf_counter() - self.started
 
     def begin_at(self, step: int) -> None:
-        """The next figures are those of `step`: any that are there already are set aside, trackers are
-        opened. Blocks."""
+        """Start to log at `step`: metrics that are already there from this step on are set aside, and the
+        trackers are opened. Blocks."""
 
         def begin() -> None:
             rewind(self.folder, step - 1)
@@ -68,7 +68,7 @@ class Session:
         return self.world.any(torch.tensor(float(self.interrupts.asked), device=parallel.device()))
 
     def log(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        """Write the figures of a finished step, with its time per phase. Blocks."""
+        """Write the metrics of a finished step, with its time per phase. Blocks."""
         metrics = {**metrics, "seconds": seconds, **self.phases.take()}
         self.world.first(lambda: self.trackers and self.trackers.log(step, metrics))
         self.progress.step(step, metrics, self.pace.eta(step, seconds))
@@ -79,7 +79,7 @@ class Session:
             export(model, self.folder.hf, self.config.policy.path)
 
         def write() -> None:
-            # The libraries that draw take a second to import: only the rank that draws waits for them.
+            # The plotting libraries take a second to import: only the rank that plots waits for them.
             from megatron_troll.observe.report import report
 
             write_summary(self.folder.summary, summary)
@@ -89,7 +89,7 @@ class Session:
 
     def keep_broken(self, step: int, rollouts: Sequence[Rollout], broken: Sequence[int]) -> str:
         """Write the batch of a step with NaN or Inf to broken/step_N.json: ids, log-probs, and which samples
-        are at fault. Returns that in words. Blocks."""
+        are at fault. Returns a message that says so. Blocks."""
         path = self.folder.root / "broken" / f"step_{step:06d}.json"
         self.world.first(lambda: write_broken(path, rollouts, broken))
         names = ", ".join(rollouts[i].name for i in broken[:5]) or "no single sample"
@@ -113,9 +113,9 @@ def write_broken(path: Path, rollouts: Sequence[Rollout], broken: Sequence[int])
 
 @contextmanager
 def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator[Session]:
-    """Join the world, take the run folder, and watch until the block ends.
+    """Join the world, take the run folder, and run the watchdog until the block ends.
 
-    Raises RunFolderError on every rank when rank 0 cannot have the folder.
+    Raises RunFolderError on every rank if rank 0 cannot take the folder.
     """
     with ExitStack() as stack:
         groups = parallel.start(config.policy.layout, config.seed)

@@ -16,7 +16,7 @@ K = "1,2,4,8,16,32,64,128,256"
 
 
 class StudyParser(argparse.ArgumentParser):
-    """`mtroll study FILE.yaml` is `mtroll study run FILE.yaml`."""
+    """Parser that reads `mtroll study FILE.yaml` as `mtroll study run FILE.yaml`."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
         files = [word for word in args or [] if word.endswith((".yaml", ".yml"))]
@@ -26,22 +26,22 @@ class StudyParser(argparse.ArgumentParser):
 
 
 def add_to(commands: "argparse._SubParsersAction") -> None:
-    """The command's own sub-commands."""
+    """Add the command `study` and its sub-commands."""
     about = "many runs planned in one file: methods x seeds x settings"
     study = commands.add_parser("study", help=about, description=about)
     kinds = study.add_subparsers(required=True, metavar="|".join(KINDS))
-    run = kinds.add_parser("run", help="run what is not finished; also `mtroll study STUDY.yaml`")
+    run = kinds.add_parser("run", help="run all unfinished runs; short form: `mtroll study STUDY.yaml`")
     run.add_argument("study", metavar="STUDY.yaml")
     run.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     run.set_defaults(run=run_command)
-    report = kinds.add_parser("report", help="compare: a page of tables and curves")
+    report = kinds.add_parser("report", help="compare the runs: write a page of tables and curves")
     report.add_argument("study", metavar="STUDY.yaml")
     report.add_argument("--output", default=None, help="default: runs/<study>/report.md")
     report.set_defaults(run=report_command)
     kl = kinds.add_parser("kl", help="bias, spread and cost of the estimators of KL(policy || reference)")
     kl.add_argument("config", help="YAML file with models.policy and models.reference")
     kl.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    kl.add_argument("--k", type=integers, default=K, metavar="K,...", help=f"of TIKE (default: {K})")
+    kl.add_argument("--k", type=integers, default=K, metavar="K,...", help=f"k of TIKE (default: {K})")
     kl.add_argument("--output", default="kl-estimators.md", help="a page; figures go to .json and images/")
     kl.set_defaults(run=kl_command)
 

@@ -1,4 +1,4 @@
-"""Commands as subprocesses, a few at a time."""
+"""Running commands as subprocesses, a few at a time."""
 
 import subprocess
 import time
@@ -14,7 +14,7 @@ POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """A command whose output goes to the end of `log`."""
+    """A command whose output is appended to `log`."""
 
     name: str
     argv: tuple[str, ...]
@@ -23,7 +23,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job with its exit code and how long it took."""
+    """A finished job with its exit code and duration."""
 
     job: Job
     code: int
@@ -33,8 +33,8 @@ class Ended:
 def run_jobs(
     jobs: Sequence[Job], at_once: int, interrupts: Interrupts, ended: Callable[[Ended], None]
 ) -> None:
-    """Run `jobs` in order, `at_once` at a time, and tell `ended` of each, whatever its exit code. When asked
-    to stop, starts no more, hands SIGTERM to those that run and waits for them. Blocks."""
+    """Run `jobs` in order, `at_once` at a time, and call `ended` for each, whatever its exit code. When asked
+    to stop, start no more, send SIGTERM to the running ones and wait for them. Blocks."""
     waiting, running, told = deque(jobs), dict[Job, tuple[subprocess.Popen[bytes], float]](), False
     while running or (waiting and not interrupts.asked):
         while waiting and len(running) < at_once and not interrupts.asked:
@@ -54,5 +54,5 @@ def run_jobs(
 def _start(job: Job) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
-        # A session of its own: Ctrl-C reaches it once, from here.
+        # In its own session, so that the terminal does not send Ctrl-C to it: run_jobs stops it.
         return subprocess.Popen(job.argv, stdout=log, stderr=log, start_new_session=True)

@@ -1,7 +1,7 @@
-"""How good the estimators of KL(policy || reference) are on a pool of sampled responses.
+"""Quality of the estimators of KL(policy || reference) on a pool of sampled responses.
 
-The values are those of the methods of slot `kl` themselves. Bias is against the exact KL of the pool's
-positions; resampling is by whole responses, since the tokens of one depend on each other.
+The methods of slot `kl` themselves compute the values. Bias is measured against the exact KL of the pool's
+positions; whole responses are resampled, because the tokens of one response depend on each other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from megatron_troll.objectives.slots import Policy, Term
 from megatron_troll.types import NO_ID, HeadOutputs, ObjectiveInputs, Segments, Support, TopK
 
 RESAMPLES = 2_000
-# Edges of the mass that the top-k holds.
+# Edges of the intervals of top-k probability mass.
 REGIMES = (0.0, 0.9, 0.99, 0.999, 0.9999, 1.0)
 
 
@@ -34,9 +34,9 @@ REGIMES = (0.0, 0.9, 0.99, 0.999, 0.9999, 1.0)
 class TokenPool:
     """N sampled tokens with both models' full rows.
 
-    policy, reference  [N, V] log-probabilities (or logits: only differences in a row count)
+    policy, reference  [N, V] log-probabilities (or logits: only differences within a row matter)
     target             [N] sampled token
-    response           [N] int64, which response it belongs to, counted from 0
+    response           [N] int64, index of its response, counted from 0
     """
 
     policy: Tensor
@@ -51,9 +51,9 @@ class TokenPool:
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one estimator, nats per token, against the exact KL of the same positions. expected: bias in
-    expectation over the token of each; bias +- standard_error: with the sampled ones; spread[i]: standard
-    deviation of the mean over sizes[i] responses; negative[i]: the share of such means below 0."""
+    """Quality of one estimator, nats per token, against the exact KL of the same positions. expected: bias in
+    expectation over the token at each position; bias +- standard_error: with the sampled tokens; spread[i]:
+    standard deviation of the mean over sizes[i] responses; negative[i]: the share of such means below 0."""
 
     expected: float
     bias: float
@@ -64,8 +64,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class Residual:
-    """Exact less truncated KL where the top-k holds a mass in [low, high): the share of positions, its mean
-    and mean size there, nats, and what the exact KL is there."""
+    """Exact minus truncated KL at positions with top-k mass in [low, high). share: of all positions; mean and
+    size: its mean and mean absolute value there, nats; exact: mean exact KL there."""
 
     k: int
     low: float
@@ -77,7 +77,8 @@ class Residual:
 
 
 def estimators(ks: Sequence[int]) -> dict[str, ReferenceKl]:
-    """By name, with weight 1. On the pool old and new policy are one: every importance weight is 1."""
+    """Estimators by name, with weight 1. Old and new policy are the same on the pool, so every importance
+    weight is 1."""
     known: dict[str, ReferenceKl] = {
         "k1": K1(beta=1.0),
         "k2": K2(beta=1.0),
@@ -89,7 +90,7 @@ def estimators(ks: Sequence[int]) -> dict[str, ReferenceKl]:
 
 
 def estimate(method: ReferenceKl, pool: TokenPool) -> Term:
-    """The method's value [N] and what it reports."""
+    """The method's value [N] and its diagnostics."""
     inputs = _inputs(method, pool)
     logp = inputs.new.logp
     assert logp is not None
@@ -97,8 +98,8 @@ def estimate(method: ReferenceKl, pool: TokenPool) -> Term:
 
 
 def expectation(method: ReferenceKl, pool: TokenPool) -> Tensor:
-    """[N] the method's mean over the tokens that each position may draw. Holds N x V for those that read the
-    sampled token alone; the others do not depend on it."""
+    """[N] expectation of the method over the token sampled at each position. Holds N x V for methods that
+    read only the sampled token; the others do not depend on it."""
     if not isinstance(method, SampledKl):
         return estimate(method, pool).value
     logp, reference = (rows.log_softmax(1) for rows in (pool.policy.double(), pool.reference.double()))
@@ -112,7 +113,7 @@ def qualities(
     sizes: Sequence[int],
     seed: int = 0,
 ) -> dict[str, Quality]:
-    """Of each estimator's values [N] and expectations [N]; `values["exact"]` is the truth."""
+    """Quality of each estimator, from its values [N] and expectations [N]; `values["exact"]` is the truth."""
     owner = response.numpy()
     count = np.bincount(owner).astype(np.float64)
     sums = {name: np.bincount(owner, value.double().numpy()) for name, value in values.items()}
@@ -135,7 +136,7 @@ def qualities(
 
 
 def residuals(k: int, term: Term, exact: Tensor) -> list[Residual]:
-    """By regime, of TIKE with this k; regimes without a position are left out."""
+    """Residuals of TIKE with this k, per interval of REGIMES; intervals without positions are left out."""
     mass, left_out = term.per_token["reference_kl_mass"], exact - term.value
     found = []
     for low, high in pairwise(REGIMES):
@@ -148,7 +149,7 @@ def residuals(k: int, term: Term, exact: Tensor) -> list[Residual]:
 
 
 def seconds(method: ReferenceKl, pool: TokenPool, repeats: int) -> float:
-    """Of reading both rows, forward and backward, per 1,000 tokens: the fastest of `repeats`."""
+    """Seconds per 1,000 tokens to read both rows, forward and backward: the fastest of `repeats`."""
     taken = []
     for _ in range(repeats):
         rows = pool.policy.clone().requires_grad_()
@@ -159,7 +160,7 @@ def seconds(method: ReferenceKl, pool: TokenPool, repeats: int) -> float:
 
 
 def _inputs(method: ReferenceKl, pool: TokenPool) -> ObjectiveInputs:
-    """What the LM head would read of the rows for this method."""
+    """Inputs of the method, as the LM head would read them from the rows."""
     rows, reference = pool.policy.log_softmax(1), pool.reference.log_softmax(1)
     kl = record = at_record = None
     if method.reads.reference_kl:
@@ -189,7 +190,7 @@ def _inputs(method: ReferenceKl, pool: TokenPool) -> ObjectiveInputs:
 
 
 def _record(logp: Tensor, target: Tensor, support: Support) -> TopK:
-    """The policy's record at its own top-K, from its log-probabilities [N, V]; ties by token id."""
+    """The policy's record at its own top-K, from its log-probabilities [N, V]; ties ordered by token id."""
     with torch.no_grad():
         values, candidates = largest(logp, min(support.k, logp.shape[1]))
         lse, at_target = torch.zeros_like(logp[:, 0]), logp.gather(1, target[:, None])[:, 0]
@@ -198,12 +199,12 @@ def _record(logp: Tensor, target: Tensor, support: Support) -> TopK:
 
 
 def _at(logp: Tensor, ids: Tensor) -> Tensor:
-    """[N, W], -inf on unused slots."""
+    """[N, W] values of `logp` at `ids`, -inf on unused slots."""
     return logp.gather(1, ids.clamp(min=0)).masked_fill(ids == NO_ID, -torch.inf)
 
 
 def _whole(response: Tensor) -> Segments:
-    """Estimators look at single tokens; their responses are not asked for."""
+    """Segments that raise on every reduction: estimators look at single tokens, not at responses."""
 
     def refuse(values: Tensor) -> Tensor:
         raise NotImplementedError("an estimator of the KL looks at single tokens")

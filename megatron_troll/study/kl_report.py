@@ -1,4 +1,4 @@
-"""The estimators of the KL as a page: JSON, Markdown and a picture."""
+"""Report on the KL estimators: JSON, Markdown and a picture."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,15 +28,15 @@ from megatron_troll.system import write_atomic
 
 SIZES = (8, 32, 128, 512)
 KS = (8, 16, 32, 64, 128, 256)
-# Rows of a large vocabulary, for what an estimator costs there.
+# Rows over a large vocabulary, to measure the cost of an estimator.
 COST_VOCAB, COST_TOKENS, REPEATS = 151_936, 32, 3
 SMALLEST_SHOWN = 1e-5
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """tokens, responses, vocab: of the pool; exact: its mean KL, nats per token; sizes: responses in a mean;
-    seconds: per 1,000 tokens on random rows of COST_VOCAB tokens."""
+    """Figures of one pool. tokens, responses, vocab: its sizes; exact: its mean KL, nats per token; sizes:
+    responses in a mean; seconds: per 1,000 tokens on random rows of COST_VOCAB logits."""
 
     tokens: int
     responses: int
@@ -49,7 +49,7 @@ class Analysis:
 
 
 def analyse(pool: TokenPool, ks: Sequence[int]) -> Analysis:
-    """Of a pool, with TIKE at each of `ks` that is below its vocabulary."""
+    """Analyse a pool, with TIKE at each of `ks` that is below its vocabulary size."""
     small = [k for k in ks if k < pool.vocab]
     terms = {name: estimate(method, pool) for name, method in estimators(small).items()}
     values = {name: term.value for name, term in terms.items()}
@@ -69,7 +69,7 @@ def analyse(pool: TokenPool, ks: Sequence[int]) -> Analysis:
 
 
 def random_rows() -> TokenPool:
-    """Two models that differ a little, over a large vocabulary."""
+    """Random rows of two models that differ a little, over a large vocabulary."""
     generator = torch.Generator().manual_seed(0)
     rows = 3 * torch.randn(COST_TOKENS, COST_VOCAB, generator=generator)
     other = rows + 0.1 * torch.randn(rows.shape, generator=generator)
@@ -78,7 +78,7 @@ def random_rows() -> TokenPool:
 
 
 def write(analysis: Analysis, output: Path, command: str, date: str) -> None:
-    """`output` (Markdown), the same figures as .json beside it, and images/<name>.png."""
+    """Write `output` (Markdown), the same figures as .json beside it, and images/<name>.png."""
     picture = f"images/{output.stem}.png"
     write_atomic(output.with_suffix(".json"), json.dumps(asdict(analysis), indent=1) + "\n")
     plot(analysis, output.parent / picture)
@@ -154,7 +154,7 @@ def _residual_rows(analysis: Analysis) -> Iterator[list[str]]:
 
 
 def plot(analysis: Analysis, path: Path) -> None:
-    """Spread against responses (of TIKE, the largest k), size of the bias, cost."""
+    """Plot spread against responses (TIKE only with the largest k), size of the bias, and cost."""
     figure = Figure(figsize=(10, 3.4), dpi=130, layout=ConstrainedLayoutEngine())
     FigureCanvasAgg(figure)
     spread, bias, cost = figure.subplots(1, 3)

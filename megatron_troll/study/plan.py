@@ -1,4 +1,4 @@
-"""A study: which runs, and which comparisons between them, written down before any is run."""
+"""The plan of a study: its runs and the comparisons between them, written down before any run."""
 
 import hashlib
 import json
@@ -27,20 +27,22 @@ class Claim(Node):
     """One claim that the study tests."""
 
     claim: str = Field(description="who claims what, in a sentence")
-    setting: str = Field(description="where")
+    setting: str = Field(description="the setting in which a and b are compared")
     outcome: Outcome = Field(description="what is compared")
     a: str = Field(description="a method")
     b: str = Field(description="the method it is compared with")
-    expect: Literal["higher", "lower"] = Field(description="what the claim says of a's outcome beside b's")
+    expect: Literal["higher", "lower"] = Field(
+        description="whether a's outcome is claimed to be above or below b's"
+    )
 
 
 class Study(Node):
-    """What a study file says beside its parts of configurations: `config` (of every run), `settings` and
-    `methods` (name -> part), each laid over `base` in that order. A part may extend presets. A file may
-    extend another: `config` is laid over the other's, any other key replaces it."""
+    """The keys of a study file except its parts of configurations: `config` (of every run), `settings` and
+    `methods` (name -> part), which are merged over `base` in that order. A part may extend presets. A file
+    may extend another: `config` is merged over the other's, any other key replaces it."""
 
     name: str = Field(description="runs lie in <runs>/<name>")
-    runs: str = Field(default="runs", description="where")
+    runs: str = Field(default="runs", description="folder that holds the study's folder")
     base: str = Field(description="configuration file that every run starts from")
     warm_start: str | None = Field(
         default=None,
@@ -54,7 +56,7 @@ class Study(Node):
     threshold: Fraction = Field(default=0.7, description="held-out success of `steps_to_threshold`")
     collapse: Fraction = Field(
         default=0.5,
-        description="a run collapsed where its last held-out success is below this share of its best one",
+        description="a run collapsed if its last held-out success is below this share of its best one",
     )
     baseline: str | None = Field(
         default=None, description="the method that tables show differences from; default: the first"
@@ -91,7 +93,7 @@ class StudyPlan:
         return Path(self.study.runs) / self.study.name
 
     def cells(self) -> Iterator[Cell]:
-        """Seed by seed, so that an interrupted study has whole pairs."""
+        """Every run, seed by seed, so that an interrupted study has complete pairs."""
         for seed in self.study.seeds:
             for setting in self.settings:
                 for method in self.methods:
@@ -119,13 +121,13 @@ class StudyPlan:
         return assemble(parts, _overrides(changes))
 
     def warm_starts(self) -> dict[str, str]:
-        """Folder of each of a seed's warm starts -> the file that configures it."""
+        """Folder name of each warm start of a seed -> the file that configures it."""
         files = {"warm-start": self.study.warm_start, "rollout-warm-start": self.study.rollout_warm_start}
         return {name: file for name, file in files.items() if file is not None}
 
     def digest(self, cell: Cell) -> str:
-        """Names what the study's files say of a run, its seed and its warm start: 16 hexadecimal digits. A
-        result with another digest is of another run."""
+        """Hash of what the study's files say about a run, its seed and its warm starts, 16 hexadecimal
+        digits. A result with another digest belongs to another run."""
         plain = {name: read(Path(file)).plain() for name, file in self.warm_starts().items()}
         said = [cell.seed, plain.get("warm-start"), overlay(self._parts(cell)).plain()]
         if "rollout-warm-start" in plain:
@@ -156,8 +158,8 @@ class StudyPlan:
 
 
 def load_plan(path: str | Path) -> StudyPlan:
-    """Read a study, and refuse it where a run of it has no valid configuration, where the methods of a
-    setting do not get the same compute, or where a comparison names what is not there. Raises ConfigError."""
+    """Read a study. Raises ConfigError if one of its runs has no valid configuration, if the methods of a
+    setting do not get the same compute, or if a comparison or the baseline names something unknown."""
     tree = _read(Path(path))
     assert isinstance(tree.value, dict)
     own = YamlValue({key: entry for key, entry in tree.value.items() if key not in DELTAS}, tree.place)
@@ -176,7 +178,7 @@ def load_plan(path: str | Path) -> StudyPlan:
 
 
 def _read(path: Path) -> YamlValue:
-    """The file with its paths and parts resolved, over the study that it extends."""
+    """Read the file with its paths and parts resolved, merged over the study that it extends."""
     own = parse_file(path)
     assert isinstance(own.value, dict)
     keys = dict(own.value)
@@ -201,7 +203,7 @@ def _overrides(changes: dict[str, object]) -> list[str]:
 
 
 def _refuse_unmatched(plan: StudyPlan) -> None:
-    """The methods of a setting must sample, update and spend alike."""
+    """Raise ConfigError if the methods of a setting do not get the same compute (`_compute`)."""
     for setting in plan.settings:
         spent: dict[tuple[int, ...], str] = {}
         for method in plan.methods:

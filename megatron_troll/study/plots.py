@@ -1,4 +1,4 @@
-"""Curves of a study: a panel a method, beside the baseline."""
+"""Curves of a study: one panel per method, with the baseline in each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +23,8 @@ Runs = Sequence[RunResult]
 
 
 def plot(plan: StudyPlan, setting: str, results: Mapping[Cell, RunResult], path: Path) -> None:
-    """Held-out success against rollout batches, for the methods of one setting that have runs: each seed a
-    thin line, their mean a thick one."""
+    """Plot held-out success against rollout batches, for the methods of one setting that have runs: a thin
+    line per seed and a thick one for their mean."""
 
     def draw(axes: Axes, runs: Runs, baseline: Runs) -> None:
         for run in runs:
@@ -37,7 +37,7 @@ def plot(plan: StudyPlan, setting: str, results: Mapping[Cell, RunResult], path:
 
 
 def plot_survival(plan: StudyPlan, setting: str, results: Mapping[Cell, RunResult], path: Path) -> None:
-    """The share of each method's runs that have not collapsed, against rollout batches."""
+    """Plot the share of each method's runs that have not collapsed, against rollout batches."""
 
     def draw(axes: Axes, runs: Runs, baseline: Runs) -> None:
         if baseline:
@@ -54,7 +54,7 @@ def _panels(
     title: str,
     draw: Callable[[Axes, Runs, Runs], None],
 ) -> Figure:
-    """`draw` of each method's runs and the baseline's."""
+    """Figure with one panel per method; `draw` gets its axes, its runs and the baseline's runs."""
     done = [result for cell, result in results.items() if cell.setting == setting]
     by_method = {m: runs for m in plan.methods if (runs := [r for r in done if r.method == m])}
     rows = -(-len(by_method) // COLUMNS)
@@ -86,7 +86,7 @@ def _steps(runs: Runs, study: Study) -> tuple[range, list[float]]:
 
 
 def _curve(run: RunResult) -> list[float]:
-    """From the warm start on; NaN where there is no figure."""
+    """Held-out success from the warm start on; NaN if a step has none."""
     return [run.before, *(float("nan") if value is None else value for value in run.held_out)]
 
 

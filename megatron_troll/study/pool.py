@@ -1,4 +1,4 @@
-"""A pool of sampled responses with the full rows of a policy and its reference behind every token."""
+"""A pool of sampled responses with the full rows of a policy and its reference for every token."""
 
 import os
 
@@ -22,9 +22,9 @@ from megatron_troll.types import MicroBatch
 
 
 def draw_pool(task: Task) -> TokenPool:
-    """rollout.samples answers to rollout.prompts held-out prompts, read by models.policy and by
-    models.reference, in this process alone. Holds 2 x N x V numbers in fp32 for the N sampled tokens. Raises
-    ConfigError without a reference, and for a layout of several ranks."""
+    """Sample rollout.samples answers to each of rollout.prompts held-out prompts, and read them with
+    models.policy and models.reference, in this process only. Holds 2 x N x V numbers in fp32 for the N
+    sampled tokens. Raises ConfigError without a reference, and for a layout of several ranks."""
     config = task.config
     if config.models.reference is None or config.policy.layout != Layout():
         raise ConfigError(
@@ -54,11 +54,11 @@ def draw_pool(task: Task) -> TokenPool:
 
 
 def unwatched() -> None:
-    """No watchdog is told of progress: this process has none."""
+    """Ignore progress: this process has no watchdog."""
 
 
 def full_rows(model: MegatronModel, batches: list[MicroBatch], temperature: float) -> Tensor:
-    """[N, V] log-probabilities."""
+    """[N, V] log-probabilities of the batches' tokens, on the CPU."""
     head, size = Head(model, temperature), model.shape.vocab
 
     def read(i: int, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A study as a page of Markdown: what was compared, what came out, what did not show."""
+"""A study as a page of Markdown: comparisons, results, and claims that were not confirmed."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
@@ -18,8 +18,8 @@ SHOWN, OPPOSITE, NOT_SHOWN = "as claimed", "**the opposite**", "did not show"
 
 
 def markdown(plan: StudyPlan, results: Mapping[Cell, RunResult], source: str, picture: str | None) -> str:
-    """The whole page. `source`: the study file as the page names it; `picture`: a path relative to it, with
-    {setting} in it, which is followed by -survival for the second one of a setting."""
+    """The whole page. `source`: the study file as the page names it; `picture`: path relative to the page,
+    with {setting} in it, which becomes <setting>-survival for the second picture; None: no pictures."""
     study = plan.study
     done = [results[cell] for cell in plan.cells() if cell in results]
     lines = [
@@ -47,7 +47,7 @@ def markdown(plan: StudyPlan, results: Mapping[Cell, RunResult], source: str, pi
 
 
 def collapsing(plan: StudyPlan, done: Iterable[RunResult]) -> set[str]:
-    """The settings where a run collapsed: those with curves of survival."""
+    """The settings in which a run collapsed; only they get survival curves."""
     return {result.setting for result in done if collapse_step(result, plan.study) is not None}
 
 
@@ -120,14 +120,14 @@ def _comparisons(plan: StudyPlan, done: Sequence[RunResult]) -> list[str]:
 
 
 def compare(comparison: Claim, plan: StudyPlan, done: Iterable[RunResult]) -> Interval | None:
-    """a - b of a comparison; None where two paired runs are not there."""
+    """a - b of a comparison; None if there are fewer than two pairs of runs."""
     of_setting = [result for result in done if result.setting == comparison.setting]
     a, b = ([r for r in of_setting if r.method == name] for name in (comparison.a, comparison.b))
     return difference(a, b, lambda result: outcome(comparison.outcome, result, plan.study))
 
 
 def verdict_of(comparison: Claim, found: Interval) -> str:
-    """Whether the whole interval lies on the side that is claimed."""
+    """Verdict: whether the interval lies on the claimed side of 0, on the other side, or contains 0."""
     if found.low <= 0 <= found.high:
         return NOT_SHOWN
     return SHOWN if (found.low > 0) == (comparison.expect == "higher") else OPPOSITE

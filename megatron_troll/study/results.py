@@ -1,4 +1,4 @@
-"""What is kept of each run of a study: small enough to be committed, enough to make every figure from."""
+"""The stored result of each run of a study: small enough to commit, enough to make every figure."""
 
 import json
 from collections.abc import Iterable
@@ -19,9 +19,9 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run. held_out[i] and entropy[i] are of step i + 1, None where the figure is absent or not
+    """One finished run. held_out[i] and entropy[i] are of step i + 1, None if the figure is absent or not
     finite; before: held-out success of the warm start. tokens: sampled for training, stop tokens included;
-    date: the day it ended (UTC); digest: `Plan.digest` of the run."""
+    date: the day it ended (UTC); digest: `StudyPlan.digest` of the run."""
 
     setting: str
     method: str
@@ -43,12 +43,12 @@ class RunResult:
 
 
 def results_path(study: Path) -> Path:
-    """Where the results of a study file lie."""
+    """Path of the results of a study file."""
     return study.parent / "results" / f"{study.stem}.json"
 
 
 def finished(plan: StudyPlan, cell: Cell) -> bool:
-    """Whether the run, as it is planned now, has come to its last step and said so."""
+    """Whether the run, as planned now, has reached its last step and written its summary."""
     folder, config = RunFolder(plan.folder(cell)), plan.config(cell)
     if not folder.summary.exists() or not as_planned(folder.root, config):
         return False
@@ -56,7 +56,7 @@ def finished(plan: StudyPlan, cell: Cell) -> bool:
 
 
 def as_planned(folder: Path, config: Config) -> bool:
-    """Whether the run of that folder was started with this configuration, which is written beside it."""
+    """Whether the run in `folder` was started with this configuration, according to the file beside it."""
     try:
         return load(beside(folder)) == config
     except ConfigError:
@@ -64,7 +64,7 @@ def as_planned(folder: Path, config: Config) -> bool:
 
 
 def beside(folder: Path) -> Path:
-    """Where the configuration of a study's run is written."""
+    """Path of the configuration of a study's run, beside its folder."""
     return folder.with_name(f"{folder.name}.yaml")
 
 
@@ -94,7 +94,7 @@ def result_of(plan: StudyPlan, cell: Cell) -> RunResult:
 
 
 def read_results(path: Path) -> dict[Cell, RunResult]:
-    """Empty where there is no such file."""
+    """Read a results file; empty if it does not exist."""
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())
@@ -105,21 +105,20 @@ def read_results(path: Path) -> dict[Cell, RunResult]:
 
 
 def write_results(path: Path, results: Iterable[RunResult]) -> None:
-    """A JSON array, a line a run, in a fixed order."""
+    """Write a JSON array, one line per run, in a fixed order."""
     ordered = sorted(results, key=lambda result: (result.setting, result.method, result.seed))
     lines = ",\n".join(json.dumps(asdict(result), allow_nan=False) for result in ordered)
     write_atomic(path, f"[\n{lines}\n]\n")
 
 
 def add(path: Path, result: RunResult) -> None:
-    """To the results file, in the place of what it has of that run."""
+    """Add a result to the results file; it replaces an earlier result of the same run."""
     write_results(path, (read_results(path) | {result.cell: result}).values())
 
 
 def gather(plan: StudyPlan, path: Path) -> dict[Cell, RunResult]:
-    """The results of the plan's finished runs: those in the results file, which is brought up to date, but
-    for runs of which the study now says something else. The file loses none of them until they are run
-    again."""
+    """The results of the plan's finished runs, from the results file, which is updated first. Results whose
+    digest no longer matches the study are not returned; the file keeps them until their runs are repeated."""
     kept = read_results(path)
     results = kept | {cell: result_of(plan, cell) for cell in plan.cells() if finished(plan, cell)}
     if results != kept:

@@ -1,4 +1,4 @@
-"""Running what a study plans: warm starts, then every run that is not finished, a few at a time."""
+"""Running a study: its warm starts, then every unfinished run, a few at a time."""
 
 import shutil
 import sys
@@ -19,10 +19,10 @@ from megatron_troll.system import Interrupts, write_atomic
 def run_study(
     plan: StudyPlan, results: Path, at_once: int, interrupts: Interrupts, say: Callable[[str], None]
 ) -> bool:
-    """Run to the end; started again, it goes on where it was stopped. Every finished run is added to the file
-    `results`; one that is there is not run again, even where its folder is gone. Returns whether all of them
-    are finished: not when asked to stop or a run failed. Blocks. Raises ConfigError where a folder that it
-    needs has a run of another configuration.
+    """Run a study to the end; a restarted study continues where it stopped. Every finished run is added to
+    the file `results`; a run found there is not repeated, even if its folder is gone. Returns whether all
+    runs are finished: False if asked to stop or if a run failed. Blocks. Raises ConfigError if a folder that
+    it needs has a run of another configuration.
     """
     found = gather(plan, results)
     missing = [cell for cell in plan.cells() if cell not in found]
@@ -45,7 +45,7 @@ def run_study(
 
 
 def prepared(plan: StudyPlan, seed: int) -> bool:
-    """Whether the seed has what its runs start from."""
+    """Whether the warm starts of the seed are finished."""
     return all(_warm(plan, seed, name) for name in plan.warm_starts())
 
 
@@ -63,8 +63,8 @@ def _check(folder: Path, config: Config) -> None:
 
 
 def warm_starts(plan: StudyPlan, seed: int) -> list[Job]:
-    """Those that are missing. Writes the seed's demo task. Deletes a warm start that was not finished, since
-    none is resumed."""
+    """Jobs for the missing warm starts of a seed. Writes the seed's demo task. Deletes an unfinished warm
+    start, because none is resumed."""
     folder, jobs = plan.of_seed(seed), []
     write_demo(folder / "demo", seed)
     for name in plan.warm_starts():
@@ -82,7 +82,7 @@ def training(plan: StudyPlan, cell: Cell) -> Job:
 
 
 def _job(command: str, name: str, config: Config, folder: Path, *overrides: str) -> Job:
-    """`mtroll command` on a configuration that is written beside the run folder."""
+    """Job `mtroll <command>` with a configuration, which is written beside the run folder."""
     path = beside(folder)
     write_atomic(path, dump(config))
     argv = (sys.executable, "-m", "megatron_troll.cli", command, str(path), *overrides)

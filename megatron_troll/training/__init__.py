@@ -1,1 +1,1 @@
-"""How a rollout batch becomes optimizer steps."""
+"""Optimizer steps on a rollout batch."""

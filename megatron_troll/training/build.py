@@ -1,4 +1,4 @@
-"""The policy: built and filled, with its optimizer where it is trained."""
+"""Build the policy, load its weights and, if it is trained, make its optimizer."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from megatron_troll.weights.source import RandomSource, open_source
 def open_policy(
     model: Model, shape: ModelShape, groups: Groups, seed: int, updates: int, progress: Callable[[], object]
 ) -> Trainable:
-    """The trained model with its weights and its optimizer over `updates` steps. See MegatronModel for
+    """The model to train, with its weights and its optimizer for `updates` steps. See MegatronModel for
     `progress`."""
     built = open_model(model, shape, groups, seed, progress, trained=True)
     return trainable(built, model.optimizer, updates)
@@ -29,7 +29,7 @@ def open_model(
     *,
     trained: bool = False,
 ) -> MegatronModel:
-    """The model with its weights; only `trained` has buffers for gradients. See MegatronModel for
+    """The model with its weights; it has gradient buffers only if `trained`. See MegatronModel for
     `progress`."""
     built = build(model, shape, groups, trained=trained, progress=progress)
     load(built, RandomSource(shape, seed) if model.init == "random" else open_source(model.path, shape))

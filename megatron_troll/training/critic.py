@@ -1,4 +1,4 @@
-"""The critic of PPO: what it expects of every token, and how it learns from what came."""
+"""PPO's critic: its values of every token, and its training towards their targets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +28,10 @@ from megatron_troll.weights.value import ValueSource, value_table
 
 @dataclass(frozen=True)
 class Critic:
-    """A model of its own layout, on the world of the policy.
+    """The value model, with a layout of its own, on the same ranks as the policy.
 
     loss = sum_t w_t (V_t - R_t)^2 / 2 with the token weights of the policy's loss, over the same steps. The
-    values are not clipped to the old ones: clipping them was found to do no good (arXiv 2006.05990, 3.2).
+    values are not clipped to the old ones: clipping was found not to help (arXiv 2006.05990, 3.2).
     """
 
     trained: Trainable
@@ -39,8 +39,8 @@ class Critic:
     phases: Phases
 
     def values(self, rollouts: Sequence[Rollout], step: int) -> Values:
-        """V of every token that carries loss, before the update, on every rank. Every rank receives one
-        number per token of the batch. Blocks on all ranks."""
+        """V of every token that carries loss, before the update. Every rank receives all of them, one number
+        per token of the batch. Blocks on all ranks."""
         model = self.trained.model
         batches = self.batcher.once(rollouts, step)
 
@@ -50,7 +50,7 @@ class Critic:
         with self.phases("critic"):
             found = infer(model, batches, read)
         mine = [placed(batch, each) for batch, each in zip(batches, found)]
-        # Every tensor-parallel rank has the same.
+        # All tensor-parallel ranks have the same values: one sends them.
         share = mine if model.groups.tp.rank == 0 else []
         lengths = [int((rollout.mask > 0).sum()) for rollout in rollouts]
         whole = [np.zeros(length, dtype=np.float32) for length in lengths]
@@ -63,8 +63,8 @@ class Critic:
     def learn(
         self, rollouts: Sequence[Rollout], targets: Sequence[np.ndarray], step: int
     ) -> dict[str, float]:
-        """One optimizer step of the critic for each of the policy's, towards `targets` [T] of each rollout.
-        Returns metrics; a step with NaN or Inf is left out and counted. Blocks on all ranks."""
+        """Take one critic step for each optimizer step of the policy, towards `targets` [T] of each rollout.
+        Returns metrics; a step with NaN or Inf is skipped and counted. Blocks on all ranks."""
         with self.phases("critic"):
             rows = [self._step(update) for update in self.batcher.updates(rollouts, targets, step)]
         taken = [row for row in rows if row]
@@ -77,7 +77,7 @@ class Critic:
             survey(model, batches, lambda i, hidden: None)
 
         def loss(i: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            # A critic's batches carry its targets where the policy's carry advantages.
+            # A critic's batches carry its targets in the field of the advantages.
             error = values(model, hidden) - batches[i].advantage
             value = (batches[i].weight * error.square()).sum() / 2
             return value, value.detach()
@@ -98,11 +98,11 @@ def placed(batch: MicroBatch, values: np.ndarray) -> list[tuple[int, np.ndarray,
 
 def open_critic(config: Config, policy: MegatronModel, phases: Phases) -> Critic:
     """The critic with its optimizer: the body of models.critic under a value head of zeros. It shares the
-    groups of `policy`; a critic of another layout forms its own. Blocks on every rank."""
+    process groups of `policy`, or makes its own if its layout differs. Blocks on every rank."""
     model = config.models.critic
     assert model is not None
     groups = policy.groups if model.layout == config.policy.layout else parallel.also(model.layout)
-    # No head, so nothing to tie.
+    # There is no LM head, and so no tied embedding.
     of_folder = read_shape(model.path)
     shape = replace(of_folder, tied=False)
     body = RandomSource(shape, config.seed) if model.init == "random" else open_source(model.path, of_folder)
@@ -115,8 +115,8 @@ def open_critic(config: Config, policy: MegatronModel, phases: Phases) -> Critic
 
 @dataclass(frozen=True)
 class AdvantageEstimate:
-    """advantages: one per response, or with a critic one per token. targets [T] of each response: what the
-    critic should have expected; empty without one. metrics: how well it expected it."""
+    """advantages: one per response, or one per token with a critic. targets [T] of each response: values that
+    the critic should have predicted; empty without a critic. metrics: how well it predicted them."""
 
     advantages: Advantages
     targets: list[np.ndarray]
@@ -131,7 +131,7 @@ class AdvantageEstimate:
 def estimate(
     method: Advantage, critic: Critic | None, rollouts: Sequence[Rollout], rewards: np.ndarray, step: int
 ) -> AdvantageEstimate:
-    """With a critic, asks it for the values of every token. Blocks on all ranks then."""
+    """Estimate advantages. A critic, if given, computes every token's value and blocks on all ranks."""
     reward, group = torch.from_numpy(rewards), torch.tensor([rollout.group for rollout in rollouts])
     if critic is None:
         return AdvantageEstimate(method(reward, group).tolist(), [], {})
@@ -148,8 +148,8 @@ def estimate(
 
 
 def explained_variance(values: torch.Tensor, targets: torch.Tensor) -> float:
-    """1 - var(targets - values) / var(targets) over all tokens [L]: 1 for a critic that knows, 0 for one that
-    is constant, less for one that misleads. NaN where all targets are equal."""
+    """1 - var(targets - values) / var(targets) over all tokens [L]: 1 for a perfect critic, 0 for a
+    constant one, negative for a worse one. NaN or -inf if all targets are equal."""
     if len(targets) == 0:
         return float("nan")
     spread = targets.double().var(correction=0)
@@ -157,8 +157,8 @@ def explained_variance(values: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def spread(values: np.ndarray, rollout: Rollout) -> np.ndarray:
-    """Values of the tokens that carry loss, at their places among all tokens of the response [T]; 0
-    elsewhere."""
+    """Values of the tokens that carry loss, at their places among all tokens of the response [T]; 0 at the
+    other tokens."""
     whole = np.zeros(len(rollout.response_ids), dtype=np.float32)
     whole[rollout.mask > 0] = values
     return whole

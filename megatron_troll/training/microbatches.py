@@ -1,4 +1,4 @@
-"""From a scored rollout batch to the micro-batches of its optimizer steps, on the layout of one model."""
+"""Cut a scored rollout batch into the micro-batches of its optimizer steps, for one model's layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from megatron_troll.types import MicroBatch, Rollout
 @dataclass(frozen=True)
 class MicroBatcher:
     """Cuts rollout batches for `model`. topk: entries of the engine's record that are packed; 0: none.
-    replay: the experts of the rollouts are packed, for the routers of this rank."""
+    replay: whether the experts of the rollouts are packed, for the routers of this rank."""
 
     config: Config
     model: MegatronModel
@@ -35,7 +35,7 @@ class MicroBatcher:
         self, rollouts: Sequence[Rollout], advantages: Advantages, step: int
     ) -> list[list[MicroBatch]]:
         """This rank's micro-batches of every optimizer step. `step` seeds the plan, so that models of any
-        layout take the same responses in the same steps."""
+        layout use the same responses in the same steps."""
         train, sampling = self.config.train, self.config.rollout.sampling
         seed = int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0])
         schedule = UpdateSchedule(train.updates, train.epochs, seed)
@@ -44,13 +44,13 @@ class MicroBatcher:
         )
 
     def once(self, rollouts: Sequence[Rollout], step: int) -> list[MicroBatch]:
-        """Micro-batches in which every response is once, for forwards alone, as `updates` cuts them."""
+        """Micro-batches that hold every response once, cut as by `updates`, for forward passes only."""
         train = self.config.train
         updates = self.updates(rollouts, [0.0] * len(rollouts), step)
         return [batch for update in updates[: train.updates // train.epochs] for batch in update]
 
     def supervised(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """This rank's micro-batches of one optimizer step on all of them, a mean over their tokens."""
+        """This rank's micro-batches of one optimizer step on all `rollouts`, a mean over their tokens."""
         (update,) = self._cut(
             rollouts, [0.0] * len(rollouts), UpdateSchedule(1, 1, seed=0), "token-mean", temperature=1.0
         )
@@ -109,14 +109,14 @@ def routing_of(model: MegatronModel) -> Routing:
 
 
 def frequencies(rollouts: Sequence[Rollout], vocab: int) -> Tensor:
-    """[V] float32, the share of each token among those of the batch that carry loss."""
+    """[V] float32, the share of each token id among the tokens of the batch that carry loss."""
     ids = np.concatenate([np.zeros(0, dtype=np.int64), *(r.response_ids[r.mask > 0] for r in rollouts)])
     counts = torch.from_numpy(np.bincount(ids, minlength=vocab))
     return counts.float() / max(1, len(ids))
 
 
 def capacity(config: Config, layout: Layout, groups: Groups, align: int) -> Capacity:
-    """What one optimizer step must fit on this layout."""
+    """Limits that an optimizer step must fit on this layout."""
     return Capacity(
         dp=groups.dp.size,
         token_budget=config.train.token_budget,

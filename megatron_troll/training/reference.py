@@ -1,4 +1,4 @@
-"""The frozen reference model: one forward of every rollout batch, read again at each update."""
+"""The frozen reference model: one forward pass per rollout batch, read again at each update."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ from megatron_troll.weights.source import open_source
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """What is kept of one micro-batch: logp [N] of the sampled tokens; frozen, where rows of the head are
-    read again: the hidden states [N, h] in the model's dtype on the last stage's device."""
+    """Outputs kept for one micro-batch: logp [N] of the sampled tokens; frozen: the hidden states [N, h] in
+    the model's dtype on the last stage's device, if logits are computed from them again, otherwise None."""
 
     logp: Tensor
     frozen: Frozen | None
@@ -25,27 +25,28 @@ class ReferenceOutputs:
 
 @dataclass(frozen=True)
 class Reference:
-    """`model` has the policy's layout, so that a micro-batch of the policy is one of the reference: only then
-    can each update read it at ids that the new policy chooses."""
+    """The reference under the policy's layout, so that both have the same micro-batches: only then can each
+    update read it at ids that the new policy chooses."""
 
     model: MegatronModel
     head: Head
     reads: HeadRequest
 
     def keep(self, batches: Sequence[MicroBatch]) -> list[ReferenceOutputs]:
-        """One forward of the micro-batches, on the last stage ([] elsewhere). Blocks on every rank."""
+        """Run one forward pass of the micro-batches; outputs on the last stage, [] elsewhere. Blocks on every
+        rank."""
         again = bool(self.reads.supports) or self.reads.reference_kl
 
         def read(i: int, hidden: Tensor) -> ReferenceOutputs:
             logp, frozen = self.head.freeze(hidden, batches[i].target)
             return ReferenceOutputs(logp, frozen if again else None)
 
-        # Replayed experts are the policy's: its reference has routers of its own.
+        # Replayed experts are the policy's: the reference uses its own routers.
         return infer(self.model, [replace(batch, experts=None) for batch in batches], read)
 
     def beside(self, kept: ReferenceOutputs, new: HeadOutputs, reads: HeadRequest) -> HeadOutputs:
-        """The reference's side of what was `reads` of the new policy: log-probs, and records at the same
-        ids."""
+        """The reference's readings that correspond to the new policy's `reads`: log-probs, and records at the
+        same ids."""
         if not self.reads.supports:
             return HeadOutputs(kept.logp, None, None)
         frozen = kept.frozen
@@ -60,8 +61,8 @@ class Reference:
 
 
 def open_reference(model: Model, policy: MegatronModel, temperature: float, reads: HeadRequest) -> Reference:
-    """The model with the weights of its folder in the shape of `policy` and on its layout, without gradient
-    buffers or optimizer."""
+    """The reference with the weights of `model`'s folder, in the shape and layout of `policy`, without
+    gradient buffers or optimizer."""
     built = build(model, policy.shape, policy.groups, trained=False, progress=policy.progress)
     load(built, open_source(model.path, policy.shape))
     for chunk in built.chunks:

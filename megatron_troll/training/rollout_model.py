@@ -1,5 +1,5 @@
-"""The model that draws rollouts in the policy's place, and how it learns to be like the policy (Jackpot,
-arXiv 2602.06107)."""
+"""The model that samples rollouts in the policy's place, and its training towards the policy (Jackpot, arXiv
+2602.06107)."""
 
 import math
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.trainer import PolicyTrainer, combine, finite, split
 from megatron_troll.types import HeadOutputs, HeadRequest, MicroBatch, Rollout, TopK
 
-# What is told of its updates, by the names of objectives.
+# Metrics reported of its updates, by their names in objectives.
 TOLD = ("clipped", "approx_kl", "entropy")
 
 
 @dataclass(frozen=True)
 class DistillResult:
-    """metrics of a batch, and the weight that distillation has at the next."""
+    """Metrics of a batch, and the distillation weight for the next one."""
 
     metrics: dict[str, float]
     weight: float
@@ -44,11 +44,11 @@ class DistillResult:
 
 @dataclass(frozen=True)
 class RolloutModel:
-    """Its loss: PPO's on its own samples, old log-probs from the engine, plus the distillation, over the same
-    steps and token weights as the policy's. The policy is read once, after its updates of the batch: what
-    draws the next rollouts is drawn towards what they will train. Its records, 12 bytes x (k + 2) per loss
-    token, stay on the last stage until the batch is done. It is cut like the policy, so that a micro-batch of
-    one is one of the other."""
+    """The rollout model. Its loss is PPO's on its own samples, with old log-probs from the engine, plus the
+    distillation, over the same steps and token weights as the policy's. The policy is read once, after its
+    updates on the batch: the rollout model moves towards the policy that its next rollouts will train. The
+    policy's records, 12 bytes x (k + 2) per loss token, stay on the last stage until the batch is done. Both
+    models are sharded alike, so that they have the same micro-batches."""
 
     trainer: PolicyTrainer
     teacher: Head
@@ -63,8 +63,8 @@ class RolloutModel:
     def learn(
         self, rollouts: Sequence[Rollout], advantages: Advantages, step: int, weight: float | None
     ) -> DistillResult:
-        """One optimizer step for each of the policy's; `weight` of the distillation, None: that of the
-        configuration. A step with NaN or Inf is left out and counted. Blocks on all ranks."""
+        """Take one optimizer step for each of the policy's. `weight` of the distillation; None: the
+        configured one. A step with NaN or Inf is skipped and counted. Blocks on all ranks."""
         weight = self.distill.weight if weight is None else weight
         if not all(finite(rollout, 0) for rollout in rollouts):
             return DistillResult({"rollout_model_skipped": float(self.batcher.config.train.updates)}, weight)
@@ -82,7 +82,7 @@ class RolloutModel:
         return DistillResult(metrics, moved(self.distill, weight, metrics.get("distill_kl", math.nan)))
 
     def _records(self, batches: Sequence[MicroBatch]) -> list[TopK]:
-        """The policy's, one per micro-batch on the last stage."""
+        """The policy's records, one per micro-batch, on the last stage."""
         reads = HeadRequest(topk=_distillation(self.trainer).record)
 
         def read(i: int, hidden: Tensor) -> TopK:
@@ -94,7 +94,7 @@ class RolloutModel:
 
 
 def _step(learner: PolicyTrainer, batches: Sequence[MicroBatch], records: Sequence[TopK]) -> dict[str, float]:
-    """{} where it was left out."""
+    """Take one optimizer step and return its metrics; {} if it was skipped."""
     old = [HeadOutputs(batch.rollout_logp, record, None) for batch, record in zip(batches, records)]
     gradients = learner.accumulate(batches, old, [None] * len(batches))
     grad_norm = learner.trainable.step_if_finite(gradients.loss)
@@ -111,7 +111,7 @@ def _step(learner: PolicyTrainer, batches: Sequence[MicroBatch], records: Sequen
 
 
 def with_weight(trainer: PolicyTrainer, weight: float) -> PolicyTrainer:
-    """The same trainer, its distillation weighted by `weight`."""
+    """The same trainer with `weight` on its distillation."""
     objective = trainer.objective
     assert isinstance(objective, Objective)
     distillation = _distillation(trainer).model_copy(update={"coef": weight})
@@ -125,8 +125,9 @@ def _distillation(trainer: PolicyTrainer) -> Distillation:
 
 
 def moved(distill: Distill, weight: float, kl: float) -> float:
-    """The weight after a batch with the mean `kl` over its tokens: an integral controller of its logarithm,
-    whose step is bounded. The same where there is no target, no weight, or no KL above 0."""
+    """The distillation weight after a batch with mean `kl` over its tokens: an integral controller of its
+    logarithm with a bounded step. Unchanged if there is no target, the weight is 0, or `kl` is not finite and
+    above 0."""
     if distill.target_kl is None or weight == 0 or not (math.isfinite(kl) and kl > 0):
         return weight
     error = max(-1.0, min(1.0, math.log(kl / distill.target_kl)))
@@ -135,8 +136,8 @@ def moved(distill: Distill, weight: float, kl: float) -> float:
 
 
 def open_rollout_model(task: Task, policy: MegatronModel, phases: Phases) -> RolloutModel:
-    """The model with its optimizer. It shares the groups of `policy`; a rollout model whose experts are cut
-    another way forms its own. Blocks on every rank."""
+    """The rollout model with its optimizer. It shares the process groups of `policy`, or makes its own if its
+    experts are sharded differently. Blocks on every rank."""
     config, model = task.config, task.config.models.rollout
     assert model is not None
     groups = policy.groups if model.layout == config.policy.layout else parallel.also(model.layout)
@@ -153,7 +154,7 @@ def assembled(
     advantage: Advantage,
     phases: Phases,
 ) -> RolloutModel:
-    """From the built `model` and its teacher."""
+    """Assemble the rollout model from its built model `trained` and its teacher `policy`."""
     temperature = config.rollout.sampling.temperature
     objective = Objective(
         advantage=advantage,

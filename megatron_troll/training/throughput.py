@@ -18,9 +18,9 @@ EMBEDDING = ("embedding.word_embeddings.weight",)
 def speed(
     config: Config, shape: ModelShape, rollouts: Sequence[Rollout], seconds: float, devices: int
 ) -> dict[str, float]:
-    """`tokens_per_s` over prompt and answer tokens; `mfu` too for bf16 where the device's peak is known (its
-    name, or observe.peak_tflops) and the policy itself draws. Generation and the old-policy pass count as one
-    forward each."""
+    """`tokens_per_s` over prompt and response tokens; `mfu` too, for bf16, if the device's peak is known
+    (from its name or observe.peak_tflops) and the policy itself generates. Generation and the old-policy pass
+    count as one forward each."""
     lengths = np.array([len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts])
     tokens = int(lengths.sum())
     figures = {"tokens_per_s": tokens / seconds}
@@ -36,7 +36,7 @@ def speed(
 
 def cost_of(shape: ModelShape) -> ModelCost:
     """Parameters that one token passes through, head included, embedding and vectors (norms) excluded. Linear
-    attention reads, corrects and reads again a matrix per head: as many parameters more."""
+    attention reads, corrects and reads again a matrix per head, which counts as three times its size."""
     table, linear = table_of(shape), shape.linear
     parameters = sum(
         math.prod(tensor.shape)

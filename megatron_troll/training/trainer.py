@@ -33,13 +33,13 @@ MISMATCH: Diagnostics = {"rollout_trainer_kl": ("mean", "max"), "rollout_trainer
 
 
 class Unhealthy(RuntimeError):
-    """Updates give NaN or Inf."""
+    """Updates produce NaN or Inf."""
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one accumulation gave on this rank: the step's loss summed over all ranks, reduced diagnostics,
-    and per micro-batch the indices of rollouts with a non-finite objective (last stage only)."""
+    """Result of one accumulation on this rank: the step's loss summed over all ranks, reduced diagnostics,
+    and the indices of rollouts with a non-finite objective (last stage only)."""
 
     loss: float
     metrics: dict[str, float]
@@ -50,7 +50,7 @@ class Gradients:
 class OldPolicyOutputs:
     """readings: one per micro-batch on the last stage, [] elsewhere. broken: rollouts, on any rank, with a
     log-prob that is NaN or infinite; their readings cannot be trained on. batches: the micro-batches to train
-    on, with the experts of this pass where it recorded them."""
+    on, with the experts of this pass if it recorded them."""
 
     readings: list[HeadOutputs]
     broken: tuple[int, ...]
@@ -59,12 +59,15 @@ class OldPolicyOutputs:
 
 @dataclass(frozen=True)
 class PolicyTrainer:
-    """`old: trainer` reads the policy at the start of the update by a forward of its own; `old: engine`
-    takes the rollout engine's record. Old readings stay on the last stage's device until the batch is done:
-    12 bytes x (K + 1) per loss token and record, on every tensor-parallel rank; those of a `reference` beside
-    them, with the hidden state of each token where its rows are read again. `aggregation`: how the weights of
-    the micro-batches average tokens. `replay: old` repeats the experts of the old policy's forward in all
-    that follow, which keeps layers x k numbers a token of this rank; `rollout` those of the micro-batches."""
+    """Trains one policy under one objective.
+
+    `old: trainer` reads the policy at the start of the update in a separate forward pass; `old: engine` uses
+    the rollout engine's record. Old readings stay on the last stage's device until the batch is done: 12
+    bytes x (K + 1) per loss token and record, on every tensor-parallel rank. The readings of a `reference`
+    stay there too, with the hidden state of each token if logits are computed from it again. `aggregation`:
+    how the weights of the micro-batches average tokens. `replay: old` repeats the experts of the old policy's
+    forward in all later ones, which keeps layers x k numbers per token of this rank; `replay: rollout`
+    repeats the experts that the micro-batches hold."""
 
     trainable: Trainable
     objective: Objective | Supervised
@@ -75,7 +78,7 @@ class PolicyTrainer:
     replay: Literal["none", "old", "rollout"] = "none"
 
     def old_readings(self, batches: Sequence[MicroBatch]) -> OldPolicyOutputs:
-        """Readings of the policy before its update, one per micro-batch. Blocks on every rank."""
+        """Read the policy before its update, once per micro-batch. Blocks on every rank."""
         broken: list[int] = []
         checked = self.objective.prepare_old if self.old == "engine" else self.objective.check_old
 
@@ -113,12 +116,12 @@ class PolicyTrainer:
         return infer(self.trainable.model, batches, read)
 
     def agree_on(self, rollouts: Sequence[int]) -> tuple[int, ...]:
-        """The union over all ranks, ascending. Blocks."""
+        """The union of `rollouts` over all ranks, ascending. Blocks."""
         named = self.trainable.model.groups.world.all_gather_objects(sorted(rollouts))
         return tuple(sorted({i for part in named for i in part}))
 
     def mismatch(self, batches: Sequence[MicroBatch], old: Sequence[HeadOutputs]) -> dict[str, float]:
-        """How far the engine's log-probs lie from the old policy's, over all loss tokens. Blocks."""
+        """Metrics of the engine's log-probs against the old policy's, over all loss tokens. Blocks."""
         reducer = self._reducer(MISMATCH)
         for batch, readings in zip(batches, old):
             assert readings.logp is not None
@@ -132,8 +135,8 @@ class PolicyTrainer:
         old: Sequence[HeadOutputs],
         kept: Sequence[ReferenceOutputs | None],
     ) -> Gradients:
-        """Gradients of one optimizer step, in `main_grad`, from zero. `kept` of the reference, where there is
-        one: None for each micro-batch otherwise. Blocks on every rank."""
+        """Compute the gradients of one optimizer step, in `main_grad`, from zero. `kept`: the reference's
+        outputs; without a reference, None for each micro-batch. Blocks on every rank."""
         statistics = self._statistics(batches, old, kept)
         reducer = self._reducer({**self.objective.diagnostics, **PROBED, "entropy": ("mean",)})
         losses: list[Tensor] = []
@@ -142,7 +145,7 @@ class PolicyTrainer:
         def loss(i: int, hidden: Tensor) -> tuple[Tensor, None]:
             inputs = self._inputs(batches[i], hidden, old[i], kept[i])
             terms = self.objective.loss(inputs, statistics)
-            # Where no row is formed of the new policy, that of the old one is what is known.
+            # If the new policy's full rows are not computed, only the old policy's entropy may be known.
             entropy = inputs.old.entropy if inputs.new.entropy is None else inputs.new.entropy
             extra = {} if entropy is None else {"entropy": entropy}
             reducer.add({**terms.per_token, **extra, **self._probed(hidden, inputs, terms)})
@@ -166,8 +169,8 @@ class PolicyTrainer:
         return Gradients(total, metrics, tuple(sorted(broken)))
 
     def _probed(self, hidden: Tensor, inputs: ObjectiveInputs, terms: LossTerms) -> dict[str, Tensor]:
-        """What full rows say at the probed positions [M]: the true KL(new || old) beside the sparse one, and
-        the mass that has left the old support since it was recorded (ALGORITHMS 1.8)."""
+        """Diagnostics from full rows at the probed positions [M]: the true KL(new || old), the sparse one,
+        and the mass that has left the old support since it was recorded (ALGORITHMS 1.8)."""
         probe, old = inputs.old.probe, inputs.old.topk
         if probe is None:
             return {}
@@ -187,8 +190,8 @@ class PolicyTrainer:
         old: Sequence[HeadOutputs],
         kept: Sequence[ReferenceOutputs | None],
     ) -> Statistics | None:
-        """A forward of the whole step without gradient, where the objective or the balancing loss needs
-        numbers over all of it. Blocks."""
+        """Run a forward pass of the whole step without gradient, if the objective or the balancing loss needs
+        sums over all of it. Returns the objective's, on the last stage. Blocks."""
         model = self.trainable.model
         balancing = any(router.coefficient for router in routers(model.chunks))
         if not (balancing or self.objective.needs_statistics):
@@ -248,13 +251,13 @@ class PolicyTrainer:
 
 
 def engine_readings(batch: MicroBatch) -> HeadOutputs:
-    """The rollout engine's record in the place of the old policy's."""
+    """The rollout engine's record, used as readings of the old policy."""
     topk = batch.rollout_topk
     return HeadOutputs(batch.rollout_logp, topk, None, at_rollout=None if topk is None else topk.logits)
 
 
 def with_experts(batches: Sequence[MicroBatch], chosen: Mapping[int, Sequence[Tensor]]) -> list[MicroBatch]:
-    """The micro-batches with what the routers chose for them in one forward each."""
+    """The micro-batches with the experts that the routers chose in one forward pass of each."""
     return [
         replace(batch, experts={layer: of_batch[i] for layer, of_batch in chosen.items()})
         for i, batch in enumerate(batches)
@@ -262,7 +265,7 @@ def with_experts(batches: Sequence[MicroBatch], chosen: Mapping[int, Sequence[Te
 
 
 def probed_rows(n: int) -> Tensor:
-    """At most PROBED_POSITIONS of n positions, evenly spread."""
+    """Indices of at most PROBED_POSITIONS of n positions, evenly spread."""
     return torch.arange(0, n, max(1, -(-n // PROBED_POSITIONS)))
 
 
@@ -273,8 +276,8 @@ def rollouts_of(batch: MicroBatch, marked: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What a rollout batch taught: metrics over its updates (means; max and min of those names), how many
-    updates were skipped for NaN or Inf, and the rollouts at fault where they are known."""
+    """Result of training on a rollout batch: metrics over its updates (means; max and min for names that end
+    in these), the number of updates skipped for NaN or Inf, and the rollouts at fault if they are known."""
 
     metrics: dict[str, float]
     skipped: int
@@ -325,8 +328,8 @@ class Learner:
 
 
 def finite(rollout: Rollout, topk: int) -> bool:
-    """Whether the engine gave every token that carries loss a finite log-prob, and its first `topk` entries
-    too."""
+    """Whether the engine's log-probs of all tokens that carry loss, and of their first `topk` entries, are
+    finite."""
     carries_loss = rollout.mask > 0
     if not np.isfinite(rollout.logp[carries_loss]).all():
         return False
@@ -337,14 +340,14 @@ def finite(rollout: Rollout, topk: int) -> bool:
 
 
 def split[T](parts: Sequence[T], updates: Sequence[Sequence[MicroBatch]]) -> list[list[T]]:
-    """One part per micro-batch, by update; empty lists where there is none (off the last stage)."""
+    """Group `parts`, one per micro-batch, by update; empty lists if there are none (not the last stage)."""
     starts = np.cumsum([0, *(len(update) for update in updates)])
     return [list(parts[start : start + len(update)]) for start, update in zip(starts, updates)]
 
 
 def combine(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One row from the rows of several updates: the largest of */max, the smallest of */min, else the mean
-    over the rows that have the name."""
+    """Combine the rows of several updates into one: the largest of */max, the smallest of */min, else the
+    mean over the rows that have the name."""
     named: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():

@@ -21,7 +21,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorBucket:
-    """Tensors of one dtype end to end: flat uint8 [bytes], without gaps."""
+    """Tensors of one dtype, end to end without gaps: flat uint8 [bytes]."""
 
     pieces: tuple[Piece, ...]
     flat: Tensor
@@ -31,18 +31,18 @@ Allocate = Callable[[int, torch.device], Tensor]
 
 
 def allocated(size: int, device: torch.device) -> Tensor:
-    """[size] uint8 of any content."""
+    """Uninitialized memory, [size] uint8."""
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def buckets(
     tensors: Iterable[tuple[str, Tensor]], max_bytes: int, allocate: Allocate = allocated
 ) -> Iterator[TensorBucket]:
-    """Copies of `tensors`, at most `max_bytes` at once (a larger one has a bucket for itself), on their
-    device, in memory of `allocate`.
+    """Copy `tensors` into buckets of at most `max_bytes` (a larger tensor has a bucket of its own), on their
+    device, in memory from `allocate`.
 
-    A bucket's memory is used again for the one after the next: whoever still reads it when asking for that
-    one reads other tensors. Two buckets are held.
+    The memory of a bucket is reused for the one after the next: finish reading a bucket before you ask for
+    that one. Holds two buckets.
     """
     memory = _Memory(max_bytes, allocate)
     pieces: list[Piece] = []
@@ -65,7 +65,7 @@ def buckets(
 
 
 class _Memory:
-    """Two buffers in turn, as large as the largest bucket so far."""
+    """Two alternating buffers of `size` bytes; a buffer for a larger tensor is not kept."""
 
     def __init__(self, size: int, allocate: Allocate) -> None:
         self._size = size
@@ -74,7 +74,7 @@ class _Memory:
         self._turn = 0
 
     def take(self, first: Tensor) -> Tensor:
-        """A buffer that holds `first` at least."""
+        """The next buffer, large enough for `first`."""
         self._turn = 1 - self._turn
         size = max(self._size, math.prod(first.shape) * first.itemsize)
         buffer = self._buffers[self._turn]

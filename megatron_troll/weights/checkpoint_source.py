@@ -28,9 +28,9 @@ OWN_LAYER = re.compile(r"decoder\.layers\.\d+\.")
 
 
 class CheckpointSource:
-    """One model of a checkpoint of any layout, whose keys begin with `prefix`; optimizer states beside it,
-    and what ends in one of `left_out`, are left alone. Reads a parameter at a time and keeps the last one, of
-    which the next tensor may be made.
+    """One model of a checkpoint of any layout, whose keys begin with `prefix`. Optimizer states and keys that
+    end in one of `left_out` are ignored. Reads one parameter at a time and keeps the last one, because the
+    next tensor may come from it too.
 
     Raises TensorsError listing every missing, unused and wrongly shaped tensor.
     """
@@ -72,14 +72,14 @@ class CheckpointSource:
         return tensor if index is None else tensor[index]
 
     def parts(self, place: Place) -> Tensors:
-        """The full parts of a parameter."""
+        """Read the full parts of a parameter."""
         return tuple(
             self._tensors.read(region).view(shape)
             for region, shape in zip(self._regions(place), place.entry.part_shapes, strict=True)
         )
 
     def _regions(self, place: Place) -> tuple[Region, ...]:
-        """Where the checkpoint has a parameter, or where it should."""
+        """The regions in which the checkpoint holds a parameter, or should hold it."""
         found = [regions for regions in self._keys.candidates(place) if self._has(regions)]
         return found[0] if found else self._keys.regions(place)
 
@@ -114,7 +114,7 @@ class CheckpointSource:
 
 
 def _fits(there: tuple[int, ...], wanted: tuple[int, ...], padded: int | None) -> bool:
-    """Equal, or longer by padding along one axis."""
+    """Whether the shapes are equal, or `there` is longer by padding along axis `padded`."""
     if padded is None or len(there) != len(wanted):
         return there == wanted
     return there[padded] >= wanted[padded] and all(
@@ -126,8 +126,8 @@ def checkpoint_of(folder: Path, shape: ModelShape, left_out: tuple[str, ...] = (
     """The policy in a checkpoint of a run, or the model in a folder that `mtroll convert hf2mcore` or another
     program on Megatron-Core wrote. See CheckpointSource for `left_out`.
 
-    Raises FileNotFoundError or ValueError where there is none, or of another shape; CheckpointError where a
-    run's is damaged or of a newer Megatron-Core.
+    Raises FileNotFoundError or ValueError if there is no such model or it has another shape; CheckpointError
+    if the checkpoint of a run is damaged or was written by a newer Megatron-Core.
     """
     place = folder / TENSORS if is_checkpoint(folder) else folder
     if not (place / BACKENDS).is_file():
@@ -151,4 +151,4 @@ def _check_run(folder: Path, shape: ModelShape) -> None:
         if saved.get(key) != wanted.get(key)
     ]
     if differing:
-        raise ConfigError(f"{folder} is of another model than config.json: {', '.join(differing)}")
+        raise ConfigError(f"{folder} holds another model than config.json describes: {', '.join(differing)}")

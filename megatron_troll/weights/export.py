@@ -22,7 +22,7 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What the other pipeline stages must know of a parameter to receive its shard."""
+    """Facts about a parameter that the other pipeline stages need to receive its shard."""
 
     stage: int
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ def stream(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
     Each step is a collective over the pipeline, tensor- and expert-parallel groups: all ranks must iterate
     to the end, in step. All see the same names in the same order and all receive the values. Holds one
     Megatron parameter at a time (for experts, one of each expert-parallel rank). A tensor may share memory
-    with the parameter: copy what is kept. The order of experts depends on the layout. Blocks.
+    with the parameter: copy it to keep it. The order of experts depends on the layout. Blocks.
     """
     yield from tensors_of(_parameters(model))
 
@@ -48,12 +48,11 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `model` to `folder` in Hugging Face format: safetensors in files of at most `max_shard_bytes`
-    (one tensor at least), their index, and what `source_folder` has of config, tokenizer and tensors that no
-    model of ours holds. Rank 0 writes; an
-    earlier export at `folder` is replaced in one step once the new one is on disk. Rank 0 holds one file in
-    memory. Blocks until it is done on every rank.
+    (one tensor at least), their index, and the config, tokenizer and carried tensors of `source_folder`.
+    Rank 0 writes; an earlier export at `folder` is replaced once the new one is on disk. Rank 0 holds one
+    file in memory. Blocks until it is done on every rank.
 
-    Raises ValueError where `folder` holds anything but an earlier export, or `source_folder` has no config.
+    Raises ValueError if `folder` holds anything but an earlier export, or `source_folder` has no config.
     """
     target, source = Path(folder), Path(source_folder)
     model.groups.world.first(lambda: check_target(target, source))
@@ -70,8 +69,8 @@ def save(
 
 
 def first_takes[T](model: MegatronModel, take: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T:
-    """`take` of the stream of `model` on rank 0; its result or error on every rank (Group.first). All ranks
-    go through the stream to its end, whatever `take` leaves of it. Blocks."""
+    """Call `take` with the stream of `model` on rank 0; return its result or raise its error on every rank
+    (Group.first). Every rank iterates the stream to its end, even if `take` stops early. Blocks."""
     tensors = stream(model)
 
     def act() -> T:
@@ -105,7 +104,7 @@ def _parameters(model: MegatronModel) -> Iterator[tuple[Place, Tensors]]:
 
 
 def _local_places(table: Table, ep: Group) -> Iterator[Place]:
-    """The places of this expert-parallel rank over all pipeline stages: ranks walk theirs in step."""
+    """The places of this expert-parallel rank on all pipeline stages; ranks iterate theirs in step."""
     per_rank = table.experts // ep.size
     for place in table.places():
         if not place.entry.copy and (place.expert is None or place.expert // per_rank == ep.rank):
@@ -113,7 +112,7 @@ def _local_places(table: Table, ep: Group) -> Iterator[Place]:
 
 
 def _shards(mine: dict[Names, nn.Parameter], pp: Group) -> dict[Names, ShardHeader]:
-    """Which stage holds what, agreed over the pipeline."""
+    """The header of every parameter's shard, gathered from all pipeline stages."""
     own = {
         names: ShardHeader(pp.rank, tuple(parameter.shape), parameter.dtype)
         for names, parameter in mine.items()
@@ -124,7 +123,7 @@ def _shards(mine: dict[Names, nn.Parameter], pp: Group) -> dict[Names, ShardHead
 def _assemble(
     model: MegatronModel, place: Place, parameter: nn.Parameter | None, shard: ShardHeader
 ) -> Iterator[tuple[Place, Tensors]]:
-    """One parameter, or that of each expert-parallel rank."""
+    """Gather one parameter, or for an expert the one of each expert-parallel rank."""
     groups, entry = model.groups, place.entry
     if parameter is None:
         local = torch.empty(shard.shape, dtype=shard.dtype, device=device())

@@ -1,4 +1,4 @@
-"""Write a Hugging Face model folder in one step: a kill leaves the old one or the new one."""
+"""Write a Hugging Face model folder aside, then rename it: a kill leaves the old one or the new one."""
 
 import json
 import shutil
@@ -30,8 +30,8 @@ COMPANIONS = (
 
 
 def check_target(folder: Path, source_folder: Path) -> None:
-    """Raise ConfigError unless a model from `source_folder` can be exported to `folder`: that is not there,
-    is empty, or holds an earlier export."""
+    """Raise ConfigError unless a model from `source_folder` can be exported to `folder`, which must be
+    missing, be empty, or hold an earlier export."""
     if not (source_folder / CONFIG).is_file():
         raise ConfigError(
             f"{source_folder / CONFIG} not found: the export takes config and tokenizer from there"
@@ -73,7 +73,7 @@ class FolderWriter:
             shutil.rmtree(self.part)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Copies `tensor` to the host; writes a file when the next one would be too large."""
+        """Copy `tensor` to the host; before that, write the pending file if it would become too large."""
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
             self._write_pending()
         self._pending[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -111,19 +111,19 @@ class FolderWriter:
 
 
 def file_name(i: int, count: int) -> str:
-    """Of the i-th of `count` files, counted from 0."""
+    """Name of the i-th of `count` files, counted from 0."""
     return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
 
 
 def write_index(folder: Path, files: Sequence[Sequence[str]], total_bytes: int) -> None:
-    """The index of the files that hold tensors of these names."""
+    """Write the index; `files[i]` names the tensors in the i-th file."""
     weight_map = {name: file_name(i, len(files)) for i, names in enumerate(files) for name in names}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_companions(folder: Path, source_folder: Path, dtypes: Mapping[torch.dtype, int]) -> None:
-    """Tokenizer and config of `source_folder`; the config names the dtype that has most of the bytes."""
+    """Copy tokenizer and config of `source_folder`; the config names the dtype that has most of the bytes."""
     config = json.loads((source_folder / CONFIG).read_text())
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(max(dtypes, key=lambda dtype: dtypes[dtype])).removeprefix("torch.")

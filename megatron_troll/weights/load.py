@@ -14,7 +14,7 @@ from megatron_troll.weights.table import Table
 def load(model: MegatronModel, source: Source, table: Table | None = None) -> None:
     """Copy `source` into this rank's parameters, in their dtype. Reads only the layers and experts that
     this rank holds, one Megatron parameter at a time; no communication. An optimizer that keeps fp32 copies
-    of the parameters has to be built afterwards. `table`: default, that of the model's family.
+    of the parameters has to be built afterwards. `table` defaults to that of the model's family.
 
     Raises ConfigError listing every missing, unused and wrongly shaped tensor, before anything is copied.
     """

@@ -1,10 +1,10 @@
-"""Where the parameters of a model lie in a Megatron checkpoint (torch_dist), which knows no layout.
+"""Keys and regions of the parameters in a Megatron checkpoint (torch_dist), the same for every layout.
 
 A checkpoint holds whole tensors by key. Megatron stacks what repeats: `decoder.layers.mlp.router.weight` is
 [layers, experts, hidden], `decoder.layers.mlp.experts.experts.linear_fc1.weight` [layers, experts, 2 x ffn,
 hidden] with the gate above the up projection. Layers that differ in kind have keys of their own
-(`decoder.layers.3.mlp...`), the parts of Gated DeltaNet's projections too. The keys are those of Transformer
-Engine's layers, which Megatron-LM writes as well.
+(`decoder.layers.3.mlp...`), and so have the parts of Gated DeltaNet's projections. The keys are those of
+Transformer Engine's layers, which Megatron-LM writes as well.
 """
 
 import re
@@ -18,9 +18,9 @@ Size = tuple[int, ...]
 
 LAYER = "decoder.layers.{l}."
 FUSED_NORM = "layer_norm_weight"
-# One layer an expert, or one for all; in the checkpoint both are the same.
+# A model has one layer per expert, or one for all; the keys in the checkpoint are the same.
 EXPERT = re.compile(r"\.experts\.(?:local_experts\.\{e\}\.)?(\w+\.\w+?)(?:\{e\})?$")
-# Parts that have a key each: mcore/gated_delta_net.py.
+# Parameters whose parts have a key each (mcore/gated_delta_net.py).
 PARTS = {
     LAYER + "self_attention.in_proj.weight": ("query", "key", "value", "z", "b", "a"),
     LAYER + "self_attention.conv1d.weight": ("query", "key", "value"),
@@ -31,8 +31,8 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Region:
-    """Where one part of a parameter lies: at `start`, in the shape `shape`, of the tensor `key` of the shape
-    `whole`. Stacked layers and experts are leading axes, of length 1 in `shape`."""
+    """Block of the tensor `key`, of shape `whole`, that holds one part of a parameter: it begins at `start`
+    and has shape `shape`. Stacked layers and experts are leading axes, of length 1 in `shape`."""
 
     key: str
     whole: Size
@@ -49,14 +49,14 @@ class Keys:
     prefix: str = ""
 
     def regions(self, place: Place) -> tuple[Region, ...]:
-        """Where the parts of a parameter are written."""
+        """The regions to which the parts of a parameter are written."""
         return next(self.candidates(place))
 
     def candidates(self, place: Place) -> Iterator[tuple[Region, ...]]:
-        """Where they may be read: the keys of Transformer Engine's layers, then those of local ones."""
+        """The regions to read them from: the keys of Transformer Engine's layers, then of local ones."""
         kind = None if place.layer is None else self.table.layer_types[place.layer]
         for name in reversed(place.entry.megatron):
-            # Transformer Engine keeps a norm in the linear layer that follows it, where there is one.
+            # Transformer Engine keeps a norm in the linear layer that follows it, if there is one.
             if not name.endswith(FUSED_NORM) or name.replace(FUSED_NORM, "weight") in self._names[kind]:
                 yield tuple(self._regions(place, name))
 
@@ -90,7 +90,7 @@ class Keys:
         return name.replace("{l}.", "") if self.stacked else name.format(l=place.layer)
 
     def _stacks(self, place: Place) -> tuple[Size, Size]:
-        """Its place on the leading axes, and their lengths."""
+        """The index of `place` on each leading axis, and the lengths of these axes."""
         axes = []
         if self.stacked and place.layer is not None:
             axes.append((place.layer, self.table.layers))
@@ -105,5 +105,5 @@ def _region(key: str, stacks: tuple[Size, Size], begin: Size, shape: Size, whole
 
 
 def written_keys(table: Table) -> Keys:
-    """The keys that Megatron gives a model: its layers are stacked where all are of one kind."""
+    """The keys that Megatron writes for a model: its layers are stacked if all are of one kind."""
     return Keys(table, stacked=all(entry.layer_type is None for entry in table.entries))

@@ -1,4 +1,4 @@
-"""Which parameters of the whole model this rank holds."""
+"""The parameters of the whole model that this rank holds."""
 
 import re
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Held:
 def held_parameters(model: MegatronModel, table: Table) -> list[Held]:
     """Every parameter of this rank, stage by stage.
 
-    Raises ValueError naming those that no entry of the table makes.
+    Raises ValueError naming the parameters that have no entry in the table.
     """
     held, unknown = [], []
     first_expert = table.experts // model.groups.ep.size * model.groups.ep.rank
@@ -43,7 +43,7 @@ def held_parameters(model: MegatronModel, table: Table) -> list[Held]:
 
 
 def shard_group(groups: Groups, entry: Entry) -> Group:
-    """The ranks over which the shards of an entry lie."""
+    """The group of ranks over which an entry is sharded."""
     return groups.etp if entry.per_expert else groups.tp
 
 

@@ -1,4 +1,4 @@
-"""Where full Hugging Face tensors are read from, one at a time, by name."""
+"""Sources of full Hugging Face tensors, which are read one at a time by name."""
 
 import hashlib
 import json
@@ -37,12 +37,12 @@ class Source(Protocol):
 def open_source(folder: str | Path, shape: ModelShape) -> Source:
     """The weights of a folder in Hugging Face format, or of one that `mtroll convert hf2mcore` wrote.
 
-    Raises FileNotFoundError or ValueError where it has none or they cannot be read.
+    Raises FileNotFoundError or ValueError if it has no weights or they cannot be read.
     """
     folder = Path(folder)
     if not is_checkpoint(folder):
         return FolderSource(folder)
-    # Importing torch.distributed.checkpoint takes half as long as torch: only what reads one waits for it.
+    # Importing torch.distributed.checkpoint takes half as long as torch: do so only to read a checkpoint.
     from megatron_troll.weights.checkpoint_source import checkpoint_of
 
     return checkpoint_of(folder, shape)
@@ -66,11 +66,12 @@ class TensorSource:
 
 
 class FolderSource:
-    """The safetensors files of a Hugging Face folder, of which one tensor at a time is read into memory.
-    Pickled checkpoints are never opened.
+    """The safetensors files of a Hugging Face folder; one tensor at a time is read into memory. Pickled
+    checkpoints are never opened.
 
-    Raises FileNotFoundError without safetensors, or naming the files that the index lists and the folder
-    lacks; ValueError naming every file that is none or cut short, and where the index and a file disagree.
+    Raises FileNotFoundError if there are no safetensors files, or naming the files that the index lists and
+    the folder lacks; ValueError naming every file that is not safetensors or is cut short, or every tensor
+    that the index lists and its file lacks.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -99,7 +100,7 @@ class FolderSource:
             raise OSError(f"{name} cannot be read from {self.folder / file}: {error}") from error
 
     def _open(self, file: str) -> BinaryIO:
-        """One file stays open: entries are read in an order that mostly stays inside one."""
+        """Open a file and keep it open: most reads follow a read of the same file."""
         name, opened = self._opened
         if opened is None or name != file:
             opened = open(self.folder / file, "rb", buffering=0)  # noqa: SIM115 - closed when it is replaced
@@ -115,7 +116,7 @@ class FolderSource:
             except TensorFileError as error:
                 broken.append(str(error))
                 continue
-            # A tensor that is in two files is that of the index.
+            # If two files hold a tensor, the index decides.
             stored |= {
                 name: (file, tensor) for name, tensor in header.items() if self._index.get(name, file) == file
             }
@@ -154,8 +155,8 @@ class FolderSource:
 
 
 class RandomSource:
-    """A fresh model: every tensor drawn from a generator seeded by (seed, name), fp32, hence the same on
-    every layout, as `HFTensor.init` says."""
+    """A randomly initialized model, fp32: each tensor follows `HFTensor.init`, with a generator seeded by
+    (seed, name), so that it is the same on every layout."""
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         self.std, self.seed = shape.init_std, seed
@@ -211,7 +212,7 @@ class Unstacked:
         return tensor if index is None else tensor[index]
 
     def _expand(self, name: str, pieces: tuple[str, ...], layer: int) -> None:
-        """Leaves a tensor that cannot hold the pieces as it is, for the strict check to report."""
+        """Replace a stacked tensor by its pieces; one that cannot hold them stays, for `check` to report."""
         shape = self._shapes.get(name, ())
         if len(shape) < 2 or shape[1] % len(pieces):
             return
@@ -223,20 +224,20 @@ class Unstacked:
                 self._shapes[single] = (shape[1] // len(pieces), *shape[2:])
 
 
-# In a folder with a Megatron checkpoint, they lie in a folder of their own.
+# In a folder with a Megatron checkpoint, carried tensors have a folder of their own.
 CARRIED = "carried"
 
 
 @dataclass(frozen=True)
 class Carried:
-    """The names of the tensors that `source` carries."""
+    """Tensors `names` of `source`: they belong to the checkpoint, but to no model of ours."""
 
     source: Source
     names: tuple[str, ...]
 
 
 def carried_by(folder: Path, table: Table) -> Carried:
-    """What a folder with a model of `table` carries; nothing where it has no weights."""
+    """The carried tensors of a folder with a model of `table`; none if it has no weights."""
     place = folder / CARRIED if is_checkpoint(folder) else folder
     if not table.carried or not any((place / name).is_file() for name in (INDEX, SINGLE)):
         return Carried(TensorSource({}), ())
@@ -255,8 +256,8 @@ def check_folder(folder: str | Path, shape: ModelShape) -> None:
 
 
 def check(source: Source, table: Table, *, tied: bool) -> None:
-    """Raise ConfigError unless `source` holds exactly the tensors of `table`, in their shapes, besides those
-    that it carries."""
+    """Raise ConfigError unless `source` holds exactly the tensors of `table`, in their shapes. It may also
+    hold carried tensors."""
     expected = {name: tensor.shape for name, tensor in table.tensors().items()}
     found = source.shapes
     problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]

@@ -1,4 +1,4 @@
-"""How the tensors of a Hugging Face checkpoint and Megatron's parameters are made from each other.
+"""Tables that map the tensors of a Hugging Face checkpoint to Megatron's parameters and back.
 
 A model family is one table of entries (families/); loading, export, random initialisation and parameter
 counts are all derived from it.
@@ -27,8 +27,8 @@ def unchanged(tensors: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class HFTensor:
-    """One tensor of a checkpoint. `name` may hold {l} (layer) and {e} (expert); `init` is what a random
-    model starts from: normal(0, initializer_range), ones, zeros, or for the logarithm of a decay rate
+    """One tensor of a checkpoint. `name` may contain {l} (layer) and {e} (expert); `init` is the random
+    initialization: normal(0, initializer_range), ones, zeros, or for the logarithm of a decay rate
     log(uniform(0.01, 16))."""
 
     name: str
@@ -38,17 +38,17 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter, or one per layer and expert where the names hold {l} and {e}.
+    """One Megatron parameter, or one per layer and expert if the names contain {l} and {e}.
 
-    hf          the full tensors it is made from
+    hf          the full tensors that make the parameter
     megatron    its names, one per layer spec (local, Transformer Engine); {l} and {e} count from 0
-    to_parts    full HF tensors -> full parts. Every part is cut over the shards apart, and a shard is the
+    to_parts    full HF tensors -> full parts. Every part is sharded separately, and a shard is the
                 concatenation of its pieces along `axis`: a gated MLP has the parts (gate, up)
     from_parts  the inverse
-    axis        the sharded axis; None: one part, the same on every rank. Experts are cut over the
+    axis        the sharded axis; None: one part, the same on every rank. Experts are sharded over the
                 expert-tensor-parallel ranks, everything else over the tensor-parallel ranks
     padded      the axis is zero-padded to equal shards (vocabulary rows); the padding is never exported
-    copy        a second home of tensors that another entry owns: loaded, neither exported nor counted
+    copy        a second copy of tensors that another entry owns: loaded, neither exported nor counted
     layer_type  the only type of layers that has it; None: every layer
     """
 
@@ -62,7 +62,7 @@ class Entry:
     layer_type: str | None = None
 
     def only(self, layer_type: str) -> "Entry":
-        """This entry, in layers of one type."""
+        """This entry, restricted to layers of one type."""
         return replace(self, layer_type=layer_type)
 
     @property
@@ -80,7 +80,7 @@ class Entry:
     def shard(self, tensors: Tensors, rank: int, size: int) -> Tensor:
         """Full HF tensors -> the parameter of shard `rank` of `size`. Holds a few copies of the tensors.
 
-        Raises ConfigError where the axis does not divide.
+        Raises ConfigError if the axis cannot be divided by `size`.
         """
         parts = self.to_parts(tensors)
         if self.axis is None:
@@ -100,7 +100,7 @@ class Entry:
     @cached_property
     def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of the full parts."""
-        # Not on the meta device, whose first cat imports torch._dynamo. One byte holds each tensor.
+        # Not on the meta device: its first cat imports torch._dynamo. Expanding one byte takes no memory.
         byte = torch.empty((), dtype=torch.uint8)
         parts = self.to_parts(tuple(byte.expand(tensor.shape) for tensor in self.hf))
         return tuple(tuple(part.shape) for part in parts)
@@ -129,7 +129,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Stacked:
-    """A tensor in which some files keep an expert matrix of all experts: `name` [E, ...] holds the tensors
+    """A tensor that some checkpoints use to store a matrix of all experts: `name` [E, ...] holds the tensors
     `pieces`, concatenated along the axis after E."""
 
     name: str
@@ -151,8 +151,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Table:
-    """One model family at one size. `layer_types`: of each layer in order. `carried`: what the names begin
-    with of tensors that belong to the checkpoint and to no model of ours."""
+    """One model family at one size. `layer_types`: the type of each layer in order. `carried`: name prefixes
+    of tensors that belong to the checkpoint, but to no model of ours."""
 
     entries: tuple[Entry, ...]
     layer_types: tuple[str, ...]
@@ -165,7 +165,7 @@ class Table:
         return len(self.layer_types)
 
     def layers_of(self, entry: Entry) -> list[int | None]:
-        """The layers that have `entry`; [None] where it is outside the layers."""
+        """The layers that have `entry`; [None] if it is outside the layers."""
         if not entry.per_layer:
             return [None]
         return [layer for layer, kind in enumerate(self.layer_types) if entry.layer_type in (None, kind)]
@@ -188,8 +188,8 @@ class Table:
         }
 
     def find(self, name: str) -> Place | None:
-        """The entry of a Megatron parameter, with the numbers in its name as they stand there (a local
-        layer and a local expert); None when no entry has it."""
+        """The place of a Megatron parameter, with the layer and expert numbers as in `name` (an expert's is
+        local to its rank); None if no entry has it."""
         for pattern, entry in self._patterns:
             if found := pattern.fullmatch(name):
                 numbers = {key: int(value) for key, value in found.groupdict().items()}
@@ -220,6 +220,6 @@ def parameters_of(table: Table) -> int:
 
 def tensors_of(parameters: Iterable[tuple[Place, Tensors]]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every Hugging Face tensor that `parameters` (each as its full parts) hold, in their
-    order. One parameter is in memory at a time; a tensor may share memory with it: copy what is kept."""
+    order. One parameter is in memory at a time; a tensor may share memory with it: copy it to keep it."""
     for place, parts in parameters:
         yield from zip(place.names, place.entry.from_parts(parts), strict=True)

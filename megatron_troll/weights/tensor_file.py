@@ -1,8 +1,9 @@
-"""Safetensors files: a strict look at the header, one tensor read at a time, files written as a stream.
+"""Safetensors files: strict checks of the header, reads of one tensor at a time, and streamed writes.
 
-The library maps whole files into memory, which counts as this process's memory once it is read, and writes
-only what it holds as a whole. The format (https://huggingface.co/docs/safetensors): 8 bytes with the length
-of a JSON header, the header, the tensors end to end.
+The safetensors library maps whole files into memory, which counts as this process's memory once it is read,
+and writes a file only when all of its tensors are in memory. The format
+(https://huggingface.co/docs/safetensors): 8 bytes with the length of a JSON header, the header, the tensors
+end to end.
 """
 
 import json
@@ -34,7 +35,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PREFIX_BYTES = 8
 BEGINNING_BYTES = 64
 AHEAD_BYTES = 2**24
-# How files begin that go by the wrong name.
+# First bytes of other files that are found under the name of a safetensors file.
 OTHERS = {
     b"PK": "a pickled PyTorch file; save it as safetensors first (transformers: save_pretrained)",
     b"\x80": "a pickle; save it as safetensors first (transformers: save_pretrained)",
@@ -44,7 +45,7 @@ OTHERS = {
 
 
 class TensorFileError(ValueError):
-    """A file is no safetensors file, or not a whole one."""
+    """A file is not a safetensors file, or has the wrong size."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file. Raises TensorFileError where it is no safetensors file, or cut short."""
+    """Every tensor of a file by name. Raises TensorFileError if it is not safetensors or has a wrong size."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         beginning = file.read(BEGINNING_BYTES)
@@ -106,8 +107,8 @@ def _parse(header: dict[str, Any], base: int) -> dict[str, Stored]:
 
 
 def read_tensor(file: int, stored: Stored, index: int | None = None) -> Tensor:
-    """A tensor of the open file (a descriptor), or its `index`-th row along the first axis, in memory of its
-    own."""
+    """Read a tensor of the open file (a descriptor), or its `index`-th row along the first axis, into new
+    memory."""
     shape, start = stored.shape, stored.start
     if index is not None:
         shape = shape[1:]
@@ -131,7 +132,7 @@ def read_into(file: int, tensor: Tensor, start: int) -> None:
 
 
 def expect(file: int, start: int, count: int) -> None:
-    """Let the system begin to read these bytes of the open file, and those that follow them."""
+    """Ask the system to prefetch these bytes of the open file and AHEAD_BYTES after them."""
     os.posix_fadvise(file, start, count + AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
@@ -145,8 +146,8 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class TensorFileWriter:
-    """Writes a safetensors file into `file` tensor by tensor, in the order of `layout`, which has those of
-    larger elements first: readers need every tensor aligned."""
+    """Writes a safetensors file into `file` tensor by tensor, in the order of `layout`. Tensors with larger
+    elements must come first, because readers need every tensor aligned."""
 
     def __init__(self, file: BinaryIO, layout: Layout) -> None:
         self._file = file
@@ -156,7 +157,7 @@ class TensorFileWriter:
         file.write(_header(layout))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor of the layout."""
+        """Write the next tensor of the layout."""
         expected = next(self._left)
         assert (name, (tensor.dtype, tuple(tensor.shape))) == expected, (name, tensor.shape, expected)
         self._file.write(as_bytes(tensor.cpu().contiguous()))

@@ -1,8 +1,9 @@
 """Read and write the tensors of Megatron's distributed checkpoints (torch_dist) one by one, without Megatron.
 
-A folder holds `.metadata`, a pickle of where each chunk of each tensor lies, files in which every chunk is
-what torch.save writes, and two small files that Megatron asks for. The pickle is vetted before it is followed
-(mcore/checkpoint_pickle.py), and chunks are read with weights_only: nothing of a checkpoint is run.
+A folder holds `.metadata`, a pickle with the location of each chunk of each tensor; files in which every
+chunk has the format of torch.save; and two small files that Megatron requires. The pickle is checked before
+it is loaded (mcore/checkpoint_pickle.py), and chunks are read with weights_only: no code of a checkpoint is
+run.
 """
 
 import io
@@ -60,14 +61,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """One tensor of a checkpoint; its chunks in the order of their first index."""
+    """One tensor of a checkpoint; its chunks are ordered by their first index."""
 
     dtype: torch.dtype
     shape: Size
     chunks: tuple[Chunk, ...]
 
     def overlapping(self, region: Region) -> Iterable[Chunk]:
-        """The chunks that hold some of `region`."""
+        """The chunks that overlap `region`."""
         if not region.shape:
             return self.chunks
         first, end = region.start[0], region.start[0] + region.shape[0]
@@ -84,7 +85,7 @@ class SavedTensor:
 
 
 def _overlap(chunk: Chunk, region: Region) -> list[int]:
-    """How much of `region` the chunk holds along each axis."""
+    """Length of the part of `region` that the chunk holds, along each axis."""
     axes = zip(chunk.start, chunk.shape, region.start, region.shape, strict=True)
     return [max(0, min(a + n, b + m) - max(a, b)) for a, n, b, m in axes]
 
@@ -92,8 +93,8 @@ def _overlap(chunk: Chunk, region: Region) -> list[int]:
 class SavedTensors:
     """The tensors of a checkpoint folder by key; one chunk at a time is read into memory.
 
-    Raises TensorsError where `.metadata` cannot be read or is no description of tensors, and naming every
-    file that is missing or cut short and every tensor of which chunks are missing.
+    Raises TensorsError if `.metadata` cannot be read or does not describe tensors, or naming every file that
+    is missing or cut short and every tensor with missing chunks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,12 +106,12 @@ class SavedTensors:
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold them, and their index."""
+        """The index and the files that hold the tensors."""
         names = {chunk.file for saved in self.tensors.values() for chunk in saved.chunks}
         return [self.folder / name for name in (METADATA, *sorted(names))]
 
     def read(self, region: Region) -> Tensor:
-        """The part of a tensor, in memory of its own."""
+        """Read a region of a tensor into new memory."""
         saved = self.tensors[region.key]
         chunks = list(saved.overlapping(region))
         if len(chunks) == 1 and (chunks[0].start, chunks[0].shape) == (region.start, region.shape):
@@ -130,12 +131,12 @@ class SavedTensors:
         try:
             with torch.serialization.skip_data():
                 tensor = torch.load(section, map_location="cpu", weights_only=True)
-            # torch's own reader would check sums at a tenth of the speed.
+            # torch's own reader would verify checksums, at a tenth of the speed.
             storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
             read_into(file.fileno(), storage, chunk.offset + _data_start(section))
         except pickle.UnpicklingError as error:
-            # torch's own advice is to run what the file holds.
-            raise self._damaged(chunk, "it does not hold what torch.save writes of a tensor") from error
+            # Replaces torch's message, which advises to run the code in the file.
+            raise self._damaged(chunk, "it does not hold a tensor that torch.save wrote") from error
         except (RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise self._damaged(chunk, str(error)) from error
         if tuple(tensor.shape) != chunk.shape:
@@ -146,7 +147,7 @@ class SavedTensors:
         return TensorsError(f"{self.folder / chunk.file} is damaged at byte {chunk.offset}: {why}")
 
     def _open(self, name: str) -> BinaryIO:
-        """One file stays open."""
+        """Open a file and keep it open until another one is opened."""
         if self._opened[1] is None or self._opened[0] != name:
             self._opened = (name, open(self.folder / name, "rb", buffering=0))  # noqa: SIM115 - kept open
         assert self._opened[1] is not None
@@ -202,7 +203,7 @@ class Section(io.RawIOBase):
 
 
 def _data_start(section: Section) -> int:
-    """Where the storage of a tensor begins in what torch.save wrote: a zip archive, nothing compressed."""
+    """Offset of a tensor's storage in the output of torch.save, which is an uncompressed zip archive."""
     with zipfile.ZipFile(section) as archive:
         (record,) = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
     section.seek(record.header_offset + 26)
@@ -221,7 +222,7 @@ def _read_metadata(path: Path) -> dict[str, SavedTensor]:
     except CheckpointError as error:
         raise TensorsError(str(error)) from error
     except KeyError as error:
-        raise TensorsError(f"{path} does not say where {error} lies: the checkpoint is damaged") from error
+        raise TensorsError(f"{path} has no location for {error}: the checkpoint is damaged") from error
 
 
 def _saved(
@@ -237,9 +238,9 @@ def _saved(
 
 
 def write_chunk(file: BinaryIO, tensor: Tensor) -> tuple[int, int]:
-    """Append a tensor to a file of a checkpoint; where its bytes begin, and how many they are."""
+    """Append a tensor to a file of a checkpoint; return the offset and the number of its bytes."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
-        # torch.save writes all of the memory that a view belongs to.
+        # torch.save would write the whole storage of a view.
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     offset = file.tell()
     torch.save(tensor, file)
@@ -247,7 +248,7 @@ def write_chunk(file: BinaryIO, tensor: Tensor) -> tuple[int, int]:
 
 
 def write_index(folder: Path, tensors: Mapping[str, SavedTensor]) -> None:
-    """Write what makes a checkpoint of the files with the chunks of `tensors`."""
+    """Write the index and the small files; with the files of chunks of `tensors` they form a checkpoint."""
     storage = {
         MetadataIndex(key, chunk.start): _StorageInfo(chunk.file, chunk.offset, chunk.length)
         for key, saved in tensors.items()

@@ -23,8 +23,8 @@ def value_table(table: Table, hidden: int) -> Table:
 
 @dataclass(frozen=True)
 class ValueSource:
-    """`model`, a language model, as the start of a critic: no LM head, zeros for the value head [1, h], so
-    that every value starts at 0."""
+    """Initial weights of a critic from a language model, `model`: no LM head, zeros for the value head
+    [1, h], so that every value starts at 0."""
 
     model: Source
     hidden: int

@@ -1,5 +1,5 @@
-"""Stands in for SGLang's compiled kernels, of which PyPI has only the CUDA build. SGLang imports these names
-on CPU too, for speculative decoding, which is not used: a call is an error."""
+"""Stand-ins for SGLang's compiled kernels, of which PyPI has only the CUDA build. SGLang imports these names
+on CPU too, for speculative decoding, which is not used here: calling one raises NotImplementedError."""
 
 from collections.abc import Callable
 from typing import NoReturn

@@ -1,10 +1,10 @@
-"""What SGLang's wheels expect of CUDA at import, on a machine that has none. Importing this module first is
-all there is to it; spawned children import it again with the main module.
+"""Replacements for what SGLang's wheels expect from CUDA, on a machine without it. Import this module first;
+spawned children import it again with the main module.
 
-- PyPI's torchvision is built for CUDA. Beside a CPU build of torch its library does not load, and its Python
-  part then fails to register fake kernels for two operators that are missing: they are declared here.
-- `sgl_kernel` (beside this package) stands in for the CUDA kernels.
-- Returned expert routings are staged in page-locked memory, which there is none of without CUDA.
+- PyPI's torchvision is built for CUDA. With a CPU build of torch its library does not load, and its Python
+  part then fails to register fake kernels for two missing operators: they are declared here.
+- `sgl_kernel` (next to this package) replaces the CUDA kernels.
+- Returned expert routings are staged in page-locked memory, which needs CUDA: `unpin_host_memory`.
 """
 
 import os
@@ -20,7 +20,7 @@ if torch.version.cuda is None:
 
 
 def unpin_host_memory() -> None:
-    """Let buffers that SGLang would page-lock stay pageable."""
+    """Leave buffers that SGLang would page-lock pageable."""
     from sglang.srt.mem_cache.pool_host import common
 
     common._cuda_host_register = lambda *_args, **_kwargs: None

@@ -1,9 +1,9 @@
-"""Many servers for the price of one import, for tests: `python -m sglang_cpu.farm` reads requests from stdin,
-one JSON object a line: {"argv": [SGLang's flags], "log": FILE}. For each it forks a process that has SGLang
-imported and is a server from then on, and answers with its process id. Servers end when stdin does.
+"""Start many servers with a single import of SGLang, for tests: `python -m sglang_cpu.farm` reads requests
+from stdin, one JSON object per line: {"argv": [SGLang's flags], "log": FILE}. For each it forks a process,
+with SGLang already imported, that becomes a server, and prints its process id. Servers end when stdin closes.
 
-SGLang starts its own processes by spawn, importing everything anew (about ten seconds each); here they are
-forks as well, which is safe while there is a single thread.
+SGLang starts its own processes by spawn, which imports everything again (about ten seconds each); here they
+are forked too, which is safe while there is a single thread.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ def _import_everything() -> None:
 
 
 def _become_server(argv: list[str], log: str) -> None:
-    """A session of its own, so that it can be killed with its children; never returns."""
+    """Run a server in a new session, so that it can be killed with its children; never returns."""
     os.setsid()
     LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

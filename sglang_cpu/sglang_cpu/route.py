@@ -2,7 +2,7 @@
 
 import sys
 
-import sglang_cpu  # noqa: F401  (before anything of SGLang)
+import sglang_cpu  # noqa: F401  (before any import of SGLang)
 
 if __name__ == "__main__":
     from sglang_router.launch_router import launch_router, parse_router_args

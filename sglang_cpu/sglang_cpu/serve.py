@@ -1,6 +1,6 @@
 """`python -m sglang_cpu.serve FLAGS`: SGLang's server on a machine without CUDA; the flags are SGLang's own.
 
-Not `__main__`: spawned children import the main module again only where it has a name."""
+This file is not `__main__.py`: spawned children do not import a main module of that name again."""
 
 import os
 import sys

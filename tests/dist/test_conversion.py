@@ -238,7 +238,7 @@ def test_another_model_than_the_run_trained_is_refused(
     config = json.loads((families["moe"].hugging_face / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     with pytest.raises(
-        ValueError, match=r"is of another model than config.json: norm_eps 1e-06 there, 0.5 here"
+        ValueError, match=r"holds another model than config.json describes: norm_eps 1e-06 there, 0.5 here"
     ):
         ToHuggingFace(families["moe"].step("one"), tmp_path, Options())
 

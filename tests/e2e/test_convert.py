@@ -32,7 +32,7 @@ def test_a_checkpoint_of_a_run_converts_to_what_the_run_exported(finished: Workp
     assert "the same model: logits of 4 prompts of 32 tokens differ by at most" in done.out
     assert same_tensors(finished.root / "step4", finished.run("finished") / "hf")
     again = succeed(finished.mtroll("convert", "mcore2hf", STEP, "step4"))
-    assert "step4 is there already, of this very conversion" in again.out
+    assert "step4 exists already, written by the same conversion" in again.out
 
 
 def test_weights_that_changed_do_not_verify(finished: Workplace) -> None:

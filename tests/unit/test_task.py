@@ -68,7 +68,7 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
         ("models.policy.layout={pp: 3}", "layers (4) cannot be divided by pp x vpp (3)"),
         ("models.policy.layout={tp: 1, ep: 3}", "experts (8) cannot be divided by ep (3)"),
         ("models.policy.layout={cp: 2}", "inprocess does not generate under context parallelism"),
-        ("launch.ranks=3", "needs a world that tp x pp x cp = 2 divides; this one has 3 ranks"),
+        ("launch.ranks=3", "needs a world size divisible by tp x pp x cp = 2; this one has 3 ranks"),
         ("models.policy.spec=te", "needs CUDA and transformer_engine"),
         ("models.policy.path=nowhere", "nowhere/config.json not found"),
         ("models.policy.init=pretrained", "no model.safetensors.index.json or model.safetensors"),

@@ -1,6 +1,6 @@
-"""The LM head of one vocabulary shard, from hidden states to what an objective reads, in chunks of tokens.
+"""The LM head of one vocabulary shard: computes what an objective reads, in chunks of tokens.
 
-Nothing here knows of other shards: the caller combines results of several, with ordinary autograd. No
+All functions handle a single shard; the caller combines the results of several with ordinary autograd. No
 function holds N x V.
 """
 

@@ -1,4 +1,4 @@
-"""What selection needs of the full rows, for `support: own`: logsumexp and top-K, without gradient."""
+"""Logsumexp and top-K of full rows of logits, without gradient, for the selection of `support: own`."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ from troll_kernels.topk import top_k
 
 
 class Candidates(NamedTuple):
-    """Of N rows of this shard; see `rows.RowStatistics` and `topk.top_k`.
+    """Statistics and top-K of N rows of this shard; see `rows.RowStatistics` and `topk.top_k`.
 
     lse, mean [N] of the transformed logits; target [N] raw; values [N, K] raw, columns [N, K].
-    For 16-bit weights values and target are rounded as the GEMM's output is: good for choosing, while ratios
-    of two policies want `logits_at`.
+    For 16-bit weights, values and target are rounded to the dtype of the GEMM's output: precise enough for
+    selection, but ratios of two policies need `logits_at`.
     """
 
     lse: Tensor
@@ -28,8 +28,10 @@ class Candidates(NamedTuple):
 
 @torch.no_grad()
 def candidates(hidden: Tensor, weight: Tensor, target: Tensor, k: int, shard: Shard) -> Candidates:
-    """hidden [N, H], weight [V_local, H] of one dtype, target [N] int64 column, outside [0, V_local) where
-    another shard has it. Holds chunk x V_local logits, on CPU three times."""
+    """Compute statistics and top-k of every row.
+
+    hidden [N, H], weight [V_local, H] of one dtype, target [N] int64 column, outside [0, V_local) if another
+    shard holds it. Holds chunk x V_local logits, on CPU three times."""
     tile = tile_size(shard.width, k)
     parts = []
     for rows, logits in shard.chunks(hidden, weight):

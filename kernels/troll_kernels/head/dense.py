@@ -1,5 +1,5 @@
-"""Full-softmax readings with gradient, for objectives that need them: the logits of a chunk are made again in
-backward, so no N x V is ever held. Four GEMMs where the K-column backward needs one or none."""
+"""Full-softmax statistics with gradient, for objectives that need them. Backward recomputes the logits of
+each chunk, so N x V is never held. This takes four GEMMs; the K-column path (sparse.py) needs one or none."""
 
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ from troll_kernels.weight_grad import add_weight_grad
 
 
 class DenseStatistics(NamedTuple):
-    """Of N rows of this shard, all differentiable: lse and mean [N] of the transformed logits, target [N]
-    raw. log-prob of the target: transform.apply(target) - lse; entropy: lse - mean. Over shards they combine
-    as `rows.row_statistics` says, and by that formula so do their gradients."""
+    """Statistics of N rows of this shard, all differentiable: lse and mean [N] of the transformed logits,
+    target [N] raw. The log-prob of the target is transform.apply(target) - lse, the entropy lse - mean. The
+    formulas in `rows.row_statistics` combine shards, and autograd through them combines the gradients."""
 
     lse: Tensor
     mean: Tensor
@@ -29,12 +29,14 @@ class DenseStatistics(NamedTuple):
 def dense_statistics(
     hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard, main_grad: Tensor | None = None
 ) -> DenseStatistics:
-    """hidden [N, H], weight [V_local, H] of one dtype, target [N] int64 column, outside [0, V_local) where
-    another shard has it. `main_grad` as for `sparse_logits`.
+    """Compute the statistics of every row.
+
+    hidden [N, H], weight [V_local, H] of one dtype, target [N] int64 column, outside [0, V_local) if another
+    shard holds it. `main_grad` as for `sparse_logits`.
 
     Saves the arguments and 2 N numbers. Forward and backward hold chunk x V_local logits (on CPU three
     times); backward recomputes them, and rounds their gradient to the dtype of hidden. The gradient of the
-    mean costs nothing where nothing uses the mean.
+    mean costs nothing if the mean is not used.
     """
     return DenseStatistics(*_Dense.apply(hidden, weight, target, shard, main_grad))
 
@@ -81,7 +83,7 @@ class _Dense(torch.autograd.Function):
 
 
 def _accumulate(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """sums += left @ right. 16-bit factors are multiplied into float32 sums by the GEMM itself on a GPU."""
+    """sums += left @ right. On a GPU the GEMM itself accumulates 16-bit factors into float32 sums."""
     if left.dtype == sums.dtype:
         sums.addmm_(left, right)
     elif left.device.type == "cuda":

@@ -1,5 +1,5 @@
 """Logits at a few columns per row, differentiable: the K-column backward of the LM head, which is exact for
-objectives that read the renormalised support alone (ALGORITHMS 1.7)."""
+objectives that read only the renormalised support (ALGORITHMS 1.7)."""
 
 from typing import Any
 
@@ -22,11 +22,11 @@ def sparse_logits(
 ) -> Tensor:
     """Raw logits [N, W] of this shard at `columns` [N, W] int64, -inf where the column is below 0.
 
-    hidden [N, H], weight [V_local, H]. `values` [N, W]: the logits, where the forward pass already has them;
-    otherwise the K-column forward computes them. With `main_grad` [V_local, H], float32, rows contiguous, the
-    gradient of weight is added there as backward runs, whether or not weight requires one, and autograd gets
-    none for it; otherwise backward makes a dense one. Saves the arguments; backward holds what `hidden_grad`
-    and `add_weight_grad` do.
+    hidden [N, H], weight [V_local, H]. `values` [N, W]: the logits, if they are already computed; otherwise
+    the K-column forward computes them. If `main_grad` [V_local, H] (float32, rows contiguous) is given,
+    backward adds the gradient of weight to it, whether or not weight requires one, and returns none to
+    autograd; otherwise backward returns a dense one. Saves the arguments; backward holds the temporaries of
+    `hidden_grad` and `add_weight_grad`.
     """
     if values is None:
         values = logits_at(hidden, weight, columns)

@@ -1,5 +1,5 @@
-"""Triton kernel of hidden_grad/ref.py: a program takes one row and a block of its H columns, with the weights
-of several slots in flight at once."""
+"""Triton kernel of hidden_grad/ref.py: a program handles one row and a block of its H columns, and loads the
+weights of several slots together."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Logits at a few columns per row, without the row (ALGORITHMS 8, `support: old`)."""
+"""Logits at a few columns per row, without computing the row (ALGORITHMS 8, `support: old`)."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     """hidden[n] . weight[columns[n, w]], raw, [N, W] in float32 or better; -inf where the column is below 0.
 
     hidden [N, H], weight [V, H] of one dtype, columns [N, W] int64; a column may repeat. Sums over H in
-    float32 or better whatever the dtype. Holds N x W; for 16-bit weights also a float32 copy of the rows that
-    are used (the kernel: not). Not differentiable: `head.sparse_logits` is.
+    float32 or better for every dtype. Holds N x W; for 16-bit weights also a float32 copy of the used rows
+    (the kernel holds none). Not differentiable; `head.sparse_logits` is.
     """
     at = entries(columns)
     rows, place = table(weight.detach(), at.columns)
     out = torch.full(columns.shape, LOWEST, dtype=rows.dtype, device=rows.device)
-    # A weighted sum of rows has these products as the gradient of its weights.
+    # These products are the gradient of a weighted sum of rows with respect to its weights.
     with torch.enable_grad():
         ones = torch.ones_like(place, dtype=rows.dtype).requires_grad_()
         sums = torch.nn.functional.embedding_bag(place, rows, at.starts, per_sample_weights=ones, mode="sum")

@@ -1,5 +1,5 @@
-"""Triton form of logits_at/ref.py: a program takes one row and a few of its columns, whose weights it has in
-flight at once."""
+"""Triton kernel of logits_at/ref.py: a program handles one row and a few of its columns, and loads the
+weights of these columns together."""
 
 import torch
 import triton
@@ -23,7 +23,7 @@ def logits_at_kernel(
     used = column >= 0
     weights = WEIGHT + tl.where(used, column, 0)[:, None] * weight_stride
     sums = tl.zeros((SLOTS, BLOCK), tl.float32)
-    # Rows of nothing but unused slots read nothing.
+    # A program that has only unused slots reads no weights.
     end = tl.where(tl.max(used.to(tl.int32), 0) > 0, hidden_size, 0)
     for start in range(0, end, BLOCK):
         at = start + tl.arange(0, BLOCK)

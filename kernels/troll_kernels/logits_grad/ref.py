@@ -1,4 +1,4 @@
-"""Gradient of a chunk of logits from that of its row statistics: the elementwise part of the dense
+"""Gradient of a chunk of logits from the gradients of its row statistics: the elementwise part of the dense
 backward."""
 
 from torch import Tensor
@@ -16,16 +16,16 @@ def to_logits_grad(
     mean_grad: Tensor | None,
     transform: Transform,
 ) -> None:
-    """Replaces raw logits [C, V_local] by the gradient of the loss with respect to them, in place.
+    """Replace raw logits [C, V_local] with the gradient of the loss with respect to them, in place.
 
     With p = exp(logit - lse), d lse / d logit_v = p_v and d mean / d logit_v = p_v (1 + logit_v - mean):
 
         grad_v = p_v (lse_grad + mean_grad (1 + logit_v - mean)) d logit_v / d raw_v
 
-    lse, mean, lse_grad, mean_grad [C] as `row_statistics` gave them and their gradients, float32 or better;
+    lse, mean [C] are outputs of `row_statistics`, lse_grad, mean_grad [C] their gradients, float32 or better;
     without mean_grad the mean is not differentiated. Columns from `width` on become 0. Computed in float32 or
-    better, stored in the dtype of logits. Holds temporaries of half a million numbers, or of a row (kernel:
-    none).
+    better, stored in the dtype of logits. Holds temporaries of half a million numbers, or of one row if that
+    is more (the kernel: none).
     """
     logits[:, width:] = 0.0
     step = max(CACHED // max(width, 1), 1)
@@ -49,7 +49,7 @@ def _grad(
     if mean_grad is None:
         grad *= lse_grad[:, None]
     else:
-        # -inf logits have p = 0 and would make 0 * inf.
+        # -inf logits have p = 0, and 0 * inf would be NaN.
         factor = mean_grad[:, None] * (1.0 + transformed - mean[:, None]) + lse_grad[:, None]
         grad *= factor.masked_fill_(grad == 0, 0.0)
     grad *= transform.slope(transformed)

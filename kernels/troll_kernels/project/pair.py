@@ -1,8 +1,8 @@
 """Two sparse distributions on one set of slots (ALGORITHMS 1.2).
 
-Slots of a row: the new policy's, then the old policy's that the new one lacks, then one default slot
-that stands for every token outside both. U is their number. A slot's multiplicity is how many tokens
-it stands for: 1, 0 on padding, V - |union| on the default slot.
+The slots of a row are those of the new policy, then those of the old policy that the new one lacks,
+then one default slot for all tokens outside both. U is their number. A slot's multiplicity is the
+number of tokens it stands for: 1, 0 on padding, V - |union| on the default slot.
 """
 
 from math import log
@@ -15,9 +15,9 @@ LOWEST = float("-inf")
 
 
 class Pair(NamedTuple):
-    """log_q, log_p [N, U] of the old and the new distribution, finite everywhere (0 where the
-    multiplicity is 0); multiplicity [N, U]; log_mass [N, U] = log(multiplicity) + log_q, -inf on padding;
-    old_slot [N, W_old] the slot of each old id."""
+    """log_q, log_p [N, U]: log-probs of the old and the new distribution, finite everywhere (0 on padding);
+    multiplicity [N, U]; log_mass [N, U] = log(multiplicity) + log_q, -inf on padding; old_slot [N, W_old]:
+    the slot of each old id."""
 
     log_q: Tensor
     log_p: Tensor
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
 
 def pair_aligned(new_logp: Tensor, old_logp: Tensor, vocab: int, p_d: float) -> Pair:
-    """Both distributions [N, W] on the same ids, as `support: old` gives them: no matching, U = W + 1."""
+    """Pair two distributions [N, W] on the same ids, as `support: old` gives them: no matching, U = W + 1."""
     new_valid, old_valid = new_logp != LOWEST, old_logp != LOWEST
     default = log(p_d)
     log_q = torch.where(old_valid, old_logp, default)
@@ -42,7 +42,7 @@ def pair_aligned(new_logp: Tensor, old_logp: Tensor, vocab: int, p_d: float) -> 
 def pair_union(
     new_ids: Tensor, new_logp: Tensor, old_ids: Tensor, old_logp: Tensor, vocab: int, p_d: float
 ) -> Pair:
-    """Distributions on supports [N, W_new] and [N, W_old] of their own; U = W_new + W_old + 1."""
+    """Pair two distributions on separate supports [N, W_new] and [N, W_old]; U = W_new + W_old + 1."""
     width = new_logp.shape[1]
     new_valid, old_valid = new_logp != LOWEST, old_logp != LOWEST
     in_new, match = _match(new_ids, new_valid, old_ids, old_valid)
@@ -58,7 +58,7 @@ def pair_union(
 
 
 def _match(new_ids: Tensor, new_valid: Tensor, old_ids: Tensor, old_valid: Tensor) -> tuple[Tensor, Tensor]:
-    """For each old slot, whether the new support holds its id, and in which slot: bool, int64 [N, W_old]."""
+    """Whether the new support holds the id of each old slot, and in which slot: bool, int64 [N, W_old]."""
     if new_ids.shape[1] == 0:
         return torch.zeros_like(old_valid), torch.zeros_like(old_ids)
     ids, order = new_ids.masked_fill(~new_valid, torch.iinfo(new_ids.dtype).max).sort(1)
@@ -69,7 +69,7 @@ def _match(new_ids: Tensor, new_valid: Tensor, old_ids: Tensor, old_valid: Tenso
 def _with_default(
     log_q: Tensor, log_p: Tensor, listed: Tensor, old_slot: Tensor, vocab: int, p_d: float
 ) -> Pair:
-    """Adds the default slot and makes padding finite."""
+    """Add the default slot and make padding finite."""
     zero = log_q.new_zeros(())
     default = log_q.new_full((log_q.shape[0], 1), log(p_d))
     outside = (vocab - listed.sum(1, keepdim=True)).to(log_q.dtype)

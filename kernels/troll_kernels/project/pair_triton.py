@@ -1,25 +1,25 @@
-"""Two sparse distributions of one row in registers, and sums over their slots: Triton form of pair.py and of
-the sweep in solve.py. A slot outside both supports has log_q = -inf and a = 0."""
+"""Two sparse distributions of one row in registers, and sums over their slots: the Triton version of pair.py
+and of `sweep` in solve.py. A slot outside both supports has log_q = -inf and a = log_p - log_q = 0."""
 
 import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(float("-inf"))
-# Terms of the series of (y - 1) e^y + 1 that float32 needs below |y| = 1.
+# Terms of the series of (y - 1) e^y + 1 that float32 needs for |y| < 1.
 TERMS = tl.constexpr(12)
 
 
 @triton.jit
 def load(values, row, width, other, SLOTS: tl.constexpr):
-    """values[row] [SLOTS], `other` from `width` on."""
+    """Load values[row] as [SLOTS], with `other` from `width` on."""
     slot = tl.arange(0, SLOTS)
     return tl.load(values + row * width + slot, mask=slot < width, other=other)
 
 
 @triton.jit
 def at_ids(ids, listed, OTHER_IDS, OTHER_LOGP, VALUES, row, width, SLOTS: tl.constexpr, CHUNK: tl.constexpr):
-    """The other side's `VALUES` at these ids [SLOTS], 0 where it does not list them, and whether it does.
-    Goes through the other side a few slots at a time: comparing all at once would spill registers."""
+    """The other side's `VALUES` at these ids [SLOTS], 0 for ids it does not list, and whether it lists them.
+    Compares CHUNK slots of the other side at a time: comparing all at once would spill registers."""
     found = tl.zeros((SLOTS,), tl.float32)
     hits = tl.zeros((SLOTS,), tl.int32)
     for start in range(0, width, CHUNK):
@@ -39,8 +39,8 @@ def sides(
     NEW_IDS, NEW, OLD_IDS, OLD, row, new_width, old_width, default,
     SHARED: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """log_q and a on the new side's slots; on the old side's: log_q, a, and which of them the new side
-    lacks."""
+    """Return log_q and a on the new side's slots, then log_q and a on the old side's slots and a mask of
+    those that the new side lacks."""
     new, old = load(NEW, row, new_width, LOWEST, SLOTS), load(OLD, row, old_width, LOWEST, SLOTS)
     new_in, old_in = new != LOWEST, old != LOWEST
     if SHARED:
@@ -61,7 +61,7 @@ def sides(
 
 @triton.jit
 def union(x, y, SHARED: tl.constexpr, SLOTS: tl.constexpr):
-    """[2 SLOTS] of two sides' slots; with shared ids the first side has them all."""
+    """Join the slots of both sides into [2 SLOTS]; with shared ids the first side already has them all."""
     if SHARED:
         slots = x
     else:
@@ -72,7 +72,7 @@ def union(x, y, SHARED: tl.constexpr, SLOTS: tl.constexpr):
 @triton.jit
 def kl_terms(q, pi, y):
     """pi y - (pi - q) with y = log(pi / q), without cancellation; see solve.py."""
-    # sum over k of (k - 1) / k! y^k, by the ratio of one coefficient to the next.
+    # sum over k of (k - 1) / k! y^k, by the ratio of consecutive coefficients.
     series = 1.0
     for term in tl.static_range(1, TERMS):
         k = TERMS + 1 - term

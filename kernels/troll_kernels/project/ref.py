@@ -3,7 +3,7 @@
     log pi = log old' + tau (log new' - log old') - psi(tau),   KL(pi || old') = min(bound, KL(new' || old'))
 
 Backward keeps six [N, U] matrices, U = W_new + W_old + 1 (W + 1 on shared ids); forward holds about ten
-while it runs. Nothing is N x V.
+while it runs. Nothing here holds N x V.
 """
 
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ class Projection(NamedTuple):
     tau [N]          1/(1 + eta): 1 inside the ball, 0 for a bound of 0
     kl_before, kl_after [N]   KL(new' || old'), KL(pi || old')
     active [N] bool  kl_before > bound
-    passes [N] int64 sweeps of the solver, the violation test included
-    solved [N] bool  False where the solver gave up and kept a smaller step than the bound allows
+    passes [N] int64 sweeps of the solver, including the test of the bound
+    solved [N] bool  False if the solver gave up and kept a smaller step than the bound allows
     """
 
     new: Tensor
@@ -52,13 +52,13 @@ def project(
     vocab: int,
     p_d: float,
 ) -> Projection:
-    """Projects new' [N, W_new] onto the KL ball of radius bound [N] (nats) around old' [N, W_old].
+    """Project new' [N, W_new] onto the KL ball of radius bound [N] (nats) around old' [N, W_old].
 
     new_logp, old_logp are float32 or float64 log-probs of eq. 21 (`sparse_logp`), -inf on padding; each
-    must have mass 1 with p_d on every token it does not list. Ids are int64; passing one tensor as
-    new_ids and old_ids says that the slots are shared, and skips the matching.
+    must have mass 1 with p_d on every token it does not list. Ids are int64; passing the same tensor as
+    new_ids and old_ids means that the slots are shared, and skips the matching.
     A bound of 0 gives pi = old' with zero gradient. Raises ValueError for a negative or NaN bound.
-    Waits for the device once a solver pass (the kernel, which holds 512 slots a side at most: once).
+    Waits for the device once per solver pass. The kernel waits once, and allows at most 512 slots per side.
     """
     shared = checked(new_ids, new_logp, old_ids, old_logp, bound)
     old_logp = old_logp.detach().to(new_logp.dtype)
@@ -70,7 +70,7 @@ def project(
 
 
 def checked(new_ids: Tensor, new_logp: Tensor, old_ids: Tensor, old_logp: Tensor, bound: Tensor) -> bool:
-    """Refuses arguments of `project` that make no sense; whether the slots are shared."""
+    """Raise ValueError for invalid arguments of `project`; return whether the slots are shared."""
     if not bool((bound >= 0).all()):
         raise ValueError(f"trust-region bounds must be >= 0; the lowest is {float(bound.min())}")
     shared = new_ids is old_ids
@@ -125,13 +125,13 @@ class _Project(torch.autograd.Function):
         g_new, g_old, g_default, g_kl = upstream[:4]
         width = new_logp.shape[1]
         inside = new_logp != LOWEST
-        # Upstream on slots: the default slot's is already the total over its tokens.
+        # Upstream gradient per slot; that of the default slot is already the sum over its tokens.
         g = torch.zeros_like(d)
         g[:, :width] = torch.where(inside, g_new, 0.0)
         g[:, -1] = g_default
         g.scatter_add_(1, old_slot, torch.where(old_logp != LOWEST, g_old, 0.0))
         pi = multiplicity * log_pi.exp()
-        # An active row without variance has nothing to move; a bound of 0 pins pi to old'.
+        # An active row without variance cannot move; a bound of 0 fixes pi to old'.
         free = active & (variance > MIN_VARIANCE)
         slope = (g * d).sum(1) / torch.where(free, variance, 1.0)
         projected = g - pi * (g.sum(1, keepdim=True) + d * slope[:, None])
@@ -142,7 +142,7 @@ class _Project(torch.autograd.Function):
 
 
 def _root(pair: Pair, bound: Tensor, test: Sweep, active: Tensor) -> Root:
-    """tau of every row; only rows outside a ball of positive radius are solved for."""
+    """tau of every row; the solver runs only on rows outside a ball of positive radius."""
     tau = torch.where(bound > 0, torch.ones_like(bound), 0.0)
     passes = torch.ones_like(bound, dtype=torch.int64)
     solved = torch.ones_like(active)
@@ -158,7 +158,7 @@ def _root(pair: Pair, bound: Tensor, test: Sweep, active: Tensor) -> Root:
 
 
 def _final(pair: Pair, tau: Tensor, test: Sweep) -> Sweep:
-    """The sweep at the found tau; rows that did not move keep the one they were tested with."""
+    """The sweep at the solved tau; rows that did not move keep the sweep of the test."""
     rows = torch.nonzero(tau < 1)[:, 0]
     if rows.numel() == 0:
         return test

@@ -15,7 +15,7 @@ MIN_VARIANCE = 1e-30
 
 
 class Precision(NamedTuple):
-    """Where Newton stops, relative in KL and in bracket width."""
+    """Relative tolerances at which Newton stops: in KL and in bracket width."""
 
     kl: float
     bracket: float
@@ -25,7 +25,7 @@ PRECISION = {torch.float32: Precision(1e-6, 2.4e-7), torch.float64: Precision(1e
 
 
 class Sweep(NamedTuple):
-    """At one tau, all [N]: psi(tau), KL(pi || old), mean and variance under pi of a = log new - log old."""
+    """Sums at tau, all [N]: psi(tau), KL(pi || old), mean and variance under pi of a = log new - log old."""
 
     psi: Tensor
     kl: Tensor
@@ -34,7 +34,7 @@ class Sweep(NamedTuple):
 
 
 class Root(NamedTuple):
-    """tau [N], passes [N] (sweeps over the slots, the violation test included), solved [N] bool."""
+    """tau [N], passes [N] (sweeps over the slots, including the test of the bound), solved [N] bool."""
 
     tau: Tensor
     passes: Tensor
@@ -42,8 +42,8 @@ class Root(NamedTuple):
 
 
 def kl_terms(q: Tensor, pi: Tensor, y: Tensor) -> Tensor:
-    """pi y - (pi - q) with y = log(pi / q): terms >= 0 that sum to KL(pi || q), and to second order do so
-    even where rounding left the sums of pi and q a little off 1."""
+    """pi y - (pi - q) with y = log(pi / q): terms >= 0 that sum to KL(pi || q); to second order this
+    holds even if rounding leaves the sums of pi and q slightly off 1."""
     return pi * y - torch.where(y < 1.0, q * torch.expm1(y), pi - q)
 
 
@@ -61,11 +61,11 @@ def sweep(pair: Pair, tau: Tensor) -> Sweep:
 
 
 def solve(pair: Pair, bound: Tensor, test: Sweep) -> Root:
-    """tau for rows whose KL at tau = 1 (`test`) exceeds bound [N] > 0.
+    """Find tau for rows whose KL at tau = 1 (`test`) exceeds bound [N] > 0.
 
-    Newton on log KL against log tau, inside a bracket whose lower end is closed form: Var <= R^2/4
-    gives KL <= tau^2 R^2/8 for a range R of a. Rows not solved in 20 passes keep that lower end, where
-    KL <= bound. Waits for the device once a pass.
+    Newton on log KL against log tau, inside a bracket whose lower end has a closed form:
+    Var <= R^2/4 gives KL <= tau^2 R^2/8 for a range R of a. Rows not solved in 20 passes keep the lower
+    end, where KL <= bound. Waits for the device once per pass.
     """
     precision = PRECISION[bound.dtype]
     tau, hi = torch.ones_like(bound), torch.ones_like(bound)

@@ -1,7 +1,6 @@
-"""Triton kernel of project/ref.py: one program per row, its slots in registers from the first sweep to the
-last.
+"""Triton kernel of project/ref.py: one program per row, which keeps its slots in registers over all sweeps.
 
-Backward keeps the arguments and four numbers a row, and makes the slots again.
+Backward uses the arguments and four numbers per row, and rebuilds the slots.
 """
 
 from math import log
@@ -20,7 +19,7 @@ from troll_kernels.project.solve import MAX_PASSES, MIN_VARIANCE, PRECISION
 
 MAX_SLOTS = 512
 CHUNK = 8
-# In products the tensor stands first: the interpreter of Triton 3.7 has no constexpr * tensor.
+# In products the tensor comes first: the interpreter of Triton 3.7 does not support constexpr * tensor.
 PASSES = tl.constexpr(MAX_PASSES)
 NO_VARIANCE = tl.constexpr(MIN_VARIANCE)
 CLOSE = tl.constexpr(PRECISION[torch.float32].kl)
@@ -38,7 +37,7 @@ def _step(tau, kl, variance, bound, lo, hi, before, width):
 
 @triton.jit
 def _root(log_q, a, log_rest, bound, kl, mean, variance, psi):
-    """tau, its sweep, passes, and whether it was found; the arguments are the sweep at tau = 1."""
+    """Find tau; return tau, its sweep, passes, and whether it was found. kl .. psi: the sweep at tau = 1."""
     tau, hi = tl.full((), 1.0, tl.float32), tl.full((), 1.0, tl.float32)
     span = tl.maximum(tl.max(a, 0), 0.0) - tl.minimum(tl.min(a, 0), 0.0)
     lo = tl.minimum(tl.sqrt(8.0 * bound) / span, 1.0)
@@ -65,7 +64,7 @@ def forward_kernel(
     rows, new_width, old_width, vocab, log_p_d,
     SHARED: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """NUMBERS [9, rows] float32 and FLAGS [3, rows] int32, in the order of the stores below."""
+    """Project one row. NUMBERS [9, rows] float32 and FLAGS [3, rows] int32, in the order of the stores."""
     row = tl.program_id(0).to(tl.int64)
     new_q, new_a, old_q, old_a, only = sides(
         NEW_IDS, NEW, OLD_IDS, OLD, row, new_width, old_width, log_p_d, SHARED, SLOTS, CHUNK
@@ -79,7 +78,7 @@ def forward_kernel(
     tau, psi, after, mean, variance, passes, found = _root(
         log_q, a, log_rest, bound, before, mean, variance, psi
     )
-    # Where nothing moves, pi is new' to the last bit.
+    # If the row does not move, pi equals new' bit for bit.
     left, shift = 1.0 - tau, tl.where(tau < 1.0, psi, 0.0)
     y = left * a + shift
     p = tl.exp(log_q + a)
@@ -112,8 +111,8 @@ def backward_kernel(
     rows, new_width, old_width, log_p_d,
     SHARED: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """ALGORITHMS 1.5. NUMBERS: tau at 3, psi, mean and variance at 6, 7 and 8, as forward_kernel left
-    them."""
+    """Gradient of new_logp for one row (ALGORITHMS 1.5). NUMBERS as forward_kernel wrote them: tau at 3, psi,
+    mean and variance at 6, 7 and 8."""
     row = tl.program_id(0).to(tl.int64)
     q, a, _, old_a, only = sides(
         NEW_IDS, NEW, OLD_IDS, OLD, row, new_width, old_width, log_p_d, SHARED, SLOTS, CHUNK
@@ -131,7 +130,7 @@ def backward_kernel(
         ids = load(NEW_IDS, row, new_width, -1, SLOTS).to(tl.int32)
         g += at_ids(ids, new != LOWEST, OLD_IDS, OLD, GRAD_OLD, row, old_width, SLOTS, CHUNK)[0]
     g_only = tl.where(only, g_old, 0.0)
-    # The default tokens' upstream is their total, and their a is 0.
+    # The upstream gradient of the default tokens is already their sum, and their a is 0.
     g_rest = tl.load(GRAD_DEFAULT + row)
     total = tl.sum(g, 0) + tl.sum(g_only, 0) + g_rest
     moment = tl.sum(g * (a - mean), 0) + tl.sum(g_only * (old_a - mean), 0) - g_rest * mean
@@ -210,7 +209,7 @@ class _Project(torch.autograd.Function):
 
 
 def _launch(width: int, shared: bool) -> tuple[dict[str, int | bool], int]:
-    """Constants, and warps: a slot of either side a thread."""
+    """Constants and number of warps: each thread holds one slot of either side."""
     slots = max(triton.next_power_of_2(width), 32)
     return {"SHARED": shared, "SLOTS": slots, "CHUNK": CHUNK}, slots // 32
 

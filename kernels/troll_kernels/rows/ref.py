@@ -8,17 +8,17 @@ from torch import Tensor
 from troll_kernels.numbers import CACHED, LOWEST, widened
 from troll_kernels.transform import Transform
 
-# exp of less is exactly 0; unlike -inf, 0 times it is 0.
+# exp of these is exactly 0, as for -inf; but 0 times them is 0, not NaN.
 SMALLEST_EXPONENT = {torch.float32: -200.0, torch.float64: -800.0}
 
 
 class RowStatistics(NamedTuple):
-    """Of C rows; float32, or float64 for float64 logits.
+    """Statistics of C rows; float32, or float64 for float64 logits.
 
-    lse [C]     logsumexp of the transformed logits; -inf on rows of nothing but -inf; NaN or +inf where the
-                row holds a NaN or +inf, so checking lse checks the row
+    lse [C]     logsumexp of the transformed logits; -inf if all logits of the row are -inf; NaN or +inf if
+                the row holds a NaN or +inf, so checking lse checks the row
     mean [C]    sum_v p_v logit_v, so that the entropy is lse - mean (nats); 0 where lse is -inf
-    target [C]  raw logit of the target, -inf where it lies on another shard
+    target [C]  raw logit of the target, -inf if another shard holds it
     tile_max [C, ceil(width / tile)]   largest raw logit of each tile
     """
 
@@ -31,11 +31,14 @@ class RowStatistics(NamedTuple):
 def row_statistics(
     logits: Tensor, width: int, target: Tensor, transform: Transform, tile: int
 ) -> RowStatistics:
-    """logits [C, V_local] raw, bf16, fp16, float32 or float64, rows contiguous; only the first `width`
-    columns are tokens. target [C] int64 column, outside [0, V_local) where another shard has it.
+    """Compute the statistics of every row.
 
-    Over shards: lse = logsumexp_r lse_r, mean = sum_r exp(lse_r - lse) mean_r, target = max_r.
-    Not differentiable. Holds temporaries of half a million numbers, or of a row (the kernel: none).
+    logits [C, V_local] raw, bf16, fp16, float32 or float64, rows contiguous; only the first `width`
+    columns are tokens. target [C] int64 column, outside [0, V_local) if another shard holds it.
+
+    Over shards r: lse = logsumexp_r lse_r, mean = sum_r exp(lse_r - lse) mean_r, target = max_r target_r.
+    Not differentiable. Holds temporaries of half a million numbers, or of one row if that is more (the
+    kernel: none).
     """
     here = (target >= 0) & (target < width)
     at = target.masked_fill(~here, 0)[:, None]

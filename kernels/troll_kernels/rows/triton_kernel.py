@@ -1,6 +1,6 @@
 """Triton kernel of rows/ref.py: one program per row, every logit read once.
 
-Sums run in base 2, one per tile column of the program, so no step waits for another warp.
+Exponentials are in base 2. Each tile of a step has its own running sums, so no step waits for another warp.
 """
 
 import warnings
@@ -16,26 +16,26 @@ from troll_kernels.rows.ref import RowStatistics
 from troll_kernels.tiles import NARROWEST, WIDEST
 from troll_kernels.transform import Transform
 
-# Logits in flight per program: wider blocks spill registers.
+# Logits that a program loads per step: wider steps spill registers.
 STEP = 2048
 WARPS = 4
-# Numbers that a row must be a multiple of for loads of 128 bits.
+# The length of a row must be a multiple of this for 128-bit loads.
 ALIGNMENT = 16
-# Stands for -inf, so that 0 times it is 0; no logit of a network is below it.
+# Stands for -inf, because 0 times it is 0; no logit of a network is below it.
 FLOOR = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def capped(x, cap):
-    """cap tanh(x / cap); FLOOR stays."""
+    """cap tanh(x / cap); FLOOR stays FLOOR."""
     return tl.where(x > FLOOR, cap - 2.0 * cap / (1.0 + tl.exp(2.0 * x / cap)), x)
 
 
 @triton.jit
 def _absorb(x, top, mass, moment, scale, cap, CAPPED: tl.constexpr):
-    """Takes x [TILES, TILE] into the running maximum (base 2), mass and first moment [TILES] of each tile's
-    column of tiles; also returns the tiles' own maxima."""
+    """Update the running maximum (base 2), mass and first moment, each [TILES], with x [TILES, TILE]; also
+    return the maximum of each tile."""
     tile_max = tl.max(x, 1)
     highest = tile_max
     if CAPPED:

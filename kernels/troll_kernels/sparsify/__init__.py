@@ -1,4 +1,4 @@
-"""Top-K logits to the sparse distributions of TROLL (arXiv 2510.03817, eq. 21)."""
+"""Turn top-K logits into the sparse distributions of TROLL (arXiv 2510.03817, eq. 21)."""
 
 from troll_kernels.dispatch import by_device
 from troll_kernels.sparsify import ref

@@ -1,6 +1,6 @@
 """Sparsification of a token distribution (arXiv 2510.03817, eq. 21; ALGORITHMS 1.1).
 
-N positions, K candidates each, W = K + 1 slots: the last one has room for the sampled token.
+N positions, K candidates each, W = K + 1 slots: the extra slot is for the sampled token.
 Nothing here holds N x V.
 """
 
@@ -12,11 +12,11 @@ LOWEST = float("-inf")
 
 
 def in_prefix(values: Tensor, lse: Tensor, delta: float) -> Tensor:
-    """Which candidates the 1 - delta rule keeps: the shortest prefix with that much full-softmax mass.
+    """Mask of candidates kept by the 1 - delta rule: the shortest prefix with that much full-softmax mass.
 
     values [N, K] logits, descending, -inf on padding; lse [N] logsumexp over the full vocabulary.
     Returns [N, K] bool. -inf is never kept. The mass is summed in float64, because float32 sums
-    move entries across the border. Rows with a NaN keep it, so that it reaches the loss.
+    move entries across the threshold. NaN is kept, so that it reaches the loss.
     """
     mass = (values.detach().double() - lse.detach().double()[:, None]).exp()
     before = mass.cumsum(1) - mass
@@ -26,14 +26,14 @@ def in_prefix(values: Tensor, lse: Tensor, delta: float) -> Tensor:
 def select(
     values: Tensor, ids: Tensor, lse: Tensor, target: Tensor, target_logit: Tensor, delta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The support S of each position: its 1 - delta prefix, then the sampled token where the prefix lacks it.
+    """The support S of each position: its 1 - delta prefix, then the sampled token if the prefix lacks it.
 
     values [N, K], ids [N, K] top-K logits and ids, value descending then id ascending; columns past
     the vocabulary hold -inf and NO_ID. lse, target, target_logit [N].
 
     Returns ids [N, W], logits [N, W] (differentiable in values and target_logit; the selection is
-    not), count [N], and place [N]: the slot of the sampled token, NO_ID where its logit is -inf and it
-    stays outside. Unused slots hold NO_ID and -inf.
+    not), count [N], and place [N]: the slot of the sampled token, NO_ID if its logit is -inf and it
+    stays outside S. Unused slots hold NO_ID and -inf.
     """
     prefix = in_prefix(values, lse, delta)
     length = prefix.sum(1)
@@ -50,7 +50,7 @@ def select(
 
 
 def _with_slot(rows: Tensor, slot: Tensor, value: Tensor, padding: float) -> Tensor:
-    """rows [N, K] with one more column of `padding`, and value [N] written at slot [N, 1]."""
+    """Append a column of `padding` to rows [N, K], and write value [N] at slot [N, 1]."""
     widened = torch.cat((rows, rows.new_full((rows.shape[0], 1), padding)), dim=1)
     return widened.scatter(1, slot, value.to(rows.dtype)[:, None])
 
@@ -60,7 +60,7 @@ def sparse_logp(logits: Tensor, count: Tensor, vocab: int, p_d: float) -> Tensor
 
     logits [N, W], count [N]: slots past `count`, and slots with a -inf logit, are outside S; their
     tokens have p' = p_d and their entry here is -inf. Differentiable in logits.
-    Raises ValueError where (V - |S|) p_d >= 1: nothing would be left for the support.
+    Raises ValueError if (V - |S|) p_d >= 1: no mass would be left for the support.
     """
     check_default(logits, count, vocab, p_d)
     kept = _kept(logits, count)
@@ -70,8 +70,8 @@ def sparse_logp(logits: Tensor, count: Tensor, vocab: int, p_d: float) -> Tensor
 
 
 def check_default(logits: Tensor, count: Tensor, vocab: int, p_d: float) -> None:
-    """Raises ValueError where `sparse_logp` says so. Only an absurd p_d can fail, so the usual call never
-    waits for the device."""
+    """Raise the ValueError documented in `sparse_logp`. Only a very large p_d can fail, so the usual call
+    never waits for the device."""
     if (vocab - 1) * p_d < 1:
         return
     outside = (vocab - _kept(logits, count).sum(1)).double()

@@ -16,8 +16,8 @@ LOWEST = tl.constexpr(float("-inf"))
 
 @triton.jit
 def _prefix(values, LSE, row, LIMIT: tl.constexpr):
-    """Which of the descending logits `values` [SLOTS], -inf past the last, hold the first LIMIT of the mass.
-    A NaN keeps what follows it, as in the reference."""
+    """Mask of those descending logits `values` [SLOTS], -inf past the last, that hold the first LIMIT of the
+    mass. Entries after a NaN are kept, as in the reference."""
     mass = tl.exp(values.to(tl.float64) - tl.load(LSE + row).to(tl.float64))
     before = tl.cumsum(mass, 0) - mass
     return (values != LOWEST) & ((before >= LIMIT) == 0)
@@ -55,7 +55,7 @@ def select_kernel(
 
 @triton.jit
 def _inside(kept, vocab, P_D: tl.constexpr):
-    """log(1 - (V - |S|) p_d), of which the sum over the support is one, float32."""
+    """log(1 - (V - |S|) p_d), the log of the support's mass, float32."""
     outside = vocab - tl.sum(kept.to(tl.int32), 0)
     return tl.log(1.0 - outside.to(tl.float64) * P_D).to(tl.float32)
 
@@ -159,7 +159,7 @@ class _SparseLogp(torch.autograd.Function):
 
 
 def _launch(k: int, delta: float) -> dict[str, float | int]:
-    """LIMIT is compiled in: as a launch argument it would be rounded to float32."""
+    """Constants of a launch. LIMIT is compiled in: as an argument it would be rounded to float32."""
     return {"LIMIT": 1.0 - delta, "SLOTS": triton.next_power_of_2(k + 1)}
 
 

@@ -1,7 +1,7 @@
 """Exact top-K of rows whose tile maxima are known.
 
-An entry of the top K lies in one of the K tiles with the largest maxima: any tile after those has K entries
-before its own.
+Every top-K entry lies in one of the K tiles with the largest maxima: the K maxima of these tiles rank before
+all entries of any other tile.
 """
 
 import torch
@@ -13,11 +13,11 @@ from troll_kernels.sparsify import NO_ID
 
 def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tuple[Tensor, Tensor]:
     """The k largest of the first `width` columns: raw values [C, k], float32 or better, and columns [C, k]
-    int64, value descending, then column ascending. Past `width` entries: -inf and NO_ID.
+    int64, value descending, then column ascending. Slots past `width` hold -inf and NO_ID.
 
-    logits [C, V_local] and tile_max [C, ceil(width / tile)] as `row_statistics` takes and gives them, without
-    NaN. -0.0 equals +0.0 and comes out as +0.0; -inf is a value like any other. Not differentiable.
-    Holds C x K x tile values and columns. Every k here; the kernel refuses k > 256.
+    logits [C, V_local] and tile_max [C, ceil(width / tile)] are input and output of `row_statistics`, without
+    NaN. -0.0 equals +0.0 and is returned as +0.0; -inf is an ordinary value. Not differentiable.
+    Holds C x K x tile values and columns. Accepts any k; the kernel raises ValueError for k > 256.
     """
     tiles = tile_max.shape[1]
     if tiles == 0 or k == 0:
@@ -25,7 +25,7 @@ def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tu
         return empty, torch.full_like(empty, NO_ID, dtype=torch.int64)
     picked = largest(tile_max, min(k, tiles))[1].sort(1)[0]
     columns = (picked[:, :, None] * tile + torch.arange(tile, device=logits.device)).flatten(1)
-    # Columns past the last come after every token, since they are -inf with the highest columns.
+    # Columns past the last rank after every token: they are -inf and have the highest columns.
     values = widened(logits.gather(1, columns.clamp(max=width - 1)))
     values = values.masked_fill(columns >= width, LOWEST)
     values, at = largest(values, min(k, columns.shape[1]))
@@ -37,10 +37,10 @@ def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tu
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of values [C, M]: themselves and their positions [C, k], k <= M, value
-    descending, then position ascending. -0.0 equals +0.0 and comes out as +0.0. Not differentiable.
+    """The k <= M largest entries of each row of values [C, M], and their positions, both [C, k]: value
+    descending, then position ascending. -0.0 equals +0.0 and is returned as +0.0. Not differentiable.
 
-    torch.topk chooses freely among the ties of the k-th value; rows where it had a choice are sorted whole.
+    torch.topk chooses freely among ties of the k-th value, so rows where it had a choice are fully sorted.
     Waits for the device once. Holds a copy and a bool mask of C x M."""
     values = values.detach() + 0.0
     found, at = torch.topk(values, k)

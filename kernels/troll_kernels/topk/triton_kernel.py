@@ -1,5 +1,5 @@
-"""Triton form of topk/ref.py: one program per row. A radix descent over the bits of the tile maxima finds the
-tiles, a second one over the tiles' logits finds the tokens; only those tiles are read."""
+"""Triton kernel of topk/ref.py: one program per row. A radix selection over the bits of the tile maxima finds
+the tiles, a second one over the tiles' logits finds the tokens; only those tiles are read."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from troll_kernels.tiles import tile_size
 
 @triton.jit
 def _key(x):
-    """float32 -> uint32 of the same order, above 0; -0.0 as +0.0."""
+    """Map float32 to uint32 > 0 with the same order; -0.0 maps like +0.0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
     return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
@@ -26,8 +26,8 @@ def _of_key(key):
 
 @triton.jit
 def _chosen(keys, k, LOW: tl.constexpr):
-    """Which of keys [M] are the k largest, the earliest of equal ones first. 0 is never chosen: at least k
-    must be above it. The lowest LOW bits of a key carry no order."""
+    """Mask of the k largest of keys [M]; of equal keys the earliest are chosen. A key of 0 is never chosen:
+    at least k keys must be above 0. The lowest LOW bits of a key are ignored."""
     keys = (keys >> LOW) << LOW
     least = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
@@ -42,7 +42,7 @@ def _chosen(keys, k, LOW: tl.constexpr):
 
 @triton.jit
 def _write(to, chosen, values):
-    """The chosen of values [M], in order, to the first places of `to`."""
+    """Write the chosen entries of values [M], in order, to the first places of `to`."""
     tl.debug_barrier()
     tl.store(to + tl.cumsum(chosen.to(tl.int32), 0) - 1, values.to(tl.int64), mask=chosen)
     tl.debug_barrier()
@@ -62,16 +62,15 @@ def topk_kernel(
     picked = tl.load(found + slot, mask=slot < n_tiles, other=0).to(tl.int32)
     columns = picked[:, None] * TILE + tl.arange(0, TILE)[None, :]
     listed = (slot < n_tiles)[:, None] & (columns < width)
-    # Whole tiles, up to where a row of memory ends: a mask by width would keep loads from being 128 bits
-    # wide.
+    # Load whole tiles, up to the end of the row in memory: a mask by `width` would prevent 128-bit loads.
     x = tl.load(x_row + columns, mask=(slot < n_tiles)[:, None] & (columns < row_size), other=0.0)
     keys = tl.reshape(tl.where(listed, _key(x.to(tl.float32)), 0), (K * TILE,))
-    # In ascending order of column, so that the earliest of equal logits is the one with the lowest.
+    # Candidates ascend by column, so the earliest of equal logits is the one with the lowest column.
     n = tl.minimum(k, width)
     _write(found, _chosen(keys, n, LOW), tl.reshape(columns, (K * TILE,)))
     column = tl.load(found + slot, mask=slot < n, other=0)
     key = _key(tl.load(x_row + column, mask=slot < n, other=0.0).to(tl.float32))
-    # One number to sort by: value, then the lowest column.
+    # A single sort key: value, then the lowest column.
     packed = (key.to(tl.int64) << 31) | (0x7FFFFFFF - column)
     packed = tl.sort(tl.where(slot < n, packed, -1), descending=True)
     column = 0x7FFFFFFF - (packed & 0x7FFFFFFF)
@@ -98,7 +97,7 @@ def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tu
 
 
 def _launch(tiles: int, k: int, tile: int, bf16: bool) -> tuple[dict[str, int], int]:
-    """Constants, and warps: 16 candidates a thread."""
+    """Constants and number of warps: 16 candidates per thread."""
     slots = triton.next_power_of_2(k)
     constants = {"TILE": tile, "TILES": triton.next_power_of_2(tiles), "K": slots, "LOW": 16 if bf16 else 0}
     return constants, min(max(max(slots * tile, constants["TILES"]) // 512, 4), 16)

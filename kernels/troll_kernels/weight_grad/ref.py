@@ -1,4 +1,4 @@
-"""Gradient of the LM-head weight from that of a few logits per row (ALGORITHMS 1.7, 8)."""
+"""Gradient of the LM-head weight from the gradient of a few logits per row (ALGORITHMS 1.7, 8)."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def add_weight_grad(main_grad: Tensor, grad: Tensor, columns: Tensor, hidden: Te
     """main_grad[v] += sum over (n, w) with columns[n, w] = v of grad[n, w] hidden[n], in place.
 
     main_grad [V, H] float32 or float64, rows contiguous; grad [N, W] float32 or float64, of raw logits;
-    columns [N, W] int64, below 0 on slots that do not count; hidden [N, H]. Deterministic: entries are sorted
+    columns [N, W] int64, below 0 on unused slots; hidden [N, H]. Deterministic: entries are sorted
     by column and summed in order of (n, w). Holds the U x H rows that get a gradient (the kernel: 2 rows for
     every 128 entries).
     """

@@ -1,8 +1,9 @@
 """Triton kernel of weight_grad/ref.py: sums over runs of equal columns, always in the same order.
 
-Entries are sorted by column and cut into blocks of 128. A run inside one block is added to its row of
-main_grad at once: nobody else has that column. Of a run that crosses blocks each block leaves its part, and a
-second kernel adds the parts up, in order of block. No atomics, and no wait for the device.
+Entries are sorted by column and split into blocks of 128. A run inside one block is added directly to its row
+of main_grad, because no other block has that column. For a run that crosses blocks, each block stores its
+partial sum, and a second kernel adds these up in block order. Uses no atomics and does not wait for the
+device.
 """
 
 import torch
@@ -26,8 +27,9 @@ def runs_kernel(
     COLUMN, ROW, GRAD, HIDDEN, MAIN, PARTS, hidden_stride, main_stride, hidden_size, vocab,
     ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """COLUMN [blocks * ENTRIES + 1] int32, ascending, `vocab` on unused entries and at the end. PARTS
-    [blocks, 2, hidden_size]: of the run that came from the block before, and of the one that goes on."""
+    """Sum the runs of one block. COLUMN [blocks * ENTRIES + 1] int32, ascending, `vocab` on unused entries
+    and at the end. PARTS [blocks, 2, hidden_size]: partial sums of the run continued from the previous block,
+    and of the run that continues into the next."""
     block = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden_size
@@ -51,7 +53,7 @@ def runs_kernel(
                 _add(MAIN + column.to(tl.int64) * main_stride + at, sums, inside)
             sums = tl.zeros((BLOCK,), tl.float32)
             column = following
-            carried = column < 0  # every later run begins here
+            carried = column < 0  # false: every later run begins in this block
 
 
 @triton.jit
@@ -59,7 +61,7 @@ def crossings_kernel(
     COLUMN, MAIN, PARTS, main_stride, hidden_size, vocab, blocks,
     ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the run that begins in this block and goes on into the next."""
+    """Add up the run that begins in this block and continues into the next."""
     block = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden_size

@@ -1,2 +1,2 @@
-"""`mtroll plan`: what a configuration asks of every rank, in bytes, before any is started (build.py). Nothing
-is allocated, no weights are read."""
+"""`mtroll plan`: memory and traffic of every rank, in bytes, before any rank is started (build.py). Nothing
+is allocated, and no weights are read."""

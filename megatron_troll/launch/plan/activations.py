@@ -10,8 +10,9 @@ from megatron_troll.launch.plan.saved.layers import NOTHING, Recompute, final_no
 
 @dataclass(frozen=True)
 class Activations:
-    """kept: by all micro-batches in flight, what is computed again included; experts: of it, what depends on
-    where tokens are routed, taken to be even; in_flight: forwards of a chunk that wait for their backward."""
+    """Bytes on one rank. kept: for all micro-batches in flight, recomputed activations included; experts: the
+    part of `kept` that depends on routing, assumed to be even; in_flight: forwards of a chunk that wait for
+    their backward."""
 
     kept: int
     experts: int
@@ -24,7 +25,7 @@ def flow_of(planned: Planned, work: Work) -> Flow:
 
 
 def activations_of(planned: Planned, work: Work, stage: int, mode: Recompute) -> Activations:
-    """The chunk of this stage that keeps the most, times the forwards in flight."""
+    """Activations of the chunk of this stage that keeps the most, times the forwards in flight."""
     flow, flying = flow_of(planned, work), in_flight(planned.ranks, stage, work.micro_batches)
     chunks = [_chunk(planned, flow, stage, i, mode) for i in range(planned.ranks.chunks)]
     most = max(chunks, key=lambda saved: saved.kept)
@@ -37,7 +38,7 @@ def _chunk(planned: Planned, flow: Flow, stage: int, chunk: int, mode: Recompute
 
 
 def working_set(flow: Flow) -> int:
-    """Gradients on their way through the widest part of a layer: an estimate."""
+    """Estimated bytes of the gradients in the backward pass of a layer's widest part."""
     shape, layout = flow.shape, flow.model.layout
     if shape.experts:
         return flow.received * flow.width * (2 * shape.hidden + 3 * shape.expert_ffn // layout.etp)
@@ -45,7 +46,7 @@ def working_set(flow: Flow) -> int:
 
 
 def between_stages(planned: Planned, flow: Flow, stage: int, flying: int) -> int:
-    """Hidden states that a stage got and gave, until their backward."""
+    """Bytes of the hidden states that a stage received and sent, held until their backward."""
     if planned.ranks.layout.pp == 1:
         return 0
     ends = (stage > 0) + (stage < planned.ranks.layout.pp - 1)

@@ -1,5 +1,5 @@
-"""Megatron's buffers of parameters and gradients: how long they are, and which part each data-parallel rank
-keeps optimizer state for (megatron-core 0.19.2, distributed/param_and_grad_buffer.py)."""
+"""Megatron's buffers of parameters and gradients: their lengths, and the part for which each data-parallel
+rank keeps optimizer state (megatron-core 0.19.2, distributed/param_and_grad_buffer.py)."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from megatron_troll.launch.plan.parameters import Parameter
 
 PARAMETER_ALIGN, BUCKET_ALIGN = 64, 128
 BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
-# The least share of a bucket of whole matrices that is not padding, where one of them is larger than others.
+# A bucket of whole matrices grows until this share of ranks x its largest matrix is not padding.
 FILLED = 0.9
 
 Interval = tuple[int, int]
@@ -17,7 +17,7 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True)
 class Buffer:
-    """numel: with padding; parameters, buckets: where they lie in it."""
+    """Layout of one buffer. numel: with padding; parameters, buckets: their intervals in it."""
 
     numel: int
     parameters: tuple[Interval, ...]
@@ -28,7 +28,7 @@ class Buffer:
         return sum(end - start for start, end in self.parameters)
 
     def owned(self, rank: int, ranks: int) -> int:
-        """Numbers of parameters in the part of each bucket that is `rank`'s of `ranks`."""
+        """Parameter elements in `rank`'s part of every bucket, each cut into `ranks` parts."""
         total = 0
         for start, end in self.buckets:
             size = (end - start) // ranks
@@ -38,13 +38,14 @@ class Buffer:
 
 
 def bucket_size(data_parallel: int) -> int:
-    """Numbers after which a bucket is closed where gradients are reduced while the backward pass goes on."""
+    """Elements after which a bucket is closed, if gradients are reduced during the backward pass."""
     return max(BUCKET, BUCKET_PER_RANK * data_parallel)
 
 
 def layout_of(parameters: Sequence[Parameter], ranks: int, sharded: bool, bucket: int | None) -> Buffer:
     """The buffer of trained `parameters`, in the order of the model, over `ranks` data-parallel ranks.
-    `sharded`: for the distributed optimizer, which alone pads; `bucket`: see bucket_size, None for one."""
+    `sharded`: for the distributed optimizer, the only case with padding; `bucket`: see bucket_size, None for
+    a single bucket."""
     align = _aligned if sharded else (lambda n, _: n)
     whole = math.lcm(ranks, BUCKET_ALIGN)
     places: list[Interval] = []
@@ -73,8 +74,8 @@ def layout_of(parameters: Sequence[Parameter], ranks: int, sharded: bool, bucket
 
 def layout_of_matrices(parameters: Sequence[Parameter], ranks: int, bucket: int | None) -> Buffer:
     """The buffer of trained matrices whose state is sharded by whole matrices (megatron-core 0.19.2,
-    optimizer/layer_wise_optimizer.py): a bucket is cut into equal parts, one a rank, and the largest matrix
-    goes where there is most room."""
+    optimizer/layer_wise_optimizer.py): a bucket is cut into equal parts, one per rank, and each matrix, the
+    largest first, goes to the emptiest part."""
     places: list[Interval] = []
     buckets: list[Interval] = []
     position, chunk = 0, list[int]()

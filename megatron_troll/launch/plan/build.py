@@ -24,9 +24,9 @@ from megatron_troll.weights.table import parameters_of
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of a model: total, each once, without padding; mtp, layers of the checkpoint that are neither
-    built nor trained; padding, rows of the vocabulary that stand for no token, over one replica; per_rank,
-    padding included, of each stage."""
+    """Parameter counts of a model. total: each counted once, without padding; mtp: multi-token-prediction
+    layers of the checkpoint, neither built nor trained; padding: vocabulary rows that stand for no token,
+    over one replica; per_rank: for each stage, padding included."""
 
     model: str
     total: int
@@ -37,9 +37,9 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes on the rank of a pipeline stage that holds the most, by what they are: always, while it trains,
-    and while rollouts are drawn on its GPU. host: in the memory of the machine; activations: of the policy,
-    by how much is recomputed."""
+    """Bytes on the rank of a pipeline stage that holds the most, by purpose: `states` always, `training`
+    while it trains, `generation` while rollouts are generated on its GPU. host: in host memory; activations:
+    of the policy, by recompute mode; experts: the part of the activations that depends on routing."""
 
     stage: int
     rank: int
@@ -57,13 +57,13 @@ class Stage:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """What is held at once when the most is."""
+        """Bytes held at the peak: the states, with training or with generation."""
         return self.states | max(self.training, self.generation, key=lambda held: sum(held.values()))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All bytes are of one rank but for `sync`, which is what each server gets."""
+    """The plan of a run. All bytes are of one rank, except `sync`: the bytes that each server receives."""
 
     config: Config
     world: int
@@ -87,7 +87,7 @@ class Plan:
         return self.worst.total <= self.limit
 
     def as_dict(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """The plan as values that JSON can hold."""
         policy = self.parameters[0]
         return {
             "config": self.config.model_dump(mode="json", by_alias=True),
@@ -109,8 +109,8 @@ class Plan:
 
 
 def plan(config: Config, ranks: int | None = None) -> Plan:
-    """On so many ranks, or as many as `config.launch` starts. Raises ConfigError naming the key that does not
-    fit. Needs config.json of the models, or a published model's name (plan/models.py), and nothing else."""
+    """Plan a run on `ranks` ranks, or on as many as `config.launch` starts. Raises ConfigError naming the key
+    that does not fit. Needs only the models' config.json, or a published model's name (plan/models.py)."""
     objective = compose(config.objective)
     config = config.model_copy(update={"objective": resolve(config.objective)})
     world = ranks or config.launch.ranks or smallest_world(config.policy.layout)
@@ -163,7 +163,7 @@ def _parameters(planned: Planned) -> Parameters:
 
 
 def _stage(config: Config, models: Sequence[Planned], objective: Objective, work: Work, stage: int) -> Stage:
-    """The rank of this stage that holds the most; another model may be cut into other stages."""
+    """Plan the rank of this stage that holds the most; another model may be cut into other stages."""
     policy = models[0]
     size = policy.ranks.world // policy.model.layout.pp
     states = {
@@ -192,7 +192,7 @@ def _stage(config: Config, models: Sequence[Planned], objective: Objective, work
 
 
 def _kept(config: Config, other: Planned, rank: int) -> int:
-    """Activations, while another model is trained in the policy's place."""
+    """Bytes of activations on `rank` while `other` is trained in the policy's place."""
     work, stage = work_of(config, other.ranks), other.ranks.stage(rank)
     return activations_of(other, work, stage, other.model.recompute).kept
 
@@ -200,7 +200,7 @@ def _kept(config: Config, other: Planned, rank: int) -> int:
 def _beside(
     config: Config, policy: Planned, objective: Objective, work: Work, stage: int, flying: int
 ) -> dict[str, int]:
-    """What is held beside states and activations."""
+    """Bytes held while training, besides states and activations."""
     flow, layout = flow_of(policy, work), policy.model.layout
     last = stage == layout.pp - 1
     tokens = work.responses * work.tokens // layout.cp
@@ -219,7 +219,7 @@ def _beside(
 
 
 def _replayed(config: Config, policy: Planned, stage: int, tokens: int) -> int:
-    """The experts of every token, where training repeats them."""
+    """Bytes of the recorded experts of every token, if training replays them."""
     ranks, shape = policy.ranks, policy.shape
     if config.train.replay == "none":
         return 0
@@ -231,9 +231,9 @@ def _replayed(config: Config, policy: Planned, stage: int, tokens: int) -> int:
 def _traffic(
     config: Config, models: Sequence[Planned], objective: Objective, work: Work
 ) -> communication.Traffic:
-    """Forwards without gradient: those of the old policy and of the reference, the critic's for its values,
-    the policy's that a rollout model learns from, and one of every update where the objective or the
-    balancing loss needs numbers over all of it."""
+    """Traffic of all models. Forwards without gradient: those of the old policy and of the reference, the
+    critic's for its values, the policy's that a rollout model learns from, and one for every update if the
+    objective or the balancing loss needs statistics over the whole update."""
     policy, epochs = models[0], config.train.epochs
     forwards = (
         (config.objective.old == "trainer") + objective.needs_reference + (drawing_of(models) is not policy)

@@ -1,4 +1,4 @@
-"""`mtroll plan`: what a run asks of every rank, before a GPU is touched."""
+"""`mtroll plan`: memory and traffic of every rank, without a GPU."""
 
 import argparse
 import json
@@ -14,17 +14,17 @@ DOES_NOT_FIT, REFUSED = 1, 2
 
 
 def add_to(commands: "argparse._SubParsersAction") -> None:
-    """The command's own options."""
+    """Add the `plan` command and its options."""
     about = "memory and traffic of every rank, and whether it fits; needs no GPU and no weights"
     parser = commands.add_parser("plan", help=about, description=about)
     parser.add_argument("config", help="YAML file, or a run folder")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--json", action="store_true", help="the same as JSON, all sizes in bytes")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, all sizes in bytes")
     parser.set_defaults(run=run)
 
 
 def run(arguments: Namespace) -> int:
-    """0: it fits; 1: it does not; 2: refused."""
+    """Print the plan. Return 0 if it fits, 1 if it does not, 2 if the configuration is refused."""
     from rich.console import Console
 
     from megatron_troll.launch.plan.build import plan

@@ -1,8 +1,8 @@
-"""Bytes that one rank sends in one rollout batch, by what they are sent for.
+"""Bytes that one rank sends in one rollout batch, by purpose.
 
-Of a collective over n ranks on S bytes in all, a rank sends (n - 1) / n of S: gathering, scattering sums and
-exchanging alike; summing where everyone keeps the result is both of the first. Messages of a few numbers (how
-many tokens go where, what the head's ranks tell each other, gradients of norms) are left out.
+In a collective over n ranks with S bytes in total, a rank sends (n - 1) / n of S: in an all-gather, a
+reduce-scatter and an all-to-all alike; an all-reduce is the first two together. Small messages (numbers of
+tokens to each rank, exchanges between the head's ranks, gradients of norms) are left out.
 """
 
 from collections.abc import Iterable
@@ -19,11 +19,11 @@ from megatron_troll.launch.plan.states import WIDTHS
 
 @dataclass(frozen=True)
 class Traffic:
-    """tensor: all-gathers and reduce-scatters of sequence parallelism. expert: tokens to their experts and
-    back (alltoall, or all-gather and reduce-scatter). expert_tensor: the same over the ranks that share an
-    expert. context: keys and values, or heads of linear attention. pipeline: hidden states and their
-    gradients between stages. gradients: summed over data-parallel ranks; weights: gathered again after the
-    optimizer's step."""
+    """Bytes by purpose. tensor: all-gathers and reduce-scatters of sequence parallelism. expert: tokens to
+    their experts and back (alltoall, or all-gather and reduce-scatter). expert_tensor: the same over the
+    ranks that share an expert. context: keys and values, or heads of linear attention. pipeline: hidden
+    states and their gradients between stages. gradients: summed over data-parallel ranks; weights: gathered
+    again after the optimizer's step."""
 
     tensor: float = 0
     expert: float = 0
@@ -41,17 +41,17 @@ class Traffic:
 
 
 def share(ranks: int) -> float:
-    """Of what a group of ranks holds together, what each sends."""
+    """The fraction of a group's data that each of its ranks sends in a collective."""
     return (ranks - 1) / ranks
 
 
 def forward(flow: Flow, kinds: Iterable[str]) -> Traffic:
-    """One micro-batch through layers of these kinds."""
+    """Traffic of one micro-batch's forward through layers of these kinds."""
     return sum((_layer(flow, kind, backward=False) for kind in kinds), Traffic())
 
 
 def backward(flow: Flow, kinds: Iterable[str]) -> Traffic:
-    """The same backwards, and what is computed again for it."""
+    """Traffic of the backward through the same layers, recomputation included."""
     return sum((_layer(flow, kind, backward=True) + _again(flow, kind) for kind in kinds), Traffic())
 
 
@@ -68,14 +68,14 @@ def _again(flow: Flow, kind: str) -> Traffic:
 
 
 def _layer(flow: Flow, kind: str, *, backward: bool) -> Traffic:
-    # Two all-gathers or reduce-scatters a block; backward gathers what the first matrix read once more.
+    # Two all-gathers or reduce-scatters per block; backward also gathers the first matrix's input again.
     sequence = _tensor(flow, 1 + _feeding(flow), 3 if backward else 2)
     between = _keys(flow, backward) if kind == "full_attention" else _heads(flow)
     return Traffic(tensor=sequence, context=between) + _experts(flow)
 
 
 def _feeding(flow: Flow) -> int:
-    """Feed-forward blocks of a layer that tensor-parallel ranks share."""
+    """Number of feed-forward blocks of a layer that are cut over tensor-parallel ranks."""
     return int(bool(flow.shape.shared_expert_ffn)) if flow.shape.experts else 1
 
 
@@ -84,14 +84,15 @@ def _tensor(flow: Flow, blocks: int, collectives: int) -> float:
 
 
 def _keys(flow: Flow, backward: bool) -> float:
-    """Keys and values, gathered; their gradients, scattered. Transformer Engine passes keys on in both."""
+    """Keys and values, all-gathered; in backward their gradients, reduce-scattered. Transformer Engine also
+    sends the keys and values in backward."""
     layout, shape = flow.model.layout, flow.shape
     keys = 2 * flow.width * flow.tokens * layout.cp * shape.kv_heads // layout.tp * shape.head_dim
     return share(layout.cp) * keys * (2 if backward and flow.te else 1)
 
 
 def _heads(flow: Flow) -> float:
-    """What the delta rule reads, to the rank of its heads; what it gives, back."""
+    """The delta rule's inputs, sent to the rank of their heads, and its outputs, sent back."""
     layout, linear = flow.model.layout, flow.shape.linear
     assert linear is not None
     numbers = 2 * linear.key_width + 2 * linear.value_width + 2 * linear.value_heads
@@ -108,19 +109,19 @@ def _experts(flow: Flow) -> Traffic:
         sent = there + (FLOAT + 1) * flow.shape.experts + FLOAT * hidden
         return Traffic(expert=share(ranks) * ranks * rows * sent)
     sent = share(layout.ep) * flow.routed * (there + weight + back)
-    # Sums over the ranks that share an expert are formed in fp32.
+    # Sums over the ranks that share an expert are computed in fp32.
     shared = share(layout.etp) * flow.received * (there + weight + FLOAT * hidden)
     return Traffic(expert=sent, expert_tensor=shared)
 
 
 def ends(flow: Flow, ranks: Ranks, stage: int) -> Traffic:
-    """Sums of what the embedding gives, scattered, and hidden states for the head, gathered; one way."""
+    """The embedding's reduce-scatter and the head's all-gather, in one direction (forward or backward)."""
     here = (stage == 0) + (stage == ranks.layout.pp - 1)
     return Traffic(tensor=_tensor(flow, here, 1))
 
 
 def between_stages(flow: Flow, ranks: Ranks, stage: int) -> Traffic:
-    """Hidden states to the next stage and gradients to the one before, of one micro-batch."""
+    """Hidden states to the next stage and gradients to the previous one, for one micro-batch."""
     if ranks.layout.pp == 1:
         return Traffic()
     sends = ranks.chunks * 2 - (stage == ranks.layout.pp - 1) - (stage == 0)
@@ -128,13 +129,13 @@ def between_stages(flow: Flow, ranks: Ranks, stage: int) -> Traffic:
 
 
 def of_step(planned: Planned, stage: int) -> Traffic:
-    """Sums of gradients, and new weights, of one optimizer step."""
+    """Traffic of one optimizer step: sums of gradients, and gathering of new weights."""
     model, ranks, total = planned.model, planned.ranks, Traffic()
     for chunk in planned.buffers[stage]:
-        # Of a tied embedding the first and the last stage add what they have.
+        # The first and the last stage sum their gradients of a tied embedding.
         total += Traffic(gradients=FLOAT * chunk.shared)
         for kind, size in (("tensor", ranks.layout.tp), ("expert_tensor", ranks.layout.etp)):
-            # Muon sees whole matrices: each rank sends its part to all others.
+            # Muon needs whole matrices: each rank sends its part to all others.
             total += Traffic(**{kind: FLOAT * (size - 1) * chunk.gathered.get(kind, 0.0)})
         for buffers, size in ((chunk.of_dense, ranks.dp_cp), (chunk.of_experts, ranks.expert_dp)):
             numbers = share(size) * sum(buffer.numel for buffer in buffers)
@@ -146,14 +147,14 @@ def of_step(planned: Planned, stage: int) -> Traffic:
 
 
 def of_forward(planned: Planned, work: Work, stage: int) -> Traffic:
-    """One micro-batch without gradient."""
+    """Traffic of one micro-batch's forward."""
     flow, ranks = flow_of(planned, work), planned.ranks
     there = forward(flow, _kinds(planned, stage)) + ends(flow, ranks, stage)
     return there + between_stages(flow, ranks, stage).times(0.5)
 
 
 def of_training(planned: Planned, work: Work, stage: int) -> Traffic:
-    """One micro-batch forwards and backwards."""
+    """Traffic of one micro-batch's forward and backward."""
     flow, ranks = flow_of(planned, work), planned.ranks
     back = backward(flow, _kinds(planned, stage)) + ends(flow, ranks, stage)
     return of_forward(planned, work, stage) + back + between_stages(flow, ranks, stage).times(0.5)
@@ -166,7 +167,7 @@ def _kinds(planned: Planned, stage: int) -> list[str]:
 
 
 def of_batch(planned: Planned, work: Work, train: Train, forwards: int) -> Traffic:
-    """One rollout batch with so many `forwards` without gradient, on the stage that sends the most."""
+    """Traffic of one rollout batch with `forwards` without gradient, on the stage that sends the most."""
     micro = work.responses * work.tokens / work.micro_tokens
 
     def of_stage(stage: int) -> Traffic:

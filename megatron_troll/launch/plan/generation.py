@@ -1,4 +1,4 @@
-"""What the in-process engine (rollout/engines/inprocess.py) holds beside the states. Bytes on a rank."""
+"""Bytes that the in-process engine (rollout/engines/inprocess.py) holds on a rank besides the states."""
 
 from dataclasses import replace
 
@@ -10,14 +10,14 @@ from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.launch.plan.saved.flow import FLOAT
 from megatron_troll.launch.plan.servers import GIB, server_share, state_of_sequence, values_of_token
 
-# Of each number of whole rows, on the last stage: logits and their gathered shards, log-probs, probabilities,
-# and a cumulative sum in fp64.
+# Bytes per element of a whole row of logits, on the last stage: logits and their gathered shards, log-probs,
+# probabilities, and a cumulative sum in fp64.
 ROW = 6 * FLOAT
 
 
 def held(config: Config, policy: Planned, drawing: Planned, work: Work, stage: int) -> dict[str, int]:
-    """While `drawing` draws the rollouts, or the policy its evaluations where it is another model, whichever
-    is more. Nothing for what servers elsewhere draw."""
+    """Bytes held while `drawing` generates the rollouts or, if the policy is another model, while the policy
+    generates its evaluations, whichever is more. Empty if servers elsewhere generate everything."""
     found = {}
     if config.rollout.engine == "sglang" and config.rollout.sglang.colocated:
         found["servers"] = round(server_share(config) * config.launch.device_gib * GIB)
@@ -28,7 +28,7 @@ def held(config: Config, policy: Planned, drawing: Planned, work: Work, stage: i
 
 
 def _in_process(config: Config, drawing: Planned, work: Work, stage: int) -> dict[str, int]:
-    """With the weights of `drawing`; `prefill` is an estimate."""
+    """Bytes that the in-process engine holds for the model `drawing`; `prefill` is an estimate."""
     ranks, shape, flow = drawing.ranks, drawing.shape, flow_of(drawing, work)
     tp, prompt = ranks.layout.tp, data_of(config).max_prompt_tokens
     sequences = min(config.rollout.max_sequences, work.responses)
@@ -37,7 +37,7 @@ def _in_process(config: Config, drawing: Planned, work: Work, stage: int) -> dic
     token = flow.width * values_of_token(shape, kinds, tp)
     held = token * (prompt + config.rollout.sampling.max_tokens)
     held += state_of_sequence(shape, kinds, tp, flow.width)
-    # Sequence parallelism is off meanwhile: every tensor-parallel rank has all tokens.
+    # Sequence parallelism is off during generation: every tensor-parallel rank has all tokens.
     prefill = working_set(replace(flow, tokens=sequences * prompt * tp)) + sequences * prompt**2
     return {
         "caches": sequences * held,

@@ -1,4 +1,4 @@
-"""What the LM head holds on the last stage, whichever way its gradient goes (mcore/head.py). Bytes."""
+"""Bytes that the LM head holds on the last stage, for every mode of its gradient (mcore/head.py)."""
 
 from dataclasses import asdict, dataclass
 
@@ -15,14 +15,14 @@ SHORT = INDEX + FLOAT  # an id and its logit
 
 @dataclass(frozen=True)
 class Logits:
-    """Of one micro-batch, every token of which carries loss.
+    """Bytes of logits for one micro-batch in which every token carries loss.
 
-    whole     all logits at once, which no mode holds: what plain PyTorch would
+    whole     all logits at once, which plain PyTorch would hold and no mode does
     dense     a chunk of whole rows, for methods that differentiate the full softmax
     own       a chunk of whole rows, and the record of the kept columns
-    old       the record alone: `support: old`
-    used      the one of this objective
-    mode      its name
+    old       only the record: `support: old`
+    used      the value of this objective's mode
+    mode      this objective's mode: dense, own or old
     """
 
     whole: int
@@ -47,14 +47,14 @@ def logits_of(flow: Flow, objective: Objective) -> Logits:
 
 
 def saved_by_head(flow: Flow, objective: Objective) -> int:
-    """Hidden states at the tokens that carry loss, and the numbers of every record."""
+    """Bytes of the hidden states at the tokens that carry loss, and of the numbers of every record."""
     hidden = flow.hidden(flow.tokens)
     return hidden + flow.tokens * (STATISTICS + SHORT * _kept(objective.reads))
 
 
 def records_of(tokens: int, flow: Flow, objective: Objective, drawing: RolloutModelConfig | None) -> int:
-    """What is kept of `tokens` tokens from before the update until the rollout batch is done: readings of the
-    old policy and of the reference model, beside which its hidden states are read again, and of the policy
+    """Bytes kept for `tokens` tokens from before the update until the rollout batch is done: readings of the
+    old policy and of the reference model, with its hidden states if its head is read again, and of the policy
     for a rollout model, which learns after it."""
     kept = tokens * (STATISTICS + SHORT * _kept(objective.reads_old))
     if objective.needs_reference:
@@ -66,7 +66,7 @@ def records_of(tokens: int, flow: Flow, objective: Objective, drawing: RolloutMo
 
 
 def _kept(reads: HeadRequest) -> int:
-    """Columns of every record: the K kept and the sampled token."""
+    """Columns of all records together: of each, the K kept tokens and the sampled one."""
     return sum(support.k + 1 for support in reads.supports)
 
 

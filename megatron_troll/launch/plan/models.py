@@ -1,4 +1,4 @@
-"""The models of a run as a plan sees them: shape, weight table, who holds what."""
+"""The models of a run as a plan sees them: shape, weight table, and what each rank holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,8 @@ PUBLISHED = PRESETS / "models"
 
 @dataclass(frozen=True)
 class Planned:
-    """`name`: policy, critic, rollout or reference. Only a `trained` one has gradients, optimizer state."""
+    """One model of a run. `name`: policy, critic, rollout or reference. Only a `trained` one has gradients
+    and optimizer state."""
 
     name: str
     model: Model
@@ -45,7 +46,7 @@ class Planned:
 
 
 def models_of(config: Config, world: int) -> list[Planned]:
-    """The policy first. Raises ConfigError naming the key that does not fit."""
+    """The models of a run, the policy first. Raises ConfigError naming the key that does not fit."""
     policy = _from_path("policy", config.policy, world)
     found = [policy]
     if config.models.reference is not None:
@@ -58,7 +59,7 @@ def models_of(config: Config, world: int) -> list[Planned]:
 
 
 def drawing_of(models: Sequence[Planned]) -> Planned:
-    """The model that draws the rollouts."""
+    """The model that generates the rollouts."""
     return next((planned for planned in models if planned.name == "rollout"), models[0])
 
 
@@ -67,15 +68,15 @@ def _from_path(name: str, model: Model, world: int) -> Planned:
 
 
 def shape_at(key: str, path: str) -> ModelShape:
-    """The shape in the folder `path`; where there is none, the published one of a model of that name. Raises
-    ConfigError."""
+    """The shape in the folder `path`; without such a folder, the published shape of a model of that name.
+    Raises ConfigError."""
     published = PUBLISHED / Path(path).name
     folder = published if not Path(path).is_dir() and published.is_dir() else path
     try:
         return read_shape(folder)
     except FileNotFoundError as error:
         known = ", ".join(sorted(file.name for file in PUBLISHED.iterdir()))
-        raise ConfigError(f"{key}: {error}; without one, name one of those known here: {known}") from error
+        raise ConfigError(f"{key}: {error}; without a folder, name a known model: {known}") from error
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
 

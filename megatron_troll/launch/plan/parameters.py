@@ -22,14 +22,14 @@ ORDER = ("input_layernorm", *LINEAR, *FULL, *FEEDING)
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of one rank, `numel` numbers.
+    """One parameter of one rank, with `numel` elements.
 
-    padding   of `numel`, rows that stand for no token
-    expert    kept apart for each expert-parallel rank: its gradients have their own data-parallel group
-    shared    the tied embedding, of which the first and the last stage have a copy each
+    padding   elements of all its shards in rows that stand for no token
+    expert    an expert's, with gradients reduced over a data-parallel group of their own
+    shared    the tied embedding, of which the first and the last stage each have a copy
     trained   has a gradient and optimizer state
-    matrix    Muon's, where that is the optimizer
-    cut       over which ranks, as a kind of Traffic; "" where every rank has it whole
+    matrix    updated by Muon, if that is the optimizer
+    cut       the ranks it is cut over, as a kind of Traffic; "" if every rank has it whole
     """
 
     name: str
@@ -44,8 +44,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Holding:
-    """What decides who holds what. `tied`: the head is the embedding; `frozen_router`: routers are not
-    trained."""
+    """The inputs that determine which rank holds which parameters. `tied`: the head is the embedding;
+    `frozen_router`: routers are not trained."""
 
     table: Table
     ranks: Ranks
@@ -71,7 +71,8 @@ class Holding:
             yield self._parameter(entry, shared=self.tied and vocabulary and not alone, outside=True)
 
     def _layer(self, kind: str) -> Iterator[Parameter]:
-        """Expert after expert; Transformer Engine's grouped ones lie otherwise, which moves their padding."""
+        """Parameters of a layer, expert after expert. Transformer Engine orders grouped experts differently,
+        which moves their padding."""
         mine = [entry for entry in self.table.entries if entry.per_layer and entry.layer_type in (None, kind)]
         mine.sort(key=lambda entry: next(i for i, part in enumerate(ORDER) if part in entry.megatron[0]))
         for per_expert, entries in groupby(mine, lambda entry: entry.per_expert):
@@ -79,7 +80,7 @@ class Holding:
             yield from parameters * (self.table.experts // self.ranks.layout.ep if per_expert else 1)
 
     def _parameter(self, entry: Entry, shared: bool = False, outside: bool = False) -> Parameter:
-        """`outside`: of the layers."""
+        """Build the Parameter of an entry. `outside`: it is not part of a layer."""
         layout = self.ranks.layout
         shards = layout.etp if entry.per_expert else layout.tp
         shape, padding = shard_sizes(entry, shards)
@@ -96,7 +97,7 @@ class Holding:
 
 
 def shard_sizes(entry: Entry, shards: int) -> tuple[torch.Size, int]:
-    """The shape of the largest shard of an entry, and how many numbers of all its shards are padding."""
+    """The shape of the largest shard of an entry, and the number of padding elements over all its shards."""
     tensors = tuple(torch.empty(tensor.shape, device="meta") for tensor in entry.hf)
     shape = entry.shard(tensors, 0, shards).shape
     whole = sum(tensor.numel() for tensor in tensors)
@@ -104,8 +105,8 @@ def shard_sizes(entry: Entry, shards: int) -> tuple[torch.Size, int]:
 
 
 def carried_parameters(table: Table, shape: ModelShape) -> int:
-    """Of the layer that predicts a second token, in the published checkpoints of families whose tables carry
-    it: a layer of full attention, a projection of two hidden states to one, and three norms."""
+    """Parameters of the multi-token-prediction layer, in the published checkpoints of families whose tables
+    carry it: a layer of full attention, a projection of two hidden states to one, and three norms."""
     if not table.carried:
         return 0
     layer = sum(

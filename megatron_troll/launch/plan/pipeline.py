@@ -1,5 +1,5 @@
-"""Micro-batches: how many an optimizer step has, and how many a stage keeps at once (1F1B, interleaved or
-not)."""
+"""Micro-batches: how many an optimizer step has, and how many a stage keeps at once (1F1B, with or without
+interleaving)."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from megatron_troll.launch.plan.ranks import Ranks
 
 @dataclass(frozen=True)
 class Work:
-    """What one rollout batch asks of one data-parallel rank, if every answer is as long as it may be.
+    """Work of one data-parallel rank for one rollout batch in which every answer has maximum length.
 
-    tokens          of a response with its prompt, as the model reads it
-    responses       of the rollout batch on this rank
-    micro_batches   of one optimizer step
-    micro_tokens    of one micro-batch at most, over its context-parallel ranks
+    tokens          tokens of a response with its prompt, as the model reads it
+    responses       responses of the rollout batch on this rank
+    micro_batches   micro-batches of one optimizer step
+    micro_tokens    most tokens of one micro-batch, over its context-parallel ranks
     """
 
     tokens: int
@@ -38,7 +38,7 @@ def work_of(config: Config, ranks: Ranks) -> Work:
 
 
 def in_flight(ranks: Ranks, stage: int, micro_batches: int) -> int:
-    """Forwards of one chunk that a stage has done at most before their backwards."""
+    """The most forwards of one chunk that wait for their backward on a stage."""
     pp, chunks = ranks.layout.pp, ranks.chunks
     ahead = pp - stage - 1 if chunks == 1 else 2 * (pp - stage - 1) + (chunks - 1) * pp
     return min(ahead + 1, micro_batches * chunks)

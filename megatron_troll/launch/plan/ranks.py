@@ -1,4 +1,4 @@
-"""How the ranks of a world share one model: sizes of the groups, and what each pipeline stage holds."""
+"""The division of one model over the ranks of a world: sizes of groups, layers of each pipeline stage."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from megatron_troll.config.model_options import Layout
 
 @dataclass(frozen=True)
 class Ranks:
-    """`world` ranks in `layout`, numbered in Megatron's order: tp, cp, ep, dp, pp, the first the fastest."""
+    """`world` ranks in `layout`, numbered in Megatron's order: tp (varies fastest), cp, ep, dp, pp."""
 
     layout: Layout
     world: int
@@ -18,31 +18,31 @@ class Ranks:
 
     @property
     def dp_cp(self) -> int:
-        """Ranks whose gradients of dense parameters are summed."""
+        """Number of ranks over which gradients of dense parameters are summed."""
         return self.dp * self.layout.cp
 
     @property
     def expert_dp(self) -> int:
-        """Ranks whose gradients of an expert's parameters are summed."""
+        """Number of ranks over which gradients of an expert's parameters are summed."""
         return self.world // (self.layout.etp * self.layout.ep * self.layout.pp)
 
     @property
     def chunks(self) -> int:
-        """Model chunks on one rank: above 1 where the pipeline is interleaved."""
+        """Number of model chunks on one rank: above 1 if the pipeline is interleaved."""
         return self.layout.vpp or 1
 
     def stage(self, rank: int) -> int:
         return rank // (self.world // self.layout.pp)
 
     def dense_shard(self, rank: int) -> int:
-        """Which part of the dense parameters' optimizer state a rank keeps."""
+        """Index of the part of the dense parameters' optimizer state that a rank keeps."""
         return rank // self.layout.tp % self.dp_cp
 
     def expert_shard(self, rank: int) -> int:
         return rank // (self.layout.etp * self.layout.ep) % self.expert_dp
 
     def layers(self, stage: int, chunk: int, layers: int) -> range:
-        """The layers, of `layers` in all, of one chunk of a stage, counted from 0."""
+        """The layers of one chunk of a stage, counted from 0, in a model of `layers` layers."""
         size = layers // (self.layout.pp * self.chunks)
         first = (chunk * self.layout.pp + stage) * size
         return range(first, first + size)

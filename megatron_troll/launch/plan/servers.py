@@ -1,4 +1,4 @@
-"""What generation holds: weights and caches on the servers' GPUs. Bytes."""
+"""Bytes of weights and caches on the GPUs of rollout servers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ServerShare:
-    """One server of `tp` GPUs, on each of them.
+    """Bytes on each GPU of a server of `tp` GPUs.
 
-    weights      of the model, in bf16
-    token_bf16   of keys and values of one token; token_fp8: in FP8
-    sequence     recurrent state of one sequence (linear attention), whatever its length
-    sequences_bf16, sequences_fp8   as long as they may be, that fit beside the weights
+    weights      the model's weights, in bf16
+    token_bf16   keys and values of one token, in bf16; token_fp8: in FP8
+    sequence     recurrent state of one sequence (linear attention), independent of its length
+    sequences_bf16, sequences_fp8   number of sequences of maximum length that fit beside the weights
     """
 
     tp: int
@@ -34,13 +34,13 @@ class ServerShare:
 
 
 def server_share(config: Config) -> float:
-    """Of a GPU's memory, for weights and caches; by default about what SGLang takes."""
+    """The fraction of a GPU's memory for weights and caches; by default about what SGLang takes."""
     return config.serve.memory_fraction or 0.85
 
 
 def servers_of(shape: ModelShape, parameters: int, longest: int, memory: int) -> list[ServerShare]:
-    """Servers of 1 to 8 GPUs, for sequences of `longest` tokens and `memory` bytes a GPU for weights and
-    caches. None where the weights do not fit, or where the heads cannot be cut so."""
+    """Servers of 1 to 8 GPUs, for sequences of `longest` tokens and `memory` bytes per GPU for weights and
+    caches. Sizes for which the weights do not fit, or the heads cannot be divided, are left out."""
     found = (server_of(shape, parameters, longest, memory, tp) for tp in SIZES if shape.heads % tp == 0)
     return [server for server in found if server.weights < memory]
 
@@ -62,8 +62,8 @@ def server_of(shape: ModelShape, parameters: int, longest: int, memory: int, tp:
 
 
 def check_servers(config: Config, world: int, shape: ModelShape, parameters: int, longest: int) -> None:
-    """Raises ConfigError where the servers of `serve` could not answer, or not beside `world` ranks; those
-    that others started may be of another form."""
+    """Raises ConfigError if the servers of `serve` could not hold one sequence, or not share the GPUs of
+    `world` ranks. Servers that are not the run's own are not checked: they may differ from `serve`."""
     serve = config.serve
     if not config.own_servers:
         return
@@ -87,15 +87,15 @@ def check_servers(config: Config, world: int, shape: ModelShape, parameters: int
 
 
 def values_of_token(shape: ModelShape, kinds: Sequence[str], tp: int) -> int:
-    """Keys and values, in numbers, of layers of these kinds on one of `tp` ranks; a head of them is copied
-    where there are more ranks than heads."""
+    """Elements of one token's keys and values, in layers of these kinds on one of `tp` ranks; heads are
+    replicated if there are more ranks than heads."""
     heads = max(1, shape.kv_heads // tp)
     return 2 * kinds.count("full_attention") * heads * shape.head_dim
 
 
 def state_of_sequence(shape: ModelShape, kinds: Sequence[str], tp: int, width: int) -> int:
-    """Bytes, whatever its length: the matrix of each value head in fp32, and what the convolution must see
-    again, `width` bytes a number."""
+    """Bytes of one sequence's state, independent of its length: the matrix of each value head in fp32, and
+    the past inputs that the convolution needs, with `width` bytes per element."""
     linear = shape.linear
     if linear is None:
         return 0

@@ -9,15 +9,15 @@ from megatron_troll.launch.plan.ranks import Ranks
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 GRADIENT = MASTER = 4
-MOMENTS = 8  # both, in fp32
+MOMENTS = 8  # both moments, in fp32
 MOMENTUM = 4  # Muon's, in fp32
-REMAINDER = 2  # of an fp32 weight, beside its bf16 half
+REMAINDER = 2  # the half of an fp32 weight that its bf16 copy lacks
 HOST = 16  # fp32 weight, gradient and moments
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes. host: of optimizer state in the machine's memory; parameters: numbers held, padding included."""
+    """Bytes on a rank. host: optimizer state in host memory; parameters: elements held, padding included."""
 
     parameters: int
     weights: int
@@ -28,9 +28,10 @@ class States:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Those of one chunk, of AdamW and of Muon: dense parameters and, where they have ranks of their own,
-    experts. Numbers in none of them, and those of a tied embedding that another stage has too; numbers that
-    an average rank gathers for the matrices it updates, by kind of Traffic."""
+    """Gradient and parameter buffers of one model chunk, for AdamW and for Muon (matrices): dense parameters
+    and, if they have data-parallel ranks of their own, experts. untrained: elements in no buffer; shared:
+    elements of a tied embedding that another stage holds too; gathered: elements that an average rank gathers
+    for the matrices it updates, by kind of Traffic."""
 
     dense: Buffer
     expert: Buffer
@@ -54,7 +55,7 @@ class Buffers:
 
 
 def trained_states(model: Model, ranks: Ranks, stages: list[list[Buffers]], rank: int) -> States:
-    """What one rank of a trained model holds; `stages`: the buffers of each stage's chunks."""
+    """States of a trained model on one rank; `stages`: the buffers of each stage's chunks."""
     chunks = stages[ranks.stage(rank)]
     width, optimizer = WIDTHS[model.dtype], model.optimizer
     held = sum(b.numel + b.untrained for b in chunks)
@@ -78,14 +79,14 @@ def trained_states(model: Model, ranks: Ranks, stages: list[list[Buffers]], rank
 
 
 def frozen_states(model: Model, holding: Holding, stage: int) -> States:
-    """What one rank of a stage holds of a model that is only read."""
+    """States of a frozen model on one rank of a stage."""
     chunks = range(holding.ranks.chunks)
     held = sum(p.numel for chunk in chunks for p in holding.of_chunk(stage, chunk))
     return States(held, WIDTHS[model.dtype] * held, 0, 0, 0)
 
 
 def per_number(dtype: str, optimizer: Optimizer) -> tuple[float, float]:
-    """Bytes of optimizer state for each number of a weight: on the device, in host memory."""
+    """Bytes of optimizer state per element of a weight: on the device, in host memory."""
     if dtype == "fp32":
         return MOMENTS, 0.0
     if optimizer.precision_aware is not None:
@@ -94,7 +95,7 @@ def per_number(dtype: str, optimizer: Optimizer) -> tuple[float, float]:
 
 
 def per_matrix_number(dtype: str) -> int:
-    """Bytes of Muon's state for each number of a weight."""
+    """Bytes of Muon's state per element of a weight."""
     return MOMENTUM if dtype == "fp32" else MASTER + MOMENTUM
 
 
@@ -116,7 +117,7 @@ def buffers_of(model: Model, holding: Holding) -> list[list[Buffers]]:
 
     def chunk(stage: int, number: int) -> Buffers:
         held = holding.of_chunk(stage, number)
-        # Megatron cuts the buffers of the first stage alone: the reduction of later ones is not waited for.
+        # Megatron cuts only the first stage's buffers: nothing waits for the reduction of later ones.
         cut = optimizer.overlap_grad_reduce and stage == 0
         bucket = bucket_size(ranks.dp) if cut else None
 

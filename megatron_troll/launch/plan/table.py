@@ -23,7 +23,7 @@ TRAFFIC = {
 
 
 def tables(plan: Plan) -> Group:
-    """Everything a plan says, the verdict last."""
+    """All tables of a plan, the verdict last."""
     parts: list[RenderableType] = [
         _layout(plan),
         _parameters(plan),
@@ -39,7 +39,7 @@ def tables(plan: Plan) -> Group:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits; what takes the most where it does not."""
+    """One sentence: whether the run fits and, if not, what takes the most memory."""
     worst = plan.worst
     device, reserve = plan.config.launch.device_gib, plan.config.launch.reserve_gib
     room = f"{_size(plan.limit)} (launch.device_gib {device:g} less reserve_gib {reserve:g})"
@@ -56,10 +56,10 @@ def verdict(plan: Plan) -> str:
 
 
 def notes(plan: Plan) -> Iterator[str]:
-    """What the figures take for granted."""
+    """The assumptions behind the figures."""
     work = plan.work
     yield (
-        f"taken for granted: every answer is as long as it may be, which is {work.responses} responses of "
+        f"assumed: every answer is as long as it may be, which is {work.responses} responses of "
         f"{work.tokens} tokens on each data-parallel rank and {work.micro_batches} micro-batches of "
         f"{work.micro_tokens} tokens an optimizer step; tokens spread evenly over experts"
     )
@@ -105,7 +105,7 @@ def _activations(plan: Plan) -> Table:
     for mode in MODES:
         name = f"{mode} (this run)" if mode == used else mode
         _row(table, name, [_size(stage.activations[mode]) for stage in plan.stages])
-    _row(table, "of it, as tokens are routed", [_size(stage.experts) for stage in plan.stages])
+    _row(table, "of it, dependent on routing", [_size(stage.experts) for stage in plan.stages])
     _row(table, "forwards kept at once", [str(stage.in_flight) for stage in plan.stages])
     return table
 
@@ -160,6 +160,6 @@ def _words(sizes: Mapping[str, int]) -> str:
 
 
 def _size(value: float) -> str:
-    """With the unit in which it is above 1."""
+    """Format bytes in the largest unit of which there is at least 1, or in KiB."""
     unit, name = next((item for item in UNITS if value >= item[0]), UNITS[-1])
     return f"{value / unit:,.2f} {name}"

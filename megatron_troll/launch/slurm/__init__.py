@@ -1,1 +1,1 @@
-"""Jobs on a Slurm cluster: the script, and what each of its tasks does."""
+"""Jobs on a Slurm cluster: the job script, and the program that each of its tasks runs."""

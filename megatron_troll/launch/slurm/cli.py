@@ -19,29 +19,29 @@ FAILED, REFUSED = 1, 2
 
 
 def add_to(commands: "argparse._SubParsersAction") -> None:
-    """The command's own options."""
+    """Add the `launch` command and its options."""
     about = "write a job script for `mtroll train` on a cluster"
     parser = commands.add_parser("launch", help=about, description=about)
-    parser.add_argument("config", help="YAML file, as the job will read it")
+    parser.add_argument("config", help="YAML file; the job reads it by the same path")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--slurm", action="store_true", required=True, help="the kind of cluster")
-    parser.add_argument("--output", default=None, help="the script; default: NAME.sbatch")
-    parser.add_argument("--submit", action="store_true", help="hand it to sbatch; else nothing is submitted")
+    parser.add_argument("--slurm", action="store_true", required=True, help="write a Slurm script")
+    parser.add_argument("--output", default=None, help="path of the script; default: NAME.sbatch")
+    parser.add_argument("--submit", action="store_true", help="submit the script with sbatch")
     add_allocation(parser)
     parser.set_defaults(run=run)
 
 
 def add_allocation(parser: argparse.ArgumentParser) -> None:
-    """An option for each field of an Allocation."""
+    """Add an option for each field of Allocation."""
     asked = parser.add_argument_group("allocation")
-    asked.add_argument("--nodes", type=positive, required=True, help="that train")
-    asked.add_argument("--serve-nodes", type=natural, default=0, help="more nodes, which serve (default 0)")
-    asked.add_argument("--gpus", type=natural, default=8, help="per node, a rank each (default 8)")
+    asked.add_argument("--nodes", type=positive, required=True, help="nodes that train")
+    asked.add_argument("--serve-nodes", type=natural, default=0, help="additional nodes that serve (default 0)")
+    asked.add_argument("--gpus", type=natural, default=8, help="GPUs per node, one rank on each (default 8)")
     asked.add_argument(
-        "--tasks", type=positive, default=1, help="ranks per node where --gpus is 0 (default 1)"
+        "--tasks", type=positive, default=1, help="ranks per node if --gpus is 0 (default 1)"
     )
-    asked.add_argument("--cpus", type=positive, default=None, help="per rank; default: the cluster's")
-    asked.add_argument("--time", default="24:00:00", help="limit (default 24:00:00)")
+    asked.add_argument("--cpus", type=positive, default=None, help="CPUs per rank; default: the cluster's")
+    asked.add_argument("--time", default="24:00:00", help="time limit (default 24:00:00)")
     asked.add_argument("--partition", default=None)
     asked.add_argument("--account", default=None)
     asked.add_argument(
@@ -50,17 +50,17 @@ def add_allocation(parser: argparse.ArgumentParser) -> None:
         default=600,
         help="seconds before the limit at which the run saves and goes back into the queue (default 600)",
     )
-    asked.add_argument("--container", default=None, metavar="IMAGE", help="run in it, by pyxis")
+    asked.add_argument("--container", default=None, metavar="IMAGE", help="container image to run in, through pyxis")
     asked.add_argument(
-        "--mounts", action="append", default=[], metavar="SOURCE:TARGET", help="of the container; may repeat"
+        "--mounts", action="append", default=[], metavar="SOURCE:TARGET", help="container mount; may be repeated"
     )
-    asked.add_argument("--python", default=".venv/bin/python", help="on the nodes, or in the container")
-    asked.add_argument("--interface", default=None, help="of the network; default: each node's own choice")
-    asked.add_argument("--restarts", type=natural, default=100, help="times it may be requeued (default 100)")
+    asked.add_argument("--python", default=".venv/bin/python", help="Python interpreter on the nodes, or in the container")
+    asked.add_argument("--interface", default=None, help="network interface; default: chosen on each node")
+    asked.add_argument("--restarts", type=natural, default=100, help="times the job may be requeued (default 100)")
 
 
 def natural(text: str) -> int:
-    """At least 0. Raises ValueError, as argparse wants it."""
+    """Parse an integer >= 0. Raises ValueError, as argparse expects."""
     number = int(text)
     if number < 0:
         raise ValueError(text)
@@ -68,14 +68,14 @@ def natural(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """At least 1. Raises ValueError."""
+    """Parse an integer >= 1. Raises ValueError."""
     if natural(text) == 0:
         raise ValueError(text)
     return int(text)
 
 
 def allocation_of(arguments: Namespace) -> "Allocation":
-    """What the options of `add_allocation` ask for."""
+    """Build the Allocation from the options of `add_allocation`."""
     from megatron_troll.launch.slurm.script import Allocation
 
     given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(Allocation)}
@@ -104,7 +104,7 @@ def run(arguments: Namespace) -> int:
 
 
 def submit(path: Path) -> int:
-    """sbatch's answer, whatever it is, is the user's."""
+    """Submit the script; sbatch itself prints the result. Return 0, FAILED, or REFUSED without sbatch."""
     try:
         return FAILED if subprocess.run(["sbatch", str(path)]).returncode else 0
     except FileNotFoundError:

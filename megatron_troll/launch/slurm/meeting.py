@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet: rank 0 says it in a file that every node sees."""
+"""The rendezvous of a job's ranks: rank 0 writes its address and port to a file that every node sees."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_troll.system import write_atomic
 
-# Below the ephemeral ports, of which any process may hold one at any time.
+# Below the ephemeral ports, which any process may take at any time.
 PORTS = range(20_000, 32_000)
 PERIOD_S = 0.2
 
@@ -24,14 +24,14 @@ class Meeting:
 
 
 def call(file: Path, address: str) -> Meeting:
-    """Rank 0: choose a port of `address` that nothing listens on now, and tell the others."""
+    """Run on rank 0: choose a port of `address` that nothing listens on now, and write it to `file`."""
     meeting = Meeting(address, free_port(address))
     write_atomic(file, json.dumps(asdict(meeting)))
     return meeting
 
 
 def attend(file: Path, timeout_s: float) -> Meeting:
-    """The other ranks: wait for `call`. Raises TimeoutError."""
+    """Run on the other ranks: wait for the file that `call` writes. Raises TimeoutError."""
     end = time.monotonic() + timeout_s
     while not file.exists():
         if time.monotonic() > end:
@@ -44,7 +44,7 @@ def attend(file: Path, timeout_s: float) -> Meeting:
 
 
 def free_port(address: str) -> int:
-    """Raises OSError where `address` is none of this machine's or no port of PORTS is free."""
+    """Return a free port of PORTS. Raises OSError if all are taken or `address` is not of this machine."""
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
             try:

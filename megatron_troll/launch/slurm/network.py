@@ -1,4 +1,4 @@
-"""Which of this node's network interfaces a job uses. Asked on every node: names differ between them."""
+"""The choice of a job's network interfaces, made on every node because names differ between nodes."""
 
 import socket
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def address_towards(host: str) -> str:
 
 
 def address_of(interface: str) -> str:
-    """The IPv4 address of an interface. Raises ValueError naming those that exist."""
+    """The IPv4 address of an interface. Raises ValueError listing the interfaces that exist."""
     found = addresses()
     if interface not in found:
         raise ValueError(f"no interface {interface!r} with an IPv4 address here; there are {sorted(found)}")
@@ -33,7 +33,7 @@ def interface_with(address: str) -> str:
 
 
 def addresses() -> dict[str, str]:
-    """Interface -> its first IPv4 address."""
+    """Map each interface to its first IPv4 address."""
     found = {}
     for name, entries in psutil.net_if_addrs().items():
         ipv4 = [entry.address for entry in entries if entry.family == socket.AF_INET]
@@ -43,8 +43,8 @@ def addresses() -> dict[str, str]:
 
 
 def fabric(root: Path = INFINIBAND) -> list[str]:
-    """The host channel adapters with an active port of the highest rate on this node: a slower one is for
-    storage or management, and NCCL would use it all the same."""
+    """The host channel adapters with an active port of the highest rate on this node. Slower ones are
+    for storage or management, but NCCL would use them too."""
     rates: dict[str, float] = {}
     for port in sorted(root.glob("*/ports/*")):
         if "ACTIVE" in (port / "state").read_text().split():
@@ -55,9 +55,10 @@ def fabric(root: Path = INFINIBAND) -> list[str]:
 
 
 def environment(interface: str, given: Mapping[str, str], root: Path = INFINIBAND) -> dict[str, str]:
-    """What tells gloo and NCCL to use `interface` and the fabric's adapters. Nothing that `given` sets."""
+    """Environment variables that make gloo and NCCL use `interface` and the fabric's adapters, without those
+    that `given` already sets."""
     chosen = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     if adapters := fabric(root):
-        # "=" asks for exactly these names: without it they are prefixes.
+        # With "=" NCCL matches exactly these names; without it they are prefixes.
         chosen["NCCL_IB_HCA"] = "=" + ",".join(adapters)
     return {name: value for name, value in chosen.items() if name not in given}

@@ -1,4 +1,4 @@
-"""A job script from a configuration and an allocation: a head that is made here, and train.sh."""
+"""The job script of a configuration and an allocation: a generated head, followed by train.sh."""
 
 import re
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ BODY = Path(__file__).with_name("train.sh")
 
 @dataclass(frozen=True)
 class Allocation:
-    """What is asked of Slurm. One task runs on each GPU, or `tasks` a node where gpus is 0.
+    """Resources to request from Slurm. One task runs on each GPU, or `tasks` per node if gpus is 0.
 
-    nodes        that train
-    serve_nodes  more nodes, whose GPUs are SGLang servers'
+    nodes        number of nodes that train
+    serve_nodes  number of additional nodes, whose GPUs run SGLang servers
     notice_s     seconds before the time limit at which the ranks are asked to save
-    container    image for pyxis; None: the nodes' own python
-    mounts       SOURCE:TARGET of the container, beside the working folder
-    interface    network interface, the same name on every node; None: each node's own towards the first one
-    restarts     times a stopped run is put back into the queue
+    container    image for pyxis; None: run in the nodes' own environment
+    mounts       SOURCE:TARGET mounts of the container, besides the working folder
+    interface    network interface, the same name on every node; None: on each node, the one towards the first
+    restarts     times a stopped run is requeued
     """
 
     nodes: int
@@ -45,7 +45,7 @@ class Allocation:
 
     @property
     def world(self) -> int:
-        """Ranks that train."""
+        """Number of ranks that train."""
         return self.nodes * (self.gpus or self.tasks)
 
     @property
@@ -54,12 +54,12 @@ class Allocation:
 
 
 def check_options(allocation: Allocation) -> None:
-    """Raises ConfigError for what sbatch would take, and mean something else by."""
+    """Raises ConfigError for options that sbatch would accept with another meaning."""
     limit = seconds_of(allocation.time)
     if limit is not None and allocation.notice_s >= limit:
         raise ConfigError(
             f"--notice-s {allocation.notice_s}: the ranks would be asked to save before they start; --time "
-            f"{allocation.time} is {limit} s: lower the one, or raise the other"
+            f"{allocation.time} is {limit} s: lower --notice-s, or raise --time"
         )
     for mount in allocation.mounts:
         if allocation.container is None or ":" not in mount:
@@ -67,8 +67,8 @@ def check_options(allocation: Allocation) -> None:
 
 
 def seconds_of(time: str) -> int | None:
-    """Of a limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for none (0, UNLIMITED) and
-    for what sbatch refuses."""
+    """Parse a time limit as sbatch does: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for no limit (0,
+    UNLIMITED) and for text that sbatch refuses."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
         return None
     days, dash, rest = time.rpartition("-")
@@ -81,7 +81,7 @@ def seconds_of(time: str) -> int | None:
 
 
 def check(config: Config, allocation: Allocation) -> None:
-    """Raises ConfigError where the allocation is not whole copies of the model's layout."""
+    """Raises ConfigError if the training ranks are not a multiple of what a model's layout needs."""
     models = config.models
     for name, model in (("policy", models.policy), ("critic", models.critic), ("rollout", models.rollout)):
         if model is None:
@@ -94,11 +94,11 @@ def check(config: Config, allocation: Allocation) -> None:
 
 
 def check_servers(config: Config, allocation: Allocation) -> None:
-    """Raises ConfigError where nobody would serve the run, and for servers that nobody asks or may ask, or
-    that a node has no GPUs for."""
+    """Raises ConfigError if the run needs servers and gets none, if it would not use them, if they have no
+    API key file, or if a node has too few GPUs for them."""
     sglang, asked = config.rollout.sglang, allocation.serve_nodes
     if asked and config.rollout.engine != "sglang":
-        raise ConfigError(f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} asks no servers")
+        raise ConfigError(f"--serve-nodes {asked}: rollout.engine={config.rollout.engine} uses no servers")
     if asked and (sglang.colocated or not config.own_servers):
         raise ConfigError(f"--serve-nodes {asked}: rollout.sglang already says where the servers are")
     if not config.own_servers:
@@ -110,14 +110,14 @@ def check_servers(config: Config, allocation: Allocation) -> None:
         )
     if sglang.api_key_file is None:
         raise ConfigError(
-            "rollout.sglang.api_key_file: missing; servers of a job are on the network, and want a key"
+            "rollout.sglang.api_key_file: missing; servers of a job are on the network, and need a key"
         )
     if allocation.gpus:
         check_gpus(config.serve, allocation.gpus)
 
 
 def check_gpus(serve: Serve, gpus: int) -> None:
-    """Raises ConfigError where servers want more GPUs than a node has."""
+    """Raises ConfigError if the servers of one node need more GPUs than it has."""
     wanted = serve.servers * serve.tp
     if wanted > gpus:
         fewer = f"set serve.servers to at most {gpus // serve.tp}, or " if serve.tp <= gpus else ""
@@ -128,9 +128,9 @@ def check_gpus(serve: Serve, gpus: int) -> None:
 
 
 def check_memory(config: Config, allocation: Allocation) -> str:
-    """What the plan says of an allocation's GPUs; nothing where there are none. Raises ConfigError where the
-    run does not fit, or cannot be planned."""
-    # Scripts are also written where neither megatron-core nor transformers is.
+    """The plan's verdict on the allocation's GPUs; "" if it has none. Raises ConfigError if the run does not
+    fit, or cannot be planned."""
+    # Scripts are also written on machines without megatron-core and transformers.
     from megatron_troll.launch.plan.build import plan
     from megatron_troll.launch.plan.table import verdict
 
@@ -143,13 +143,13 @@ def check_memory(config: Config, allocation: Allocation) -> str:
 
 
 def write(config: Config, path: str, overrides: Sequence[str], allocation: Allocation) -> str:
-    """The whole script of `mtroll train PATH OVERRIDES`. Raises ConfigError."""
+    """The whole script that runs `mtroll train PATH OVERRIDES`. Raises ConfigError."""
     head = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in options(config.name, allocation))]
     return "\n".join([*head, "", body(config, path, overrides, allocation)])
 
 
 def body(config: Config, path: str, overrides: Sequence[str], allocation: Allocation) -> str:
-    """What the batch shell does, in the folder it was submitted from. Raises ConfigError."""
+    """Commands of the batch shell, run in the folder it was submitted from. Raises ConfigError."""
     check_options(allocation)
     check(config, allocation)
     check_servers(config, allocation)
@@ -172,7 +172,7 @@ def body(config: Config, path: str, overrides: Sequence[str], allocation: Alloca
 
 
 def options(name: str, allocation: Allocation) -> list[str]:
-    """sbatch's options, each of them a line. Raises ConfigError."""
+    """sbatch's options, one per line of the script. Raises ConfigError."""
     asked: dict[str, str | int | None] = {
         "job-name": name,
         "nodes": allocation.all_nodes,
@@ -188,13 +188,13 @@ def options(name: str, allocation: Allocation) -> list[str]:
     }
     for option, value in asked.items():
         if not str(value).isprintable():
-            raise ConfigError(f"{option}: {value!r} has a character that a line of sbatch's cannot hold")
+            raise ConfigError(f"{option}: {value!r} has a character that an #SBATCH line cannot hold")
     given = [f"--{name}={quote(str(value))}" for name, value in asked.items() if value is not None]
     return [*given, "--requeue"]
 
 
 def serving(config: Config, allocation: Allocation) -> list[str]:
-    """srun's options for a job's own servers, on its first nodes or beside the ranks; none for no servers."""
+    """srun's options for a job's own servers, on its first nodes or beside the ranks; [] without servers."""
     if allocation.serve_nodes:
         nodes, shared = allocation.serve_nodes, []
     elif config.own_servers and config.rollout.sglang.colocated:
@@ -205,12 +205,12 @@ def serving(config: Config, allocation: Allocation) -> list[str]:
 
 
 def file_of(container: str | None) -> str:
-    """The file that the image is; nothing for one of a registry."""
+    """The image's path if it is a file (.sqsh); "" for an image of a registry."""
     return container if container and container.endswith(".sqsh") else ""
 
 
 def pyxis(allocation: Allocation) -> str:
-    """srun's options for a container that sees the working folder, as words of bash; none without one."""
+    """srun's options for a container that mounts the working folder, as words of bash; "" without one."""
     if allocation.container is None:
         return ""
     mounts = re.sub(r'([\\"$`])', r"\\\1", "".join(f",{mount}" for mount in allocation.mounts))

@@ -1,7 +1,7 @@
-"""One task of a job step, which is one rank: srun ... python -m megatron_troll.launch.slurm.task LOGS ARGS...
+"""One task of a job step, for one rank: srun ... python -m megatron_troll.launch.slurm.task LOGS ARGS...
 
-Slurm says which rank it is; the ranks meet through LOGS, the folder of this attempt. `mtroll ARGS...` runs
-as a child: when it is killed outright, somebody is left to say so.
+Slurm sets the rank; the ranks find rank 0 through LOGS, the folder of this attempt. `mtroll ARGS...` runs as
+a child process, so that this process can still report if it is killed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MEETING_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Seat:
-    """A task's place in its step. launcher: address of the node that srun runs on."""
+    """A task's place in its job step. launcher: address of the node that srun runs on."""
 
     rank: int
     world: int
@@ -36,10 +36,10 @@ class Seat:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Seat":
-        """Raises ValueError where it is not that of a task of `srun`."""
+        """Read the seat from a task's environment. Raises ValueError if `srun` did not set it."""
         missing = [name for name in ("SLURM_PROCID", "SLURM_LAUNCH_NODE_IPADDR") if name not in environment]
         if missing:
-            raise ValueError(f"{', '.join(missing)} not set: this is started by srun, a task a rank")
+            raise ValueError(f"{', '.join(missing)} not set: start this with srun, one task per rank")
         number, world = int(environment["SLURM_NODEID"]), int(environment["SLURM_NTASKS"])
         return cls(
             rank=int(environment["SLURM_PROCID"]),
@@ -52,7 +52,7 @@ class Seat:
 
 
 def tasks_of_nodes(text: str) -> list[int]:
-    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
+    """Parse Slurm's "2(x3),1" into [2, 2, 2, 1]."""
     counts = []
     for part in text.split(","):
         count, _, times = part.removesuffix(")").partition("(x")
@@ -61,11 +61,11 @@ def tasks_of_nodes(text: str) -> list[int]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Be one rank of `mtroll ARGS...`; its exit code."""
+    """Run one rank of `mtroll ARGS...` and return its exit code."""
     parser = argparse.ArgumentParser(prog="task")
-    parser.add_argument("--interface", default=None, help="of the network; default: the one towards srun")
+    parser.add_argument("--interface", default=None, help="network interface; default: the one towards srun")
     parser.add_argument("logs", type=Path, help="folder of this attempt, on a file system all nodes share")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="mtroll's")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of mtroll")
     arguments = parser.parse_args(argv)
     seat = Seat.of(os.environ)
     environment = join(seat, arguments.logs, arguments.interface)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def join(seat: Seat, logs: Path, interface: str | None) -> dict[str, str]:
-    """The environment of a rank, once all know where rank 0 is. Raises TimeoutError, ValueError."""
+    """The environment of a rank, once rank 0's address is known. Raises TimeoutError, ValueError."""
     file = logs / MEETING
     if seat.rank == 0:
         own = network.address_of(interface) if interface else network.address_towards(seat.launcher)
@@ -99,7 +99,7 @@ def join(seat: Seat, logs: Path, interface: str | None) -> dict[str, str]:
 
 
 def blame(logs: Path, failure: Failure) -> None:
-    """One file a failing rank, named so that the first one sorts first: what the job says last."""
+    """Write a file per failing rank; names sort by time, and the job ends by printing the first one."""
     name = f"{time.time_ns():020d}_rank_{failure.rank.number}"
     write_atomic(logs / FAILED / name, f"{failure} (on {socket.gethostname()}; {failure.rank.stderr})\n")
 

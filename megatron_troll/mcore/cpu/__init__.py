@@ -1,1 +1,1 @@
-"""The only room that knows there is no GPU: what megatron-core needs to run on CPU tensors with gloo."""
+"""Support for megatron-core on CPU tensors with gloo; only parallel.py imports it."""

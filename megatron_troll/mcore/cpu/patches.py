@@ -1,8 +1,8 @@
-"""The patches under which megatron-core runs on CPU with gloo.
+"""Patches that let megatron-core run on CPU with gloo.
 
 Each entry names what it replaces and why; `tests/dist/test_cpu_patches.py` pins the list.
-Everything else Megatron-Core needs is given through its own flags and layer specs. `install` does nothing
-where CUDA exists.
+Everything else that Megatron-Core needs is set through its own flags and layer specs. `install` does nothing
+if CUDA is available.
 """
 
 import functools
@@ -43,7 +43,7 @@ class CpuStream(torch.cpu.Stream):
         return None
 
     def record_event(self) -> "CpuStream":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Itself: all that is asked of the event is `synchronize`."""
+        """Return itself: callers use only `synchronize` of the event."""
         return self
 
 
@@ -100,7 +100,7 @@ def _on_one_device(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def patches() -> tuple[Patch, ...]:
-    """The list, in the order it is applied. Imports the Megatron modules it touches."""
+    """All patches, in the order they are applied. Imports the Megatron modules that they change."""
     import megatron.core.tensor_parallel.random as mcore_random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -133,7 +133,7 @@ def patches() -> tuple[Patch, ...]:
 
 @functools.cache
 def install() -> tuple[str, ...]:
-    """Apply the list once per process and return the names; nothing where CUDA exists."""
+    """Apply the patches once per process and return their names; does nothing if CUDA is available."""
     if torch.cuda.is_available():
         return ()
     applied = patches()

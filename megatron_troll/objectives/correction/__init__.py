@@ -1,1 +1,1 @@
-"""Slot `correction`: the weight for a rollout policy that is not the old one. One method a file, by name."""
+"""Slot `correction`: weights if rollout and old policy differ. One file per method, named after it."""

@@ -14,9 +14,9 @@ from megatron_troll.types import HeadRequest, ObjectiveInputs
 
 
 class IcePop(Correction):
-    """C_t = r_t where alpha <= r_t <= beta, else 0;  r_t = old(o_t) / rollout(o_t), detached.
+    """C_t = r_t if alpha <= r_t <= beta, else 0;  r_t = old(o_t) / rollout(o_t), detached.
 
-    The defaults are NeMo-RL's. Tokens left out still count in the denominator.
+    The defaults are NeMo-RL's. Tokens that are left out still count in the denominator.
     """
 
     family: ClassVar[str] = "weight"

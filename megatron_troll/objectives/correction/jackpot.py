@@ -1,9 +1,9 @@
 """Jackpot: rollout tokens rejected so that the accepted ones follow the trainer's policy more closely
 (arXiv 2602.06107, Alg. 1; ALGORITHMS 5).
 
-Optimal budgeted rejection sampling: a token drawn from the proposal q is accepted with probability min(1, p
-/ (lam q)) for a target p; accepted tokens follow min(q, p / lam) / Z. All log-probabilities; nothing here
-holds N x V unless given it.
+Optimal budgeted rejection sampling: a token sampled from the proposal q is accepted with probability
+min(1, p / (lam q)) for a target p; accepted tokens follow min(q, p / lam) / Z. All arguments are
+log-probabilities; nothing here holds N x V unless it is passed in.
 """
 
 import math
@@ -54,12 +54,12 @@ DIAGNOSTICS: Diagnostics = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of the rollout tokens: p the target, q the rollout policy.
+    """Rejection of the rollout tokens, with target p and rollout policy q.
 
     target    [N] log p(o_t)
     old       [N] log old(o_t)
     accept    [N] probability that the token is accepted
-    accepted  [N] 1 where it was
+    accepted  [N] 1 if it was accepted, else 0
     overlap   [N] Z_approx, sum of min(q, p / lam) over the rollout engine's top k
     """
 
@@ -73,20 +73,20 @@ class Trial:
 class Jackpot(Correction):
     """C_t = Mask_t min(w_t, c1) min(old(o_t) / p(o_t), c2),   w_t = Z_t max(lam, p(o_t) / q(o_t))
 
-    Mask_t = [u_t < min(1, p(o_t) / (lam q(o_t)))] with the uniform u_t drawn with the rollout, so that a
-    replay rejects the same tokens; Z_t = min(1, kappa Z_approx). Everything is detached, and re-evaluated at
-    each update where the target is the new policy.
+    Mask_t = [u_t < min(1, p(o_t) / (lam q(o_t)))] with a uniform u_t stored with the rollout, so that a
+    replay rejects the same tokens; Z_t = min(1, kappa Z_approx). Everything is detached, and recomputed at
+    each update if the target is the new policy.
 
-    Our choices: the terms of Z_approx where q was not stored count 0; kappa = mean accept_prob / mean
-    Z_approx over all tokens of the optimizer step (Rao-Blackwell: the printed one counts acceptances) repairs
-    the mean, within [0.5, 4]; the paper prints no lam, c1, c2 and no min on Z_t, and Alg. 1 line 26 omits
-    the mask that its eq. 5 has. `denominator: accepted` divides the score by accepted tokens: of the step
-    (token-mean), or of each response (sequence aggregations, L_max shrinking with them).
+    Our choices: terms of Z_approx whose q was not stored count as 0; kappa = mean accept_prob / mean Z_approx
+    over all tokens of the optimizer step (Rao-Blackwellised: the paper's formula counts acceptances) corrects
+    the mean, within [0.5, 4]; the paper prints no values of lam, c1, c2 and no min on Z_t, and Alg. 1 line 26
+    omits the mask that its eq. 5 has. `denominator: accepted` divides the score by the accepted tokens: of
+    the step (token-mean), or of each response (sequence aggregations; L_max shrinks in proportion).
     """
 
     target: Literal["new", "ref"] = Field(
         default="new",
-        description="the law that accepted tokens should follow: the new policy, or the old one",
+        description="the distribution that accepted tokens should follow: the new policy, or the old one",
     )
     lam: PositiveFloat = Field(default=1.0, description="how much is rejected; towards 0: nothing")
     c1: PositiveFloat = Field(default=3.0, description="largest weight of an accepted token")
@@ -186,14 +186,14 @@ class Jackpot(Correction):
         return at_rollout_of(readings, side, KEY)
 
     def _kappa(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        """The calibration of Z_approx over the step, and whether it was clamped; scalars."""
+        """kappa, which calibrates Z_approx over the step, and whether it was clamped; scalars."""
         _, accept, overlap, *_ = moments
         kappa = accept / overlap.clamp(min=torch.finfo(overlap.dtype).tiny)
         limited = kappa.clamp(*KAPPA_LIMITS) if self.clamp else kappa
         return limited, limited != kappa
 
     def _denominator(self, inputs: ObjectiveInputs, statistics: Statistics) -> Tensor:
-        """What turns a mean over all tokens into one over accepted tokens; scalar or [N]."""
+        """Factor that turns a mean over all tokens into one over accepted tokens; scalar or [N]."""
         if self.denominator == "all":
             return inputs.weight.new_ones(())
         if inputs.aggregation is None:
@@ -204,7 +204,8 @@ class Jackpot(Correction):
         return tokens.sum() / accepted.sum().clamp(min=1.0)
 
     def _divergences(self, inputs: ObjectiveInputs, z: Tensor) -> dict[str, Tensor]:
-        """[N] KL of the target to the rollout policy, and to the law of accepted tokens, summed over V_k."""
+        """[N] KL of the target to the rollout policy, and to the distribution of accepted tokens, both summed
+        over the rollout engine's top k."""
         record = self._record(inputs)
         kept = first_slots(record, self.k, union_sampled=False)
         target = where(kept, self._target(inputs), float("-inf"))
@@ -219,12 +220,12 @@ def accept_prob(target: Tensor, proposal: Tensor, lam: float) -> Tensor:
 
 
 def log_accepted(target: Tensor, proposal: Tensor, lam: float) -> Tensor:
-    """log min(q, p / lam), elementwise: the law of accepted tokens before it is normalised."""
+    """log min(q, p / lam), elementwise: the distribution of accepted tokens before normalisation."""
     return torch.minimum(proposal, target - math.log(lam))
 
 
 def importance(target: Tensor, proposal: Tensor, lam: float) -> Tensor:
-    """max(lam, p / q), elementwise: p over the law of accepted tokens, Z left out. The log-ratio is
+    """max(lam, p / q), elementwise: p over the distribution of accepted tokens, without Z. The log-ratio is
     clamped to [-20, 20]."""
     return importance_ratio(target, proposal).clamp(min=lam)
 
@@ -235,13 +236,13 @@ def kl_of_sparse(target: Tensor, other: Tensor) -> Tensor:
 
 
 def correlation(moments: Tensor) -> Tensor:
-    """Pearson's coefficient from the sums [6] of 1, x, y, x^2, y^2 and x y. NaN where x or y is constant."""
+    """Pearson's coefficient from the sums [6] of 1, x, y, x^2, y^2 and x y. NaN if x or y is constant."""
     n, x, y, xx, yy, xy = moments.double()
     spread = (n * xx - x.square()).clamp(min=0.0) * (n * yy - y.square()).clamp(min=0.0)
     return ((n * xy - x * y) / spread.sqrt()).clamp(-1.0, 1.0)
 
 
 def moments(x: Tensor, y: Tensor, counted: Tensor) -> Tensor:
-    """The sums [6] of `correlation`, float64, of x [N] and y [N] where counted [N] is 1 (0 elsewhere)."""
+    """The sums [6] for `correlation`, float64, of x [N] and y [N] over tokens with counted [N] = 1."""
     x, y, counted = x.double(), y.double(), counted.double()
     return torch.stack([torch.ones_like(x), x, y, x.square(), y.square(), x * y]) @ counted

@@ -1,1 +1,1 @@
-"""Slot `kl`: the penalty that keeps the policy near the reference. One method a file, by name."""
+"""Slot `kl`: the penalty that keeps the policy near the reference. One file per method, named after it."""

@@ -7,8 +7,8 @@ from megatron_troll.types import HeadRequest, ObjectiveInputs
 
 
 class ExactKl(ReferenceKl):
-    """K_t = KL(new || reference) at the position of token t, whatever token was drawn there. The head
-    forms it while it holds both full rows, N x V."""
+    """K_t = KL(new || reference) at the position of token t, whatever token was sampled there. The
+    head computes it while it holds both full rows, N x V."""
 
     @property
     def reads(self) -> HeadRequest:

@@ -7,7 +7,7 @@ from megatron_troll.objectives.sampled_kl import SampledKl
 
 class K1(SampledKl):
     """k(x) = x, coefficient 1. Unbiased as a value, may be negative; on policy its gradient is 0 in
-    expectation, so it does not hold the policy back by itself."""
+    expectation, so that on its own it does not keep the policy near the reference."""
 
     def estimate(self, x: Tensor) -> Tensor:
         return x

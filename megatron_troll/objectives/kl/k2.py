@@ -6,7 +6,7 @@ from megatron_troll.objectives.sampled_kl import SampledKl
 
 
 class K2(SampledKl):
-    """k(x) = x^2 / 2, coefficient x: on policy, in expectation, the gradient of the reverse KL. Biased as
+    """k(x) = x^2 / 2, coefficient x: on policy, its expected gradient is that of the reverse KL. Biased as
     a value."""
 
     def estimate(self, x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from megatron_troll.objectives.sampled_kl import SampledKl, k3
 
 
 class K3WithK2Gradient(SampledKl):
-    """k(x) = k2 - sg(k2) + sg(k3): unbiased and never negative as a value, and on policy the gradient of
-    the reverse KL."""
+    """k(x) = k2 - sg(k2) + sg(k3): unbiased and never negative as a value; on policy its gradient is that
+    of the reverse KL."""
 
     def estimate(self, x: Tensor) -> Tensor:
         k2 = x.square() / 2.0

@@ -24,7 +24,7 @@ from megatron_troll.types import HeadRequest, ObjectiveInputs, Support, TopK
 @dataclass(frozen=True)
 class LogpPair:
     """Log-probabilities [N, W] of both models at the ids of one record; kept [N, W]: the set S; inside [N]:
-    where the sampled token is in S; floored [N]: where the reference was raised to the floor."""
+    whether the sampled token is in S; floored [N]: whether the reference was raised to the floor in S."""
 
     topk: TopK
     new: Tensor
@@ -37,14 +37,14 @@ class LogpPair:
 class Tike(ReferenceKl):
     """K_t = r_t sum_{v in S} new(v) log(new(v) / ref(v)),   r_t = new(o_t) / old(o_t)   (eq. 6)
 
-    S is the top-k of the new policy (paper), or of the old one with `support: old`; its choice is not
-    differentiated. r_t is a constant of the gradient (eq. 17) unless `diff_is`. At a fixed history the sum
-    does not depend on o_t, so r_t has mean 1 and adds variance alone: `is_weight: none` leaves it out.
+    S is the top-k of the new policy (paper), or of the old one with `support: old`; the choice of S is
+    not differentiated. r_t is detached (eq. 17) unless `diff_is`. For a fixed prefix the sum does not depend
+    on o_t, so that r_t has mean 1 and only adds variance: `is_weight: none` leaves it out.
 
-    The paper's remark recommends o_t in S (`union_sampled`); off by default, because then the mean of K_t is
-    neither the truncated nor the full KL. `tail: horvitz` adds [o_t not in S] r_t log(new / ref)(o_t), with
-    its own ratio differentiated: an unbiased estimate of the full KL and of its gradient.
-    A reference log-prob below `floor` counts as `floor` and is reported.
+    The paper's remark recommends adding o_t to S (`union_sampled`); off by default, because then the mean of
+    K_t is neither the truncated nor the full KL. `tail: horvitz` adds [o_t not in S] r_t log(new / ref)(o_t),
+    with its own ratio differentiated: an unbiased estimate of the full KL and of its gradient. A reference
+    log-prob below `floor` counts as `floor`, and the share of positions with one is reported.
     """
 
     k: Positive = Field(default=16, description="tokens summed over")
@@ -67,7 +67,7 @@ class Tike(ReferenceKl):
         if self.diff_is and self.is_weight == "none":
             raise ValueError("diff_is: true needs is_weight: token")
         if self.union_sampled and self.tail == "horvitz":
-            raise ValueError("tail: horvitz needs union_sampled: false, or the tail is never drawn")
+            raise ValueError("tail: horvitz needs union_sampled: false, or the tail is never sampled")
         return self
 
     @property
@@ -123,14 +123,14 @@ class Tike(ReferenceKl):
         return LogpPair(topk, log_probs(topk, "new"), reference.clamp(min=self.floor), kept, inside, floored)
 
     def _outside(self, sides: LogpPair) -> Tensor:
-        """What the sampled token adds [N] where it lies outside S, 0 elsewhere."""
+        """[N] term of the sampled token if it lies outside S, otherwise 0."""
         x = at_sampled(sides.new, sides.topk) - at_sampled(sides.reference, sides.topk)
         x = where(sides.inside | (sides.topk.place < 0), 0.0, x)
         return x + (-x).expm1() if self.non_negative else x
 
 
 def _report(sides: LogpPair) -> dict[str, Tensor]:
-    """Measured without gradient: the mass of S, and whether the sampled token lies outside it."""
+    """Diagnostics without gradient: mass of S, whether the sampled token is outside it, use of the floor."""
     new = sides.new.detach()
     return {
         "reference_kl_mass": where(sides.kept, new, float("-inf")).exp().sum(1),

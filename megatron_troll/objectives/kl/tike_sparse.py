@@ -14,13 +14,13 @@ from megatron_troll.types import HeadRequest, ObjectiveInputs, Support
 
 
 class TikeSparse(Sparse, ReferenceKl):
-    """K_t = KL(new' || ref') >= 0, both made by eq. 21 of TROLL with the support S of the new record, the
+    """K_t = KL(new' || ref') >= 0, both built by eq. 21 of TROLL on the support S of the new record, the
     sampled token included; tokens outside S have p_d in both and add 0.
 
-    The logsumexp cancels on both sides, so the loss reads logits of S alone. The defaults are TROLL's, so
-    that one record serves both. No importance weight: at a fixed history it would add variance alone. A
-    token that the new policy forbids leaves S; a reference logit more than `-floor` below the largest of S
-    counts as that.
+    The logsumexp cancels on both sides, so that the loss reads only the logits of S. The defaults are
+    TROLL's, so that one record serves both methods. There is no importance weight: for a fixed prefix it
+    would only add variance. A token whose new logit is -inf leaves S; a reference logit more than `-floor`
+    below the largest of S is raised to that limit.
     """
 
     floor: Annotated[float, Field(lt=0)] = Field(
@@ -53,6 +53,6 @@ class TikeSparse(Sparse, ReferenceKl):
         return Term(self.beta * value, per_token)
 
     def _sparse(self, logits: Tensor, kept: Tensor, vocab: int) -> Tensor:
-        """log p' [N, W] on `kept`. Its slots need not come first, so none is cut by a count."""
+        """log p' [N, W] on the `kept` slots. They need not come first, so the count is the width W."""
         every = full_like(kept[:, 0], kept.shape[1], dtype=int64)
         return sparse_logp(where(kept, logits, float("-inf")), every, vocab, self.p_d)

@@ -1,1 +1,1 @@
-"""Slot `ratio`: how a token or response is weighed against the old policy. One method a file, by name."""
+"""Slot `ratio`: the ratio of a token or response to the old policy. One file per method, named after it."""

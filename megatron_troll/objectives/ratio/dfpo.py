@@ -22,8 +22,8 @@ class ResponseGroups(NamedTuple):
     rollout   [P] index in the rollout batch
     log_s     [P] mean log-ratio of the tokens, 0 for an empty response
     advantage [P]
-    group     [P] in [0, len(names)); names: their prompts
-    weight, value   [P] sums of weight_t and of weight_t log pi_t
+    group     [P] in [0, len(names)); names: prompt of each group, its index in the rollout batch
+    weight, value   [P] sums over the tokens of weight_t and of weight_t log pi_t
     """
 
     rollout: Tensor
@@ -38,18 +38,18 @@ class ResponseGroups(NamedTuple):
 class Dfpo(Ratio):
     """score_it = sg(s~_i) A_i log pi(o_it),  s~ = transform(s_bar, A) over each prompt's responses  (eq. 68)
 
-    s_bar_i is s_i of GSPO as the trust region counts it: under clip, min(s, clip(s)) for A >= 0, else
-    max(s, clip(s)) (eq. 47). s~ is a constant; reported values are s~_i A_i. A sequence that GSPO clips keeps
-    its gradient unless `drop_clipped`. The paper does not print its clip; GSPO's 3e-4, 4e-4 are meant.
+    s_bar_i is GSPO's s_i after the trust region's limit: under clip, min(s, clip(s)) for A >= 0, else
+    max(s, clip(s)) (eq. 47). s~ is detached; reported values are s~_i A_i. A sequence that GSPO clips keeps
+    its gradient unless `drop_clipped`. The paper does not print its clip range; use GSPO's 3e-4, 4e-4.
 
-    alpha_it of eq. 68 is the aggregation: 1/T_i (the paper) under seq-mean-token-mean; token-mean and
-    seq-mean-token-sum-norm are a constant, with which prefixes shared by a whole group cancel exactly.
+    alpha_it of eq. 68 is the aggregation: 1/T_i (the paper) under seq-mean-token-mean, and a constant under
+    token-mean and seq-mean-token-sum-norm, with which prefixes shared by a whole group cancel exactly.
 
     `stop_gradient: false` is eq. 68 without sg: the product rule adds log pi d s~ to s~ d log pi, exact over
     micro-batches and ranks. (Differentiating sum s~ A itself would give exactly 0 for centred A.)
 
     With trust_region troll (experimental) s and log pi are those of the projected policy.
-    Waits for the device in every micro-batch: groups that are not whole or not centred are refused.
+    Waits for the device in every micro-batch, to refuse groups that are incomplete or not centred.
     """
 
     family: ClassVar[str] = "response"
@@ -107,12 +107,12 @@ class Dfpo(Ratio):
         }
 
     def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
-        """s_i, before the transform."""
+        """[N] s_i, before the transform."""
         return log_ratio(policy, inputs).exp()
 
     def policy_statistics(self, policy: Policy, inputs: ObjectiveInputs) -> Statistics:
-        """[rollouts] each. Context-parallel ranks hold parts of the tokens but all of the responses, so the
-        numbers of a response come with how often it was counted."""
+        """Sums per response, [rollouts] each. Context-parallel ranks hold parts of the tokens but all of the
+        responses, so per-response values are divided later by `copies`, the times they were counted."""
         if inputs.response_advantage is None:
             raise ValueError("dfpo weighs whole responses: it needs one advantage for each")
         zeros = torch.zeros(inputs.rollouts, dtype=torch.float64, device=policy.logp.device)
@@ -176,8 +176,8 @@ class Dfpo(Ratio):
                 return transforms.orthogonal(*arguments)
 
     def _slope(self, groups: ResponseGroups, region: TrustRegion) -> Tensor:
-        """[P] what the product rule adds to the coefficient of each token's log pi, before aggregation: log s
-        is the mean of the response's log-ratios, and the tokens of a response share one weight."""
+        """[P] term that the product rule adds to the coefficient of each token's log pi, before aggregation:
+        log s is the mean of the response's log-ratios, and the tokens of a response share one weight."""
         with torch.enable_grad():
             log_s = groups.log_s.clone().requires_grad_()
             _, weights = self.weights(groups, log_s, region)

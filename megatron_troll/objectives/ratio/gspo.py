@@ -13,7 +13,7 @@ LARGEST = 10.0
 
 
 def log_ratio(policy: Policy, inputs: ObjectiveInputs) -> Tensor:
-    """[N] mean over the token's response of log pi - log old, at most 10; detached."""
+    """[N] mean of log pi - log old over each token's response, at most 10; detached."""
     total = inputs.segments.sum((policy.logp - policy.old).detach())
     return (inputs.segments.expand(total) / lengths(inputs)).clamp(max=LARGEST)
 
@@ -22,9 +22,10 @@ class Gspo(Ratio):
     """s_i = exp(mean_t log r_t); each token carries s_it = sg(s_i) pi / sg(pi), which has the value s_i and,
     averaged over the response, its gradient.
 
-    With `trust_region: clip` this is GSPO; its bounds are eps_low 3e-4, eps_high 4e-4 (TRL's index), not
-    those of a token. Under `aggregation: seq-mean-token-mean` the loss is the paper's; other aggregations
-    weigh a response by its length. With `trust_region: troll` s_i is of the projected policy, unclipped.
+    With `trust_region: clip` this is GSPO; its bounds are eps_low 3e-4, eps_high 4e-4 (TRL's paper index),
+    not those of token ratios. Under `aggregation: seq-mean-token-mean` the loss is the paper's; other
+    aggregations weigh a response by its length. With `trust_region: troll` s_i is the projected policy's,
+    unclipped.
     """
 
     family: ClassVar[str] = "response"

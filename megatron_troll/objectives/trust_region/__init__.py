@@ -1,1 +1,1 @@
-"""Slot `trust_region`: how far an update may move the policy. One method a file, by name."""
+"""Slot `trust_region`: how far an update may move the policy. One file per method, named after it."""

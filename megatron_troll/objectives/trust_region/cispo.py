@@ -14,7 +14,7 @@ from megatron_troll.types import ObjectiveInputs
 class Cispo(TrustRegion):
     """score = sg(clip(r, 1 - eps_low, 1 + eps_high)) A log pi(o): a clipped token keeps its gradient.
 
-    Aggregation is token-mean. eps_high is tuned in every recipe; 5.0 is NeMo-RL's, 0.28 Trinity's.
+    Aggregation must be token-mean. eps_high is tuned in every recipe; 5.0 is NeMo-RL's, 0.28 Trinity's.
     """
 
     family: ClassVar[str] = "weight"

@@ -20,12 +20,12 @@ QUANTILE = 0.9
 
 
 def _constant(place: int) -> Callable[[dict[str, Any]], float]:
-    """A default of the paper for the chosen divergence."""
+    """The paper's default for the chosen divergence: delta (place 0) or delta_b (place 1)."""
     return lambda data: (budget.TV if data["divergence"].endswith("tv") else budget.KL)[place]
 
 
 class Accounts(NamedTuple):
-    """What each token is charged and allowed, [L] float64: w, D, S and W up to and with it, c."""
+    """Budget accounts of each token, [L] float64: w, D, S and W up to and including the token, c."""
 
     weight: Tensor
     divergence: Tensor
@@ -40,17 +40,18 @@ class Accounts(NamedTuple):
 
 
 class Cppo(Masking):
-    """M_t = 1 where A_t (rho_t - 1) <= 0 or w_t D_t <= c_t, with w_t and c_t of objectives/budget.py.
+    """M_t = 1 if A_t (rho_t - 1) <= 0 or w_t D_t <= c_t, with w_t and c_t of objectives/budget.py.
 
-    S and W run over all tokens of a response, kept or masked, inward or outward: what later tokens are
-    conditioned on has drifted regardless. Equality passes. T is the length of the response (Algorithm 1).
-    delta is the paper's (0.2 for mixtures of experts), delta_b 0.02 the default of its sensitivity study.
+    S and W run over all tokens of a response, kept or masked, inward or outward: the prefix of later
+    tokens has drifted in each case. Tokens with w_t D_t = c_t pass. T is the length of the response
+    (Algorithm 1). delta is the paper's (0.2 for mixtures of experts), delta_b 0.02 the default of its
+    sensitivity study.
 
     `gate_shape: soft` scales an outward token over its threshold by 1 / x_t, where x_t is the larger of
     w_t D_t / delta and S_t / (delta + delta_b W_{t-1})   (eq. 19, 20).
 
     `adaptive_b` is not the paper's rule, which gives every response its own delta_b: the 90th percentile of
-    its D_t, within [1, 2] times a minimum (eq. 22). Here one number serves the step.
+    its D_t, within [1, 2] times a minimum (eq. 22). Here the whole step has one value.
     """
 
     divergence: Divergence = Field(
@@ -140,7 +141,7 @@ class Cppo(Masking):
         return Term(torch.where(over, left, 1.0), per_token | self._of_responses(accounts, inputs))
 
     def accounts(self, divergence: Tensor, inputs: ObjectiveInputs, delta_b: float | Tensor) -> Accounts:
-        """The books of every token of the micro-batch's responses, from D [N]."""
+        """Accounts of every token of the micro-batch's responses, from D [N]."""
         owner = inputs.segments.owner
         whole = inputs.segments.whole(divergence).double()
         weight = self._weights(inputs)
@@ -180,7 +181,7 @@ class Cppo(Masking):
         return mean.nanquantile(QUANTILE).clamp(2 * self.adaptive_b, 4 * self.adaptive_b)
 
     def _of_responses(self, accounts: Accounts, inputs: ObjectiveInputs) -> dict[str, Tensor]:
-        """Once a response, on its last token: whether its budget ran out, and S_T / W_T."""
+        """Diagnostics of each response, on its last token: whether its budget ran out, and S_T / W_T."""
         mine, owner = inputs.segments.mine, inputs.segments.owner
         last = inputs.position == lengths(inputs) - 1
         lowest = mine(scan(accounts.threshold, owner, torch.minimum))
@@ -190,12 +191,12 @@ class Cppo(Masking):
 
 
 def _share(spent: Tensor, allowed: float | Tensor) -> Tensor:
-    """How much of `spent` is allowed, 1 where all of it is."""
+    """The share of `spent` that is allowed; 1 if all of it is."""
     return torch.where(spent > allowed, allowed / spent, 1.0)
 
 
 def _shuffled(step: Tensor, uniform: Tensor, owner: Tensor) -> Tensor:
-    """The places [L] of each response's tokens in the order of their random numbers."""
+    """Token places [L], shuffled within each response by the order of the tokens' random numbers."""
     order = uniform.argsort(stable=True)
     order = order[owner[order].argsort(stable=True)]
     return torch.empty_like(step).scatter(0, order, step)

@@ -14,8 +14,8 @@ DELTA = {"tv": 0.15, "kl": 0.05}
 
 
 class Dppo(Masking):
-    """M_t = 0 where D_t > delta and the update moves the token further out: A > 0 and rho > 1, or A <= 0
-    and rho < 1. Defaults of the authors' code, where the divergence is the binary one."""
+    """M_t = 0 if D_t > delta and the update moves the token further out: A > 0 and rho > 1, or A <= 0 and
+    rho < 1. Defaults are those of the authors' code, which uses the binary divergence."""
 
     divergence: Divergence = Field(
         default="binary_tv", description="of {sampled token, rest} or of the top-K and the rest"

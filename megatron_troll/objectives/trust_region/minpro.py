@@ -13,7 +13,7 @@ from megatron_troll.types import ObjectiveInputs
 
 
 class MinPro(TrustRegion):
-    """score = sg(min(r_t min_{i<t} r_i, 1 + eps_high)) A log pi(o); the minimum of nothing is 1.
+    """score = sg(min(r_t min_{i<t} r_i, 1 + eps_high)) A log pi(o); the minimum over no tokens is 1.
 
     Reconstructed from the abstract: the paper's own formula and its upper clip are not confirmed. The clip
     is CISPO's.

@@ -12,12 +12,12 @@ from megatron_troll.types import ObjectiveInputs
 
 
 class SymClip(TrustRegion):
-    """score = phi(r) A,  phi(r) = clip(r, 0, 1 + eps): opposite advantages of one ratio cancel.
+    """score = phi(r) A,  phi(r) = clip(r, 0, 1 + eps): opposite advantages at the same ratio cancel.
 
-    `grad: clip` differentiates the clip (the paper's minimal change): A r, and 0 above 1 + eps.
-    `grad: weight` reads eq. 81 beyond its linear segment, phi as a constant weight: A phi(r) everywhere.
-    eps is not printed: 0.2 is our choice. The lower side is free; there the gradient decays with r.
-    Cancellation over a group needs sum A = 0 and a normaliser that does not depend on the response.
+    `grad: clip` differentiates the clip (the paper's minimal change): gradient A r, and 0 above 1 + eps.
+    `grad: weight` applies eq. 81 beyond its linear segment, with phi as a detached weight: gradient A phi(r)
+    everywhere. The paper prints no eps; 0.2 is our choice. There is no lower bound: the gradient decays with
+    r there. Cancellation over a group needs sum A = 0 and a normaliser that does not depend on the response.
     """
 
     family: ClassVar[str] = "symclip"

@@ -16,10 +16,10 @@ DELTA = {"max": 0.1, "avg": 0.002}
 
 
 class Trm(Masking):
-    """M = 1 for every token of a response where max_t D_t <= delta (`max`) or mean_t D_t <= delta (`avg`).
+    """M = 1 for every token of a response with max_t D_t <= delta (`max`) or mean_t D_t <= delta (`avg`).
 
-    Read in the abstract, and as CPPO's paper runs it (appendix D): KL(mu || pi), with the thresholds of its
-    ablation. They are the defaults for TV too, where they mean something else: set delta.
+    Taken from the abstract, and from CPPO's paper (appendix D): KL(mu || pi), with the thresholds of its
+    ablation. They are the defaults for TV too, although TV has another scale: set delta for TV.
     """
 
     divergence: Divergence = Field(

@@ -19,11 +19,11 @@ from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs, Supp
 
 
 class Budget(Node):
-    """A bound of CPPO's making: eps_t = max(c_t, 0) / w_t with D_t = KL(new'_t || old'_t) (ALGORITHMS 7).
+    """A bound from CPPO's budget: eps_t = max(c_t, 0) / w_t with D_t = KL(new'_t || old'_t) (ALGORITHMS 7).
 
-    By default S accumulates what the projection leaves, min(D_t, eps_t), so that the budget never runs out;
-    `raw` accumulates D_t. Only the constants of CPPO's KL variant fit, and its KL has the other direction,
-    KL(mu || pi). Inward and outward moves are projected alike.
+    By default S accumulates the KL after projection, min(D_t, eps_t), so that the budget never runs out;
+    `raw` accumulates D_t. Only the constants of CPPO's KL variant fit, although its KL has the other
+    direction, KL(mu || pi). Inward and outward moves are projected alike.
     """
 
     from_: Literal["cppo"] = Field(alias="from", description="whose budget the bound comes from")
@@ -44,7 +44,7 @@ class Budget(Node):
 
     @property
     def remark(self) -> str | None:
-        """What to say where the numbers look like those of another divergence."""
+        """A warning if delta and delta_b are CPPO's constants for another divergence, TV; otherwise None."""
         deltas, deltas_b = budget.OF_TV
         if self.delta in deltas and self.delta_b in deltas_b:
             return (
@@ -69,8 +69,8 @@ class Troll(Sparse, TrustRegion):
 
     new', old' are the sparse distributions of eq. 21, pi the projection of new' with
     KL(pi || old') <= bound. The gradient reaches only the logits of the support (ALGORITHMS 1.7).
-    Defaults are the paper's (Table 3, App. A.4) but for `support`: the paper reads the new policy at its
-    own top-K (`own`), where a change of rank at the K-th place looks like a large KL (ALGORITHMS 1.8).
+    Defaults are the paper's (Table 3, App. A.4) except `support`: the paper reads the new policy at its
+    own top-K (`own`), with which a change of rank at the K-th place looks like a large KL (ALGORITHMS 1.8).
     """
 
     bound: NonNegative | Budget = Field(
@@ -90,7 +90,7 @@ class Troll(Sparse, TrustRegion):
         return {**PROJECTION_DIAGNOSTICS, **support.DIAGNOSTICS, **OWN_DIAGNOSTICS}
 
     def prepare_old(self, old: HeadOutputs) -> HeadOutputs:
-        """Refuses a sampled token that the old policy could not have drawn."""
+        """Refuses a sampled token that the old policy could not have sampled."""
         place = _topk(old, "old").place
         refuse_rows(place < 0, "the old policy gives the sampled token a logit of -inf: corrupt data")
         return old
@@ -101,7 +101,7 @@ class Troll(Sparse, TrustRegion):
             new = replace(new, ids=old.ids, count=old.count, place=old.place)
         bound = self._bound(old, new, inputs)
         projection = self._project(old, new, bound)
-        # The sampled token is always in the old support, in the new one not where its logit is -inf.
+        # The sampled token is always in the old support, but not in the new one if its logit is -inf.
         at, kept_logp = old.place[:, None], self._logp(old)
         logp, old_logp = projection.old.gather(1, at)[:, 0], kept_logp.gather(1, at)[:, 0]
         per_token = _of_projection(projection) | support.compare(old, new, projection.outside)
@@ -113,7 +113,7 @@ class Troll(Sparse, TrustRegion):
         return Policy(logp, old_logp, self.alpha * projection.kl_new_pi, per_token)
 
     def _bound(self, old: TopK, new: TopK, inputs: ObjectiveInputs) -> Tensor:
-        """[N]"""
+        """[N] bound of each token's KL."""
         if not isinstance(self.bound, Budget):
             return full_like(old.logits[:, 0], self.bound)
         with no_grad():

@@ -1,4 +1,4 @@
-"""1 where the program in the answer passes its tests, run in a sandbox (rewards/sandbox.py)."""
+"""1 if the program in the answer passes its tests, run in a sandbox (rewards/sandbox.py)."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from megatron_troll.types import Prompt
 
 BLOCK = re.compile(r"^```python[^\S\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
-# The tests come through stdin only when the answer has run, and the last line shows that they have passed:
-# neither leaving early nor a printed text does. An answer that looks for the tests on purpose can find them.
+# The tests are read from stdin only after the answer has run, and the token in the last line proves that
+# they passed: exiting early or printing text does not. An answer that looks for the tests can find them.
 ASSERT = """
 import json, sys
 answer = {"__name__": "answer"}
@@ -29,8 +29,8 @@ sys.stdout.write("\\n" + passed)
 
 
 class Code(Reward):
-    """The last ```python block of the answer against `tests` of the prompt's record, each a text with assert
-    lines, or {"input": ..., "output": ...} for stdin and stdout. Every test is a run of its own.
+    """Runs the last ```python block of the answer against `tests` of the prompt's record: each is a string of
+    assert lines, or {"input": ..., "output": ...} for stdin and stdout. Every test is a separate run.
 
     Outputs are compared line by line without trailing white space. An answer without a block gets 0.
     """
@@ -82,19 +82,19 @@ class Code(Reward):
 
 
 def extract(text: str) -> str | None:
-    """The last ```python block of an answer."""
+    """The last ```python block of an answer; None if it has none."""
     blocks = BLOCK.findall(text)
     return blocks[-1] if blocks else None
 
 
 class _Test:
-    """One test of a record. Raises ValueError where it is of neither form."""
+    """One test of a record. Raises ValueError if it has neither form."""
 
     def __init__(self, test: Any, prompt: str):
         pair = isinstance(test, dict) and all(isinstance(test.get(k), str) for k in ("input", "output"))
         if not pair and not isinstance(test, str):
             raise ValueError(
-                f"prompt {prompt!r}: a test is assert lines, or input and output; got {test!r:.80}"
+                f"prompt {prompt!r}: a test must be assert lines, or input and output; got {test!r:.80}"
             )
         self._test = test
 

@@ -1,4 +1,4 @@
-"""1 where the whole text is the answer."""
+"""1 if the whole text is the answer."""
 
 from typing import ClassVar
 

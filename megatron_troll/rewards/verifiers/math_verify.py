@@ -1,4 +1,4 @@
-"""1 where the answer is mathematically the gold one (Hugging Face's math-verify on SymPy)."""
+"""1 if the answer is mathematically equal to the gold one (Hugging Face's math-verify on SymPy)."""
 
 import logging
 from typing import Any
@@ -11,9 +11,9 @@ from megatron_troll.config.tree import Positive
 from megatron_troll.rewards.reward import Reward
 from megatron_troll.types import Prompt
 
-# The library's own limits are alarm signals, which work in main threads only; the pool keeps the time.
+# The library's own limits use alarm signals, which work only in the main thread; the pool limits the time.
 NO_LIMIT = 0
-# What SymPy raises where it cannot evaluate or print an expression.
+# Errors that SymPy raises if it cannot evaluate or print an expression.
 GIVES_UP = (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError)
 
 
@@ -22,7 +22,7 @@ class MathVerify(Reward):
     decimals: Positive = Field(default=6, description="decimals to which numbers are compared")
 
     def model_post_init(self, context: object) -> None:
-        # Each answer that cannot be parsed, and the missing limits, would be a warning.
+        # Otherwise it warns of each answer that it cannot parse, and of the missing limits.
         logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def __call__(self, text: str, prompt: Prompt) -> float:
@@ -33,9 +33,9 @@ class MathVerify(Reward):
         return float(right)
 
     def vote(self, text: str) -> str | None:
-        """The first reading of the answer as SymPy prints it; of x = 3 the 3, numbers rounded to `decimals`.
-        x(x + 1) and x^2 + x are right alike, and vote apart. What SymPy cannot bring to that form (a number
-        of 5,000 digits) votes as it is written."""
+        """The first parse of the answer, as SymPy prints it: for x = 3 only the 3, numbers rounded to
+        `decimals`. x(x + 1) and x^2 + x are both correct, but have different votes. The vote of an answer
+        that SymPy cannot evaluate or print (a number of 5,000 digits) is its text."""
         found = self._parse(text)
         if not found:
             return None
@@ -45,8 +45,8 @@ class MathVerify(Reward):
             return last_boxed(text) or text.strip()
 
     def _parse(self, text: str) -> list[Any]:
-        """What the answer may mean, likeliest first. The library swallows what goes wrong inside SymPy: an
-        answer that cannot be read means nothing."""
+        """Possible parses of the answer, the likeliest first; [] if there is none. The library swallows
+        errors inside SymPy: such an answer has no parse."""
         boxed = last_boxed(text)
         if self.boxed and boxed is None:
             return []
@@ -63,7 +63,7 @@ def _normal(value: Any, decimals: int) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces close."""
+    r"""The content of the last \boxed{...} whose braces close; None if there is none."""
     before, mark, rest = text.rpartition(r"\boxed{")
     if not mark:
         return None

@@ -1,4 +1,4 @@
-r"""1 where the last match of a pattern is the answer. GSM8K: pattern `#### (-?[\d,]+)`, ignore `,`."""
+r"""1 if the last match of a pattern is the answer. GSM8K: pattern `#### (-?[\d,]+)`, ignore `,`."""
 
 import re
 

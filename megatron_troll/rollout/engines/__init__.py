@@ -1,1 +1,1 @@
-"""Engines, found by file name; each file defines one class with the methods of `Engine`."""
+"""Engines, found by file name; each file defines one subclass of `Engine`."""

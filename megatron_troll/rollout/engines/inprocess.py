@@ -19,10 +19,10 @@ from megatron_troll.types import Rollout, TokenTopK
 
 
 class InProcessEngine(Engine):
-    """Samples with KV caches on the training weights under TP, EP, PP and DP: each data-parallel rank draws
-    its share of the requests, `max_sequences` at a time, then all ranks gather everything. The same requests,
-    `sampling` and `round` give the same tokens on any layout: a token's uniform is keyed by (seed, round,
-    prompt id, sample, position)."""
+    """Samples with KV caches on the training weights under TP, EP, PP and DP: each data-parallel rank
+    generates its share of the requests, `max_sequences` at a time, then all ranks gather everything. The same
+    requests, `sampling` and `round` give the same tokens on any layout: a token's uniform is keyed by (seed,
+    round, prompt id, sample, position)."""
 
     returns_experts = True
 
@@ -39,7 +39,7 @@ class InProcessEngine(Engine):
         return {}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
-        """See Engine. Each rank ends with every rollout's ids, log-probs and top-K in host memory."""
+        """See Engine. Each rank holds every rollout's ids, log-probs and top-K in host memory."""
         dp = self.model.groups.dp
         mine = requests[dp.rank :: dp.size]
         rounds = -(-len(requests[:: dp.size]) // self.config.max_sequences)
@@ -56,8 +56,9 @@ class InProcessEngine(Engine):
         ]
 
     def _decode(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Completion]:
-        """One static batch to its end; the answers on the last pipeline stage, [] elsewhere. A rank without
-        requests still decodes one padding row, since experts may be spread over data-parallel ranks."""
+        """Decode one static batch to its end; returns the answers on the last pipeline stage, [] elsewhere. A
+        rank without requests still decodes one padding row, because experts may be sharded over data-parallel
+        ranks."""
         keys = [sample_key(self.seed, round, r.prompt.id, r.sample) for r in requests] or [0]
         stops = torch.tensor(self.setup.stop_ids, device=device())
         tokens, padding = left_pad([r.prompt_ids for r in requests] or [np.zeros(1, dtype=np.int64)])
@@ -78,8 +79,8 @@ class InProcessEngine(Engine):
         return answers_of(steps, self.setup.stop_ids, self._version, experts)[: len(requests)]
 
     def _experts(self, chosen: Mapping[int, list[Tensor]], padding: Tensor) -> list[np.ndarray] | None:
-        """Of each row [B] the experts [t, layers, k] of all tokens that were read, from those of each forward
-        ([s * B, k], position by position). Blocks on the pipeline."""
+        """Experts [t, layers, k] of all tokens that the model read, for each of the B rows, from the experts
+        of each forward ([s * B, k], position by position); None if not recorded. Blocks on the pipeline."""
         if not self._records:
             return None
         rows = len(padding)
@@ -92,15 +93,15 @@ class InProcessEngine(Engine):
         return [whole[unread:, row] for row, unread in enumerate(padding.sum(1).tolist())]
 
     def _any_rank(self, value: bool) -> bool:
-        """Whether `value` is true on some rank. Blocks on the world."""
+        """Whether `value` is true on any rank. Blocks on all ranks."""
         flag = torch.tensor(float(value), device=device())
         return self.model.groups.world.any(flag)
 
     def _step(
         self, hidden: Tensor | None, keys: list[int], position: int, sampling: Sampling
     ) -> "DecodeStep":
-        """Draw on the last stage from full rows [B, V], gathered over the tensor-parallel ranks, and tell
-        the other stages the tokens."""
+        """Sample on the last stage from full rows [B, V], gathered over the tensor-parallel ranks, and
+        broadcast the tokens to the other stages."""
         pp, tp, size = self.model.groups.pp, self.model.groups.tp, self.model.shape.vocab
         if hidden is None:
             empty = torch.empty(len(keys), dtype=torch.long, device=device())
@@ -119,7 +120,7 @@ class InProcessEngine(Engine):
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One decode step of B rows: token [B] everywhere; logp [B] and top-K [B, K] on the last stage."""
+    """One decode step of B rows: token [B] on every stage; logp [B] and top-K [B, K] on the last stage."""
 
     token: Tensor
     logp: Tensor | None
@@ -128,7 +129,7 @@ class DecodeStep:
 
 
 def left_pad(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Tokens [B, P] int64 with 0 on the left of shorter prompts, and padding [B, P] bool, True there."""
+    """Tokens [B, P] int64, left-padded with 0, and padding [B, P] bool, True on padded positions."""
     longest = max(len(prompt) for prompt in prompts)
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
     padding = torch.ones(len(prompts), longest, dtype=torch.bool)
@@ -144,8 +145,8 @@ def answers_of(
     version: int,
     experts: Sequence[np.ndarray] | None = None,
 ) -> list[Completion]:
-    """Rows of the steps, each cut after its first stop token, all drawn from the weights `version`. `experts`
-    [t, layers, k] of each row cover its prompt and all but the last of the steps."""
+    """Completions of the rows of `steps`, each cut after its first stop token, all sampled from the weights
+    `version`. `experts` [t, layers, k] of each row cover its prompt and all steps but the last."""
     unread = len(steps) - 1
     ids, logp = _stack([step.token for step in steps]), _stack([step.logp for step in steps])
     topk = None
@@ -169,5 +170,5 @@ def answers_of(
 
 
 def _stack(columns: Sequence[Tensor | None]) -> np.ndarray:
-    """[B, T, ...] on the host from T tensors [B, ...]."""
+    """Stack T tensors [B, ...] into [B, T, ...] on the host."""
     return torch.stack([column for column in columns if column is not None], 1).cpu().numpy()

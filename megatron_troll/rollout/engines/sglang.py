@@ -1,4 +1,4 @@
-"""The engine that asks SGLang servers over HTTP."""
+"""The engine that generates on SGLang servers over HTTP."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,8 +23,8 @@ from megatron_troll.types import Rollout
 
 
 class SGLangEngine(Engine):
-    """Rank 0 asks, all ranks get the answers by a broadcast: there is one view of which servers are there,
-    and one place where each question is answered once. All ranks hold every rollout of a batch."""
+    """Rank 0 sends the requests and broadcasts the answers to all ranks: there is only one view of which
+    servers exist, and each request is answered once. All ranks hold every rollout of a batch."""
 
     draws_elsewhere = True
     returns_experts = True
@@ -52,7 +52,7 @@ class SGLangEngine(Engine):
         self._agreed = RankZero(self.setup.model, self.desk)
 
     def sync(self, version: int) -> dict[str, float]:
-        """See weights.sync; then the probe. Raises WrongServer where a server is too far from the trainer."""
+        """See weights.sync; then runs the probe. Raises WrongServer if a server is too far from it."""
         if version == self._version and not self._resting:
             return {}
         if self._resting:
@@ -63,14 +63,14 @@ class SGLangEngine(Engine):
         return {"servers": float(len(reached)), **self._probe(reached)}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
-        """See Engine. Which tokens are drawn is up to the servers, unless they are deterministic. Where all
-        servers were replaced meanwhile, the new ones are given the weights and go on."""
+        """See Engine. The servers choose the random numbers, unless they are deterministic. If all servers
+        are replaced meanwhile, the new ones get the weights and continue."""
         return self._started(requests, sampling, round, None)()
 
     def start(
         self, requests: Sequence[Request], sampling: Sampling, round: int
     ) -> Callable[[], list[Rollout]]:
-        """See Engine; answers go to the buffer as they come, and those that are there are not asked for."""
+        """See Engine; answers are buffered as they arrive, and buffered ones are not requested again."""
         return self._started(requests, sampling, round, self._journal)
 
     def _started(
@@ -98,7 +98,7 @@ class SGLangEngine(Engine):
             self._agreed.first(lambda desk: journal.forget(round))
 
     def rest(self) -> None:
-        """Colocated servers release the memory of weights and caches until the next sync."""
+        """Make colocated servers release the memory of weights and caches until the next sync."""
         if self.setup.rollout.sglang.colocated:
             self._agreed.first(lambda desk: desk.on_all(desk.control.release))
             self._resting = True
@@ -119,7 +119,7 @@ class SGLangEngine(Engine):
             max_tokens=sampling.max_tokens,
             sampling=sampling,
             stop_ids=self.setup.stop_ids,
-            # A server dies of more entries than its vocabulary has.
+            # A server crashes if asked for more entries than its vocabulary has.
             top_k=min(self.setup.rollout.top_k, vocab),
             vocab=vocab,
             # SGLang takes seeds of 63 bits.

@@ -1,1 +1,1 @@
-"""SGLang servers over HTTP: what is asked, what comes back, who answers, and how weights get there."""
+"""SGLang servers over HTTP: requests, replies, the pool of servers, and the transfer of weights."""

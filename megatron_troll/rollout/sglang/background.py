@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, so that questions are asked while this thread does something else."""
+"""An event loop in a thread of its own, so that requests are sent while the caller does something else."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ type Work[T] = Coroutine[Any, Any, T]
 
 
 class Background:
-    """Runs until `close`. `wait` is called about every second while something is waited for."""
+    """Runs until `close`. `wait` is called about every second while a result is waited for."""
 
     def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
         self._wait = wait
@@ -32,7 +32,7 @@ class Background:
             self._under_way.discard(task)
 
     def run[T](self, work: Work[T]) -> T:
-        """The result of `work`, which is cancelled where this thread is interrupted meanwhile."""
+        """Return the result of `work`, which is cancelled if this thread is interrupted meanwhile."""
         return self.result(self.start(work))
 
     def result[T](self, future: "Future[T]") -> T:
@@ -48,7 +48,7 @@ class Background:
             future.cancel()
 
     def close(self) -> None:
-        """What is under way is cancelled."""
+        """Cancel the work in flight and stop the thread."""
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Weights by broadcast: rank 0 of the trainer and every rank of the servers in one process group."""
+"""Weight transfer by broadcast: rank 0 of the trainer and every server rank are in one process group."""
 
 import asyncio
 import itertools
@@ -18,13 +18,13 @@ from megatron_troll.rollout.sglang.transport import Failed, Tensors, in_session,
 from megatron_troll.weights.buckets import TensorBucket, buckets
 
 POLL_S = 0.001
-# For a group to form, and for one bucket.
+# Time limit for forming a group, and for one bucket.
 PATIENCE = timedelta(seconds=120)
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A process group that this process, as rank 0, and the servers `urls` are in."""
+    """A process group of this process, as rank 0, and the servers `urls`."""
 
     name: str
     urls: tuple[str, ...]
@@ -34,8 +34,8 @@ class Joined:
 
 @dataclass
 class Broadcast:
-    """The group is made at the first sync and whenever the servers are others than in the last one; a server
-    that is lost meanwhile breaks it for all. `address` is where servers reach this process."""
+    """Broadcasts weights to servers. The group is made at the first sync and again whenever the servers have
+    changed; losing a server meanwhile breaks it for all. Servers reach this process at `address`."""
 
     background: Background
     control: Control
@@ -59,7 +59,7 @@ class Broadcast:
             raise
 
     async def _send(self, group: Joined, bucket: TensorBucket) -> None:
-        """A server that answers before the broadcast is through has refused it: nobody waits for it then."""
+        """Broadcast a bucket. A server that answers before it is complete has refused it: raise its error."""
         asked = [
             asyncio.create_task(self.control.take_broadcast(url, group.name, bucket)) for url in group.urls
         ]
@@ -90,7 +90,7 @@ class Broadcast:
         return self._group
 
     async def _join(self, urls: tuple[str, ...]) -> Joined:
-        """Every server joins while this process does. Raises what the first one that cannot says."""
+        """Join the group together with every server. Raises the first error that a server returns."""
         ranks = await asyncio.gather(*(self.control.ranks(url) for url in urls))
         first = dict(zip(urls, itertools.accumulate((1, *ranks[:-1]))))
         world, name = 1 + sum(ranks), f"{self.run}-{next(self._numbers)}"
@@ -119,7 +119,7 @@ class Broadcast:
             raise Unreachable(f"no process group with {', '.join(urls)}: {error}") from error
 
     def close(self) -> None:
-        """Leave the group, and let the servers leave it."""
+        """Leave the group, and make the servers leave it."""
         group, self._group = self._group, None
         if group is not None:
             dist.destroy_process_group(group.handle)
@@ -127,8 +127,8 @@ class Broadcast:
 
 
 def _form(name: str, world: int, backend: str, store: dist.TCPStore) -> dist.ProcessGroup:
-    """The group apart from this process's own world, which torch has no public call for: SGLang does the
-    same on its side, and both have to name the store's keys alike."""
+    """Create the group outside of this process's own world, for which torch has no public call. SGLang does
+    the same on its side, and both must use the same names for the store's keys."""
     handle, _ = c10d._new_process_group_helper(
         world,
         0,

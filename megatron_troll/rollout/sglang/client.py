@@ -1,4 +1,4 @@
-"""Answers to many questions from servers that may be slow, die, or be given new weights meanwhile."""
+"""Client for many requests to servers that may be slow, die, or get new weights meanwhile."""
 
 import asyncio
 import itertools
@@ -26,21 +26,21 @@ from megatron_troll.rollout.sglang.wire import (
 )
 from megatron_troll.types import TokenTopK
 
-# How long a server may take to hand over what it has of an answer that takes too long.
+# Time limit for a server to return the partial answer of a request that was aborted as too slow.
 ABORT_S = 10.0
 BACKOFF_S = (0.1, 5.0)
 
 
 @dataclass(frozen=True)
 class NamedRequest:
-    """`name` is what errors call it."""
+    """A request; error messages refer to it by `name`."""
 
     name: str
     ask: GenerationRequest
 
 
 class Client:
-    """Asks `servers`; belongs to their event loop. `progress` is called after each reply."""
+    """Sends requests to `servers`, on their event loop. `progress` is called after each reply."""
 
     def __init__(
         self,
@@ -60,9 +60,9 @@ class Client:
     async def draw(
         self, questions: Sequence[NamedRequest], answered: Callable[[int, Completion], object]
     ) -> None:
-        """Every question answered once; `answered(i, answer)` is called as they come. What a server had of an
-        answer when it was aborted is kept, and continued anywhere. Raises the first EngineError that no other
-        attempt can mend; what is then under way is given up."""
+        """Get one answer to every question; `answered(i, answer)` is called as they arrive. The tokens of an
+        aborted answer are kept, and any server may continue it. Raises the first EngineError that a retry
+        cannot fix, and cancels the requests in flight."""
 
         async def one(i: int) -> None:
             answered(i, await self._answer(questions[i]))
@@ -80,9 +80,9 @@ class Client:
     async def score(
         self, urls: Sequence[str], sequences: Sequence[Sequence[int]], top_k: int, vocab: int
     ) -> dict[str, list[TokenTopK]]:
-        """What every server at `urls` makes of every sequence: the law [n - 1, top_k] after each of its n
-        tokens but the last, of temperature 1. Servers that cannot be asked, tried `attempts` times, are left
-        out; raises what the first one says where none can."""
+        """Score every sequence on every server at `urls`: top-K distributions [n - 1, top_k] after each of
+        its n tokens but the last, at temperature 1. Servers that fail `attempts` times are left out; if all
+        fail, raises the error of the first one."""
         laws: dict[str, list[TokenTopK]] = {}
 
         async def law(url: str, ids: Sequence[int]) -> TokenTopK:
@@ -124,7 +124,7 @@ class Client:
         return _joined(parts)
 
     async def _part(self, question: NamedRequest) -> tuple[Part, np.ndarray]:
-        """From whichever server gives one, tried `attempts` times, with the versions of its tokens."""
+        """Get a part from any server, in up to `attempts` attempts, with the versions of its tokens."""
         failed: ServerState | None = None
         async for attempt in self._attempts():
             with attempt:
@@ -150,7 +150,7 @@ class Client:
             await self._servers.release(server, error)
 
     async def _reply(self, question: NamedRequest, server: ServerState) -> tuple[object, bool]:
-        """The reply, and whether it had to be asked for before it was done."""
+        """The reply, and whether it came only after an abort at `deadline_s`."""
         rid = f"{self._versions.run}-{next(self._numbers)}-"
         asked = asyncio.create_task(
             self._http.post(server.url, "/generate", question.ask.body(rid), timeout=None)
@@ -169,13 +169,13 @@ class Client:
             asked.cancel()
 
     async def _abort(self, rid: str, server: ServerState) -> None:
-        """At every server: only a router knows which one it asked."""
+        """Abort a request; behind a router, at every server: only the router knows which one has it."""
         urls = self._servers.healthy if server.url == self._config.router else [server.url]
         with suppress(Passing, Refused):
             await asyncio.gather(*(self._http.post(url, "/abort_request", {"rid": rid}) for url in urls))
 
     def _numbered(self, part: Part, server: ServerState) -> np.ndarray:
-        """[T] int64, the weights of each token. Raises BadReply where this run did not put them there."""
+        """[T] int64, version of the weights of each token. Raises BadReply if they are not from this run."""
         versions = np.empty(len(part.ids), dtype=np.int64)
         for span in part.spans:
             number = self._versions.number(span.version)
@@ -190,13 +190,13 @@ class Client:
 
 
 def _rest(ask: GenerationRequest, parts: Sequence[Part]) -> GenerationRequest:
-    """What is still to be drawn after `parts`."""
+    """The request for the tokens that are still missing after `parts`."""
     drawn = [int(token) for part in parts for token in part.ids]
     return replace(ask, ids=[*ask.ids, *drawn], max_tokens=ask.max_tokens - len(drawn))
 
 
 def _joined(parts: Sequence[tuple[Part, np.ndarray]]) -> Completion:
-    """The whole answer. One that an abort cut after its last token has the length that was asked for."""
+    """Join the parts of an answer. An abort after the last requested token counts as finish "length"."""
     records = [part.topk for part, _ in parts if part.topk is not None]
     finish = parts[-1][0].finish
     return Completion(

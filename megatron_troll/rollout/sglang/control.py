@@ -1,4 +1,4 @@
-"""What a server is told beside questions: to pause, to take weights, to say what it has."""
+"""Control of a server: pause it, update its weights, release its memory, read its state."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
@@ -9,8 +9,8 @@ from megatron_troll.rollout.sglang.errors import BadReply, Passing, Refused, Upd
 from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.weights.buckets import TensorBucket
 
-# What becomes of requests under way: handed back with what they have; put back in the server's queue, their
-# caches thrown away; or left as they are, caches of the old weights included.
+# Effect on requests in flight: returned with the tokens they have; put back in the server's queue, without
+# their caches; or left as they are, including the caches of the old weights.
 Pause = Literal["abort", "retract", "in_place"]
 
 MEMORY = ["weights", "kv_cache"]
@@ -18,7 +18,7 @@ MEMORY = ["weights", "kv_cache"]
 
 @dataclass(frozen=True)
 class Control:
-    """`timeout_s` is for any one reply."""
+    """Control requests to servers. `timeout_s` is the limit for each reply."""
 
     http: Http
     timeout_s: float
@@ -30,15 +30,15 @@ class Control:
         await self._post(url, "/continue_generation", {})
 
     async def release(self, url: str) -> None:
-        """Give back the memory of weights and caches; both are lost. Only while nothing is under way."""
+        """Release the memory of weights and caches; both are lost. Only while no request is in flight."""
         await self._post(url, "/release_memory_occupation", {"tags": MEMORY})
 
     async def occupy(self, url: str) -> None:
-        """Take the memory again; what is in it are not the weights."""
+        """Allocate the memory again; it does not contain the weights."""
         await self._post(url, "/resume_memory_occupation", {"tags": MEMORY})
 
     async def open_update(self, url: str) -> None:
-        """One that is open already was broken off, and is closed first."""
+        """Begin a weight update. One that is still open was interrupted, and is closed first."""
         try:
             await self._update(url, "/begin_weight_update", {})
         except UpdateRefused:
@@ -49,8 +49,8 @@ class Control:
         await self._update(url, "/end_weight_update", {})
 
     async def load(self, url: str, folder: str, version: str) -> None:
-        """All weights from a Hugging Face folder, which the server can read. One that was started with random
-        weights (load-format dummy) has to be told that these are files."""
+        """Load all weights from a Hugging Face folder, which the server can read. `load_format` is set for
+        servers that were started with random weights (load-format dummy)."""
         body = {
             "model_path": folder,
             "load_format": "safetensors",
@@ -60,7 +60,7 @@ class Control:
         await self._update(url, "/update_weights_from_disk", body)
 
     async def take_tensors(self, url: str, payload: str, ranks: int) -> None:
-        """A bucket in memory that the server shares; `ranks` are the server's."""
+        """Load a bucket from shared memory; `ranks` is the number of the server's ranks."""
         body = {
             "serialized_named_tensors": [payload] * ranks,
             "load_format": "flattened_bucket",
@@ -69,8 +69,8 @@ class Control:
         await self._update(url, "/update_weights_from_tensor", body)
 
     async def take_broadcast(self, url: str, group: str, bucket: TensorBucket) -> None:
-        """A bucket that rank 0 of `group` broadcasts; answers once it has come, or at once where the server
-        refuses."""
+        """Receive a bucket that rank 0 of `group` broadcasts; the server answers once it has arrived, or at
+        once if it refuses."""
         body = {
             "names": [piece.name for piece in bucket.pieces],
             "dtypes": [str(piece.dtype).removeprefix("torch.") for piece in bucket.pieces],
@@ -88,14 +88,14 @@ class Control:
         await self._update(url, "/destroy_weights_update_group", {"group_name": group})
 
     async def name_weights(self, url: str, version: str) -> None:
-        """Throw away the caches of the old weights, and call the new ones `version`."""
+        """Flush the caches of the old weights, and name the new ones `version`."""
         await self._update(url, "/flush_cache", {})
         await self._update(
             url, "/update_weight_version", {"new_version": version, "abort_all_requests": False}
         )
 
     async def verify(self, url: str, version: str) -> None:
-        """Raises WrongServer where the server calls its weights something else than `version`."""
+        """Raises WrongServer if the server reports another weight version than `version`."""
         there = (await self._field(await self.http.get(url, "/model_info"), "weight_version", url)) or None
         if there != version:
             raise WrongServer(
@@ -104,11 +104,11 @@ class Control:
             )
 
     async def ranks(self, url: str) -> int:
-        """Tensor-parallel ranks of the server."""
+        """Number of tensor-parallel ranks of the server."""
         return int(await self._field(await self.http.get(url, "/server_info"), "tp_size", url))
 
     async def checksums(self, url: str) -> dict[str, str]:
-        """A hash of each of the server's parameters, by SGLang's names; those of all ranks together."""
+        """Hash of each of the server's parameters, by SGLang's names; the hashes of all ranks are joined."""
         reply = await self._post(url, "/weights_checker", {"action": "checksum"})
         sums: dict[str, str] = {}
         for rank in await self._field(reply, "ranks", url):
@@ -118,7 +118,7 @@ class Control:
 
     async def _field(self, reply: Any, name: str, url: str) -> Any:
         if not isinstance(reply, dict) or name not in reply:
-            raise BadReply(f"{url} says nothing of {name}: {str(reply)[:200]}; is it SGLang 0.5.23?")
+            raise BadReply(f"{url} returned no {name}: {str(reply)[:200]}; is it SGLang 0.5.23?")
         return reply[name]
 
     async def _update(self, url: str, path: str, body: dict[str, Any]) -> None:
@@ -126,8 +126,8 @@ class Control:
             reply = await self._post(url, path, body)
         except Refused as error:
             raise UpdateRefused(
-                f"{error}\nThe server does not take the new weights; it may hold parts of them. Restart it: "
-                "is it of the shape of the run's, and SGLang 0.5.23?"
+                f"{error}\nThe server refuses the new weights; it may hold parts of them. Restart it, with a "
+                "model of the same shape as the run's, and SGLang 0.5.23"
             ) from error
         if isinstance(reply, dict) and reply.get("success") is False:
             raise UpdateRefused(f"{url}{path}: {reply.get('message')}; restart the server")
@@ -137,8 +137,8 @@ class Control:
 
 
 async def each(urls: Collection[str], do: Callable[[str], Awaitable[object]]) -> dict[str, Passing]:
-    """`do(url)` for all at once. Returns what failed in passing, by URL; raises what no other attempt mends,
-    once all are done."""
+    """Run `do(url)` for all URLs at once. Returns the Passing errors, by URL; raises any other error once all
+    are done."""
     results = await asyncio.gather(*(do(url) for url in urls), return_exceptions=True)
     failed: dict[str, Passing] = {}
     for url, result in zip(urls, results):

@@ -1,4 +1,4 @@
-"""What rank 0 holds to speak with servers; the other ranks hold nothing."""
+"""Rank 0's connection to the servers; the other ranks have none."""
 
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,13 +21,13 @@ from megatron_troll.rollout.sglang.wire import Versions
 
 MIB = 2**20
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# For a run whose prompts are not known: the law is then checked after the first token of the vocabulary.
+# For a run without known prompts; the log-probs are then checked after token 0 of the vocabulary.
 NO_PROMPT = "1 + 1 = "
 
 
 @dataclass(frozen=True)
 class Connection:
-    """One event loop and what lives on it."""
+    """One event loop and the objects that use it."""
 
     background: Background
     http: Http
@@ -38,8 +38,8 @@ class Connection:
     versions: Versions
 
     def on_all(self, do: Callable[[str], Awaitable[object]]) -> None:
-        """`do(url)` of every healthy server; one that cannot be reached is left to be checked. Raises what no
-        other attempt mends."""
+        """Run `do(url)` for every healthy server; one that cannot be reached is skipped, and checked later.
+        Raises errors that a retry cannot fix."""
         self.background.run(each(self.servers.healthy, do))
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Connection:
 
 
 def open_desk(setup: Setup) -> Connection:
-    """Waits until a server is healthy and serves the model. Raises EngineError."""
+    """Connect; waits until a server is healthy and serves the model. Raises EngineError."""
     config, background = setup.rollout.sglang, Background(setup.model.progress)
     versions = Versions(setup.config.name)
 
@@ -104,6 +104,6 @@ def _transport(setup: Setup, background: Background, control: Control, versions:
 
 
 def _own_address(servers: Sequence[str]) -> str:
-    """Loopback where all servers are there, otherwise the name of this host."""
+    """Loopback if all servers are on it, otherwise the name of this host."""
     hosts = {urlsplit(url).hostname for url in servers}
     return "127.0.0.1" if hosts <= set(LOOPBACK) else socket.getfqdn()

@@ -1,4 +1,4 @@
-"""One batch of questions under way, and what there is of its answers."""
+"""One batch of requests in flight, and the answers received so far."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -13,7 +13,7 @@ from megatron_troll.rollout.sglang.servers import OutOfDate
 
 @dataclass
 class GenerationBatch:
-    """What rank 0 does of a batch. Answers that `journal` has of the round are taken from there, new ones are
+    """Rank 0's part of generating a batch. Answers that `journal` has for the round are reused, new ones are
     added to it."""
 
     questions: Sequence[NamedRequest]
@@ -23,7 +23,7 @@ class GenerationBatch:
     _under_way: "Future[None] | None" = None
 
     def begin(self, desk: Connection) -> None:
-        """Ask, and return."""
+        """Send the requests without waiting for answers."""
         there = {} if self.journal is None else self.journal.read(self.round)
         self.answers = {
             i: there[question.name]
@@ -33,7 +33,7 @@ class GenerationBatch:
         self._ask(desk)
 
     def complete(self, desk: Connection) -> bool:
-        """Wait for every answer. False where servers need a sync first; what came is kept."""
+        """Wait for every answer. False if the servers need a sync first; the answers so far are kept."""
         if self._under_way is None:
             self._ask(desk)
         assert self._under_way is not None
@@ -59,5 +59,5 @@ class GenerationBatch:
 
 
 def _width(answer: Completion) -> int:
-    """Entries of its top-K: rollout.top_k may be another one since."""
+    """Number of top-K entries of a stored answer: rollout.top_k may have changed since."""
     return 0 if answer.topk is None else answer.topk.ids.shape[1]

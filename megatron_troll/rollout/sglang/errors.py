@@ -1,30 +1,30 @@
-"""What can go wrong with a server. Every message says what to do."""
+"""Errors of servers. Every message says what to do."""
 
 from megatron_troll.rollout.engine import EngineError
 
 
 class Passing(EngineError):
-    """Something that another attempt, maybe at another server, may not meet."""
+    """An error that a retry, maybe on another server, may avoid."""
 
 
 class Unreachable(Passing):
-    """The connection was refused or lost, or nothing came in time."""
+    """The connection was refused or lost, or no reply came in time."""
 
 
 class ServerFault(Passing):
-    """The server answered that it failed or is too busy."""
+    """The server reported that it failed or is too busy."""
 
 
 class BadReply(Passing):
-    """The answer is not what was asked for: malformed, short, no number, or of another run's weights."""
+    """The reply is not what was requested: malformed, short, not a number, or from another run's weights."""
 
 
 class Refused(EngineError):
-    """The server understood the request and will not serve it."""
+    """The server understood the request and rejects it."""
 
 
 class WrongServer(EngineError):
-    """The server is not one that this run can draw from: another model, vocabulary, tokenizer or
+    """The server is not one that this run can sample from: another model, vocabulary, tokenizer or
     distribution, other weights, no record of its experts, or an API key that the run does not have."""
 
 
@@ -33,4 +33,4 @@ class NoServers(EngineError):
 
 
 class UpdateRefused(EngineError):
-    """A server does not take the new weights."""
+    """A server refuses the new weights."""

@@ -1,4 +1,4 @@
-"""HTTP to servers, with their failures told apart."""
+"""HTTP requests to servers, with one exception class per kind of failure."""
 
 import json
 from pathlib import Path
@@ -10,18 +10,18 @@ from megatron_troll.config import ConfigError
 from megatron_troll.rollout.sglang.errors import BadReply, Refused, ServerFault, Unreachable, WrongServer
 
 CONNECT_S = 10.0
-# For everything but answers, syncs and health, which have limits of their own.
+# For all requests but generation, syncs and health checks, which have their own limits.
 QUICK_S = 60.0
-# SGLang closes a connection that was idle for 5 s: a request sent in that moment is lost.
+# SGLang closes a connection that was idle for 5 s: a request sent at that moment is lost.
 IDLE_S = 2.0
 
 
 class Http:
-    """A connection pool of one event loop. `key` goes with every request and into no message."""
+    """A connection pool of one event loop. `key` is sent with every request and appears in no message."""
 
     def __init__(self, key: str | None) -> None:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        # Proxies of the environment are for the internet, not for servers in the next rack.
+        # Proxies set in the environment are for the internet, not for servers in the same cluster.
         self._client = httpx.AsyncClient(
             headers=headers,
             trust_env=False,
@@ -32,8 +32,8 @@ class Http:
         return await self._call("GET", url, path, None, timeout)
 
     async def post(self, url: str, path: str, body: Any, timeout: float | None = QUICK_S) -> Any:
-        """The JSON of the answer; its text where it is none, None where it is empty. Raises Unreachable,
-        ServerFault (429 and 5xx), WrongServer, Refused (any other 4xx)."""
+        """Return the JSON of the reply; its text if it is not JSON, None if it is empty. Raises Unreachable,
+        BadReply, ServerFault (429 and 5xx), WrongServer (401 and 403), Refused (any other 4xx)."""
         return await self._call("POST", url, path, body, timeout)
 
     async def delete(self, url: str, path: str) -> Any:
@@ -77,7 +77,7 @@ def _failure(reply: httpx.Response, where: str) -> Exception:
 
 
 def _message(reply: httpx.Response) -> str:
-    """What the server says is wrong, in whichever of its forms."""
+    """The server's error message, from any of the forms it has."""
     try:
         body = reply.json()
     except ValueError:
@@ -89,8 +89,8 @@ def _message(reply: httpx.Response) -> str:
 
 
 def read_key(file: str | None) -> str | None:
-    """The key in `rollout.sglang.api_key_file`. Raises ConfigError where it cannot be had, or others may read
-    the file."""
+    """Read the key in `rollout.sglang.api_key_file`. Raises ConfigError if the file cannot be read, holds no
+    valid key, or is readable by others."""
     if file is None:
         return None
     path = Path(file)

@@ -1,4 +1,4 @@
-"""Whether a server serves the model that the run draws from, with its tokenizer, and says its law."""
+"""Checks that a server serves the model that the run samples from, its tokenizer and its distribution."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ LAW_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Identity:
-    """What a server has to agree with: the model of `folder`, of this shape. `text` is tokenized by both;
-    `ids` are a prompt; `temperature` is that of the run's samples."""
+    """Properties that a server must match: the model in `folder`, with this shape. `text` is tokenized by
+    both sides; `ids` are a prompt; `temperature` is that of the run's samples."""
 
     folder: Path
     shape: ModelShape
@@ -34,8 +34,8 @@ class Identity:
         return f"start the server from {self.folder}"
 
     async def check(self, http: Http, url: str) -> str:
-        """What the server calls its weights. Raises Unreachable or ServerFault where it is not healthy,
-        WrongServer, WrongServer, WrongServer or WrongServer where it is not this run's."""
+        """Check the server and return the version of its weights. Raises Unreachable or ServerFault if it is
+        not healthy, BadReply if a reply is malformed, WrongServer if it does not match the run."""
         await http.get(url, "/health", HEALTH_S)
         info = await http.get(url, "/model_info", HEALTH_S)
         if not isinstance(info, dict) or not isinstance(info.get("weight_version"), str):
@@ -58,10 +58,10 @@ class Identity:
             )
 
     def _check_sizes(self, url: str, folder: Path) -> None:
-        """Against the folder that the server was started from: /model_info names that of its last weights,
-        which says nothing of its own sizes: a server may take experts of another size without a word."""
+        """Check the sizes in the folder that the server was started from. /model_info gives the folder of its
+        last weights, whose sizes may differ: a server may load experts of another size without an error."""
         if not (folder / "config.json").is_file():
-            return  # it lies on another machine: a sync of other shapes is refused, and the probe compares
+            return  # the folder is on another machine; a sync of other shapes is refused, the probe compares
         served = read_shape(folder)
         if served.vocab != self.shape.vocab:
             raise WrongServer(
@@ -77,7 +77,7 @@ class Identity:
         try:
             reply = await http.post(url, "/tokenize", body, HEALTH_S)
         except (Refused, ServerFault):
-            return  # started with --skip-tokenizer-init: ids go in and out, there is nothing to differ
+            return  # started with --skip-tokenizer-init: only ids go in and out
         there = reply.get("tokens") if isinstance(reply, dict) else None
         here = self.tokenizer(self.text, add_special_tokens=False)["input_ids"]
         if there != here:
@@ -87,12 +87,12 @@ class Identity:
             )
 
     async def _check_law(self, http: Http, url: str) -> None:
-        """At temperature T, two log-probs of a position differ by 1/T of what they do at temperature 1. A
-        server may be set to give those of temperature 1 in any case."""
+        """Check the temperature of the log-probs: at temperature T, two log-probs of a position differ by
+        1/T of their difference at temperature 1. A server may be set to ignore T in its log-probs."""
         plain = await self._first_token(http, url, 1.0, 0)
         tempered = await self._first_token(http, url, self.temperature, 1)
         if not plain:
-            return  # weights that are not finite have no law; a sync brings others
+            return  # weights that are not finite have no distribution; a sync replaces them
         (first, at_first), *others = plain.items()
         for token, logp in others:
             if token in tempered and first in tempered:
@@ -105,8 +105,8 @@ class Identity:
                     )
 
     async def _first_token(self, http: Http, url: str, temperature: float, tokens: int) -> dict[int, float]:
-        """The likeliest tokens after `ids`, with their log-probs. Without a token to draw, a server gives
-        those of temperature 1."""
+        """The likeliest tokens after `ids`, with their log-probs. With `tokens` = 0, a server samples none
+        and returns those of temperature 1."""
         sampling = {"max_new_tokens": tokens, "temperature": temperature, "ignore_eos": True}
         body = {
             "input_ids": list(self.ids),
@@ -123,7 +123,7 @@ class Identity:
 
 
 def differences(ours: ModelShape, theirs: ModelShape) -> list[str]:
-    """In words, size by size; of another number of layers only that."""
+    """List the sizes that differ, in words; if the number of layers differs, only that one."""
     if theirs.layers != ours.layers:
         return [f"layers {theirs.layers}, not {ours.layers}"]
     here, there = asdict(ours), asdict(theirs)

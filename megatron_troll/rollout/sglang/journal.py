@@ -1,4 +1,4 @@
-"""Answers on disk as they come: none that is finished is lost with the process that asked for it."""
+"""Answers on disk, written as they arrive: finished ones survive the process that requested them."""
 
 import json
 import zlib
@@ -11,7 +11,7 @@ import numpy as np
 from megatron_troll.rollout.engine import Completion
 from megatron_troll.types import TokenTopK
 
-# What a record has, and in which dtype: 12 bytes a token, 8 an entry of its top-K, 2 an expert.
+# Arrays of a record and their dtypes: 12 bytes per token, 8 per top-K entry, 2 per expert.
 DTYPES = {
     "ids": "<i4",
     "logp": "<f4",
@@ -23,16 +23,16 @@ DTYPES = {
 
 
 class Journal:
-    """A file for each round in `folder`, to which answers are appended: a line of JSON each, with the shapes
-    of the arrays that follow it. What a kill cut short is left out and written over. Written through to the
-    operating system, not to the disk: it outlives the process, maybe not the machine."""
+    """One file per round in `folder`, to which answers are appended: a line of JSON each, with the shapes of
+    the arrays that follow it. An incomplete last record, after a kill, is dropped and overwritten. Data is
+    written to the operating system, not synced to disk: it survives the process, maybe not the machine."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[int, IO[bytes]] = {}
 
     def read(self, round: int) -> dict[str, Completion]:
-        """The answers of a round, by the names of their questions."""
+        """Read the answers of a round, by the names of their requests."""
         path = self._path(round)
         if not path.is_file():
             return {}
@@ -51,7 +51,7 @@ class Journal:
         self._open[round].write(_record(name, answer))
 
     def forget(self, last: int) -> None:
-        """The rounds up to `last` are not asked for again."""
+        """Delete the rounds up to `last`, which are not requested again."""
         for path in self._folder.glob("round_*.bin"):
             round = int(path.stem.removeprefix("round_"))
             if round <= last:
@@ -80,7 +80,7 @@ def _record(name: str, answer: Completion) -> bytes:
 
 
 def _records(data: bytes) -> Iterator[tuple[str, Completion, int]]:
-    """Each whole record's name and answer, and where it ends."""
+    """Yield each complete record's name and answer, and the position of its end."""
     start = 0
     while (line := data.find(b"\n", start)) >= 0:
         try:

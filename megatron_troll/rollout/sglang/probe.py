@@ -1,4 +1,4 @@
-"""The servers' log-probs beside the trainer's, on fixed prompts."""
+"""Comparison of the servers' log-probs with the trainer's, on fixed prompts."""
 
 import re
 from collections import Counter
@@ -23,13 +23,13 @@ from megatron_troll.rollout.sglang.transport import Disk, Failed, Tensors
 from megatron_troll.rollout.sglang.weights import RankZero, delivered
 from megatron_troll.types import NO_ID, MicroBatch, Prompt, Rollout, TokenTopK
 
-# Entries of a server's law; the rest of it is compared as one.
+# Top-K entries of a server's distribution; the rest of it is compared as one bucket.
 TOP_K = 64
 
 
 @dataclass(frozen=True)
 class Gap:
-    """KL(engine || trainer) over the probed tokens, nats; `merged`, so at most the full one."""
+    """KL(engine || trainer) over the probed tokens, nats; the rest is one bucket, so at most the full KL."""
 
     mean: float
     p99: float
@@ -37,7 +37,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Probed:
-    """Token ids [n], of which the last `scored` are compared."""
+    """Token ids [n]; the last `scored` of them are compared."""
 
     ids: np.ndarray
     scored: int
@@ -46,10 +46,11 @@ class Probed:
 def gaps(
     model: MegatronModel, probed: Sequence[Probed], served: Mapping[str, Sequence[TokenTopK]]
 ) -> dict[str, Gap]:
-    """The gap of each server, from its laws [n - 1, k] of every sequence. Every rank calls with the same;
-    all return the same. Holds whole rows of the scored tokens, tokens x V / tp, on the last stage."""
+    """The gap of each server, from its distributions [n - 1, k] of every sequence. Every rank calls with the
+    same arguments and returns the same. Holds full rows of the scored tokens, tokens x V / tp, on the last
+    stage."""
     batches = [_batch(one, model) for one in probed]
-    # The interleaved schedule takes multiples of its stages.
+    # The interleaved schedule needs a multiple of the number of stages.
     spare = -len(batches) % model.groups.pp.size
     rows = infer(model, batches + batches[:1] * spare, lambda i, hidden: Head(model).log_probs(hidden))
     found = {
@@ -65,7 +66,7 @@ def _numbers(
     rows: Sequence[Tensor],
     laws: Sequence[TokenTopK],
 ) -> np.ndarray:
-    """The KL of every scored token, of all context-parallel ranks, on every rank."""
+    """The KL of every scored token, gathered from the context-parallel ranks, on every rank."""
     groups = model.groups
     parts = [_kl(model, one, batch, logp, law) for one, batch, logp, law in zip(probed, batches, rows, laws)]
     mine = torch.cat(parts).cpu().numpy() if parts else np.zeros(0)
@@ -74,7 +75,7 @@ def _numbers(
 
 
 def _kl(model: MegatronModel, one: Probed, batch: MicroBatch, logp: Tensor, law: TokenTopK) -> Tensor:
-    """[N] of this rank's scored tokens of one sequence, from the trainer's rows [N, V / tp]."""
+    """KL [N] of this rank's scored tokens of one sequence, from the trainer's rows [N, V / tp]."""
     at = len(law.ids) - one.scored + batch.position.cpu().numpy()
     ids = torch.from_numpy(law.ids[at]).long().to(logp.device)
     engine = torch.from_numpy(law.logp[at]).to(logp.device)
@@ -83,7 +84,7 @@ def _kl(model: MegatronModel, one: Probed, batch: MicroBatch, logp: Tensor, law:
 
 
 def _batch(one: Probed, model: MegatronModel) -> MicroBatch:
-    """A sequence as one micro-batch whose loss tokens are the scored ones."""
+    """Build one micro-batch from a sequence; its loss tokens are the scored ones."""
     nothing = np.zeros(one.scored, dtype=np.float32)
     rollout = Rollout(
         prompt=Prompt("probe", (), ""),
@@ -104,7 +105,7 @@ def _batch(one: Probed, model: MegatronModel) -> MicroBatch:
 
 
 def sequences(prompts: Sequence[np.ndarray], tokens: int) -> list[Probed]:
-    """The last `tokens` of each prompt that has more than one."""
+    """Each prompt of more than one token, scored on its last `tokens` tokens."""
     return [Probed(ids, min(tokens, len(ids) - 1)) for ids in prompts if len(ids) > 1]
 
 
@@ -112,9 +113,9 @@ NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def told(agreed: RankZero, url: str, source_folder: Path, folder: Path) -> str:
-    """What is at fault with the weights of the server at `url`, in words: they are compared, parameter by
-    parameter, with what the server has after loading a fresh export from `folder`. The server has lost its
-    version then. Blocks on all ranks."""
+    """Describe which weights of the server at `url` are wrong: they are compared, parameter by parameter,
+    with those it has after loading a fresh export from `folder`. The server loses its weight version by this.
+    Blocks on all ranks."""
 
     def load_afresh(desk: Connection, tensors: Tensors) -> Failed:
         disk = Disk(desk.background, desk.control, folder, source_folder, max_bytes=2**30)
@@ -132,17 +133,17 @@ def told(agreed: RankZero, url: str, source_folder: Path, folder: Path) -> str:
     differing = families(before, after)
     if not differing:
         return (
-            "Its weights are what the trainer exports, so the gap is not theirs alone: compare dtype, KV "
+            "Its weights are what the trainer exports, so they do not explain the gap: compare dtype, KV "
             "cache and quantisation with the trainer's, and for a new model family its weight table"
         )
     return (
         f"At fault: {', '.join(differing)}. They are not what the trainer exports: rollout.sglang.sync.via "
-        "does not bring them over; try another way, and report it"
+        "does not transfer them correctly; try another value, and report it"
     )
 
 
 def families(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """The parameters whose hash differs, by their names without numbers, with how many of them do."""
+    """Parameters whose hash differs, grouped by name without numbers, with the count of those that differ."""
     everything = Counter(NUMBER.sub(".*", name) for name in before)
     differing = Counter(NUMBER.sub(".*", name) for name in before if before[name] != after.get(name))
     return [f"{name} ({count} of {everything[name]})" for name, count in sorted(differing.items())]

@@ -1,5 +1,5 @@
-"""Which servers a run has: those that its configuration names, or those that `mtroll serve` has written down
-in the run's folder, where any machine that shares the folder adds its own."""
+"""The servers of a run: those that its configuration names, or those that `mtroll serve` has registered in
+the run's folder, where any machine that shares the folder adds its own."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from megatron_troll.system import write_atomic
 
 
 def weights_folder(config: Config) -> Path:
-    """Where servers of a run read weights."""
+    """Folder from which the servers of a run read weights."""
     return Path(config.rollout.sglang.sync.folder or RunPaths.of(config).weights)
 
 
 def registered(folder: Path) -> tuple[str, ...]:
-    """URLs of the servers in `folder`, sorted. A file that is being written or removed is left out."""
+    """URLs of the servers in `folder`, sorted. A file that is being written or removed is skipped."""
     urls = set()
     for file in folder.glob("*.json"):
         try:
@@ -27,7 +27,7 @@ def registered(folder: Path) -> tuple[str, ...]:
 
 
 def register(folder: Path, url: str, pid: int) -> None:
-    """Add a server, started as process `pid` of this machine."""
+    """Add a server that runs as process `pid` of this machine."""
     write_atomic(_file(folder, url), json.dumps({"url": url, "pid": pid}))
 
 

@@ -1,4 +1,4 @@
-"""Who may be asked: health, circuit breaking, versions; servers come and go while a batch is drawn."""
+"""Pool of servers: health, circuit breaking, versions; servers come and go while a batch is generated."""
 
 import asyncio
 import logging
@@ -14,15 +14,15 @@ from megatron_troll.rollout.sglang.http import Http
 
 
 class Router:
-    """Keeps the router's list of workers."""
+    """Updates the router's list of workers."""
 
     def __init__(self, url: str, http: Http) -> None:
         self.url = url
         self._http = http
 
     async def keep(self, urls: Collection[str]) -> None:
-        """The router is to use just these servers. Raises Passing where it cannot be reached, or does not
-        take one in."""
+        """Make the router use exactly these servers. Raises Passing if it cannot be reached, or does not add
+        one of them."""
         known = await self._workers()
         for url in known.keys() - set(urls):
             await self._http.delete(self.url, f"/workers/{known[url]}")
@@ -33,7 +33,7 @@ class Router:
             await self._joined(missing)
 
     async def _workers(self) -> dict[str, str]:
-        """Their ids by URL."""
+        """Ids of the workers, by URL."""
         reply = await self._http.get(self.url, "/workers")
         try:
             return {worker["url"]: worker["id"] for worker in reply["workers"]}
@@ -41,19 +41,19 @@ class Router:
             raise ServerFault(f"{self.url}/workers is not a list of workers: {str(reply)[:200]}") from None
 
     async def _joined(self, urls: Collection[str]) -> None:
-        """The router takes workers in behind its answer."""
+        """Wait until the router has added the workers, which it does after it has answered."""
         for _ in range(int(JOIN_S / 0.2)):
             if set(urls) <= (await self._workers()).keys():
                 return
             await asyncio.sleep(0.2)
-        raise ServerFault(f"{self.url} has not taken in {', '.join(urls)} within {JOIN_S:g} s")
+        raise ServerFault(f"{self.url} has not added {', '.join(urls)} within {JOIN_S:g} s")
 
 
 POLL_S = 1.0
-# Failures in a row after which a server is left alone for a while; a lost connection is enough by itself.
+# Failures in a row after which a server is not used for a while; a single lost connection is enough too.
 FAILURES = 3
 REST_S = (0.5, 30.0)
-# How long a server with the wanted weights may be away before the others are given them.
+# How long to wait for a server with the wanted weights before a sync gives them to the others.
 OUT_OF_DATE_S = 5.0
 
 Check = Callable[[str], Awaitable[str]]
@@ -61,17 +61,17 @@ CatchUp = Callable[[str, str], Awaitable[None]]
 
 
 class OutOfDate(EngineError):
-    """There are healthy servers, none with the wanted weights, and no way to give them those alone."""
+    """There are healthy servers, but none with the wanted weights; they need a sync."""
 
 
 @dataclass
 class ServerState:
-    """What is known of one server.
+    """State of one server.
 
-    version   the weights it was last seen to have; None: to be checked before it is asked
-    failures  in a row
-    rests     how often it was left alone in a row; until `closed_until` (monotonic) it is now
-    trouble   why it is not asked; `wrong` where waiting cannot help
+    version   the weights it had at its last check; None: must be checked before it is used
+    failures  number of failures in a row
+    rests     how many times in a row its use was suspended; it is suspended until `closed_until` (monotonic)
+    trouble   why it is not used; `wrong`: the error, if waiting cannot help
     """
 
     url: str
@@ -85,8 +85,8 @@ class ServerState:
 
 
 class ServerPool:
-    """`check` says which weights the server at a URL has, or raises; `discover` lists the URLs there are now.
-    All of it belongs to one event loop."""
+    """The known servers. `check` returns the weight version of the server at a URL, or raises; `discover`
+    lists the current URLs. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class ServerPool:
 
     @property
     def usable(self) -> list[ServerState]:
-        """Those with the wanted weights that are not left alone."""
+        """Servers with the wanted weights that are not suspended."""
         if self._wanted is None:
             return []
         now = time.monotonic()
@@ -116,16 +116,16 @@ class ServerPool:
 
     @property
     def healthy(self) -> list[str]:
-        """URLs of those that passed their last check, whatever their weights."""
+        """URLs of the servers that passed their last check, whatever their weights."""
         return [server.url for server in self._servers.values() if server.version is not None]
 
     async def want(self, version: str | None) -> None:
-        """From now on only servers with these weights are asked; None: no server is."""
+        """Use only servers with these weights from now on; None: no server."""
         self._wanted = version
         await self.refresh(anew=True)
 
     async def refresh(self, *, anew: bool = False) -> None:
-        """Look for servers, and check the new, the failed, and (`anew`) all others."""
+        """Look for servers, and check the new ones, the failed ones, and (`anew`) all others."""
         found = self._discover()
         for url in self._servers.keys() - set(found):
             del self._servers[url]
@@ -174,7 +174,7 @@ class ServerPool:
             front.version = self._wanted
 
     def _leave_alone(self, server: ServerState, error: EngineError) -> None:
-        """For longer each time; failures of requests that were under way together count once."""
+        """Suspend a server, longer each time; failures of requests in flight together count once."""
         now = time.monotonic()
         server.version, server.trouble = None, str(error)
         if now >= server.closed_until:
@@ -183,7 +183,7 @@ class ServerPool:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Servers are looked for and checked again until the block ends."""
+        """Look for servers and check them again and again until the block ends."""
 
         async def watch() -> None:
             while True:
@@ -199,7 +199,7 @@ class ServerPool:
                 await task
 
     async def ready(self) -> None:
-        """Until a server is healthy. Raises NoServers, or what is wrong where every server is wrong."""
+        """Wait until a server is healthy. Raises NoServers, or a server's error if every server is wrong."""
         self._alone_since = None
         while not self.healthy:
             await self.refresh()
@@ -209,9 +209,9 @@ class ServerPool:
         self._alone_since = None
 
     async def acquire(self, avoid: str | None = None) -> ServerState:
-        """The least busy server, another than `avoid` where there is one; waits while all are busy, and for
-        `patience_s` where there is none. Give it back by `release`. Raises NoServers, OutOfDate, or what is
-        wrong where every server is wrong."""
+        """Return the least busy server, other than `avoid` if possible; waits while all are busy, and up to
+        `patience_s` if there is none. Give it back with `release`. Raises NoServers, OutOfDate, or a server's
+        error if every server is wrong."""
         async with self._changed:
             while True:
                 if (chosen := self._choose(avoid)) is not None:
@@ -236,7 +236,7 @@ class ServerPool:
         return min(preferred, key=lambda server: server.under_way, default=None)
 
     def _give_up_in_time(self) -> None:
-        """Raises once there has been no usable server for long."""
+        """Raises once there has been no usable server for too long."""
         servers, now = list(self._servers.values()), time.monotonic()
         if servers and all(server.wrong is not None for server in servers):
             assert servers[0].wrong is not None
@@ -255,7 +255,7 @@ class ServerPool:
             )
 
     async def release(self, server: ServerState, error: Passing | None = None) -> None:
-        """After an answer, or the `error` there was instead."""
+        """Give a server back after an answer, or after the `error` that came instead."""
         server.under_way -= 1
         if error is None:
             server.failures = 0
@@ -267,7 +267,7 @@ class ServerPool:
             self._changed.notify()
 
     def outdated(self, server: ServerState) -> None:
-        """It answered with weights that it should not have: check it before it is asked again."""
+        """Mark a server that answered with unexpected weights: check it before it is used again."""
         server.version = None
 
 

@@ -1,4 +1,4 @@
-"""The top-K of a reply, in any of the three forms that SGLang has, as the record that rollouts keep."""
+"""Reads the top-K of a reply, in any of SGLang's three formats, into the record that rollouts keep."""
 
 import base64
 import binascii
@@ -13,7 +13,7 @@ import numpy as np
 from megatron_troll.rollout.sglang.errors import BadReply
 from megatron_troll.types import NO_ID, TokenTopK
 
-# SGLang sends the smallest float32 for the logarithm of 0.
+# SGLang sends the lowest float32 for the logarithm of 0.
 LOWEST = float(np.finfo(np.float32).min)
 DTYPES = {"val": "float32", "idx": "int32"}
 Side = Literal["input", "output"]
@@ -21,7 +21,7 @@ Side = Literal["input", "output"]
 
 @dataclass(frozen=True)
 class Size:
-    """What a record has to have: positions, entries at each, and the tokens there are."""
+    """Required size of a record: positions, entries per position, and size of the vocabulary."""
 
     positions: int
     top_k: int
@@ -29,9 +29,8 @@ class Size:
 
 
 def topk_of(meta: Mapping[str, Any], side: Side, size: Size) -> TokenTopK:
-    """The record of a reply's `meta_info`, of its prompt or its answer: from binary where the server sent
-    that, otherwise from JSON, which is said once. A prompt's first token has no law. Raises BadReply,
-    BadReply, BadReply."""
+    """The record from a reply's `meta_info`, of its prompt or its answer: from binary if the server sent it,
+    otherwise from JSON, with one warning. A prompt's first token has no distribution. Raises BadReply."""
     name = f"{side}_top_logprobs"
     if f"{name}_idx_flat_b64" in meta:
         logp, ids = (_binary(meta, f"{name}_{kind}_flat_b64", DTYPES[kind]) for kind in DTYPES)
@@ -52,7 +51,7 @@ def topk_of(meta: Mapping[str, Any], side: Side, size: Size) -> TokenTopK:
 
 
 def field(reply: Any, name: str, kind: type) -> Any:
-    """`name` of a mapping. Raises BadReply where it is no `kind`."""
+    """Return `name` of a mapping. Raises BadReply if it is not a `kind`."""
     value = reply.get(name) if isinstance(reply, Mapping) else None
     if not isinstance(value, kind):
         raise BadReply(f"the answer has no {kind.__name__} {name!r}: {str(reply)[:200]}")
@@ -60,7 +59,7 @@ def field(reply: Any, name: str, kind: type) -> Any:
 
 
 def floats(values: Sequence[Any]) -> np.ndarray:
-    """float32; null, which is how JSON has a NaN, becomes one. Raises BadReply."""
+    """Convert to float32; null, which stands for NaN in JSON, becomes NaN. Raises BadReply."""
     try:
         return np.array([np.nan if value is None else value for value in values], dtype=np.float32)
     except (TypeError, ValueError):
@@ -71,7 +70,7 @@ def _ints(values: Sequence[Any]) -> np.ndarray:
     try:
         return np.array(values, dtype=np.int32)
     except (TypeError, ValueError, OverflowError):
-        raise BadReply(f"top-K ids are no integers: {str(values)[:200]}") from None
+        raise BadReply(f"top-K ids are not integers: {str(values)[:200]}") from None
 
 
 def _binary(meta: Mapping[str, Any], name: str, dtype: str) -> np.ndarray:
@@ -84,7 +83,7 @@ def _binary(meta: Mapping[str, Any], name: str, dtype: str) -> np.ndarray:
 
 
 def _nested(rows: Sequence[Any], size: Size) -> tuple[np.ndarray, np.ndarray]:
-    """One list of triples [log-prob, token id, text] per position."""
+    """Ids and log-probs [T, k] from one list of triples [log-prob, token id, text] per position."""
     if len(rows) != size.positions:
         raise BadReply(f"top-K of {len(rows)} positions; expected {size.positions}")
     ids = np.empty((size.positions, size.top_k), dtype=np.int32)
@@ -101,7 +100,7 @@ def _nested(rows: Sequence[Any], size: Size) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _record(ids: np.ndarray, logp: np.ndarray, size: Size) -> TokenTopK:
-    """From what came [T, k] to the order that records have; what has no probability is left out."""
+    """Build the record from received arrays [T, k], in record order; probability 0 becomes padding."""
     if ids.shape[1] < size.top_k and len(ids):
         raise _short(ids.shape[1], size)
     ids, logp = ids[:, : size.top_k], logp[:, : size.top_k]
@@ -124,7 +123,7 @@ def _record(ids: np.ndarray, logp: np.ndarray, size: Size) -> TokenTopK:
 
 
 def _ordered(ids: np.ndarray, logp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Value descending, then id ascending; a server leaves ties in any order."""
+    """Sort by value descending, then id ascending; a server leaves ties in any order."""
     above, below = logp[:, :-1], logp[:, 1:]
     wrong = (below > above) | ((below == above) & (ids[:, 1:] < ids[:, :-1]))
     for row in np.flatnonzero(wrong.any(axis=1)):
@@ -154,5 +153,5 @@ def _short(found: int, size: Size) -> BadReply:
 def _say_json_is_used() -> None:
     logging.getLogger(__name__).warning(
         "top-K comes as JSON, not in binary: about five times the bytes. A sglang-router, or another "
-        "version of SGLang, leaves out what asks for binary"
+        "version of SGLang, drops the request fields that ask for binary"
     )

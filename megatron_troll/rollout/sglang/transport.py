@@ -1,4 +1,4 @@
-"""How a stream of tensors reaches servers. Runs on rank 0 only, beside what the stream does on all ranks."""
+"""Transfer of a stream of tensors to servers. Runs on rank 0 only; the stream itself runs on all ranks."""
 
 import asyncio
 import base64
@@ -29,11 +29,11 @@ Failed = dict[str, Passing]
 
 
 class Transport(Protocol):
-    """Gives servers the tensors of a stream."""
+    """Sends the tensors of a stream to servers."""
 
     def deliver(self, tensors: Tensors, urls: Sequence[str], version: str) -> Failed:
-        """Every server at `urls` has all tensors when this returns, but for those it returns, which are lost.
-        The servers are paused. Raises UpdateRefused, and Passing where none has them. Blocks."""
+        """Send all tensors to every server at `urls`; returns the servers that were lost, all others have
+        them. The servers are paused. Raises UpdateRefused, and Passing if none has them. Blocks."""
         ...
 
     def close(self) -> None: ...
@@ -41,7 +41,7 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class Disk:
-    """Hugging Face folders under `folder`, which the servers see too; the newest one stays."""
+    """Hugging Face folders under `folder`, which the servers can read; only the newest one is kept."""
 
     background: Background
     control: Control
@@ -64,7 +64,7 @@ class Disk:
         return self.folder.absolute() / version
 
     async def catch_up(self, url: str, version: str) -> None:
-        """Give the weights of the last sync to a server that came later."""
+        """Give the weights of the last sync to a server that joined later."""
         await self.control.load(url, str(self.place(version)), version)
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ class Disk:
 
 @contextmanager
 def _by_file_name() -> Iterator[None]:
-    """Memory is shared by file name: a file descriptor cannot go through HTTP."""
+    """Share memory by file name: a file descriptor cannot be sent over HTTP."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -83,7 +83,7 @@ def _by_file_name() -> Iterator[None]:
 
 
 def shared(size: int, device: torch.device) -> Tensor:
-    """Memory that servers can map. Were a bucket shared once it is filled, there would be two of it."""
+    """Memory that servers can map. Sharing a bucket only after it is filled would hold it twice."""
     with _by_file_name():
         return allocated(size, device).share_memory_()
 
@@ -116,8 +116,8 @@ class Shared:
 
 
 def _start_sharing() -> None:
-    """Torch's manager of shared memory lives for as long as a server that has mapped some. It is not to hold
-    this process's stderr open, which a terminal or a pipe waits for."""
+    """Start torch's manager of shared memory with /dev/null as stderr. It lives as long as any server that
+    has mapped memory, and must not hold this process's stderr open, for which a terminal or a pipe waits."""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -130,8 +130,8 @@ def _start_sharing() -> None:
 
 
 def shared_payload(bucket: TensorBucket) -> str:
-    """Where the bucket's memory is and what it holds, as SGLang unpickles it: base64 text of some hundred
-    bytes a tensor. The memory is the sender's: it has to stay until the server has answered."""
+    """Handle and layout of the bucket's memory in the form that SGLang unpickles: base64 text of some hundred
+    bytes per tensor. The sender owns the memory and must keep it until the server has answered."""
     pieces = [
         SimpleNamespace(
             name=piece.name,
@@ -150,7 +150,7 @@ def shared_payload(bucket: TensorBucket) -> str:
 
 
 class Bucketed(Protocol):
-    """What sending bucket by bucket needs."""
+    """Attributes that sending bucket by bucket needs."""
 
     @property
     def background(self) -> Background: ...
@@ -165,8 +165,8 @@ def in_session(
     send: Callable[[TensorBucket], Awaitable[None]],
     failed: Failed,
 ) -> Failed:
-    """Bucket by bucket between the opening and closing of an update, the next one filled while one is under
-    way. `failed` grows as `send` loses servers."""
+    """Open an update, send it bucket by bucket and close it; the next bucket is filled while one is sent.
+    `send` may add the servers that it loses to `failed`."""
     run = way.background.run
     failed.update(run(each(urls, way.control.open_update)))
     under_way: Future[None] | None = None
@@ -188,5 +188,5 @@ async def _awaited(send: Callable[[TensorBucket], Awaitable[None]], bucket: Tens
 
 
 async def quietly(urls: Sequence[str], do: Callable[[str], Awaitable[object]]) -> None:
-    """`do` where it can be done: after a failure, for servers that may be in any state."""
+    """Run `do` for all servers and ignore errors: after a failure, servers may be in any state."""
     await asyncio.gather(*(do(url) for url in urls), return_exceptions=True)

@@ -1,4 +1,4 @@
-"""New weights to every server, while all ranks stream them; checked afterwards."""
+"""Sends new weights to every server while all ranks stream them, and verifies them afterwards."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,28 +11,28 @@ from megatron_troll.rollout.sglang.errors import NoServers, Passing
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, quietly
 from megatron_troll.weights.export import first_takes
 
-# Syncs that lose all their servers, before the run ends.
+# Attempts in a row that may lose all servers before the run ends.
 ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class RankZero:
-    """Acts of rank 0 whose results, or errors, all ranks have. `desk` is rank 0's."""
+    """Runs functions on rank 0 and gives their results, or errors, to all ranks. `desk` is rank 0's."""
 
     model: MegatronModel
     desk: Connection | None
 
     def first[T](self, act: Callable[[Connection], T]) -> T:
-        """`act` of the connection on rank 0; its result or error on all ranks (Group.first)."""
+        """Run `act` with the connection on rank 0; its result or error on all ranks (Group.first)."""
         return self.model.groups.world.first(lambda: act(cast("Connection", self.desk)))
 
 
 def sync(agreed: RankZero, number: int, pause: Pause = "retract") -> list[str]:
-    """Give the weights that the model has now to every healthy server, which then calls them `number`; URLs
-    of those that have them. Requests under way are dealt with by `pause`. Blocks on all ranks, which all
-    stream the weights to the end whatever rank 0 meets.
+    """Send the model's current weights to every healthy server, as version `number`; returns the URLs of the
+    servers that have them. `pause` says what happens to requests in flight. Blocks on all ranks, which all
+    stream the weights to the end even if rank 0 meets an error.
 
-    Raises UpdateRefused, WrongServer, and NoServers where servers are lost each time.
+    Raises UpdateRefused, WrongServer, and NoServers if every attempt loses all servers.
     """
     lost: Failed = {}
     for _ in range(ATTEMPTS):
@@ -61,13 +61,13 @@ def _told(lost: Failed) -> str:
         return ""
     each = "\n".join(f"  {url}: {error}" for url, error in lost.items())
     return (
-        f"\nLost while they took new weights:\n{each}\nSee their logs: SGLang dies of weights of another "
-        "shape than its model's; start servers by `mtroll serve` of this configuration"
+        f"\nLost while they took new weights:\n{each}\nSee their logs: SGLang crashes on weights of another "
+        "shape than its model's; start servers with `mtroll serve` and this configuration"
     )
 
 
 def _paused(desk: Connection, pause: Pause) -> list[str]:
-    """URLs of the servers that wait for weights."""
+    """Pause the healthy servers; returns the URLs of those that wait for weights."""
 
     async def stop_asking() -> list[str]:
         await desk.servers.want(None)
@@ -80,7 +80,7 @@ def _paused(desk: Connection, pause: Pause) -> list[str]:
 
 
 def delivered(agreed: RankZero, urls: Sequence[str], send: Callable[[Connection, Tensors], Failed]) -> Failed:
-    """Rank 0 sends what all ranks stream; the servers of `urls` that were lost, on all ranks."""
+    """Stream the weights on all ranks and `send` them on rank 0; returns the lost servers on all ranks."""
 
     def deliver(tensors: Tensors) -> Failed:
         desk = agreed.desk
@@ -97,7 +97,7 @@ def delivered(agreed: RankZero, urls: Sequence[str], send: Callable[[Connection,
 
 
 def _resumed(desk: Connection, urls: Sequence[str], lost: Failed, number: int) -> list[str]:
-    """Servers at work again with their weights named and verified; the lost ones are left to be checked."""
+    """Name and verify the weights, resume all servers, and return those that have the weights."""
     version = desk.versions.called(number)
 
     async def finish() -> list[str]:

@@ -1,4 +1,4 @@
-"""One request to a server's /generate and its answer: token ids out, tokens with log-probs and top-K back."""
+"""One request to a server's /generate and its reply: token ids out, tokens with log-probs and top-K back."""
 
 import base64
 import binascii
@@ -19,7 +19,7 @@ from megatron_troll.types import FinishReason, TokenTopK
 
 @dataclass(frozen=True)
 class Routed:
-    """What a record has at each token: `per_token` of `experts`, in each of `layers`."""
+    """Contents of an experts record at each token: `per_token` of `experts`, in each of `layers`."""
 
     layers: int
     per_token: int
@@ -32,12 +32,12 @@ ALL_TOKENS = -1
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One answer, or the rest of one that was cut off.
+    """Request for one answer, or for the rest of one that was interrupted.
 
-    ids         prompt and what there is of the answer
-    max_tokens  what the answer may still have
-    top_k       entries of the law per position, at most the size of the vocabulary; 0: none
-    seed        of a server in deterministic mode; others draw as they like
+    ids         prompt and the answer so far
+    max_tokens  how many more tokens the answer may have
+    top_k       top-K entries per position, at most the size of the vocabulary; 0: none
+    seed        for a server in deterministic mode; others use their own random numbers
     routed      the experts to return; None: none
     """
 
@@ -51,7 +51,7 @@ class GenerationRequest:
     routed: Routed | None = None
 
     def body(self, rid: str) -> dict[str, Any]:
-        """The JSON of the request. A server aborts by prefix of `rid`."""
+        """The JSON of the request. A server aborts every request whose `rid` has a given prefix."""
         sampling = self.sampling
         body: dict[str, Any] = {
             "rid": rid,
@@ -79,7 +79,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, end) of a part were drawn from the weights that the server calls `version`."""
+    """Tokens [start, end) of a part, sampled from the weights that the server calls `version`."""
 
     version: str
     start: int
@@ -88,8 +88,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """What one request gave: ids int64, logp float32 [T], top-K and the weights behind each token; the
-    experts of all that the server read, where it drew something."""
+    """Result of one request: ids int64, logp float32 [T], top-K and the weights behind each token; the
+    experts of all tokens that the server read, if it sampled any."""
 
     ids: np.ndarray
     logp: np.ndarray
@@ -100,7 +100,7 @@ class Part:
 
 
 def score_body(ids: Sequence[int], top_k: int) -> dict[str, Any]:
-    """The JSON of a request for the law after every token of `ids`, of temperature 1; nothing is drawn."""
+    """The JSON of a request for the top-K after every token of `ids`, at temperature 1; samples no token."""
     return {
         "input_ids": list(ids),
         "return_logprob": True,
@@ -113,13 +113,13 @@ def score_body(ids: Sequence[int], top_k: int) -> dict[str, Any]:
 
 
 def score_of(reply: Any, length: int, top_k: int, vocab: int) -> TokenTopK:
-    """The laws [length - 1, top_k] after each but the last of `length` tokens. Raises BadReply."""
+    """The top-K [length - 1, top_k] after each but the last of `length` tokens. Raises BadReply."""
     return topk_of(field(reply, "meta_info", dict), "input", Size(length - 1, top_k, vocab))
 
 
 def part_of(reply: Any, ask: GenerationRequest) -> Part:
-    """The answer in a reply's JSON. Raises BadReply where it is not one to `ask`, ServerFault where the
-    server gave up."""
+    """Parse the answer in a reply's JSON. Raises BadReply if it does not fit `ask`, ServerFault if the server
+    gave up."""
     ids = _ids(field(reply, "output_ids", list), ask.vocab)
     meta = field(reply, "meta_info", dict)
     finish = _finish(meta, ids, ask)
@@ -150,10 +150,10 @@ def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: GenerationRequest) ->
     if finish == "abort" and (reason.get("status_code") or 0) >= 400:
         raise ServerFault(f"the server gave up: {reason.get('message')}")
     if finish not in FINISHED:
-        raise BadReply(f"finish_reason {reason} is none of {', '.join(FINISHED)}")
+        raise BadReply(f"finish_reason {reason} is not one of {', '.join(FINISHED)}")
     if finish == "stop" and last not in ask.stop_ids:
         raise BadReply(
-            f"the answer stops at token {last}, which ends none here: the server's model folder names "
+            f"the answer stops at token {last}, which is no stop token here: the server's model folder names "
             "another end of sequence; serve the run's model, or add the token to rollout.sampling.stop"
         )
     if len(ids) > ask.max_tokens or (finish == "length" and len(ids) < ask.max_tokens):
@@ -162,7 +162,7 @@ def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: GenerationRequest) ->
 
 
 def _logp(meta: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
-    """The first number of each triple [log-prob, token id, text]."""
+    """Log-probs [T]: the first number of each triple [log-prob, token id, text]."""
     triples = field(meta, "output_token_logprobs", list)
     try:
         values = [triple[0] for triple in triples]
@@ -176,7 +176,7 @@ def _logp(meta: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     if bad.size:
         raise BadReply(
             f"the log-prob of response token {bad[0]} (id {ids[bad[0]]}) is {values[bad[0]]}: the server's "
-            "weights or its arithmetic are broken; restart it, and where it comes back, serve another dtype"
+            "weights or its arithmetic are broken; restart it, and if it comes back, serve another dtype"
         )
     return logp
 
@@ -194,8 +194,8 @@ def _spans(meta: Mapping[str, Any], length: int) -> tuple[Span, ...]:
 
 @dataclass(frozen=True)
 class Versions:
-    """Names that no other run, and no earlier start of this one, gives: a server that was restarted, or that
-    another run writes to, is told from one that has these weights."""
+    """Names of weight versions that no other run, and no earlier start of this one, uses: they distinguish a
+    server that has these weights from one that was restarted, or that another run writes to."""
 
     name: str
     nonce: str = dataclasses.field(default_factory=lambda: secrets.token_hex(4))
@@ -205,18 +205,18 @@ class Versions:
         return f"{self.name}.{self.nonce}"
 
     def called(self, number: int) -> str:
-        """The weights after training on `number` rollout batches."""
+        """Name of the weights after training on `number` rollout batches."""
         return f"{self.run}.{number}"
 
     def number(self, version: str) -> int | None:
-        """The inverse of `called`; None for what is not of this run."""
+        """The inverse of `called`; None for names of other runs."""
         run, _, number = version.rpartition(".")
         return int(number) if run == self.run and number.isdigit() else None
 
 
 def experts_of(meta: Mapping[str, Any], tokens: int, routed: Routed) -> np.ndarray:
-    """The record [tokens, layers, per_token] of a reply's `meta_info`, from base64 of int32, in any order.
-    Raises WrongServer, BadReply."""
+    """The experts record [tokens, layers, per_token] of a reply's `meta_info`, which the server sends as
+    base64 of int32, in any order. Raises WrongServer if there is none, BadReply."""
     sent = meta.get("routed_experts")
     if not isinstance(sent, str):
         raise WrongServer(
@@ -229,15 +229,15 @@ def experts_of(meta: Mapping[str, Any], tokens: int, routed: Routed) -> np.ndarr
         raise BadReply(f"routed_experts cannot be decoded: {error}") from error
     shape = (tokens, routed.layers, routed.per_token)
     if len(flat) != np.prod(shape):
-        raise BadReply(f"{len(flat)} routed experts; tokens, layers and experts of a token are {shape}")
+        raise BadReply(f"{len(flat)} routed experts; expected [tokens, layers, experts per token] = {shape}")
     if len(flat) and (flat.min() < 0 or flat.max() >= routed.experts):
         raise BadReply(f"routed experts from {flat.min()} to {flat.max()}; the policy has {routed.experts}")
     return np.sort(flat.reshape(shape), axis=-1).astype(expert_dtype(routed.experts))
 
 
 def continued(parts: Sequence[np.ndarray]) -> np.ndarray | None:
-    """One record from those of an answer's parts, each of which begins at the prompt: of each what the one
-    before did not read. None without parts."""
+    """Join the records of an answer's parts. Each begins at the prompt: only the positions that the parts
+    before it did not read are added. None without parts."""
     if not parts:
         return None
     whole = parts[0]

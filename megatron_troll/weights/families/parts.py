@@ -22,7 +22,7 @@ def embeddings(shape: ModelShape) -> tuple[Entry, ...]:
     return (
         Entry((embedding,), ("embedding.word_embeddings.weight",), axis=0, padded=True),
         norm(shape, "model.norm.weight", shape.hidden, "decoder.final_layernorm.weight"),
-        # A tied head is a parameter of its own only where another pipeline stage holds the embedding.
+        # A tied head is a parameter of its own only if another pipeline stage holds the embedding.
         Entry((head,), ("output_layer.weight",), axis=0, padded=True, copy=shape.tied),
     )
 
@@ -33,7 +33,7 @@ def norm(shape: ModelShape, hf: str, size: int, *megatron: str) -> Entry:
 
 
 def layer_norms(shape: ModelShape) -> tuple[Entry, ...]:
-    """The two of a layer; Transformer Engine keeps each in the linear layer that follows it."""
+    """The two norms of a layer; Transformer Engine keeps each in the linear layer that follows it."""
     attention = MEGATRON + "self_attention."
     return (
         norm(

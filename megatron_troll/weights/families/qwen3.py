@@ -1,4 +1,4 @@
-"""Qwen3 and Qwen3-MoE."""
+"""Weight table of Qwen3 and Qwen3-MoE."""
 
 import torch
 

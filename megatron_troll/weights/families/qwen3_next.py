@@ -1,8 +1,8 @@
-"""Qwen3-Next: layers of gated attention and of Gated DeltaNet, experts and a shared expert in both.
+"""Weight table of Qwen3-Next: layers of gated attention or Gated DeltaNet, all with a shared expert.
 
-Hugging Face interleaves: `q_proj` holds each head's query and output gate, `in_proj_qkvz` and `in_proj_ba`
-hold what belongs to one key head together. Megatron groups attention by query group, and our Gated DeltaNet
-layer keeps query, key, value, z, b and a apart, so that each is cut over the tensor-parallel ranks by heads.
+Hugging Face interleaves rows: `q_proj` keeps each head's query and output gate together, `in_proj_qkvz` and
+`in_proj_ba` the rows of each key head. Megatron groups attention by query group, and our Gated DeltaNet layer
+keeps query, key, value, z, b and a separate, so that each is sharded by heads over tensor-parallel ranks.
 """
 
 import torch
@@ -21,7 +21,7 @@ from megatron_troll.weights.families.parts import (
 )
 from megatron_troll.weights.table import Entry, HFTensor, Table, Tensors
 
-# The layers that predict several tokens ahead: neither built nor trained here.
+# Multi-token prediction layers: neither built nor trained here.
 CARRIED = ("mtp.",)
 
 
@@ -85,7 +85,7 @@ def _delta_net(linear: LinearAttention, hidden: int) -> tuple[Entry, ...]:
         return _by_key_head(parts[:4], linear), _by_key_head(parts[4:], linear)
 
     def cut(tensors: Tensors) -> Tensors:
-        """The channels of q, k and v."""
+        """Channels -> those of q, k and v."""
         return tensors[0].split([key, key, value])
 
     projections = (
@@ -109,7 +109,7 @@ def _delta_net(linear: LinearAttention, hidden: int) -> tuple[Entry, ...]:
 
 
 def _by_kind(tensor: Tensor, linear: LinearAttention, rows: tuple[int, ...]) -> Tensors:
-    """Rows that lie together for each key head -> all rows of each kind."""
+    """Rows grouped by key head -> all rows of each kind."""
     pieces = tensor.reshape(linear.key_heads, -1, tensor.shape[-1]).split(rows, 1)
     return tuple(piece.reshape(-1, tensor.shape[-1]) for piece in pieces)
 

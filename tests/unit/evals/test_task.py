@@ -85,7 +85,7 @@ def test_every_replica_decodes_a_full_batch(config: Path, ranks: int, at_once: i
         ("models.policy.path=nowhere", "nowhere/config.json not found"),
         ("models.policy.init=pretrained", "no model.safetensors.index.json or model.safetensors"),
         ("models.policy.layout={cp: 2}", "inprocess does not generate under context parallelism"),
-        ("launch.ranks=3", "needs a world that tp x pp x cp = 2 divides"),
+        ("launch.ranks=3", "needs a world size divisible by tp x pp x cp = 2"),
         ("resume=true", "resume: an evaluation is not resumed"),
     ],
 )

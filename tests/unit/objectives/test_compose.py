@@ -257,7 +257,7 @@ def test_the_sparse_head_takes_what_reads_kept_tokens_alone():
             continue
         with pytest.raises(ConfigError, match=r"head=sparse: the full softmax is differentiated by kl; set"):
             refuse_dense_head(objective)
-        assert head_gradient(objective).endswith("whole rows formed again in backward, because of kl")
+        assert head_gradient(objective).endswith("whole rows recomputed in backward, because of kl")
 
 
 @pytest.mark.parametrize(

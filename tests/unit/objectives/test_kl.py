@@ -250,7 +250,7 @@ def test_what_tike_reports():
         ("k3", {"diff_is": True}, "diff_is: true needs is_weight: token"),
         ("tike", {"k": 0}, r"objective.kl.k: got 0, expected an integer >= 1"),
         ("tike", {"support": "new"}, r"objective.kl.support: .*own, old"),
-        ("tike", {"union_sampled": True, "tail": "horvitz"}, "the tail is never drawn"),
+        ("tike", {"union_sampled": True, "tail": "horvitz"}, "the tail is never sampled"),
         ("tike", {"is_weight": "none", "diff_is": True}, "diff_is: true needs is_weight: token"),
         ("tike_sparse", {"delta": 1.0}, r"objective.kl.delta: got 1.0, expected a number >= 0 and < 1"),
         ("exact", {"k": 3}, "objective.kl.k: unknown key"),

@@ -114,7 +114,7 @@ def test_an_unknown_partner(key: str, name: str, message: str, folders: dict[str
     [
         (
             "class Mine:\n    pass\n",
-            r"kl\.name: this file must define one subclass of Kl: .*mine\.py:1: Mine is none",
+            r"kl\.name: this file must define one subclass of Kl: .*mine\.py:1: Mine is not one",
         ),
         ("LIMIT = 3\n", r"must define one subclass of Kl: .*mine\.py:1$"),
         (

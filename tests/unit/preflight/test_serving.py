@@ -142,5 +142,5 @@ def test_colocated_servers_are_on_every_node() -> None:
 def test_servers_elsewhere_need_nothing_here() -> None:
     elsewhere = "rollout.sglang.servers=[http://10.0.0.1:30000]"
     assert needs(0, elsewhere, serve_nodes=0).servers is None
-    with pytest.raises(ConfigError, match="--serve-nodes 1: the configuration asks no servers of its own"):
+    with pytest.raises(ConfigError, match="--serve-nodes 1: the configuration uses no servers of its own"):
         needs(0, elsewhere)

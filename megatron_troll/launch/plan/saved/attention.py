@@ -1,18 +1,18 @@
-"""What the two kinds of attention keep for backward, their norm and projections included. Bytes."""
+"""Bytes that the two kinds of attention keep for backward, their norm and projections included."""
 
 from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow
 from megatron_troll.mcore.delta_rule import CHUNK
 
 
 def full_attention(flow: Flow, *, core: bool = True) -> int:
-    """Without `core`: the core attention is computed again in backward."""
+    """Bytes kept by full attention. Without `core`, the core attention is recomputed in backward."""
     shape, tp, rows, width = flow.shape, flow.model.layout.tp, flow.tokens, flow.width
     heads, groups = shape.heads // tp, shape.kv_heads // tp
     query, key = heads * shape.head_dim, groups * shape.head_dim
     output = width * rows * query
     total = flow.norm(flow.shard, shape.hidden) + flow.hidden(flow.shard)
     total += _heads_and_rotation(flow, heads, groups)
-    # Every rank gathers all keys for the local core attention; Transformer Engine's passes them on.
+    # For the local core attention every rank gathers all keys; Transformer Engine's passes them around.
     keys = rows if flow.te or not core else rows * flow.model.layout.cp
     total += width * (rows * query + 2 * keys * key)
     if core:
@@ -23,18 +23,18 @@ def full_attention(flow: Flow, *, core: bool = True) -> int:
 
 
 def _heads_and_rotation(flow: Flow, heads: int, groups: int) -> int:
-    """The norms of queries and keys, and the rotation's sines and cosines."""
+    """Bytes of the norms of queries and keys, and of the rotation's sines and cosines."""
     shape, rows = flow.shape, flow.tokens
     rotated = 4 * flow.width * rows * int(shape.head_dim * shape.rotary_fraction)
     norms = flow.norm(rows * (heads + groups), shape.head_dim)
-    # Queries and keys are views of the projection's output, which is kept whole where no copy in fp32 is.
+    # Queries and keys are views of the projection's output, which is kept whole if no fp32 copy is.
     kept_whole = flow.te or flow.width == FLOAT
     rest = groups + (heads if shape.output_gate else 0)
     return rotated + norms + (flow.width * rows * rest * shape.head_dim if kept_whole else 0)
 
 
 def linear_attention(flow: Flow) -> int:
-    """Gated DeltaNet. Context-parallel ranks hold all positions of their share of the heads meanwhile."""
+    """Bytes kept by Gated DeltaNet, in which a context-parallel rank holds all positions of some heads."""
     linear, layout, width = flow.shape.linear, flow.model.layout, flow.width
     assert linear is not None
     rows, hidden = flow.tokens, flow.norm(flow.shard, flow.shape.hidden) + flow.hidden(flow.shard)
@@ -49,7 +49,7 @@ def linear_attention(flow: Flow) -> int:
 
 
 def _torch_rule(flow: Flow, key_heads: int, value_heads: int) -> int:
-    """Of one position, in fp32: the matrices of its chunk (delta_rule.py), and the states between chunks."""
+    """Bytes per position in fp32: the matrices of its chunk (delta_rule.py), the states between chunks."""
     linear = flow.shape.linear
     assert linear is not None
     matrices = CHUNK * (4 * value_heads + key_heads)
@@ -59,8 +59,8 @@ def _torch_rule(flow: Flow, key_heads: int, value_heads: int) -> int:
 
 
 def _kernels(flow: Flow, key_heads: int, value_heads: int) -> int:
-    """Of one position, by flash-linear-attention: queries, keys and values for each value head, decay and
-    rate in fp32, one row of the chunk's matrix."""
+    """Bytes per position with flash-linear-attention: queries, keys and values; for each value head, decay
+    and rate in fp32 and one row of the chunk's matrix."""
     linear = flow.shape.linear
     assert linear is not None
     vectors = 2 * key_heads * linear.key_dim + value_heads * linear.value_dim

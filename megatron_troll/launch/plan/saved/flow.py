@@ -1,4 +1,4 @@
-"""One micro-batch on one rank: how many rows of what its layers see."""
+"""One micro-batch on one rank: the numbers of rows that its layers process."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ INDEX = 8
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """Bytes. kept: from forward to backward of the micro-batch; again: what is then computed again, of one
-    layer at a time; experts: of `kept`, what depends on where tokens are routed."""
+    """Bytes of activations. kept: from forward to backward of the micro-batch; again: recomputed in backward,
+    one layer at a time; experts: the part of `kept` that depends on routing."""
 
     kept: int
     again: int
@@ -25,8 +25,8 @@ class SavedBytes:
 
 @dataclass(frozen=True)
 class Flow:
-    """`tokens`: of the micro-batch on this context-parallel rank. `te`: Transformer Engine's layers; else the
-    local ones. Experts are taken to be even: each gets the same number of tokens."""
+    """A micro-batch with `tokens` tokens on this context-parallel rank. `te`: Transformer Engine's layers,
+    otherwise the local ones. Routing is assumed to be even: each expert gets the same number of tokens."""
 
     shape: ModelShape
     model: Model
@@ -35,31 +35,31 @@ class Flow:
 
     @property
     def width(self) -> int:
-        """Bytes of a number."""
+        """Bytes of one element."""
         return WIDTHS[self.model.dtype]
 
     @property
     def shard(self) -> int:
-        """Tokens where sequence parallelism cuts them."""
+        """Tokens of one tensor-parallel rank where sequence parallelism shards them."""
         return self.tokens // self.model.layout.tp
 
     @property
     def routed(self) -> int:
-        """Tokens, one for each expert chosen, that this rank sends."""
+        """Tokens that this rank sends, each counted once per chosen expert."""
         return self.shard * self.shape.experts_per_token
 
     @property
     def received(self) -> int:
-        """Tokens that the experts of this rank get, the same ones on each expert-tensor-parallel rank."""
+        """Tokens that this rank's experts receive, the same ones on each expert-tensor-parallel rank."""
         return self.routed * self.model.layout.etp
 
     def hidden(self, rows: int) -> int:
-        """Bytes of hidden states."""
+        """Bytes of `rows` hidden states."""
         return self.width * rows * self.shape.hidden
 
     def norm(self, rows: int, size: int) -> int:
-        """Bytes that an RMSNorm keeps: Transformer Engine's its input, the local one what it computed in
-        fp32 too."""
+        """Bytes that an RMSNorm keeps: Transformer Engine's keeps its input, the local one also what it
+        computed in fp32."""
         if self.te:
             return self.width * rows * size + FLOAT * rows
         normed = FLOAT if self.shape.zero_centred_norms else self.width

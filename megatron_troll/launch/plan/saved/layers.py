@@ -1,4 +1,4 @@
-"""What the layers of one model chunk keep for backward of one micro-batch, by how much is recomputed."""
+"""Bytes that the layers of one model chunk keep for backward of one micro-batch, by recompute mode."""
 
 from collections.abc import Iterable
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ NOTHING = SavedBytes(0, 0, 0)
 
 
 def of_layers(flow: Flow, layers: Iterable[int], mode: Recompute) -> SavedBytes:
-    """`layers` by their numbers in the model."""
+    """Bytes of `layers`, given by their numbers in the model."""
     kinds = [flow.shape.layer_types[layer] for layer in layers]
     of_kind = {kind: of_layer(flow, kind, mode) for kind in set(kinds)}
     return sum((of_kind[kind] for kind in kinds), NOTHING)
@@ -37,7 +37,7 @@ def of_layer(flow: Flow, kind: str, mode: Recompute) -> SavedBytes:
 
 
 def without(feeding: SavedBytes, flow: Flow) -> SavedBytes:
-    """What is left of a feed-forward half where `recompute_modules` computes it again."""
+    """Bytes that a feed-forward half still keeps when `recompute_modules` are recomputed."""
     modules = flow.model.recompute_modules
     if "moe" in modules or "mlp" in modules:
         return SavedBytes(before_mlp(flow), 0, 0)

@@ -1,13 +1,13 @@
-"""What the feed-forward half of a layer keeps for backward, its norm included. Bytes."""
+"""Bytes that the feed-forward half of a layer keeps for backward, its norm included."""
 
 from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow, SavedBytes
 
-# Of a gated MLP: gate and up (one tensor), silu(gate), up + 0, and what the second matrix reads.
+# Tensors of a gated MLP: gate and up (stored as one), silu(gate), up + 0, and the second matrix's input.
 GATED = 5
 
 
 def before_mlp(flow: Flow) -> int:
-    """The norm, and what it gives."""
+    """Bytes of the norm and of its output."""
     return flow.norm(flow.shard, flow.shape.hidden) + flow.hidden(flow.shard)
 
 
@@ -23,12 +23,12 @@ def experts(flow: Flow) -> SavedBytes:
 
 
 def of_activation(flow: Flow) -> int:
-    """Of the experts, all but what their first matrix reads and gives."""
+    """Bytes of the experts, without the input and output of their first matrix."""
     return (GATED - 1) * flow.width * flow.received * flow.shape.expert_ffn // flow.model.layout.etp
 
 
 def _dispatch(flow: Flow) -> int:
-    """Which tokens go where, and with what weight."""
+    """Bytes of the routing: the experts of each token, and their weights."""
     rows = flow.shard
     if flow.model.moe.dispatcher == "allgather":
         rows *= flow.model.layout.ep * flow.model.layout.etp
@@ -36,7 +36,7 @@ def _dispatch(flow: Flow) -> int:
 
 
 def _routed(flow: Flow) -> int:
-    """As GATED, and the product with the router's weight."""
+    """Bytes of the routed experts: the tensors of GATED, and the product with the router's weight."""
     ffn = flow.shape.expert_ffn // flow.model.layout.etp
     return flow.received * (flow.width * (flow.shape.hidden + (GATED + 1) * ffn) + FLOAT)
 

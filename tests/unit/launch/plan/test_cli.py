@@ -89,7 +89,7 @@ def test_replayed_experts_count(config: str, capsys: pytest.CaptureFixture[str])
     ("overrides", "said"),
     [
         (["models.policy.layout={ep: 3}"], "experts (128) cannot be divided by ep (3); set ep to 2 or 4"),
-        (["launch.ranks=12"], "needs a world that etp x ep x pp = 8 divides; this one has 12 ranks"),
+        (["launch.ranks=12"], "needs a world size divisible by etp x ep x pp = 8; this one has 12 ranks"),
         (["models.policy.path=models/Qwen9"], "models/Qwen9/config.json not found"),
         (["rollout.sampling.max_tokens=40000"], "exceeds the model's max_position_embeddings 40960"),
         (["objective.kl.name=tike"], "models.reference: missing; objective.kl=tike"),

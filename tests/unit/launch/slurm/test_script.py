@@ -189,7 +189,7 @@ def test_servers_have_to_fit_a_node_that_serves(where: tuple[str, int]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "serve_nodes", "message"),
     [
-        ((), 1, "--serve-nodes 1: rollout.engine=inprocess asks no servers"),
+        ((), 1, "--serve-nodes 1: rollout.engine=inprocess uses no servers"),
         (SERVED, 0, "rollout.engine=sglang: nobody serves; give --serve-nodes"),
         (SERVED[:1], 1, "rollout.sglang.api_key_file: missing"),
         ((*SERVED, "rollout.sglang.colocated=true"), 1, "already says where the servers are"),

@@ -70,7 +70,7 @@ def test_what_a_server_says_of_itself(fake: Fake) -> None:
     sums = told(lambda control: control.checksums(fake.url))
     assert sums == RECORDED["checksums"]["content"]["ranks"][0]["checksums"]
     fake.overrides["/server_info"] = (200, {"model": "other"})
-    with pytest.raises(BadReply, match="says nothing of tp_size"):
+    with pytest.raises(BadReply, match="returned no tp_size"):
         told(lambda control: control.ranks(fake.url))
 
 

@@ -33,7 +33,7 @@ def test_a_record_is_sorted_and_small() -> None:
     [
         ({}, WrongServer, "--enable-return-routed-experts (serve.routed_experts=true)"),
         ({"routed_experts": "?"}, BadReply, "cannot be decoded"),
-        (sent(np.zeros((4, 2, 3))), BadReply, "24 routed experts; .* are (5, 2, 3)"),
+        (sent(np.zeros((4, 2, 3))), BadReply, "24 routed experts; .* = (5, 2, 3)"),
         (sent(np.full((5, 2, 3), 300)), BadReply, "from 300 to 300; the policy has 300"),
         (sent(np.full((5, 2, 3), -1)), BadReply, "from -1 to -1"),
     ],

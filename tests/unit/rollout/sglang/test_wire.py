@@ -101,8 +101,8 @@ WRONG = {
     "ids are text": (set_in("output_ids", 3, to="a"), BadReply, "not token ids"),
     "another vocabulary": (set_in("output_ids", 0, to=VOCAB), BadReply, f"token {VOCAB} is outside"),
     "no meta": (set_in(META, to=[]), BadReply, "no dict 'meta_info'"),
-    "unknown finish": (set_in(META, "finish_reason", to={"type": "tired"}), BadReply, "none of stop"),
-    "unknown stop": (set_in(META, "finish_reason", to={"type": "stop"}), BadReply, "ends none here"),
+    "unknown finish": (set_in(META, "finish_reason", to={"type": "tired"}), BadReply, "not one of stop"),
+    "unknown stop": (set_in(META, "finish_reason", to={"type": "stop"}), BadReply, "no stop token here"),
     "gave up": (
         set_in(META, "finish_reason", to={"type": "abort", "status_code": 500, "message": "no memory"}),
         ServerFault,
