@@ -1,4 +1,4 @@
-"""Everything of a configuration that can be refused before compute is spent."""
+"""Checks that refuse a configuration before compute is spent."""
 
 import importlib.util
 import os
@@ -26,13 +26,13 @@ from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.weights.source import check_folder
 
-# The axes of a layout that say which tokens a rank has, and where a pipeline ends.
+# The axes of a layout that determine which tokens a rank has, and where a pipeline ends.
 CUT_ALIKE = ("tp", "pp", "vpp", "cp")
 
 
 def check_methods(config: Config, objective: Objective, shape: ModelShape) -> None:
-    """Raises ConfigError where what `config` says of training does not go together, for a policy of this
-    shape. Reads no file."""
+    """Raises ConfigError if the training options of `config` do not fit together, for a policy of this shape.
+    Reads no file."""
     with _about("objective"):
         objective.check(shape.vocab)
         _check_kept(objective, shape)
@@ -45,7 +45,7 @@ def check_methods(config: Config, objective: Objective, shape: ModelShape) -> No
 
 
 def longest(config: Config) -> dict[str, int]:
-    """Tokens of the longest prompt and answer, by the key that says so."""
+    """Tokens of the longest prompt and answer, by the key that limits them."""
     return {
         "data.max_prompt_tokens": data_of(config).max_prompt_tokens,
         "rollout.sampling.max_tokens": config.rollout.sampling.max_tokens,
@@ -53,22 +53,21 @@ def longest(config: Config) -> dict[str, int]:
 
 
 def data_of(config: Config) -> Data:
-    """What is trained on. Raises ConfigError where the configuration does not say."""
+    """The training data. Raises ConfigError if the configuration has none."""
     if config.data is None:
         raise ConfigError("data: missing; training needs data.files, prompts to answer")
     return config.data
 
 
 def world_size(config: Config) -> int:
-    """The ranks this run has: those that srun or torchrun started, or those that `mtroll` will start."""
+    """Number of ranks of this run: those that srun or torchrun started, or that `mtroll` will start."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return config.launch.ranks or smallest_world(config.policy.layout)
 
 
 def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
-    """Raises ConfigError where `tokens`, by the keys that limit them, are more than the model has positions
-    for."""
+    """Raises ConfigError if the sum of `tokens` (key -> its limit) exceeds the model's positions."""
     if sum(tokens.values()) > shape.max_positions:
         raise ConfigError(
             f"{' + '.join(tokens)} = {sum(tokens.values())} exceeds the model's max_position_embeddings "
@@ -77,7 +76,7 @@ def check_length(tokens: dict[str, int], shape: ModelShape) -> None:
 
 
 def _check_kept(objective: Objective, shape: ModelShape) -> None:
-    """Raises ConfigError where a record keeps more tokens than the kernels of a GPU do."""
+    """Raises ConfigError if a record keeps more tokens than the GPU kernels can."""
     supports = (*objective.reads.supports, *objective.reads_old.supports)
     _check_k(max((min(kept.k, shape.vocab) for kept in supports), default=0))
 
@@ -93,8 +92,8 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
         raise ConfigError("rollout.sampling.temperature: 0 is greedy and explores nothing; set it above 0")
     if filters := active_filters(sampling):
         raise ConfigError(
-            f"rollout.sampling: {', '.join(filters)} cut the law that tokens are drawn from, while the "
-            "log-probs of every trust region are of the uncut one; leave them at their defaults in training"
+            f"rollout.sampling: {', '.join(filters)} cut the distribution that tokens are sampled from, "
+            "while every trust region uses log-probs of the uncut one; leave the defaults in training"
         )
     if objective.advantage.needs_groups and config.rollout.samples < 2:
         raise ConfigError(
@@ -127,7 +126,7 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
 
 
 def _check_roles(config: Config, objective: Objective) -> None:
-    """Models that are there for nothing, and methods without the model they need."""
+    """Raises ConfigError for a critic that nothing uses, and for methods without the model they need."""
     critic = config.models.critic
     if objective.needs_reference and config.models.reference is None:
         raise ConfigError(
@@ -141,8 +140,8 @@ def _check_roles(config: Config, objective: Objective) -> None:
 
 
 def check_models(config: Config, objective: Objective, shape: ModelShape) -> None:
-    """Raises ConfigError where a model does not go with the policy, which has `shape`. Reads the folders of
-    the models, no weights."""
+    """Raises ConfigError if another model does not fit the policy, which has `shape`. Reads the models'
+    folders, no weights."""
     if config.models.reference is not None and objective.needs_reference:
         _check_reference(config.models.reference, config, shape)
     if config.models.critic is not None:
@@ -155,7 +154,7 @@ def _check_reference(reference: ReferenceConfig, config: Config, shape: ModelSha
     check_folder(reference.path, read_shape(reference.path))
     if read_shape(reference.path) != shape:
         raise ConfigError(
-            f"models.reference: {reference.path} is of another shape than the policy {config.policy.path}"
+            f"models.reference: {reference.path} has another shape than the policy {config.policy.path}"
         )
 
 
@@ -181,7 +180,7 @@ def _check_rollout_model(model: RolloutModelConfig, config: Config, shape: Model
 
 
 def _check_pair(config: Config) -> None:
-    """A rollout model beside the policy."""
+    """Raises ConfigError if a rollout model does not fit the policy. Reads no file."""
     model = config.models.rollout
     if model is None:
         return
@@ -194,7 +193,7 @@ def _check_pair(config: Config) -> None:
     if model.layout.cp > 1:
         raise ConfigError(
             f"models.policy.layout.cp={model.layout.cp}: with models.rollout, evaluations of the policy are "
-            "drawn in the trainer's processes, which do not generate under context parallelism; set it to 1"
+            "sampled in the trainer's processes, which do not generate under context parallelism; set it to 1"
         )
     for key, value, reason in (
         ("objective.old=engine", config.objective.old == "engine", "the old policy would be another model"),
@@ -214,7 +213,7 @@ def _tokens(model: Model) -> dict[str, int]:
 
 
 def _check_bias(config: Config, name: str, model: Model) -> None:
-    """Expert biases live in the trainer and its checkpoints: Qwen3's format has no place for them."""
+    """Raises ConfigError if expert biases would have to leave the trainer: Qwen3's format has none."""
     if not model.moe.bias_rate:
         return
     for key, value, allowed in (
@@ -230,7 +229,7 @@ def _check_bias(config: Config, name: str, model: Model) -> None:
 
 
 def _check_replay(config: Config, shape: ModelShape) -> None:
-    """Raises ConfigError where there is nothing to repeat."""
+    """Raises ConfigError if there are no expert choices to repeat."""
     replay = config.train.replay
     if replay == "none":
         return
@@ -266,7 +265,7 @@ def check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:
 
 @contextmanager
 def _about(key: str) -> Iterator[None]:
-    """Says which key a ConfigError of the block is about."""
+    """Prefix a ConfigError of the block with the key that it is about."""
     try:
         yield
     except ConfigError as error:

@@ -1,5 +1,5 @@
-"""Files that a kill cannot leave half written, processes that end with their parent, and the signals by
-which a run is asked to stop."""
+"""Files that a kill cannot leave half written, processes that end with their parent, and the signals that
+ask a run to stop."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Blocks until a file, or the names in a folder, are on disk."""
+    """Block until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have this process sent `number` when the one that started it dies, however that happens (Linux)."""
+    """Let the kernel send `number` to this process when its parent dies in any way (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
@@ -45,12 +45,13 @@ ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def spared() -> Iterator[None]:
-    """Processes that this thread starts inside go on when this one is asked to stop: Slurm, and Ctrl-C in a
-    terminal, signal every process of a job, helpers without which nothing can be saved too. They begin with
-    these signals blocked; here they wait, or reach another thread, until the block ends."""
+    """Protect the processes that this thread starts inside the block from the signals that ask a run to stop:
+    Slurm, and Ctrl-C in a terminal, signal every process of a job, including helpers that saving needs. They
+    start with these signals blocked; in this thread the signals wait until the block ends, or reach another
+    thread."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
-        # Python's own helper process. Where this starts it, it unblocks two of them again.
+        # Python's own helper process; starting it unblocks two of the signals again.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
         yield
@@ -60,7 +61,7 @@ def spared() -> Iterator[None]:
 
 @dataclass
 class Interrupts:
-    """Whether Ctrl-C, SIGTERM or SIGUSR1 has been asked of this process. A run stops between two steps."""
+    """Whether Ctrl-C, SIGTERM or SIGUSR1 asked this process to stop. A run stops between two steps."""
 
     asked: bool = False
 
@@ -70,8 +71,8 @@ class Interrupts:
 
 @contextmanager
 def watched() -> Iterator[Interrupts]:
-    """Remember such signals, instead of ending, until the block ends; those that were blocked so far come
-    now. A SIGTERM or SIGUSR1 that whoever started this process had ignored stays so. Needs the main
+    """Record such signals, instead of ending, until the block ends; signals that were blocked before arrive
+    now. A SIGTERM or SIGUSR1 that this process was started to ignore stays ignored. Needs the main
     thread."""
     interrupts = Interrupts()
     heard = [n for n in ASKING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]

@@ -1,4 +1,4 @@
-"""What a run was given: its configuration, with all that it names read and found fit."""
+"""A run's inputs: the configuration, and everything it names, read and validated."""
 
 from dataclasses import dataclass, replace
 
@@ -25,8 +25,7 @@ PROBLEMS = (ConfigError, DataError, OSError)
 
 @dataclass(frozen=True)
 class Task:
-    """A configuration with all that it names read and found fit. `config` has every default of every
-    method written out."""
+    """A run's inputs, read and validated. `config` has every default of every method written out."""
 
     config: Config
     shape: ModelShape
@@ -39,13 +38,13 @@ class Task:
         return str(self.prompts)
 
     def token_text(self, token: int) -> str:
-        """What one token id reads as."""
+        """The text of one token id."""
         return str(self.tokenizer.decode([token]))
 
 
 def prepare(config: Config) -> Task:
-    """Read and check what `config` names. Raises one of PROBLEMS with what is wrong and where; touches no
-    device and writes nothing."""
+    """Read and check everything that `config` names. Raises one of PROBLEMS with the reason and the place;
+    uses no device and writes nothing."""
     check_version()
     data = data_of(config)
     config = config.model_copy(
@@ -74,7 +73,7 @@ def prepare(config: Config) -> Task:
 
 
 def shape_of(config: Config) -> ModelShape:
-    """The policy's sizes. Raises one of PROBLEMS where the folder, the layout or the engine does not fit."""
+    """The policy's sizes. Raises one of PROBLEMS if the folder, the layout or the engine does not fit."""
     policy = config.policy
     shape = read_shape(policy.path)
     check_model("policy", policy, shape, world_size(config))
@@ -83,14 +82,14 @@ def shape_of(config: Config) -> ModelShape:
 
 
 def tokenizer_of(model: Model, shape: ModelShape) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder. Raises one of PROBLEMS where it is not the model's."""
+    """The tokenizer of a model's folder. Raises one of PROBLEMS if it does not match the model."""
     tokenizer = load_tokenizer(model.path)
     check_vocab(tokenizer, shape.vocab)
     return tokenizer
 
 
 def sft_of(config: Config) -> WarmStart:
-    """What `mtroll sft` does. Raises ConfigError where the configuration does not say."""
+    """The options of `mtroll sft`. Raises ConfigError if they are missing or the run is to be resumed."""
     if config.sft is None:
         raise ConfigError("sft: missing; `mtroll sft` needs sft.files, demonstrations to learn from")
     if config.resume:

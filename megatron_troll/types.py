@@ -1,4 +1,4 @@
-"""The records that pass between rooms. Shapes are in the docstrings; N counts the tokens that carry loss."""
+"""Records that pass between packages. Docstrings give the shapes; N is the number of tokens with loss."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ NO_ID = -1
 
 @dataclass(frozen=True)
 class Message:
-    """One chat turn. `train` says whether its tokens carry loss; only assistant turns may."""
+    """One chat turn. `train`: whether its tokens carry loss; only assistant turns may."""
 
     role: str
     content: str
@@ -40,7 +40,7 @@ class Prompt:
 
     @cached_property
     def text_key(self) -> str:
-        """32 hex digits that depend on the roles and texts of the chat alone."""
+        """32 hex digits that depend only on the roles and texts of the chat."""
         text = json.dumps([(message.role, message.content) for message in self.messages])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -50,7 +50,7 @@ class TokenTopK:
     """Top-K of one response on the host, as the rollout engine or a file gives it.
 
     ids     [T, K] int32, value descending then id ascending; NO_ID pads rows that keep fewer
-    logp    [T, K] float32 log-probabilities of the sampling law (after temperature), -inf on padding
+    logp    [T, K] float32 log-probs of the sampling distribution (after temperature), -inf on padding
     """
 
     ids: np.ndarray
@@ -62,14 +62,14 @@ class Rollout:
     """One sampled response. T counts response tokens, the stop token included.
 
     prompt_ids, response_ids   int64 [P], [T]
-    mask       float32 [T], 1 where the token was sampled by the policy and carries loss
+    mask       float32 [T], 1 if the token was sampled by the policy and carries loss
     logp       float32 [T], engine log-probability of each sampled token, after temperature
-    uniform    float64 [T] in [0, 1), one number per token for methods that draw on it later (Jackpot)
-    versions   int64 [T], of the weights that drew each token: rollout batches they had been trained on
-    temperature  what divided the logits under logp and topk, filters not applied: the trainer divides alike
-    group      index of the prompt in its rollout batch; sample: which of the samples of that prompt
-    experts    uint8 or uint16 [P + T - 1, layers, k], ascending: the experts that the engine's model sent
-               each token to that it read (the last one drawn it did not); None: not recorded
+    uniform    float64 [T] in [0, 1), one random number per token, for methods that use it later (Jackpot)
+    versions   int64 [T], of the weights that sampled each token: rollout batches they had been trained on
+    temperature  divisor of the logits in logp and topk, before filters; the trainer divides by the same
+    group      index of the prompt in its rollout batch; sample: index among the samples of that prompt
+    experts    uint8 or uint16 [P + T - 1, layers, k], ascending: the experts to which the engine's model
+               sent each token it read (it did not read the last sampled one); None: not recorded
     """
 
     prompt: Prompt
@@ -89,7 +89,7 @@ class Rollout:
 
     @property
     def name(self) -> str:
-        """How errors and reports call this sample."""
+        """Name of this sample in errors and reports."""
         return f"{self.prompt.id}#{self.sample}"
 
 
@@ -98,14 +98,14 @@ class TopK:
     """Sparse token distributions of N positions: the record every method reads.
 
     The first `count` slots of a row are kept tokens: the top-K prefix (value descending, id ascending),
-    then the sampled token where the prefix lacks it. W = K + 1.
+    then the sampled token if the prefix lacks it. W = K + 1.
 
     ids     [N, W] int64, NO_ID on unused slots
     logits  [N, W] float32 or better, after temperature; -inf on unused slots. May require grad.
     count   [N] int64
-    place   [N] int64, slot of the sampled token; NO_ID where its logit is -inf and it was left outside
+    place   [N] int64, slot of the sampled token; NO_ID if its logit is -inf and it has no slot
     lse     [N] logsumexp over the full vocabulary of the same logits, so that logits - lse are
-            log-probabilities; None where the full row was never formed (`support: old`)
+            log-probabilities; None if the full row was never computed (`support: old`)
     vocab   number of tokens V, padded rows excluded
     """
 
@@ -129,7 +129,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Support:
-    """Which token ids a top-K read keeps. `own`: the k largest logits, cut at mass 1 - delta, plus the
+    """The token ids that a top-K read keeps. `own`: the k largest logits, cut at mass 1 - delta, plus the
     sampled token (ALGORITHMS 1.1); `old`: the ids of the old policy's record."""
 
     kind: Literal["own", "old"]
@@ -139,7 +139,7 @@ class Support:
 
 @dataclass(frozen=True)
 class HeadRequest:
-    """What an objective reads of the LM head.
+    """The readings that an objective needs from the LM head.
 
     logp          full-softmax log-prob of the sampled token, with gradient
     topk          a sparse record, with gradient of its logits
@@ -148,7 +148,7 @@ class HeadRequest:
     entropy       entropy over the full vocabulary, with gradient
     reference_kl  KL(policy || reference) over the full vocabulary, with gradient
     collision     sum of squared probabilities over the full vocabulary, without gradient
-    others        more records like `topk`, where the methods of one objective keep different ids
+    others        more records like `topk`, if the methods of one objective keep different ids
     """
 
     logp: bool = False
@@ -180,7 +180,7 @@ class HeadRequest:
 class Probe:
     """Full rows at a few of the N positions, for what a sparse record cannot show.
 
-    rows   [M] int64, which of the N positions
+    rows   [M] int64, indices into the N positions
     logp   [M, V / tp] full-softmax log-probabilities, this rank's shard of the vocabulary
     """
 
@@ -190,12 +190,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """What the LM head gave for N positions; None where it was not read or never formed.
+    """Readings of the LM head for N positions; None if not requested or never computed.
 
-    logp [N]; topk; entropy [N] nats, with gradient only where `Reads.entropy` asked for it; probe;
+    logp [N]; topk; entropy [N] nats, with gradient only if `HeadRequest.entropy` asked for it; probe;
     at_rollout [N, W] detached full-softmax log-probs at the ids of `ObjectiveInputs.rollout_topk`, -inf on
-    its unused slots; reference_kl [N] nats; collision [N] detached; others: the records that `Reads.others`
-    asked for, by support.
+    its unused slots; reference_kl [N] nats; collision [N] detached; others: the records that
+    `HeadRequest.others` asked for, by support.
     """
 
     logp: Tensor | None
@@ -217,7 +217,7 @@ class Segments:
     whole   [N] -> [L], the values of every token of the S responses, response by response in order of
             position, on every rank (not differentiable)
     mine    [L] -> [N], back to this rank's tokens
-    owner   [L] int64, which of the S responses each token of `whole` belongs to
+    owner   [L] int64, index of the response that each token of `whole` belongs to
     """
 
     sum: Callable[[Tensor], Tensor]
@@ -234,21 +234,21 @@ class ObjectiveInputs:
     new          differentiable readings of the current policy
     old          readings of the policy at the start of the update, detached
     rollout_logp [N] log-prob of the sampled token under the rollout engine
-    rollout_topk the engine's own record, where it was kept
+    rollout_topk the engine's own record, if it was kept
     advantage    [N] detached
-    weight       [N] aggregation weight of each token; sums over the whole optimizer step, every
-                 micro-batch and rank, are what the loss is normalised by. 0 masks a token.
+    weight       [N] aggregation weight of each token, normalised by sums over the whole optimizer step (every
+                 micro-batch and rank). 0 masks a token.
     position     [N] index of the token inside its response, masked tokens not counted
     segments     reductions over responses
     group        [S] int64, prompt group of each response in the rollout batch
     rollout      [S] int64, index of each response in the rollout batch
-    rollouts     responses in the whole rollout batch: what `statistics` may index by `rollout`
-    uniform      [N] one number in [0, 1) per token, drawn with the rollout
-    reference    the frozen reference model: logp [N], and topk at the ids of `new.topk` where a method reads
-                 both; None where no method reads it
+    rollouts     responses in the whole rollout batch, the size of what `statistics` indexes by `rollout`
+    uniform      [N] one random number in [0, 1) per token, made with the rollout
+    reference    the frozen reference model: logp [N], and topk at the ids of `new.topk` if a method reads
+                 both; None if no method reads it
     aggregation  how `weight` averages tokens, a name of objectives/aggregation.py; None: unknown, which
                  methods that must know refuse
-    response_advantage  [S] the advantage of each response, empty ones included; None where advantages differ
+    response_advantage  [S] the advantage of each response, empty ones included; None if advantages differ
                  within a response (a critic)
     frequency    [N] share of the rollout batch's loss tokens that are the same token; None: not counted
     """
@@ -273,7 +273,7 @@ class ObjectiveInputs:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What an objective returns for one micro-batch.
+    """The result of an objective for one micro-batch.
 
     loss        scalar, -sum weight * J, connected to the graph even when every weight is 0
     per_token   name -> [N] detached diagnostics; the loop reduces them over the step as the
@@ -284,7 +284,7 @@ class LossTerms:
     per_token: dict[str, Tensor]
 
 
-# Bytes of a MicroBatch: of one token; of one that carries loss, besides; of an entry of the engine's top-K.
+# Bytes of a MicroBatch: per token; in addition per token with loss; per entry of the engine's top-K.
 TOKEN_BYTES, LOSS_TOKEN_BYTES, ENTRY_BYTES = 17, 52, 12
 
 
@@ -298,20 +298,20 @@ class MicroBatch:
     max_seqlen         longest padded sequence
     index              [N] position in the flattened [b * s] whose hidden state predicts `target`
     target             [N] sampled token
-    sequence           [N] which of the S responses of this micro-batch the token belongs to
+    sequence           [N] index of the response of this micro-batch that the token belongs to
     position           [N] index inside its response, masked tokens not counted
     weight, advantage, rollout_logp   [N] float32
     rollout_topk       engine record of the same N tokens, or None
-    response_advantage [S] float32, of each response; None where a critic gives each token its own
-    uniform            [N] float64 in [0, 1), drawn with the rollout
+    response_advantage [S] float32, of each response; None if a critic gives each token its own
+    uniform            [N] float64 in [0, 1), made with the rollout
     rollouts           [S] index of each response in the rollout batch
-    groups             [S] its prompt group
+    groups             [S] prompt group of each response
     batch_size         responses in the whole rollout batch
     frequency          [N] float32, share of the rollout batch's loss tokens that are the same token;
                        None: not counted
     experts            layer, counted from 0 -> [n, k] uint8 or uint16, for every layer with experts on this
-                       rank: what its router sends its n tokens to, in its order (sequence parallelism
-                       included); on padding it chooses itself. None: routers choose
+                       rank: the experts to which its router sends its n tokens, in the rank's token order
+                       (sequence parallelism included); on padding the router chooses. None: routers choose
     """
 
     tokens: Tensor

@@ -4,17 +4,31 @@ room      a folder or file directly in megatron_troll/, and troll_kernels
 layers    lines of the import-linter contract
 arrows    pairs of rooms in which one imports the other, anywhere in its files
 imports   import statements of the package's own modules per 1,000 lines (relative, dotted and re-exports too)
+records   classes that carry a prompt from the data set to the loss, listed in RECORDS
+calls     calls from the entry of `mtroll train` on a rank to its first training step (of this checkout only)
 """
 
 import ast
+import os
 import sys
+import tempfile
 import tomllib
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 PACKAGE, KERNELS = "megatron_troll", "troll_kernels"
+RECORDS = (
+    *("Prompt", "Request", "Completion", "Rollout", "BatchFuture", "RolloutBatch", "ScoredBatch"),
+    *("AdvantageEstimate", "PlannedStep", "MicroBatch", "HeadOutputs", "ObjectiveInputs", "Policy", "Term"),
+    "LossTerms",
+)
 SMALL = 40
 
 
@@ -95,6 +109,17 @@ class House:
         return len(project["tool"]["importlinter"]["contracts"][0]["layers"])
 
     @property
+    def records(self) -> int:
+        """The number of RECORDS that the package defines."""
+        classes = {
+            n.name
+            for f in self.files
+            for n in ast.walk(ast.parse(f.read_text()))
+            if isinstance(n, ast.ClassDef)
+        }
+        return len(classes & set(RECORDS))
+
+    @property
     def small(self) -> float:
         """The share of modules under SMALL lines, without __init__.py."""
         lengths = [count(path) for path in self.files if path.name != "__init__.py"]
@@ -111,6 +136,41 @@ def room(module: str) -> str:
     return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]
 
 
+def calls_to_the_step() -> int:
+    """Run `mtroll train` on the demo as rank 0 of one, up to its first training step, and count the package's
+    frames between `main` and the step."""
+    from megatron_troll import loop
+    from megatron_troll.cli.main import main
+    from megatron_troll.data.demo import write_demo
+
+    depths: list[int] = []
+
+    @contextmanager
+    def opened(*_: object) -> Iterator[Any]:
+        state = SimpleNamespace(step=0, before=0.0)
+        session = SimpleNamespace(stopping=lambda: False)
+        yield SimpleNamespace(resume=lambda: state, session=session)
+
+    def step(*_: object) -> None:
+        codes = [frame.f_code for frame, _ in traceback.walk_stack(None)]
+        within = codes[1 : codes.index(main.__code__)]
+        depths.append(1 + sum(f"/{PACKAGE}/" in code.co_filename for code in within))
+        raise OSError("counted")
+
+    with tempfile.TemporaryDirectory() as folder, patch.multiple(loop, open_run=opened, train_step=step):
+        write_demo(folder, 0)
+        settings = [
+            f"models.policy.path={folder}/base",
+            "models.policy.init=random",
+            f"data.files=[{folder}/data/train.jsonl]",
+            f"data.held_out=[{folder}/data/held_out.jsonl]",
+            f"runs={folder}/runs",
+        ]
+        with patch.dict(os.environ, RANK="0"):
+            main(["train", "examples/configs/cpu_troll.yaml", *settings])
+    return depths[0]
+
+
 def figures(house: House) -> dict[str, str]:
     imports = len(house.statements)
     return {
@@ -121,6 +181,7 @@ def figures(house: House) -> dict[str, str]:
         "own imports per 1,000 lines": f"{1000 * imports / house.lines:.1f}",
         "modules": str(len(house.files)),
         "modules under 40 lines": f"{house.small:.0%}",
+        "record types from prompt to loss": str(house.records),
         "lines of product": str(house.lines),
         "lines of tests": str(house.test_lines),
     }
@@ -130,3 +191,5 @@ if __name__ == "__main__":
     for root in sys.argv[1:] or ["."]:
         for k, v in figures(House(Path(root))).items():
             print(k, v)
+    if sys.argv[1:] in ([], ["."]):
+        print("calls from the entry to the training step", calls_to_the_step())

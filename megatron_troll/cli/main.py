@@ -52,7 +52,10 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "eval", "pass@k and maj@k of a model on prompt files", commands.evaluate)
     preflight = _configured(kinds, "preflight", "check the nodes that a run will have", commands.preflight)
     preflight.add_argument(
-        "--serve-nodes", type=launch.natural, default=0, help="number of nodes, from the first, that serve (default 0)"
+        "--serve-nodes",
+        type=launch.natural,
+        default=0,
+        help="number of nodes, from the first, that serve (default 0)",
     )
     plan.add_to(kinds)
     launch.add_to(kinds)

@@ -1,4 +1,4 @@
-"""YAML parsing in which every value keeps the place it was written at. Scalars follow YAML 1.2: 1e-6 is a float."""
+"""YAML in which every value keeps the place it was written at. Scalars follow YAML 1.2: 1e-6 is a float."""
 
 import re
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ _resolve(
 
 
 def parse(text: str | bytes, name: str) -> YamlValue:
-    """Parse one YAML document. Raises ConfigError with `name` and the line on bad syntax or a repeated key."""
+    """Parse a YAML document. Raises ConfigError with `name` and the line on bad syntax or a repeated key."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

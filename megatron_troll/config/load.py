@@ -74,7 +74,7 @@ def _with_names(tree: YamlValue, shape: Shape | None) -> YamlValue:
 
 
 def read(path: Path, chain: tuple[Path, ...] = ()) -> YamlValue:
-    """Read a file on top of everything it extends. `chain` holds the files that led here. Raises ConfigError."""
+    """Read a file on top of all it extends. `chain` holds the files that led here. Raises ConfigError."""
     resolved = path.resolve()
     if resolved in chain:
         raise ConfigError(f"{path}: extends itself: " + " -> ".join(str(p) for p in (*chain, resolved)))

@@ -29,13 +29,14 @@ class MoE(Node):
 
 
 class Distill(Node):
-    """Distillation of the policy into a rollout model: besides PPO's loss it has weight x KL(policy || rollout
-    model), over the policy's top k and the sampled token, with all other tokens counted as one."""
+    """Distillation of the policy into a rollout model: besides PPO's its loss has weight x KL(policy ||
+    rollout model), over the policy's top k and the sampled token, with all other tokens counted as one."""
 
     k: Positive = Field(default=20, description="tokens of the policy's record, beside the sampled one")
     weight: NonNegative = Field(default=1.0, description="initial weight of the KL; 0: no KL")
     target_kl: PositiveFloat | None = Field(
-        default=0.1, description="KL, in nats per token, that the weight is adjusted to hold; null: constant weight"
+        default=0.1,
+        description="KL, in nats per token, that the weight is adjusted to hold; null: constant weight",
     )
     gain: PositiveFloat = Field(
         default=0.2,
@@ -70,8 +71,8 @@ class Muon(Node):
 
 
 class PrecisionAware(Node):
-    """Dtypes of the moments in Transformer Engine's Adam; of each fp32 weight it keeps the 16 bits that the bf16
-    weight lacks."""
+    """Dtypes of the moments in Transformer Engine's Adam; of each fp32 weight it keeps the 16 bits that the
+    bf16 weight lacks."""
 
     exp_avg: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
         default="bf16", description="first moment; fp8: with a scale per tensor"

@@ -35,7 +35,7 @@ class RunPaths:
 
     @property
     def stopped(self) -> Path:
-        """File that exists after a run was asked to stop, until it is resumed."""
+        """File that exists from when a run was stopped on request until it is resumed."""
         return self.root / "stopped"
 
     @property

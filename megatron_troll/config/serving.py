@@ -16,10 +16,12 @@ class WeightSync(Node):
         "a process group of trainer and servers (NCCL, gloo on CPU)",
     )
     folder: str | None = Field(
-        default=None, description="for `disk`: the same path on trainer and servers; default: runs/<name>/weights"
+        default=None,
+        description="for `disk`: the same path on trainer and servers; default: runs/<name>/weights",
     )
     address: str | None = Field(
-        default=None, description="for `distributed`: rank 0's address for the servers; default: its host name"
+        default=None,
+        description="for `distributed`: rank 0's address for the servers; default: its host name",
     )
     bucket_mib: Positive = Field(default=512, description="MiB sent at once; needs twice that memory")
     timeout_s: PositiveFloat = Field(default=600.0, description="for each reply of a server during a sync")
@@ -86,8 +88,8 @@ class Mamba(Node):
 
 
 class Serve(Node):
-    """The server processes of `mtroll serve`. They serve models.rollout if it is set, otherwise models.policy,
-    in that model's dtype."""
+    """The server processes of `mtroll serve`. They serve models.rollout if it is set, otherwise
+    models.policy, in that model's dtype."""
 
     servers: Positive = Field(default=1, description="server processes on this machine")
     host: str = Field(
@@ -126,7 +128,9 @@ class Serve(Node):
     flags: dict[str, str | int | float | bool] = Field(
         default={}, description="more flags of SGLang's server, without dashes in front; true: a bare flag"
     )
-    start_timeout_s: PositiveFloat = Field(default=900.0, description="time until every server must be healthy")
+    start_timeout_s: PositiveFloat = Field(
+        default=900.0, description="time until every server must be healthy"
+    )
     restarts: Natural = Field(default=3, description="times that a server that died is started again")
 
 

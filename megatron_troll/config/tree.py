@@ -311,7 +311,9 @@ class EvaluationConfig(Node):
 class EvalSet(PromptFiles):
     """A data set of `mtroll eval`, named by its key."""
 
-    prompts: Positive | None = Field(default=None, description="number of prompts, from the first; default: all")
+    prompts: Positive | None = Field(
+        default=None, description="number of prompts, from the first; default: all"
+    )
     samples: Positive = Field(default=1, description="answers per prompt")
     sampling: Sampling = Sampling()
     pass_at: tuple[Positive, ...] = Field(
@@ -342,7 +344,7 @@ class Checkpoint(Node):
 
 
 class Observe(Node):
-    """Outputs besides metrics.jsonl, and what they include."""
+    """Outputs besides metrics.jsonl, and hang detection."""
 
     tensorboard: bool = Field(default=True, description="event files under runs/<name>/tensorboard")
     wandb_project: str | None = Field(default=None, description="W&B project; default: no W&B")

@@ -73,7 +73,7 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
         ("models.policy.path=nowhere", "nowhere/config.json not found"),
         ("models.policy.init=pretrained", "no model.safetensors.index.json or model.safetensors"),
         ("rollout.sampling.temperature=0", "0 is greedy and explores nothing"),
-        ("rollout.sampling.top_p=0.9", "top_p cut the law that tokens are drawn from"),
+        ("rollout.sampling.top_p=0.9", "top_p cut the distribution that tokens are sampled from"),
         ("rollout.sampling.max_tokens=250", "= 282 exceeds the model's max_position_embeddings 256"),
         ("objective.trust_region.p_d=0.1", "objective: (V - |S|) * p_d = 6.3 >= 1"),
         ("train.updates=8", "at least as many prompts a batch as steps an epoch"),
@@ -176,7 +176,7 @@ def test_a_rollout_model_may_be_of_another_architecture(config: Path, base: Path
         (
             {"layout": {"tp": 2, "ep": 2, "cp": 2}},
             ("rollout.engine=sglang", "models.policy.layout.cp=2", "launch.ranks=4"),
-            "models.policy.layout.cp=2: with models.rollout, evaluations of the policy are drawn in",
+            "models.policy.layout.cp=2: with models.rollout, evaluations of the policy are sampled in",
         ),
         ({}, ("objective.old=engine",), "objective.old=engine does not go with models.rollout"),
         ({}, ("train.replay=rollout",), "train.replay=rollout does not go with models.rollout"),

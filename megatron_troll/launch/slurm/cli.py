@@ -35,11 +35,11 @@ def add_allocation(parser: argparse.ArgumentParser) -> None:
     """Add an option for each field of Allocation."""
     asked = parser.add_argument_group("allocation")
     asked.add_argument("--nodes", type=positive, required=True, help="nodes that train")
-    asked.add_argument("--serve-nodes", type=natural, default=0, help="additional nodes that serve (default 0)")
-    asked.add_argument("--gpus", type=natural, default=8, help="GPUs per node, one rank on each (default 8)")
     asked.add_argument(
-        "--tasks", type=positive, default=1, help="ranks per node if --gpus is 0 (default 1)"
+        "--serve-nodes", type=natural, default=0, help="additional nodes that serve (default 0)"
     )
+    asked.add_argument("--gpus", type=natural, default=8, help="GPUs per node, one rank on each (default 8)")
+    asked.add_argument("--tasks", type=positive, default=1, help="ranks per node if --gpus is 0 (default 1)")
     asked.add_argument("--cpus", type=positive, default=None, help="CPUs per rank; default: the cluster's")
     asked.add_argument("--time", default="24:00:00", help="time limit (default 24:00:00)")
     asked.add_argument("--partition", default=None)
@@ -50,13 +50,23 @@ def add_allocation(parser: argparse.ArgumentParser) -> None:
         default=600,
         help="seconds before the limit at which the run saves and goes back into the queue (default 600)",
     )
-    asked.add_argument("--container", default=None, metavar="IMAGE", help="container image to run in, through pyxis")
     asked.add_argument(
-        "--mounts", action="append", default=[], metavar="SOURCE:TARGET", help="container mount; may be repeated"
+        "--container", default=None, metavar="IMAGE", help="container image to run in, through pyxis"
     )
-    asked.add_argument("--python", default=".venv/bin/python", help="Python interpreter on the nodes, or in the container")
+    asked.add_argument(
+        "--mounts",
+        action="append",
+        default=[],
+        metavar="SOURCE:TARGET",
+        help="container mount; may be repeated",
+    )
+    asked.add_argument(
+        "--python", default=".venv/bin/python", help="Python interpreter on the nodes, or in the container"
+    )
     asked.add_argument("--interface", default=None, help="network interface; default: chosen on each node")
-    asked.add_argument("--restarts", type=natural, default=100, help="times the job may be requeued (default 100)")
+    asked.add_argument(
+        "--restarts", type=natural, default=100, help="times the job may be requeued (default 100)"
+    )
 
 
 def natural(text: str) -> int:
