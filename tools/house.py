@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 import tomllib
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,9 +151,12 @@ def calls_to_the_step() -> int:
         yield SimpleNamespace(resume=lambda: state, session=session)
 
     def step(*_: object) -> None:
-        codes = [frame.f_code for frame, _ in traceback.walk_stack(None)]
-        within = codes[1 : codes.index(main.__code__)]
-        depths.append(1 + sum(f"/{PACKAGE}/" in code.co_filename for code in within))
+        frame, depth = sys._getframe(1), 1
+        while frame.f_code is not main.__code__:
+            depth += f"/{PACKAGE}/" in frame.f_code.co_filename
+            assert frame.f_back is not None
+            frame = frame.f_back
+        depths.append(depth)
         raise OSError("counted")
 
     with tempfile.TemporaryDirectory() as folder, patch.multiple(loop, open_run=opened, train_step=step):

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -32,14 +33,29 @@ class Prepared(Protocol):
     def config(self) -> Config: ...
 
 
+@dataclass
+class Job[Prep: Prepared]:
+    """A command on this process. task: its validated inputs on a rank that is to run it; None in the process
+    that started the ranks, and after a refusal. code: the exit code."""
+
+    interrupts: Interrupts
+    task: Prep | None = None
+    code: int = 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process writes to the terminal: rank 0 alone does."""
+        return os.environ["RANK"] == "0"
+
+
 def train(arguments: Namespace) -> int:
-    def run(task: "Task", interrupts: Interrupts) -> None:
-        from megatron_troll.loop import train as loop
+    with started(arguments, "train", _task) as job:
+        if job.task is not None:
+            from megatron_troll import loop
 
-        if loop(task, interrupts) and os.environ["RANK"] == "0":
-            _say_next(task.config)
-
-    return _configured(arguments, Command("train", _task, lambda task: None, run))
+            if loop.train(job.task, job.interrupts) and job.reports:
+                _say_next(job.task.config)
+    return job.code
 
 
 def sft(arguments: Namespace) -> int:
@@ -48,13 +64,13 @@ def sft(arguments: Namespace) -> int:
 
         demonstrations(task)
 
-    def run(task: "Task", interrupts: Interrupts) -> None:
-        from megatron_troll.sft import warm_start
+    with started(arguments, "sft", _task, check) as job:
+        if job.task is not None:
+            from megatron_troll.sft import warm_start
 
-        if warm_start(task, interrupts) and os.environ["RANK"] == "0":
-            _say(f"exported to {_folder(task.config).hf}")
-
-    return _configured(arguments, Command("sft", _task, check, run))
+            if warm_start(job.task, job.interrupts) and job.reports:
+                _say(f"exported to {RunFolder.of(job.task.config).hf}")
+    return job.code
 
 
 def evaluate(arguments: Namespace) -> int:
@@ -63,17 +79,17 @@ def evaluate(arguments: Namespace) -> int:
 
         return prepare(config)
 
-    def run(task: "EvalTask", interrupts: Interrupts) -> None:
-        from megatron_troll.evals.report import table
-        from megatron_troll.evals.run import evaluate
+    with started(arguments, "eval", prepare) as job:
+        if job.task is not None:
+            from megatron_troll.evals.report import table
+            from megatron_troll.evals.run import evaluate
 
-        results = evaluate(task, interrupts)
-        if results is not None and os.environ["RANK"] == "0":
-            Console().print(table(results))
-            folder = _folder(task.config)
-            _say(f"wrote {folder.evaluation}; every sample: mtroll rollouts {folder.root} --step N")
-
-    return _configured(arguments, Command("eval", prepare, lambda task: None, run))
+            results = evaluate(job.task, job.interrupts)
+            if results is not None and job.reports:
+                Console().print(table(results))
+                folder = RunFolder.of(job.task.config)
+                _say(f"wrote {folder.evaluation}; every sample: mtroll rollouts {folder.root} --step N")
+    return job.code
 
 
 def preflight(arguments: Namespace) -> int:
@@ -157,64 +173,61 @@ def rollouts(arguments: Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Command[Prep: Prepared]:
-    """A command on a configuration. prepare: reads and validates on every rank; check: further validation,
-    before ranks start; run: the work of each rank."""
-
-    name: str
-    prepare: Callable[[Config], Prep]
-    check: Callable[[Prep], object]
-    run: Callable[[Prep, Interrupts], None]
-
-
 def _task(config: Config) -> "Task":
     from megatron_troll.task import prepare
 
     return prepare(config)
 
 
-def _configured[Prep: Prepared](arguments: Namespace, command: Command[Prep]) -> int:
-    """Check the configuration; then run as a rank, or start the ranks, which check it again."""
-    if "RANK" in os.environ:
-        return _as_rank(arguments, command)
-    from megatron_troll.checks import world_size
+@contextmanager
+def started[Prep: Prepared](
+    arguments: Namespace,
+    name: str,
+    prepare: Callable[[Config], Prep],
+    check: Callable[[Prep], object] = lambda task: None,
+) -> Iterator[Job[Prep]]:
+    """Validate the configuration of a command. On a rank, run the block with the task, and turn the errors that
+    a user can act on into a message and an exit code. Otherwise start the ranks, which come here again, and
+    wait for them; `check` is further validation before they start."""
     from megatron_troll.task import PROBLEMS
 
-    try:
-        task = command.prepare(_load(arguments))
-        command.check(task)
-        folder = _folder(task.config)
-        folder.check(dump(task.config), task.config.resume)
-        folder.logs.mkdir(parents=True, exist_ok=True)
-    except (*PROBLEMS, RunFolderError) as error:
-        return _refuse(error)
-    ranks = world_size(task.config)
-    argv = [
-        sys.executable,
-        "-m",
-        "megatron_troll.cli",
-        command.name,
-        arguments.config,
-        *arguments.overrides,
-    ]
-    threads = task.config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
-    _say(str(task))
-    return launch(argv, ranks, threads, folder.logs)
-
-
-def _as_rank[Prep: Prepared](arguments: Namespace, command: Command[Prep]) -> int:
-    with watched() as interrupts:
-        from megatron_troll.task import PROBLEMS
-
+    if "RANK" not in os.environ:
+        job = Job[Prep](Interrupts())
         try:
-            task = command.prepare(_load(arguments))
+            task = prepare(_load(arguments))
+            check(task)
+            folder = RunFolder.of(task.config)
+            folder.check(dump(task.config), task.config.resume)
+            folder.logs.mkdir(parents=True, exist_ok=True)
+        except (*PROBLEMS, RunFolderError) as error:
+            job.code = _refuse(error)
+        else:
+            _say(str(task))
+            job.code = _launch(arguments, name, task.config)
+        yield job
+        return
+    with watched() as interrupts:
+        job = Job[Prep](interrupts)
+        try:
+            job.task = prepare(_load(arguments))
         except PROBLEMS as error:
-            return _refuse(error)
-        return _run(task, command, interrupts)
+            job.code = _refuse(error)
+        with _reported(job):
+            yield job
 
 
-def _run[Prep: Prepared](task: Prep, command: Command[Prep], interrupts: Interrupts) -> int:
+def _launch(arguments: Namespace, name: str, config: Config) -> int:
+    from megatron_troll.checks import world_size
+
+    ranks = world_size(config)
+    argv = [sys.executable, "-m", "megatron_troll.cli", name, arguments.config, *arguments.overrides]
+    threads = config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
+    return launch(argv, ranks, threads, RunFolder.of(config).logs)
+
+
+@contextmanager
+def _reported(job: Job) -> Iterator[None]:
+    """Turn the errors that a run ends with into a message and an exit code."""
     from megatron_troll.data.rows import DataError
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.rewards.pool import RewardError
@@ -222,13 +235,12 @@ def _run[Prep: Prepared](task: Prep, command: Command[Prep], interrupts: Interru
     from megatron_troll.training.trainer import Unhealthy
 
     try:
-        command.run(task, interrupts)
+        yield
     except (RunFolderError, ConfigError, DataError) as error:
-        return _refuse(error)
+        job.code = _refuse(error)
     except (CheckpointError, EngineError, RewardError, Unhealthy, OSError) as error:
         sys.stderr.write(f"{error}\n")
-        return FAILED
-    return 0
+        job.code = FAILED
 
 
 def _load(arguments: Namespace) -> Config:
@@ -236,12 +248,8 @@ def _load(arguments: Namespace) -> Config:
     return load(RunPaths(path).config if path.is_dir() else path, arguments.overrides)
 
 
-def _folder(config: Config) -> RunFolder:
-    return RunFolder.of(config)
-
-
 def _say_next(config: Config) -> None:
-    run = _folder(config)
+    run = RunFolder.of(config)
     folder, summary = run.root, json.loads(run.summary.read_text())
     before, after = summary["held_out_success_before"], summary["held_out_success_after"]
     _say(

@@ -30,7 +30,7 @@ def effective_sample_size(metrics: Mapping[str, float]) -> dict[str, float]:
     if "correction_weight" not in metrics:
         return {}
     mean, square = metrics["correction_weight"], metrics["correction_weight_squared"]
-    return {"effective_sample_size": mean**2 / square if square else 0.0}
+    return {"effective_sample_size": min(1.0, mean**2 / square) if square else 0.0}
 
 
 def described(weight: Tensor, per_token: dict[str, Tensor]) -> Term:
