@@ -114,7 +114,7 @@ def test_an_fp8_cache_takes_its_scales_from_a_file(tmp_path: Path) -> None:
 
 
 def test_an_fp8_cache_without_scales_has_to_be_wanted() -> None:
-    with pytest.raises(ConfigError, match=r"takes 1 for all of them.*calibrate_fp8_kv.*force_unscaled_kv"):
+    with pytest.raises(ConfigError, match=r"uses 1 for all of them.*calibrate_fp8_kv.*force_unscaled_kv"):
         flags_of(config(FP8), DENSE_SHAPE, 0, "cuda")
     flags = flags_of(config(FP8, force_unscaled_kv=True), DENSE_SHAPE, 0, "cuda")
     assert "quantization-param-path" not in flags
