@@ -110,13 +110,13 @@ def _check_rollout(config: Config, objective: Objective, shape: ModelShape) -> N
             )
     if config.rollout.refill and not objective.advantage.needs_groups:
         raise ConfigError(
-            f"rollout.refill={config.rollout.refill} replaces prompts whose samples earn the same: advantage "
-            f"{config.objective.advantage.name!r} learns from those too; set it to 0"
+            f"rollout.refill={config.rollout.refill} replaces prompts whose samples all get the same "
+            f"reward: advantage {config.objective.advantage.name!r} learns from those too; set it to 0"
         )
     if config.rollout.prompts < config.train.updates // config.train.epochs:
         raise ConfigError(
             f"train.updates: {config.train.updates} steps over {config.train.epochs} epochs need at least as "
-            f"many prompts a batch as steps an epoch; rollout.prompts is {config.rollout.prompts}"
+            f"many prompts per batch as steps per epoch; rollout.prompts is {config.rollout.prompts}"
         )
     if config.train.updates % config.train.epochs:
         raise ConfigError(
@@ -154,7 +154,7 @@ def _check_reference(reference: ReferenceConfig, config: Config, shape: ModelSha
     check_folder(reference.path, read_shape(reference.path))
     if read_shape(reference.path) != shape:
         raise ConfigError(
-            f"models.reference: {reference.path} has another shape than the policy {config.policy.path}"
+            f"models.reference: {reference.path} and the policy {config.policy.path} have different shapes"
         )
 
 
@@ -170,8 +170,8 @@ def _check_rollout_model(model: RolloutModelConfig, config: Config, shape: Model
     check_model("rollout", model, other, world_size(config))
     if other.vocab != shape.vocab or _tokens(model) != _tokens(config.policy):
         raise ConfigError(
-            f"models.rollout: {model.path} has other tokens than the policy {config.policy.path}; both learn "
-            "from the same token ids"
+            f"models.rollout: {model.path} and the policy {config.policy.path} have different tokens; "
+            "both learn from the same token ids"
         )
     with _about("models.rollout.distill"):
         _check_k(min(model.distill.k, shape.vocab))

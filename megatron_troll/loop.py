@@ -96,7 +96,7 @@ def train_step(run: Run, state: TrainState) -> TrainState:
 
 
 def sample(run: Run, state: TrainState) -> tuple[dict[str, float], BatchFuture, RolloutBatch]:
-    """Sync the weights to the engine and wait for the next batch, which may have been begun steps ago."""
+    """Sync the weights to the engine and wait for the next batch, which may have been started steps ago."""
     synced = run.sync(state.step)
     waited = run.pending.next(state.step + 1, lambda number: begin(run, number, trained=state.step))
     batch = waited.wait()
@@ -107,8 +107,8 @@ def sample(run: Run, state: TrainState) -> tuple[dict[str, float], BatchFuture, 
 def learn(
     run: Run, rollouts: list[Rollout], estimated: AdvantageEstimate, state: TrainState
 ) -> tuple[UpdateResult, TrainState]:
-    """Train the policy, then the critic and the rollout model, on one batch. The new state is a step
-    further."""
+    """Train the policy, then the critic and the rollout model, on one batch. Returns the result and the state
+    after this step."""
     step = state.step + 1
     learned = run.learner.learn(rollouts, estimated.advantages, step)
     if run.critic is not None:

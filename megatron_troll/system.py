@@ -71,9 +71,9 @@ class Interrupts:
 
 @contextmanager
 def watched() -> Iterator[Interrupts]:
-    """Record such signals, instead of ending, until the block ends; signals that were blocked before arrive
-    now. A SIGTERM or SIGUSR1 that this process was started to ignore stays ignored. Needs the main
-    thread."""
+    """Record these signals instead of ending the process, until the block ends; signals that were blocked
+    before arrive now. A SIGTERM or SIGUSR1 that this process was started to ignore stays ignored. Needs the
+    main thread."""
     interrupts = Interrupts()
     heard = [n for n in ASKING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupts.handle) for number in heard}

@@ -28,7 +28,7 @@ class Message:
 class Prompt:
     """A task: the chat so far, its answer, and whatever else its record holds (given to the reward).
 
-    ids  int32 [P] tokens of the chat up to where the assistant begins to answer; empty before data/chat.py
+    ids  int32 [P] tokens of the chat up to the start of the assistant's answer; empty before data/chat.py
          has tokenized it
     """
 
@@ -277,7 +277,7 @@ class LossTerms:
 
     loss        scalar, -sum weight * J, connected to the graph even when every weight is 0
     per_token   name -> [N] detached diagnostics; the loop reduces them over the step as the
-                objective's `diagnostics` table says
+                objective's `diagnostics` table specifies
     """
 
     loss: Tensor

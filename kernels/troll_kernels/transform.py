@@ -18,15 +18,16 @@ class Transform(NamedTuple):
     cap: float | None = None
 
     def apply(self, raw: Tensor) -> Tensor:
-        """Transform raw values of any shape; differentiable, and keeps the dtype."""
+        """Transform raw values of any shape. Differentiable; keeps the dtype."""
         if self.cap is not None:
             raw = torch.where(raw == LOWEST, raw, self.cap * torch.tanh(raw / self.cap))
         return raw if self.temperature == 1.0 else raw / self.temperature
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """d logit / dx at the points whose transformed values are `logits`."""
+        """Return d logit / dx at the raw values x whose transformed values are `logits`."""
         if self.cap is None:
             return 1.0 / self.temperature
+        # The clamp gives an excluded token, whose logit is -inf, the slope 0.
         return (1.0 - (logits * (self.temperature / self.cap)).clamp(min=-1.0).square()) / self.temperature
 
 

@@ -10,7 +10,7 @@ from megatron_troll.config.methods import SlotMethod
 
 @dataclass(frozen=True)
 class Values:
-    """A critic's values before the update: the return that it expects from each token on.
+    """A critic's values before the update: the expected return from each token on.
 
     value   [L], one per token that carries loss, response by response in order of position
     length  [B] int64, number of such tokens in each response; 0 for an empty one
@@ -25,12 +25,12 @@ class Advantage(SlotMethod):
 
     @property
     def needs_groups(self) -> bool:
-        """Whether a response is compared with others to its prompt, so that a prompt needs at least two."""
+        """Whether responses to one prompt are compared, so that each prompt needs at least two."""
         return True
 
     @property
     def needs_values(self) -> bool:
-        """Whether a critic's values must be given; the advantages are then per token, [L]."""
+        """Whether a critic's values are required; the advantages are then per token, [L]."""
         return False
 
     @abstractmethod
@@ -47,7 +47,8 @@ class Advantage(SlotMethod):
 class PromptGroups:
     """Rewards compared with those of the other responses to the same prompt, float64.
 
-    index   [B] index of the prompt, one of P; size [P] float64, number of responses to each
+    index   [B] index of the response's prompt, below P
+    size    [P] float64, number of responses to each prompt
     centred [B] reward minus the mean of its prompt, exactly 0 if all are equal
     """
 
@@ -75,7 +76,7 @@ def compare(rewards: Tensor, group: Tensor, method: str) -> PromptGroups:
 
 
 def zero_variance(rewards: Tensor, group: Tensor) -> Tensor:
-    """Fraction, as a scalar, of the prompts whose responses all have the same reward."""
+    """Fraction (a scalar) of the prompts whose responses all have the same reward."""
     names, index = group.unique(return_inverse=True)
     return _all_equal(rewards, index, len(names)).to(rewards.dtype).mean()
 

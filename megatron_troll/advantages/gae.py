@@ -17,9 +17,9 @@ class Gae(Advantage):
     """A_t = sum_l (gamma lam)^l delta_{t+l},   delta_t = r_t + gamma V_{t+1} - V_t
 
     r_t is the reward of the response at its last token and 0 before; V after the last token is 0, so that a
-    response cut by the length limit counts as ended. `whiten` scales the advantages of the batch to mean 0
-    and variance 1 (ddof 0) over all tokens of all prompts, as in PPO's code. The critic's targets come from
-    `gae` and are not whitened.
+    response cut by the length limit counts as ended. `whiten` shifts and scales the advantages of the batch
+    to mean 0 and variance 1 (ddof 0), over all tokens of all prompts, as in PPO's code. The critic's targets
+    come from `gae` and are not whitened.
     """
 
     family: ClassVar[str] = "critic"
@@ -54,8 +54,8 @@ def gae(
     """Advantages and returns (advantage + value, the critic's targets), float64 [L], detached.
 
     values [L] of all tokens, response by response; rewards_at_end [B]; lengths [B], 0 for an empty response.
-    Holds B x T numbers for the longest response T, and takes T steps. Raises ValueError if the lengths do not
-    add up to L.
+    Holds B x T numbers for the longest response T, and takes T steps. Raises ValueError unless there are B
+    lengths that add up to L.
     """
     if int(lengths.sum()) != len(values) or len(lengths) != len(rewards_at_end):
         raise ValueError(

@@ -83,7 +83,7 @@ def build(
     forward still runs: N = 0, `rollouts` is empty, and cu_seqlens has that one sequence.
 
     `rollout_topk` is None if `form.topk` is 0 or a rollout has no engine record. Raises ValueError naming a
-    sample that is malformed, lacks the experts to replay, or has another temperature than the trainer.
+    sample that is malformed, lacks the experts to replay, or has a different temperature from the trainer's.
     """
     picked = [rollouts[i] for i in chosen]
     for rollout in picked:
@@ -159,7 +159,9 @@ def _response_advantage(advantages: Advantages, chosen: Sequence[int]) -> Tensor
 
 def _check(rollout: Rollout, form: Form) -> None:
     if len(rollout.prompt_ids) == 0:
-        raise ValueError(f"sample {rollout.name}: the prompt has no tokens, nothing predicts the first one")
+        raise ValueError(
+            f"sample {rollout.name}: the prompt has no tokens, so nothing predicts the first response token"
+        )
     sizes = {
         "response_ids": len(rollout.response_ids),
         "mask": len(rollout.mask),
@@ -170,7 +172,7 @@ def _check(rollout: Rollout, form: Form) -> None:
         raise ValueError(f"sample {rollout.name}: arrays over the response differ in length: {sizes}")
     if rollout.temperature != form.temperature:
         raise ValueError(
-            f"sample {rollout.name}: its log-probs are of temperature {rollout.temperature}, but the trainer "
+            f"sample {rollout.name}: its log-probs are at temperature {rollout.temperature}, but the trainer "
             f"uses a temperature of {form.temperature}"
         )
     bad = np.flatnonzero((rollout.mask > 0) & ~np.isfinite(rollout.logp))

@@ -119,8 +119,8 @@ def _arrange(
 
 
 def _balance(longest_first: Sequence[int], costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Assign each response to the rank with the fewest tokens so far, the lowest one of equals. The fullest
-    rank then exceeds that of the best assignment by at most a third (Graham 1969)."""
+    """Assign each response to the rank with the fewest tokens so far, on a tie to the lowest rank. The
+    fullest rank then exceeds that of the best assignment by at most a third (Graham 1969)."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for i in longest_first:

@@ -186,8 +186,8 @@ def started[Prep: Prepared](
     prepare: Callable[[Config], Prep],
     check: Callable[[Prep], object] = lambda task: None,
 ) -> Iterator[Job[Prep]]:
-    """Validate the configuration of a command. On a rank, run the block with the task, and turn the errors that
-    a user can act on into a message and an exit code. Otherwise start the ranks, which come here again, and
+    """Validate the configuration of a command. On a rank, run the block with the task and turn the errors that
+    a user can act on into a message and an exit code. Otherwise start the ranks, which get here again, and
     wait for them; `check` is further validation before they start."""
     from megatron_troll.task import PROBLEMS
 

@@ -30,7 +30,7 @@ class SlotMethod(Node):
 
     Two methods can be combined unless one of them refuses the other.
 
-    family  a word by which others can name this method and those like it, beside its own name; "": none
+    family  a word by which others can name this method and those like it, besides its own name; "": none
     """
 
     family: ClassVar[str] = ""

@@ -32,7 +32,7 @@ class Distill(Node):
     """Distillation of the policy into a rollout model: besides PPO's its loss has weight x KL(policy ||
     rollout model), over the policy's top k and the sampled token, with all other tokens counted as one."""
 
-    k: Positive = Field(default=20, description="tokens of the policy's record, beside the sampled one")
+    k: Positive = Field(default=20, description="tokens of the policy's record, besides the sampled one")
     weight: NonNegative = Field(default=1.0, description="initial weight of the KL; 0: no KL")
     target_kl: PositiveFloat | None = Field(
         default=0.1,

@@ -35,12 +35,13 @@ class RunPaths:
 
     @property
     def stopped(self) -> Path:
-        """File that exists from when a run was stopped on request until it is resumed."""
+        """File that marks a run as stopped on request; it is deleted when the run is opened again."""
         return self.root / "stopped"
 
     @property
     def saved(self) -> Path:
-        """The step of the newest checkpoint; with all checkpoints lost, it shows that the run had some."""
+        """File with the step of the newest checkpoint; if all checkpoints are lost, it shows that there were
+        some."""
         return self.root / "saved"
 
     @property
@@ -90,7 +91,7 @@ class RunPaths:
 
     @property
     def buffer(self) -> Path:
-        """Folder that keeps answers until they have been trained on."""
+        """Folder that keeps answers until a checkpoint contains the steps trained on them."""
         return self.root / "buffer"
 
     @property

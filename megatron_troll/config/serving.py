@@ -103,7 +103,7 @@ class Serve(Node):
         description="interpreter that has SGLang installed: a path, or a command of PATH",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
-        default="auto", description="auto: cuda where there is a GPU; cpu needs `make sglang-env`"
+        default="auto", description="auto: cuda if there is a GPU; cpu needs `make sglang-env`"
     )
     threads: Positive | None = Field(
         default=None, description="CPU threads of one server; default: cores / servers"

@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def keys(self) -> list[str]:
-        """Known keys of a mapping; empty if this is no mapping, or one that allows any key."""
+        """Known keys of a mapping; empty if this is not a mapping, or one that allows any key."""
         return list(self._object().get("properties", {}))
 
     @property

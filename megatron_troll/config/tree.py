@@ -73,7 +73,8 @@ class Model(Node):
     )
     dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="of the weights in the forward pass")
     spec: Literal["auto", "local", "te"] = Field(
-        default="auto", description="layers: te is Transformer Engine, auto takes it where CUDA and it exist"
+        default="auto",
+        description="layers: te is Transformer Engine, auto selects it if CUDA and the package exist",
     )
     layout: Layout = Layout()
     optimizer: Optimizer = Optimizer()
@@ -135,14 +136,14 @@ class Models(Node):
 
 
 class PromptFiles(Node):
-    """Files of prompts, and the handling of rows that are no prompts or too long."""
+    """Files of prompts, and the handling of rows that are not prompts or are too long."""
 
     files: Files = Field(description="prompts, JSONL or Parquet")
     schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field(
         default="auto", alias="schema", description="auto: detected from the first record of each file"
     )
     malformed: Literal["error", "skip"] = Field(
-        default="error", description="a line that is no prompt: stop, or skip and count it"
+        default="error", description="a line that is not a prompt: stop, or skip and count it"
     )
     max_prompt_tokens: Positive = Field(
         default=1024, description="tokens of a prompt, chat template included"
@@ -173,7 +174,7 @@ class Sampling(Node):
         default=0.0, description="drop tokens below this share of the likeliest one's probability; 0: none"
     )
     stop: tuple[str, ...] = Field(
-        default=(), description="stop tokens beside the tokenizer's end of sequence"
+        default=(), description="stop tokens besides the tokenizer's end of sequence"
     )
     max_tokens: Positive = Field(default=1024, description="longest response, stop token included")
 
@@ -194,7 +195,7 @@ class RolloutConfig(Node):
     )
     refill: Natural = Field(
         default=0,
-        description="extra rounds a batch, in which new prompts take the place of those whose samples all "
+        description="extra rounds per batch, in which new prompts take the place of those whose samples all "
         "got the same reward (DAPO's dynamic sampling); 0: none",
     )
     sampling: Sampling = Sampling()
@@ -210,7 +211,7 @@ class RolloutConfig(Node):
 
 
 class Overlong(Node):
-    """Handling of answers cut at max_tokens: kept as they are, taken out of the loss, or given `reward`."""
+    """Handling of answers cut at max_tokens: kept as they are, left out of the loss, or given `reward`."""
 
     mode: Literal["keep", "mask", "penalise"] = Field(
         default="keep", description="a cut answer: as it is, out of the loss, or given `reward`"
@@ -279,7 +280,7 @@ class Train(Node):
     replay: Literal["none", "old", "rollout"] = Field(
         default="none",
         description="experts that the policy's training forwards repeat: those of the old policy's forward "
-        "(R2), or those that the engine chose (R3); none: routers choose anew",
+        "(R2), or those that the engine chose (R3); none: routers choose again",
     )
     shuffle_rewards: bool = Field(
         default=False, description="control experiment: rewards permuted over the batch"

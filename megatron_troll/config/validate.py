@@ -11,16 +11,17 @@ from megatron_troll.config.shape import Shape
 from megatron_troll.config.tree import Slot
 
 Path = tuple[str | int, ...]
+# Types of the errors that our own validators raise; their messages need no rewording.
 OWN_WORDS = ("value_error", "assertion_error")
-# Pydantic's error for a default that depends on another field, which is wrong itself.
+# Pydantic's error for a default that it cannot compute, because the field it depends on is wrong.
 FOLLOWS = "default_factory_not_called"
 
 
 def validate[Model: BaseModel](
     kind: type[Model], tree: Any, prefix: str, place: Callable[[Path], str]
 ) -> Model:
-    """Return `tree` as a `kind`. Raises ConfigError with one line per wrong key: `prefix` before the key, and
-    the place that `place` gives for its path."""
+    """Return `tree` as a `kind`. Raises ConfigError with one line per wrong key: `prefix` and the key, the
+    problem, and the place in the file that `place` returns for the key's path."""
     try:
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
@@ -38,8 +39,8 @@ def read_fields[Model: BaseModel](slot: Slot, kind: type[Model], key: str) -> Mo
 
 
 def _problems(error: ValidationError, tree: Any, shape: Shape) -> dict[Path, str]:
-    """Return one problem per key. The alternatives of a union report one each; problems of inner keys, and
-    rules that give a reason, are preferred."""
+    """Return one problem per key. Each alternative of a union reports its own: an error of our own validators
+    is preferred, and a key is left out if a key inside it has a problem."""
     problems: dict[Path, str] = {}
     for item in error.errors():
         if item["type"] == FOLLOWS:

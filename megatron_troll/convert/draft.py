@@ -1,7 +1,7 @@
 """A folder that is written file by file and can be resumed after a kill: finished files are not rewritten.
 
 The complete folder gets its name in one rename. Until then everything is in `.NAME.part` beside it: files are
-written under a temporary name, flushed to disk and renamed, and `records/` holds size and sum of each.
+written under a temporary name, flushed to disk and renamed, and `records/` holds size and SHA-256 of each.
 """
 
 import fcntl
@@ -104,8 +104,8 @@ class Draft:
             unfinished.unlink(missing_ok=True)
 
     def publish(self, names: list[str], complete: Callable[[Path], None]) -> None:
-        """Call `complete` to write the small files beside `names`, which `write` wrote; write the sums of all
-        files, and rename the folder to the target. Raises ConversionError if that fails."""
+        """Call `complete` to write the small files beside `names`, which `write` wrote; write the checksums
+        of all files, and rename the folder to the target. Raises ConversionError if that fails."""
         try:
             for leftover in self.folder.rglob(f"*{UNFINISHED}"):
                 leftover.unlink()
@@ -118,7 +118,8 @@ class Draft:
         self.tidy()
 
     def _write_sums(self, sums: dict[str, str]) -> None:
-        """Write `sums`, and those of all other files, in the format of `sha256sum`; flush all to disk."""
+        """Write the checksums `sums`, and those of all other files, in the format of `sha256sum`; flush all
+        to disk."""
         for path in sorted(self.folder.rglob("*")):
             name = str(path.relative_to(self.folder))
             if path.is_dir() or (path.parent != self.folder / RECORDS and name not in (*sums, SUMS)):

@@ -1,4 +1,4 @@
-"""Progress of a conversion: a bar on a terminal, otherwise a line every ten seconds; rank 0 only."""
+"""Progress of a conversion: a bar on a terminal, otherwise a line about every ten seconds; rank 0 only."""
 
 import time
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class NoProgress:
 
 
 class Lines(NoProgress):
-    """A plain line every ten seconds, and at the end."""
+    """Prints a plain line at most every ten seconds, and one at the end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -42,7 +42,7 @@ class Lines(NoProgress):
         self._say(time.monotonic())
 
     def advance(self, count: int) -> None:
-        # Files hold more than tensors, which the total leaves out.
+        # Files also hold headers, which are not part of the total.
         self._done = min(self._done + count, self._total)
         if (now := time.monotonic()) - self._last >= EVERY_S:
             self._last = now
@@ -73,7 +73,7 @@ class Live(NoProgress):
 
 
 def open_progress(console: Console, rank: int) -> NoProgress:
-    """Progress display of a rank: rank 0 shows its own share of the bytes, other ranks nothing."""
+    """Progress display of a rank: rank 0 shows the bytes that it writes itself, other ranks show nothing."""
     if rank:
         return NoProgress()
     return Live(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)

@@ -1,4 +1,4 @@
-"""Convert a Hugging Face folder to one with a Megatron checkpoint, which every layout can load."""
+"""Convert a Hugging Face folder to a folder with a Megatron checkpoint that every layout can load."""
 
 from collections import Counter, defaultdict
 from math import prod
@@ -54,7 +54,8 @@ class ToMegatron:
         self.shards |= {f"{CARRIED}/{file_name(i, len(carried))}": shard for i, shard in enumerate(carried)}
 
     def write(self, shard: TargetFile, file: BinaryIO) -> Any:
-        """Write a file; return key, start, shape, offset and length of each chunk (carried: None)."""
+        """Write a file; return key, start, shape, offset and length of each chunk, or None for carried
+        tensors."""
         if shard.carried:
             return write_carried(self.carried, shard.carried, file)
         read = ahead((place, self._parts(place)) for place in shard.places)
@@ -114,7 +115,7 @@ def _tensors(keys: Keys, source: Source, dtype: torch.dtype | None) -> dict[str,
     problems = [f"{key}: {_names(found)}" for key, found in dtypes.items() if len(found) > 1]
     if problems and dtype is None:
         raise ConfigError(
-            "weights that Megatron keeps in one tensor are of several dtypes, choose one (--dtype):\n  "
+            "weights that Megatron keeps in one tensor have different dtypes, choose one (--dtype):\n  "
             + "\n  ".join(problems)
         )
     return {key: (dtype or next(iter(dtypes[key])), shape) for key, shape in shapes.items()}

@@ -21,7 +21,7 @@ from megatron_troll.weights.checkpoint_source import checkpoint_of
 from megatron_troll.weights.load import load
 
 PROMPTS, LENGTH, SEED = 4, 32, 0
-# In fp32, relative to the largest logit. Our scan of linear attention sums in another order than theirs.
+# In fp32, relative to the largest logit. Our linear attention sums in a different order from Hugging Face's.
 TOLERANCE, TOLERANCE_LINEAR = 1e-5, 1e-4
 
 

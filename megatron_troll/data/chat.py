@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_troll.data.rows import DataError
 from megatron_troll.types import Message, Prompt
@@ -15,17 +15,25 @@ def tokenized(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, places: Sequence[str] = ()
 ) -> list[Prompt]:
     """The prompts with their `ids`, all in one call of the tokenizer, which uses every core. Raises DataError
-    naming the first prompt that the chat template refuses, by its place in `places` or else by its id."""
+    naming the first prompt that the chat template refuses, by its place in `places`, otherwise by its id."""
     chats = [_turns(prompt.messages) for prompt in prompts]
     try:
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     except jinja2.TemplateError:
         named = zip(prompts, places or [f"prompt {prompt.id!r}" for prompt in prompts], strict=True)
         texts = [_text_of(prompt, place, tokenizer) for prompt, place in named]
-    ids = tokenizer([str(text) for text in texts], add_special_tokens=False, return_attention_mask=False)[
-        "input_ids"
-    ]
+    ids = _ids_of([str(text) for text in texts], tokenizer)
     return [replace(prompt, ids=np.array(one, dtype=np.int32)) for prompt, one in zip(prompts, ids)]
+
+
+def _ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    # The tokenizer's own batch call computes offsets and masks too, which nothing reads here.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _text_of(prompt: Prompt, place: str, tokenizer: PreTrainedTokenizerBase) -> str:

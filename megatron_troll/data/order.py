@@ -5,7 +5,7 @@ import numpy as np
 
 class PromptOrder:
     """Indices 0..size-1 epoch after epoch. Each epoch is a permutation keyed by (seed, epoch), so `position`,
-    the number of prompts taken so far, is the whole state."""
+    the number of indices returned so far, is the whole state."""
 
     def __init__(self, size: int, seed: int, shuffle: bool = True):
         if size < 1:
@@ -18,13 +18,13 @@ class PromptOrder:
         self.position = 0
 
     def seek(self, position: int) -> None:
-        """Continue as if `position` prompts had been taken."""
+        """Continue as if `position` indices had been returned."""
         if position < 0:
             raise ValueError(f"a position is a number of prompts, 0 or more, got {position}")
         self.position = position
 
     def next(self, count: int) -> list[int]:
-        """The next `count` indices; continues into the next epoch, so an index may occur twice."""
+        """Return the next `count` indices; continues into the next epoch, so an index may occur twice."""
         drawn = [self._index(self.position + offset) for offset in range(count)]
         self.position += count
         return drawn

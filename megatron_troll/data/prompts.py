@@ -10,15 +10,15 @@ from megatron_troll.config.tree import Data, PromptFiles
 from megatron_troll.data.chat import tokenized
 from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
 from megatron_troll.data.schemas import detect, to_prompt
-from megatron_troll.types import Prompt
+from megatron_troll.types import Message, Prompt
 
 TOGETHER = 1024  # Enough for the tokenizer to keep every core busy.
 
 
 def split(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts, each in the given order. Held out are the `count` smallest hashes of
-    (seed, text), so the choice does not depend on the order. Raises DataError if no training prompt is
-    left."""
+    """(training, held-out) prompts, each in the given order. The held-out prompts have the `count` smallest
+    hashes of (seed, text), so the choice does not depend on the order. Raises DataError if no training prompt
+    is left."""
     if count >= len(prompts):
         raise DataError(f"data.held_out={count} leaves nothing to train on: there are {len(prompts)} prompts")
     ranks = sorted(range(len(prompts)), key=lambda index: _draw(prompts[index], seed))
@@ -31,10 +31,10 @@ def split(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt
 
 def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
     """Raise DataError naming a prompt that is in both sets, by text or by id."""
-    texts = {prompt.text_key: prompt.id for prompt in train}
+    chats = {prompt.messages: prompt.id for prompt in train}
     ids = {prompt.id for prompt in train}
     for prompt in held_out:
-        twin = texts.get(prompt.text_key, prompt.id if prompt.id in ids else None)
+        twin = chats.get(prompt.messages, prompt.id if prompt.id in ids else None)
         if twin is not None:
             raise DataError(
                 f"held-out prompt {prompt.id!r} is also the training prompt {twin!r}: "
@@ -48,7 +48,7 @@ def _draw(prompt: Prompt, seed: int) -> bytes:
 
 @dataclass
 class Counts:
-    """Counts of rows of some files, by what was done with them. `conflicts` are the duplicates whose answer
+    """Counts of the rows of some files, by how they were handled. `conflicts` are the duplicates whose answer
     differs from that of the first."""
 
     rows: int = 0
@@ -111,13 +111,13 @@ def read_prompts(
 
 @dataclass
 class _Reader:
-    """Reader of prompt files. `answers` (text -> answer) and `places` (id -> place) hold what it has read."""
+    """Reader of prompt files. `answers` (chat -> answer) and `places` (id -> place) hold what it has read."""
 
     config: PromptFiles
     key: str
     schema: str | None = None
     counts: Counts = field(default_factory=Counts)
-    answers: dict[str, str] = field(default_factory=dict)
+    answers: dict[tuple[Message, ...], str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
 
     def prompts(self, path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
@@ -149,14 +149,14 @@ class _Reader:
         return prompt if self._is_new(prompt, row) else None
 
     def _is_new(self, prompt: Prompt, row: Row) -> bool:
-        text = prompt.text_key
-        if text in self.answers:
+        chat = prompt.messages
+        if chat in self.answers:
             self.counts.duplicates += 1
-            self.counts.conflicts += self.answers[text] != prompt.answer
+            self.counts.conflicts += self.answers[chat] != prompt.answer
             return False
         if prompt.id in self.places:
             raise Malformed(f"id {prompt.id!r} already names another prompt ({self.places[prompt.id]})")
-        self.answers[text] = prompt.answer
+        self.answers[chat] = prompt.answer
         self.places[prompt.id] = row.where
         return True
 

@@ -82,5 +82,5 @@ def per_prompt(answers: Answers, asked: EvalSet) -> dict[str, np.ndarray]:
 
 
 def majorities(asked: EvalSet) -> list[int]:
-    """Values of k for maj@k, without 1: one vote is no majority."""
+    """Values of k for maj@k, without 1: a single vote is not a majority."""
     return [k for k in asked.pass_at if k > 1]

@@ -35,11 +35,11 @@ def check_scales(path: Path, shape: ModelShape, tp: int) -> None:
     except OSError as error:
         raise ConfigError(f"serve.kv_scales: {path}: {error.strerror}; {again}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"serve.kv_scales: {path} is no file of scales: {again}") from error
+        raise ConfigError(f"serve.kv_scales: {path} is not a file of scales: {again}") from error
     except ValidationError as error:
         at, why = error.errors()[0]["loc"], error.errors()[0]["msg"]
         raise ConfigError(
-            f"serve.kv_scales: {path} is no file of scales: {'.'.join(map(str, at))}: {why}; {again}"
+            f"serve.kv_scales: {path} is not a file of scales: {'.'.join(map(str, at))}: {why}; {again}"
         ) from error
     found = {rank: set(row) for rank, row in scales.kv_cache.scaling_factor.items()}
     theirs = f"{scales.model_type} of hidden size {scales.hidden_size} on {len(found)} GPUs"

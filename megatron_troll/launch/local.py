@@ -88,10 +88,10 @@ def run_ranks(
 
     Rank 0 writes to this terminal; the stdout of the other ranks and the stderr of all are appended to
     log_dir/rank_N.out and .err, and rank 0's stderr is also shown. The first SIGINT, SIGTERM or SIGUSR1 is
-    forwarded to every rank, which may then take as long as a checkpoint needs; the third one kills. A rank
-    starts with these signals blocked, and unblocks them when it can handle them (system.watched). If a rank
-    fails, the others have `grace_s` to end by themselves and as long again after SIGTERM; that failure is
-    returned. Blocks; needs the main thread, for its signal handlers.
+    forwarded to every rank, which may then take as long as a checkpoint needs; the third one kills the ranks.
+    A rank starts with these signals blocked, and unblocks them when it can handle them (system.watched). If a
+    rank fails, the others have `grace_s` to end by themselves and as long again after SIGTERM; that failure
+    is returned. Blocks; needs the main thread, for its signal handlers.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     started: list[Rank] = []
@@ -144,8 +144,8 @@ def _spawn(argv: Sequence[str], env: dict[str, str], number: int, log_dir: Path)
 
 
 def _before_its_program() -> None:
-    """Let this rank get SIGTERM when its parent dies in any way (Linux prctl). It may come twice: once for
-    each thread of the parent that the rank is handed to while they die. The stop signals stay blocked, so
+    """Let this rank get SIGTERM when its parent dies in any way (Linux prctl). It may arrive twice, because
+    the rank may be handed from one dying thread of the parent to another. The stop signals stay blocked, so
     that they wait until the rank has finished its imports."""
     end_with_parent(signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)

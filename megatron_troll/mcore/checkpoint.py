@@ -137,7 +137,7 @@ class Checkpoints:
 
         Raises CheckpointError, before anything is changed, if files are missing or truncated, hold more than
         a checkpoint needs or come from a newer Megatron-Core, or if the models differ; errors after that
-        point say that the models in memory are lost.
+        point report that the models in memory are lost.
         """
         self.finish()
         wanted = None if step == "latest" else step
@@ -218,7 +218,7 @@ class Checkpoints:
                     dist_checkpointing.load_tensors_metadata(str(path / TENSORS)),
                 )
                 raise CheckpointError(
-                    f"{path} is of another model than {name!r}: {', '.join(differing)}; "
+                    f"{path} is of a different model from {name!r}: {', '.join(differing)}; "
                     f"first tensor that differs: {first}"
                 )
 

@@ -29,7 +29,7 @@ class CheckpointError(RuntimeError):
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a model folder holds its weights, beside config and tokenizer, as a Megatron checkpoint."""
+    """Whether a model folder holds its weights, next to config and tokenizer, as a Megatron checkpoint."""
     return (folder / TENSORS / BACKENDS).is_file()
 
 
@@ -84,7 +84,7 @@ def discard(folder: Path, step: int) -> None:
 
 def retain(folder: Path, keep_last: int, keep_best: bool) -> None:
     """Delete all checkpoints except the newest `keep_last` (at least one) and, with `keep_best`, the one with
-    the highest score (the newest of equals)."""
+    the highest score (the newest on a tie)."""
     found = steps(folder)
     kept = set(found[-max(keep_last, 1) :])
     scored = [(score, step) for step in found if (score := _score(folder, step)) is not None]

@@ -49,7 +49,7 @@ DAMAGE = (
     TypeError,
     ValueError,
 )
-ADVICE = "Nothing of it was run. Restore the file from where it was written, or take another checkpoint"
+ADVICE = "Nothing of it was run. Restore the file from where it was written, or use another checkpoint"
 
 
 class _Shared(type):
@@ -160,7 +160,7 @@ def _vet_object(folder: Path, key: str, place: _StorageInfo) -> None:
     with _told(f"{file}, where it holds the object {key!a},", "part of a checkpoint"):
         objects = _vetted(_read(file, place.offset, place.length))
         if type(objects) is not list or not objects:
-            raise TypeError("it is no list of objects")
+            raise TypeError("it is not a list of objects")
         for found in objects:
             _check_object(found)
         if key == COMMON_OBJECT:
@@ -231,7 +231,7 @@ def _check_place(info: Any) -> None:
 
 def _check(holds: bool) -> None:
     if not holds:
-        raise TypeError("it is no description of tensors")
+        raise TypeError("it is not a description of tensors")
 
 
 def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:
@@ -249,7 +249,7 @@ def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:
 
 
 def _inside(path: Path) -> Path:
-    """Return `path` if it is no link out of its folder, which may lead to another file on every node."""
+    """Return `path` if it is not a link out of its folder, which might lead to another file on every node."""
     if os.path.dirname(os.path.realpath(path)) != os.path.realpath(path.parent):
         raise CheckpointError(f"{path} is a link out of the checkpoint: put the file itself in its place")
     return path

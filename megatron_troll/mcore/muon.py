@@ -1,7 +1,7 @@
 """Mark which weights are matrices for Muon, and which state a data-parallel rank keeps of them.
 
-Megatron orthogonalises a weight as one matrix, or as several if attributes say how its rows are split. It
-sets them for the attention's query, key and value; this module sets them for other weights. Under tensor
+Megatron orthogonalises a weight as one matrix, or as several if attributes describe how its rows are split.
+It sets them for the attention's query, key and value; this module sets them for other weights. Under tensor
 parallelism the whole matrix is gathered first, so an update does not depend on the layout.
 """
 

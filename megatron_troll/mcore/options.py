@@ -52,7 +52,7 @@ def _check_muon(model: Model) -> None:
     for name in ("offload", "precision_aware"):
         if getattr(optimizer, name):
             raise ConfigError(
-                f"optimizer.{name} is for the state of adamw; leave it out beside optimizer.name=muon"
+                f"optimizer.{name} is for the state of adamw; leave it out with optimizer.name=muon"
             )
 
 

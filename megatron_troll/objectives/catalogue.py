@@ -12,7 +12,7 @@ WIDTH = 110
 
 
 def listing(slot: str | None = None) -> str:
-    """The methods of every slot (or of one) with their use, the partners of each unless it goes with all, and
+    """List the methods of every slot (or of one): their use, their partners if they do not go with all, and
     the refused partners with the reason. Raises ConfigError for an unknown slot, and for a file in a slot's
     folder that defines no method of the slot or declares a partner that does not exist."""
     if slot is not None and slot not in SLOTS:

@@ -13,7 +13,7 @@ REST = 1e-5
 
 class Distillation(Kl):
     """K_t = KL(policy || rollout model) at the position of token t, the policy detached: exact on the kept
-    tokens of the policy's record, with all other tokens merged into one. The policy's record is passed in the
+    tokens of the policy's record, with all other tokens merged into one. The policy's record is passed in
     place of the old policy's. K_t >= 0, and at most the KL over the vocabulary (data processing inequality).
 
     coef  weight of K_t;  k  tokens of the record besides the sampled one

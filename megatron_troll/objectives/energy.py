@@ -6,7 +6,8 @@ from torch import Tensor
 from megatron_troll.objectives.slots import Diagnostics, Method, logp_of
 from megatron_troll.types import HeadRequest, ObjectiveInputs
 
-# Bucket i: tokens with a share of the rollout batch in [EDGES[i], EDGES[i - 1]); the last bucket: the rest.
+# Bucket i: tokens whose share of the rollout batch is at least EDGES[i] and, for i > 0, below EDGES[i - 1].
+# The last bucket holds the rest.
 EDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 BUCKETS = len(EDGES) + 1
 
@@ -17,7 +18,7 @@ class Energy(Method):
     leaves out gradients that reach the logits another way (TROLL's regression, a KL over many tokens, an
     entropy bonus).
 
-    Energy(B) of a bucket is the mean of `energy_bucket_i` divided by the mean of `energy`.
+    The paper's Energy(B) of bucket i is the mean of `energy_bucket_i` divided by the mean of `energy`.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""The entropy bonus, which is configured beside the slots: J_t += coef H_t (ALGORITHMS 7)."""
+"""The entropy bonus, which is configured in addition to the slots: J_t += coef H_t (ALGORITHMS 7)."""
 
 from abc import abstractmethod
 

@@ -150,7 +150,9 @@ def _seen(readings: HeadOutputs, kept: Support | None, first: Support | None) ->
     if kept is None or kept == first:
         return readings
     if kept not in readings.others:
-        raise ValueError(f"the head gave no record of {kept}, which this objective reads beside {first}")
+        raise ValueError(
+            f"the head gave no record of {kept}, which this objective reads in addition to {first}"
+        )
     return replace(readings, topk=readings.others[kept])
 
 

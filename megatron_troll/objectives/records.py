@@ -7,8 +7,8 @@ from megatron_troll.types import HeadOutputs, TopK
 
 
 def record_of(topk: TopK | None, k: int, side: str, key: str) -> TopK:
-    """The record of the `side` policy. Raises ValueError if it is missing or keeps fewer than k tokens beside
-    the sampled one; the error names `key`, the slot that reads it."""
+    """The record of the `side` policy. Raises ValueError if it is missing or keeps fewer than k tokens
+    besides the sampled one; the error names `key`, the slot that reads it."""
     hint = ": raise rollout.top_k" if side == "rollout" else ""
     if topk is None:
         raise ValueError(f"{key} reads the {side} policy's top-K record; none was given{hint}")

@@ -13,7 +13,7 @@ from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs
 
 
 class ReferenceKl(Kl):
-    """J_t -= beta K_t. The default beta is that of the TIKE paper (section 5), for every estimator alike."""
+    """J_t -= beta K_t. The default beta is that of the TIKE paper (section 5), for every estimator."""
 
     beta: NonNegative = Field(default=0.001, description="weight of the penalty, per nat; 0 only reports it")
 

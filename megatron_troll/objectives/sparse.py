@@ -14,7 +14,7 @@ from megatron_troll.types import HeadRequest, Support
 class Sparse(Method):
     """A method that reads the most likely tokens and the sampled one; the defaults are TROLL's."""
 
-    k: Positive = Field(default=64, description="tokens kept at most, beside the sampled one")
+    k: Positive = Field(default=64, description="tokens kept at most, besides the sampled one")
     delta: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=1e-5, description="mass that the kept tokens may leave out"
     )

@@ -72,8 +72,8 @@ def shaded(sample: Sample) -> Text:
 
 def html(root: Path, output: Path, step: int | None = None) -> None:
     """Write a self-contained page of the run's rollouts (or one step's), with filters by step, reward and
-    text. If there are more than PAGE_TOKENS tokens (about 10 MB), the page has every n-th rollout only and
-    says so."""
+    text. If there are more than PAGE_TOKENS tokens (about 10 MB), the page has only every n-th rollout, and
+    shows how many there are."""
     steps = stored_steps(root) if step is None else [step]
     samples = [sample for one in steps for sample in read_step(root, one)]
     every = max(1, -(-sum(len(sample.tokens) for sample in samples) // PAGE_TOKENS))

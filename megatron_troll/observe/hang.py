@@ -126,7 +126,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(max(self._timeout, 1.0), exit=True, file=self._stacks)
 
     def _write_or_say(self) -> None:
-        """Write the heartbeat. A full disk must not end this thread: the run would then be taken for hung."""
+        """Write the heartbeat. A full disk must not end this thread: the run would then look hung."""
         try:
             self._write()
         except OSError as error:
@@ -150,7 +150,7 @@ class Watchdog:
         os._exit(EXIT_HANG)
 
     def _follow(self) -> None:
-        """Exit after the rank that prints, so that a launcher takes that rank for the first that failed."""
+        """Exit after the rank that prints, so that a launcher reports that rank as the first that failed."""
         self._say_where()
         time.sleep(6 * self._poll)
         os._exit(EXIT_HANG)

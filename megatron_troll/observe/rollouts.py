@@ -39,7 +39,7 @@ class RolloutStore:
     """Writes rollouts/step_NNNNNN.P-of-Q.jsonl.gz, one file per step and data-parallel rank P of Q.
 
     `decode` gives the text of one token id. A token costs about 8 bytes on disk, text and log-prob
-    (measured on random words, the worst case), so 64 x 8 answers of 1,000 tokens are 4 MB a step.
+    (measured on random words, the worst case), so 64 x 8 answers of 1,000 tokens are 4 MB per step.
     """
 
     def __init__(self, folder: Path, decode: Callable[[int], str], part: int = 0, parts: int = 1) -> None:

@@ -51,8 +51,8 @@ class RunFolder(RunPaths):
         """Lock the folder until the block ends, write `config_yaml` into it, and delete its `stopped` file.
 
         Raises RunFolderError if another process has the lock, or if the folder holds a run and that run has
-        another config (keys in CHANGEABLE excepted), is a finished evaluation or has lost its checkpoints, or
-        `resume` is false. Neither file is touched then.
+        another config (except for keys in CHANGEABLE), is a finished evaluation or has lost its checkpoints,
+        or `resume` is false. Neither file is touched then.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / "lock", "a+") as lock:
@@ -124,7 +124,7 @@ class RunFolder(RunPaths):
             step = self.saved.read_text().strip()
             raise RunFolderError(
                 f"{self.checkpoints} holds no checkpoint any longer, and step {step} was saved there. "
-                f"Restore one; or choose another `name`, or delete {self.saved}, and begin anew."
+                f"Restore one, choose another `name`, or delete {self.saved} to start from step 0."
             )
 
 

@@ -15,7 +15,7 @@ from megatron_troll.types import Segments
 def segments(sequence: Tensor, position: Tensor, n_sequences: int, cp_group: Group) -> Segments:
     """Reductions over the responses of one micro-batch. `sequence` [N] int64 is the response of each local
     token, below `n_sequences`; `position` [N] int64 is the token's index in it. `n_sequences` is the same on
-    every context-parallel rank, N need not be.
+    every context-parallel rank; N may differ.
 
     `sum` sends `n_sequences` numbers in one all-reduce, and as many in backward; `whole` sends N numbers of
     every rank; building the segments under context parallelism sends 2 N. Every rank of the group must call

@@ -24,8 +24,8 @@ def stacked(local: Tensor, group: Group) -> Tensor:
 
 
 def from_owners(local: Tensor, ids: Tensor, own: Tensor, group: Group) -> Tensor:
-    """Values [N, W] of `ids` [N, W] from the rank that has each: `own` [N, W] says which of `local` are this
-    rank's. -inf where the id is NO_ID. Differentiable in `local`. All-reduces N x W."""
+    """Values [N, W] of `ids` [N, W] from the rank that has each: `own` [N, W] is True on the entries of
+    `local` that are this rank's. -inf where the id is NO_ID. Differentiable in `local`. All-reduces N x W."""
     result = _FromOwners.apply(local, ids, own, group)
     assert isinstance(result, Tensor)
     return result

@@ -56,7 +56,7 @@ def extension(name: str, module: str, find: Callable[[str], str] = version) -> F
     return failed(
         name,
         f"{found}, but `import {module}` fails: {why}",
-        f"build it beside torch {torch.__version__} (see the Dockerfile)",
+        f"build it against torch {torch.__version__} (see the Dockerfile)",
     )
 
 

@@ -26,7 +26,9 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     records = [rollout.topk for rollout in rollouts if rollout.topk is not None]
     if records:
         if len(records) < len(rollouts) or len({record.ids.shape[1] for record in records}) > 1:
-            raise ValueError("some rollouts of a batch have a top-K of another size than the rest, or none")
+            raise ValueError(
+                "some rollouts of a batch have no top-K, or one whose size differs from that of the rest"
+            )
         arrays["topk_ids"] = np.concatenate([record.ids for record in records])
         arrays["topk_logp"] = np.concatenate([record.logp for record in records])
     experts = [rollout.experts for rollout in rollouts if rollout.experts is not None]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class EngineError(RuntimeError):
-    """The engine cannot continue. Raised on every rank alike; the message says what to do."""
+    """The engine cannot continue. Raised on every rank; the message says what to do."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from megatron_troll.run.run import Run
 
 def begin(run: Run, step: int, trained: int) -> BatchFuture:
     """Begin to sample the batch of `step`, from a policy of `trained` steps. The batch is finished here if
-    the engine does not sample in the background, and with `refill`, whose later requests depend on the
-    rewards. Blocks."""
+    the engine does not sample in the background, or if `refill` is set, because its later requests depend on
+    the rewards. Blocks."""
     position = run.order.position
     if run.task.config.rollout.refill or not run.engine.draws_elsewhere:
         collected = collect(run, step)
@@ -30,10 +30,10 @@ def begin(run: Run, step: int, trained: int) -> BatchFuture:
 
 
 def collect(run: Run, step: int) -> RolloutBatch:
-    """Sample for rollout.prompts prompts. As long as some of them have one reward for all samples, which
-    gives no gradient, and at most `refill` times, sample for as many new prompts (dynamic sampling of DAPO,
-    arXiv 2503.14476, section 3.2). If prompts are still missing then, the first of those without gradient
-    fill the batch, in the order sampled. Blocks.
+    """Sample for rollout.prompts prompts. A prompt whose samples all have the same reward gives no gradient:
+    at most `refill` times, sample for as many new prompts as are missing (dynamic sampling of DAPO, arXiv
+    2503.14476, section 3.2). If some are still missing then, the first prompts without gradient fill the
+    batch, in the order sampled. Blocks.
     """
     wanted, samples = run.task.config.rollout.prompts, run.task.config.rollout.samples
     drawn: Counter[str] = Counter()

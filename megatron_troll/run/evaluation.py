@@ -21,7 +21,7 @@ SHOWN = 16
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples with `engine` and scores with `scorer`, as `config.evaluation` says."""
+    """Samples with `engine` and scores with `scorer`, as `config.evaluation` specifies."""
 
     task: Task
     session: Session

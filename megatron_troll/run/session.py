@@ -89,7 +89,7 @@ class Session:
 
     def keep_broken(self, step: int, rollouts: Sequence[Rollout], broken: Sequence[int]) -> str:
         """Write the batch of a step with NaN or Inf to broken/step_N.json: ids, log-probs, and which samples
-        are at fault. Returns a message that says so. Blocks."""
+        are at fault. Returns a message that names these samples and the file. Blocks."""
         path = self.folder.root / "broken" / f"step_{step:06d}.json"
         self.world.first(lambda: write_broken(path, rollouts, broken))
         names = ", ".join(rollouts[i].name for i in broken[:5]) or "no single sample"
@@ -113,9 +113,9 @@ def write_broken(path: Path, rollouts: Sequence[Rollout], broken: Sequence[int])
 
 @contextmanager
 def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator[Session]:
-    """Join the world, take the run folder, and run the watchdog until the block ends.
+    """Join the world, lock the run folder, and run the watchdog until the block ends.
 
-    Raises RunFolderError on every rank if rank 0 cannot take the folder.
+    Raises RunFolderError on every rank if rank 0 cannot lock the folder.
     """
     with ExitStack() as stack:
         groups = parallel.start(config.policy.layout, config.seed)

@@ -126,7 +126,7 @@ class StudyPlan:
         return {name: file for name, file in files.items() if file is not None}
 
     def digest(self, cell: Cell) -> str:
-        """Hash of what the study's files say about a run, its seed and its warm starts, 16 hexadecimal
+        """Hash of what the study's files specify for a run, its seed and its warm starts, 16 hexadecimal
         digits. A result with another digest belongs to another run."""
         plain = {name: read(Path(file)).plain() for name, file in self.warm_starts().items()}
         said = [cell.seed, plain.get("warm-start"), overlay(self._parts(cell)).plain()]
@@ -213,7 +213,7 @@ def _refuse_unmatched(plan: StudyPlan) -> None:
             (one, a), (two, b), *_ = spent.items()
             raise ConfigError(
                 f"study {plan.study.name}, setting {setting}: {a} and {b} do not get the same compute: "
-                f"rollout batches, responses a batch, updates, epochs, longest response: {one} and {two}"
+                f"rollout batches, responses per batch, updates, epochs, longest response: {one} and {two}"
             )
 
 

@@ -33,7 +33,7 @@ def markdown(plan: StudyPlan, results: Mapping[Cell, RunResult], source: str, pi
         "",
         "These were written in the study file before its first run; nothing else here is a test. `a - b`",
         "is over paired seeds, with a 95 % bootstrap interval over seeds; over five, such intervals are",
-        "somewhat too narrow. Of many, one in twenty misses by chance.",
+        "somewhat too narrow. About one in twenty such intervals misses the true value by chance.",
         f"Run before they were written: {study.pilots or 'nothing'}",
         "",
         *_comparisons(plan, done),
@@ -78,7 +78,7 @@ def _what_ran(plan: StudyPlan, done: Sequence[RunResult]) -> list[str]:
         lines.append(
             f"| {setting} | {config.train.steps} | "
             f"{config.train.steps * config.rollout.prompts * config.rollout.samples:,} | "
-            f"{config.train.steps * config.train.updates} in {config.train.epochs} epochs a batch | "
+            f"{config.train.steps * config.train.updates} in {config.train.epochs} epochs per batch | "
             + (f"{min(tokens):,} to {max(tokens):,}" if tokens else "-")
             + f" | {config.policy.optimizer.lr:g} | {config.rollout.staleness} |"
         )
@@ -90,7 +90,7 @@ def _what_ran(plan: StudyPlan, done: Sequence[RunResult]) -> list[str]:
         "forwards on top.",
         "",
         f"- Steps to {study.threshold:g}: rollout batches until held-out success reaches it; a run that",
-        "  never does counts one more than it has.",
+        "  never does counts as its number of batches plus 1.",
         "- Jitter2: mean |second difference| of held-out success over rollout batches.",
         "- Entropy: of the last batch, nats per token.",
         f"- Collapse: the last held-out success is below {study.collapse:g} of the run's best. It happens",

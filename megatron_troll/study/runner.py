@@ -57,7 +57,7 @@ def _warm(plan: StudyPlan, seed: int, name: str) -> bool:
 def _check(folder: Path, config: Config) -> None:
     if folder.exists() and not as_planned(folder, config):
         raise ConfigError(
-            f"{folder} was begun with another configuration than the study gives it now: move it away, or "
+            f"{folder} was started with another configuration than the study gives it now: move it away, or "
             "give the study another name"
         )
 

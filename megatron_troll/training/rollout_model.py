@@ -48,7 +48,7 @@ class RolloutModel:
     distillation, over the same steps and token weights as the policy's. The policy is read once, after its
     updates on the batch: the rollout model moves towards the policy that its next rollouts will train. The
     policy's records, 12 bytes x (k + 2) per loss token, stay on the last stage until the batch is done. Both
-    models are sharded alike, so that they have the same micro-batches."""
+    models are sharded in the same way, so that they have the same micro-batches."""
 
     trainer: PolicyTrainer
     teacher: Head

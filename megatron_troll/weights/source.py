@@ -69,9 +69,9 @@ class FolderSource:
     """The safetensors files of a Hugging Face folder; one tensor at a time is read into memory. Pickled
     checkpoints are never opened.
 
-    Raises FileNotFoundError if there are no safetensors files, or naming the files that the index lists and
-    the folder lacks; ValueError naming every file that is not safetensors or is cut short, or every tensor
-    that the index lists and its file lacks.
+    Raises FileNotFoundError if there are no safetensors files, or if the folder lacks files that the index
+    lists; ValueError if files are not safetensors or are cut short, or lack tensors that the index lists.
+    Errors name every such file or tensor.
     """
 
     def __init__(self, folder: str | Path) -> None:

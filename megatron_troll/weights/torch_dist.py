@@ -93,8 +93,8 @@ def _overlap(chunk: Chunk, region: Region) -> list[int]:
 class SavedTensors:
     """The tensors of a checkpoint folder by key; one chunk at a time is read into memory.
 
-    Raises TensorsError if `.metadata` cannot be read or does not describe tensors, or naming every file that
-    is missing or cut short and every tensor with missing chunks.
+    Raises TensorsError if `.metadata` cannot be read or does not describe tensors, or if files are missing or
+    cut short or tensors lack chunks; the error names all of these.
     """
 
     def __init__(self, folder: Path) -> None:

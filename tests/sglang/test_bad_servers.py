@@ -64,7 +64,7 @@ def check(server: RealServer, policy: Path, temperature: float = 0.7) -> str:
 
 
 WORDS: dict[str, tuple[type[EngineError], str]] = {
-    "family": (WrongServer, r"of type 'qwen3', the run draws from a 'qwen3_moe'"),
+    "family": (WrongServer, r"of type 'qwen3', the run samples from a 'qwen3_moe'"),
     "layers": (WrongServer, r"layers 2, not 4: start the server from .*/served"),
     "experts": (WrongServer, "expert_ffn 20, not 24: start the server from .*/served"),
     "vocabulary": (WrongServer, f"vocabulary of {VOCAB + 16}, the run's model has {VOCAB}"),

@@ -65,7 +65,7 @@ def test_both_learn_and_servers_have_the_trainers_weights_after_each_step(traine
         assert row["skipped_updates"] == row["rollout_model_skipped"] == 0
         assert row["grad_norm"] > 0
         assert row["rollout_model_grad_norm"] > 0
-        assert row["rollout_trainer_kl"] > 0.01  # another model than the policy draws
+        assert row["rollout_trainer_kl"] > 0.01  # another model than the policy samples
         assert row["version_age"] == 0
 
 

@@ -76,7 +76,7 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
         ("rollout.sampling.top_p=0.9", "top_p cut the distribution that tokens are sampled from"),
         ("rollout.sampling.max_tokens=250", "= 282 exceeds the model's max_position_embeddings 256"),
         ("objective.trust_region.p_d=0.1", "objective: (V - |S|) * p_d = 6.3 >= 1"),
-        ("train.updates=8", "at least as many prompts a batch as steps an epoch"),
+        ("train.updates=8", "at least as many prompts per batch as steps per epoch"),
         ("rollout.samples=1", "advantage 'grpo' compares the answers to one prompt"),
         ("objective.advantage.name=gae", "gae needs a critic, and there is none"),
         ("models.critic={path: x}", "models.critic and objective.advantage=gae go together"),
@@ -203,7 +203,7 @@ def test_a_rollout_model_reads_the_policys_tokens(config: Path, base: Path, tmp_
     vocab = told["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     file.write_text(json.dumps(told))
-    assert "has other tokens than the policy" in refusal(config, rollout_model(tmp_path / "other"))
+    assert "have different tokens" in refusal(config, rollout_model(tmp_path / "other"))
 
 
 class Forgetful(Engine):

@@ -1,4 +1,4 @@
-"""Logits at a few columns per row, without computing the row (ALGORITHMS 8, `support: old`)."""
+"""Logits at a few columns per row, without computing the whole row (ALGORITHMS 8, `support: old`)."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ from troll_kernels.numbers import LOWEST
 
 
 def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-    """hidden[n] . weight[columns[n, w]], raw, [N, W] in float32 or better; -inf where the column is below 0.
+    """Raw logits [N, W], hidden[n] . weight[columns[n, w]], in float32 or better; -inf where the column is
+    below 0.
 
     hidden [N, H], weight [V, H] of one dtype, columns [N, W] int64; a column may repeat. Sums over H in
     float32 or better for every dtype. Holds N x W; for 16-bit weights also a float32 copy of the used rows
@@ -17,7 +18,8 @@ def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     at = entries(columns)
     rows, place = table(weight.detach(), at.columns)
     out = torch.full(columns.shape, LOWEST, dtype=rows.dtype, device=rows.device)
-    # These products are the gradient of a weighted sum of rows with respect to its weights.
+    # The logit of a slot is the gradient of a weighted sum of rows with respect to the slot's weight, with
+    # the hidden state as the upstream gradient.
     with torch.enable_grad():
         ones = torch.ones_like(place, dtype=rows.dtype).requires_grad_()
         sums = torch.nn.functional.embedding_bag(place, rows, at.starts, per_sample_weights=ones, mode="sum")

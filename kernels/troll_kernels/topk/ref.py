@@ -40,7 +40,7 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k <= M largest entries of each row of values [C, M], and their positions, both [C, k]: value
     descending, then position ascending. -0.0 equals +0.0 and is returned as +0.0. Not differentiable.
 
-    torch.topk chooses freely among ties of the k-th value, so rows where it had a choice are fully sorted.
+    torch.topk chooses freely among ties of the k-th value, so rows with such ties are fully sorted.
     Waits for the device once. Holds a copy and a bool mask of C x M."""
     values = values.detach() + 0.0
     found, at = torch.topk(values, k)

@@ -13,7 +13,7 @@ from troll_kernels.tiles import tile_size
 
 @triton.jit
 def _key(x):
-    """Map float32 to uint32 > 0 with the same order; -0.0 maps like +0.0."""
+    """Map float32 to uint32 > 0 with the same order; -0.0 and +0.0 have the same key."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
     return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
@@ -83,7 +83,7 @@ def topk_kernel(
 def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tuple[Tensor, Tensor]:
     """See topk/ref.py."""
     if k > LARGEST_K:
-        raise ValueError(f"k={k}: the Triton kernels keep at most {LARGEST_K} tokens a row")
+        raise ValueError(f"k={k}: the Triton kernels keep at most {LARGEST_K} tokens per row")
     rows, tiles = tile_max.shape
     values = logits.new_full((rows, k), float("-inf"), dtype=torch.float32)
     columns = torch.full_like(values, -1, dtype=torch.int64)

@@ -1,8 +1,8 @@
 """Bytes that one rank sends in one rollout batch, by purpose.
 
 In a collective over n ranks with S bytes in total, a rank sends (n - 1) / n of S: in an all-gather, a
-reduce-scatter and an all-to-all alike; an all-reduce is the first two together. Small messages (numbers of
-tokens to each rank, exchanges between the head's ranks, gradients of norms) are left out.
+reduce-scatter or an all-to-all; an all-reduce is the first two together. Small messages (numbers of tokens to
+each rank, exchanges between the head's ranks, gradients of norms) are left out.
 """
 
 from collections.abc import Iterable

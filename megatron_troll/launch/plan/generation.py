@@ -16,8 +16,9 @@ ROW = 6 * FLOAT
 
 
 def held(config: Config, policy: Planned, drawing: Planned, work: Work, stage: int) -> dict[str, int]:
-    """Bytes held while `drawing` generates the rollouts or, if the policy is another model, while the policy
-    generates its evaluations, whichever is more. Empty if servers elsewhere generate everything."""
+    """Bytes held while the model `drawing` generates the rollouts or, if the policy is another model, while
+    the policy generates its evaluations, whichever is more. Empty if servers elsewhere generate
+    everything."""
     found = {}
     if config.rollout.engine == "sglang" and config.rollout.sglang.colocated:
         found["servers"] = round(server_share(config) * config.launch.device_gib * GIB)

@@ -55,7 +55,7 @@ def saved_by_head(flow: Flow, objective: Objective) -> int:
 def records_of(tokens: int, flow: Flow, objective: Objective, drawing: RolloutModelConfig | None) -> int:
     """Bytes kept for `tokens` tokens from before the update until the rollout batch is done: readings of the
     old policy and of the reference model, with its hidden states if its head is read again, and of the policy
-    for a rollout model, which learns after it."""
+    for a rollout model, which is trained after the policy."""
     kept = tokens * (STATISTICS + SHORT * _kept(objective.reads_old))
     if objective.needs_reference:
         again = bool(objective.reads_reference.supports) or objective.reads_reference.reference_kl

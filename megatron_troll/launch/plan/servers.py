@@ -21,7 +21,7 @@ class ServerShare:
     weights      the model's weights, in bf16
     token_bf16   keys and values of one token, in bf16; token_fp8: in FP8
     sequence     recurrent state of one sequence (linear attention), independent of its length
-    sequences_bf16, sequences_fp8   number of sequences of maximum length that fit beside the weights
+    sequences_bf16, sequences_fp8   number of sequences of maximum length that fit in addition to the weights
     """
 
     tp: int
@@ -34,7 +34,7 @@ class ServerShare:
 
 
 def server_share(config: Config) -> float:
-    """The fraction of a GPU's memory for weights and caches; by default about what SGLang takes."""
+    """The fraction of a GPU's memory for weights and caches; by default about what SGLang uses."""
     return config.serve.memory_fraction or 0.85
 
 
@@ -80,7 +80,7 @@ def check_servers(config: Config, world: int, shape: ModelShape, parameters: int
     if sequences == 0:
         weights, room = f"{server.weights / GIB:.1f} GiB", f"{memory / GIB:.1f} GiB"
         raise ConfigError(
-            f"serve.tp={serve.tp}: beside {weights} of weights a sequence of {longest} tokens does not fit "
+            f"serve.tp={serve.tp}: with {weights} of weights, a sequence of {longest} tokens does not fit "
             f"into the {room} of each GPU that serve.memory_fraction leaves; raise one of the two, or lower "
             "rollout.sampling.max_tokens"
         )

@@ -42,7 +42,7 @@ def verdict(plan: Plan) -> str:
     """One sentence: whether the run fits and, if not, what takes the most memory."""
     worst = plan.worst
     device, reserve = plan.config.launch.device_gib, plan.config.launch.reserve_gib
-    room = f"{_size(plan.limit)} (launch.device_gib {device:g} less reserve_gib {reserve:g})"
+    room = f"{_size(plan.limit)} (launch.device_gib {device:g} minus reserve_gib {reserve:g})"
     if plan.fits:
         return f"fits: stage {worst.stage} holds the most, {_size(worst.total)} of {room}"
     largest = sorted(worst.bytes.items(), key=lambda item: -item[1])[:3]
@@ -61,7 +61,7 @@ def notes(plan: Plan) -> Iterator[str]:
     yield (
         f"assumed: every answer is as long as it may be, which is {work.responses} responses of "
         f"{work.tokens} tokens on each data-parallel rank and {work.micro_batches} micro-batches of "
-        f"{work.micro_tokens} tokens an optimizer step; tokens spread evenly over experts"
+        f"{work.micro_tokens} tokens per optimizer step; tokens spread evenly over experts"
     )
     layers = "Transformer Engine's layers" if plan.te else "the local layers"
     yield f"activations are those of {layers}; working set and what Transformer Engine keeps are estimates"

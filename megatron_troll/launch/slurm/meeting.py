@@ -44,7 +44,8 @@ def attend(file: Path, timeout_s: float) -> Meeting:
 
 
 def free_port(address: str) -> int:
-    """Return a free port of PORTS. Raises OSError if all are taken or `address` is not of this machine."""
+    """Return a free port of PORTS. Raises OSError if all are taken or `address` is not one of this
+    machine."""
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
             try:

@@ -1,4 +1,4 @@
-"""The rollout policy is taken to be the old policy."""
+"""The rollout policy is assumed to be the old policy."""
 
 from torch import ones_like
 

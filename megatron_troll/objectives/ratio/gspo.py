@@ -1,4 +1,4 @@
-"""GSPO: one ratio a response (arXiv 2507.18071; ALGORITHMS 4.1)."""
+"""GSPO: one ratio per response (arXiv 2507.18071; ALGORITHMS 4.1)."""
 
 from typing import ClassVar
 

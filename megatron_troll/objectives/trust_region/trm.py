@@ -25,7 +25,9 @@ class Trm(Masking):
     divergence: Divergence = Field(
         default="topk_kl", description="of {sampled token, rest} or of the top-K and the rest"
     )
-    over: Literal["max", "avg"] = Field(default="max", description="what of a response is held to delta")
+    over: Literal["max", "avg"] = Field(
+        default="max", description="statistic of a response's divergences that must not exceed delta"
+    )
     delta: NonNegative = Field(
         default_factory=lambda data: DELTA[data["over"]],
         description="largest divergence of a response that is kept; 0.1 for max, 0.002 for avg",

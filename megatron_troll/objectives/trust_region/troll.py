@@ -22,8 +22,8 @@ class Budget(Node):
     """A bound from CPPO's budget: eps_t = max(c_t, 0) / w_t with D_t = KL(new'_t || old'_t) (ALGORITHMS 7).
 
     By default S accumulates the KL after projection, min(D_t, eps_t), so that the budget never runs out;
-    `raw` accumulates D_t. Only the constants of CPPO's KL variant fit, although its KL has the other
-    direction, KL(mu || pi). Inward and outward moves are projected alike.
+    `raw` accumulates D_t. Only the constants of CPPO's KL variant apply, although its KL has the other
+    direction, KL(mu || pi). Inward and outward moves are projected in the same way.
     """
 
     from_: Literal["cppo"] = Field(alias="from", description="whose budget the bound comes from")

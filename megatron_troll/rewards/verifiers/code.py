@@ -45,7 +45,7 @@ class Code(Reward):
     wall_s: PositiveFloat = Field(
         default=8.0, description="seconds for all tests of one answer; keep it below timeout_s"
     )
-    tests: str = Field(default="tests", description="where the prompt's record holds the tests")
+    tests: str = Field(default="tests", description="field of the prompt's record that holds the tests")
     partial: bool = Field(default=False, description="the share of tests passed, in place of all or nothing")
 
     @model_validator(mode="after")

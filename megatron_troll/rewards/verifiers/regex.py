@@ -9,7 +9,7 @@ from megatron_troll.types import Prompt
 
 
 class Regex(Reward):
-    pattern: str = Field(description="its first group is compared, or the whole match where it has none")
+    pattern: str = Field(description="its first group is compared, or the whole match if it has none")
     ignore: str = Field(default="", description="characters left out of both sides")
 
     @field_validator("pattern")

@@ -77,7 +77,7 @@ class Broadcast:
         except EngineError:
             raise
         except RuntimeError as error:
-            raise Unreachable(f"the broadcast to {', '.join(group.urls)} broke off: {error}") from error
+            raise Unreachable(f"the broadcast to {', '.join(group.urls)} was interrupted: {error}") from error
         finally:
             for task in asked:
                 task.cancel()

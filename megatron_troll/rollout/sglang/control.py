@@ -95,11 +95,11 @@ class Control:
         )
 
     async def verify(self, url: str, version: str) -> None:
-        """Raises WrongServer if the server reports another weight version than `version`."""
+        """Raises WrongServer if the server reports a weight version other than `version`."""
         there = (await self._field(await self.http.get(url, "/model_info"), "weight_version", url)) or None
         if there != version:
             raise WrongServer(
-                f"{url} was given weights {version!r} and says that it has {there!r}: something else "
+                f"{url} was given weights {version!r} and reports {there!r}: something else "
                 "updates it too, or it is not SGLang 0.5.23; restart it"
             )
 

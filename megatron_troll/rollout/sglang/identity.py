@@ -53,7 +53,7 @@ class Identity:
     def _check_family(self, url: str, info: dict[str, Any]) -> None:
         if info.get("model_type") != self.shape.family:
             raise WrongServer(
-                f"{url} serves a model of type {info.get('model_type')!r}, the run draws from a "
+                f"{url} serves a model of type {info.get('model_type')!r}, the run samples from a "
                 f"{self.shape.family!r}: {self._remedy}, or name another server"
             )
 
@@ -100,13 +100,13 @@ class Identity:
                 found = tempered[token] - tempered[first]
                 if not math.isclose(expected, found, rel_tol=LAW_TOLERANCE, abs_tol=LAW_TOLERANCE):
                     raise WrongServer(
-                        f"{url} gives log-probs that are not of temperature {self.temperature}: unset "
-                        "SGLANG_RETURN_ORIGINAL_LOGPROB where the server is started"
+                        f"{url} gives log-probs that are not at temperature {self.temperature}: unset "
+                        "SGLANG_RETURN_ORIGINAL_LOGPROB in the server's environment"
                     )
 
     async def _first_token(self, http: Http, url: str, temperature: float, tokens: int) -> dict[int, float]:
         """The likeliest tokens after `ids`, with their log-probs. With `tokens` = 0, a server samples none
-        and returns those of temperature 1."""
+        and returns log-probs at temperature 1."""
         sampling = {"max_new_tokens": tokens, "temperature": temperature, "ignore_eos": True}
         body = {
             "input_ids": list(self.ids),

@@ -125,7 +125,7 @@ class ServerPool:
         await self.refresh(anew=True)
 
     async def refresh(self, *, anew: bool = False) -> None:
-        """Look for servers, and check the new ones, the failed ones, and (`anew`) all others."""
+        """Look for servers, and check the new ones, the failed ones, and, with `anew`, all others."""
         found = self._discover()
         for url in self._servers.keys() - set(found):
             del self._servers[url]

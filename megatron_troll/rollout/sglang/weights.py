@@ -23,14 +23,15 @@ class RankZero:
     desk: Connection | None
 
     def first[T](self, act: Callable[[Connection], T]) -> T:
-        """Run `act` with the connection on rank 0; its result or error on all ranks (Group.first)."""
+        """Run `act` with the connection on rank 0; return its result or raise its error on all ranks
+        (Group.first)."""
         return self.model.groups.world.first(lambda: act(cast("Connection", self.desk)))
 
 
 def sync(agreed: RankZero, number: int, pause: Pause = "retract") -> list[str]:
     """Send the model's current weights to every healthy server, as version `number`; returns the URLs of the
-    servers that have them. `pause` says what happens to requests in flight. Blocks on all ranks, which all
-    stream the weights to the end even if rank 0 meets an error.
+    servers that have them. `pause` determines what happens to requests in flight. Blocks on all ranks, which
+    all stream the weights to the end even if rank 0 meets an error.
 
     Raises UpdateRefused, WrongServer, and NoServers if every attempt loses all servers.
     """
@@ -61,8 +62,8 @@ def _told(lost: Failed) -> str:
         return ""
     each = "\n".join(f"  {url}: {error}" for url, error in lost.items())
     return (
-        f"\nLost while they took new weights:\n{each}\nSee their logs: SGLang crashes on weights of another "
-        "shape than its model's; start servers with `mtroll serve` and this configuration"
+        f"\nLost while they received new weights:\n{each}\nSee their logs: SGLang crashes on weights "
+        "whose shape differs from its model's; start servers with `mtroll serve` and this configuration"
     )
 
 

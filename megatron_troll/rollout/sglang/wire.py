@@ -118,8 +118,8 @@ def score_of(reply: Any, length: int, top_k: int, vocab: int) -> TokenTopK:
 
 
 def part_of(reply: Any, ask: GenerationRequest) -> Part:
-    """Parse the answer in a reply's JSON. Raises BadReply if it does not fit `ask`, ServerFault if the server
-    gave up."""
+    """Parse the answer in a reply's JSON. Raises BadReply if it does not match the request `ask`, ServerFault
+    if the server gave up."""
     ids = _ids(field(reply, "output_ids", list), ask.vocab)
     meta = field(reply, "meta_info", dict)
     finish = _finish(meta, ids, ask)
@@ -153,8 +153,8 @@ def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: GenerationRequest) ->
         raise BadReply(f"finish_reason {reason} is not one of {', '.join(FINISHED)}")
     if finish == "stop" and last not in ask.stop_ids:
         raise BadReply(
-            f"the answer stops at token {last}, which is no stop token here: the server's model folder names "
-            "another end of sequence; serve the run's model, or add the token to rollout.sampling.stop"
+            f"the answer stops at token {last}, which is not a stop token here: the server's model folder "
+            "names another end of sequence; serve the run's model, or add the token to rollout.sampling.stop"
         )
     if len(ids) > ask.max_tokens or (finish == "length" and len(ids) < ask.max_tokens):
         raise BadReply(f"{len(ids)} tokens, finished by {finish}; asked for {ask.max_tokens}")
@@ -170,7 +170,7 @@ def _logp(meta: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     except (TypeError, LookupError):
         raise BadReply(f"output_token_logprobs are not triples: {str(triples)[:200]}") from None
     if tokens != ids.tolist():
-        raise BadReply("output_token_logprobs are of other tokens than output_ids")
+        raise BadReply("output_token_logprobs are not those of output_ids")
     logp = floats(values)
     bad = np.flatnonzero(~np.isfinite(logp) | (logp <= LOWEST))
     if bad.size:

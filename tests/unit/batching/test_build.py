@@ -162,7 +162,7 @@ def test_rollouts_without_loss_tokens_are_only_read() -> None:
 
 def test_log_probs_of_another_law_than_the_trainers_are_refused() -> None:
     warm = Form(VOCAB, temperature=0.7)
-    with pytest.raises(ValueError, match=r"sample p#2: its log-probs are of temperature 1\.0, .* of 0\.7"):
+    with pytest.raises(ValueError, match=r"sample p#2: its log-probs are at temperature 1\.0, .* of 0\.7"):
         build([rollout([1], [2, 3], sample=2)], [1], [0], [0], warm)
     drawn_alike = dataclasses.replace(rollout([1], [2, 3]), temperature=0.7)
     assert build([drawn_alike], [1], [0], [0], warm).target.tolist() == [2, 3]

@@ -85,7 +85,7 @@ def test_dtypes_are_kept_where_layers_agree(tmp_path: Path) -> None:
 
 def test_layers_that_share_a_tensor_must_agree_on_its_dtype(tmp_path: Path) -> None:
     source = write_folder(MOE, tmp_path / "hf", mixed(MOE))
-    with pytest.raises(ValueError, match=r"several dtypes, choose one \(--dtype\)") as caught:
+    with pytest.raises(ValueError, match=r"different dtypes, choose one \(--dtype\)") as caught:
         ToMegatron(source, SMALL)
     (key,) = str(caught.value).splitlines()[1:]
     assert key == "  decoder.layers.self_attention.linear_qkv.layer_norm_weight: bfloat16, float32"

@@ -104,3 +104,21 @@ def test_of_many_prompts_the_one_that_is_refused_is_named(tokenizer):
     chats = [prompt_of(USER), prompt_of(Message("system", "be brief"), USER)]
     with pytest.raises(DataError, match=r"^line 2: .* of the roles system, user: no system turns"):
         tokenized(chats, tokenizer, ["line 1", "line 2"])
+
+
+def test_many_prompts_have_the_ids_that_each_has_alone(tokenizer):
+    """Also with a tokenizer that is set to truncate and to pad."""
+    chats = [prompt_of(Message("user", "sort " + "1234567890"[:n])) for n in range(1, 9)]
+    alone = [tokenized([chat], tokenizer)[0].ids.tolist() for chat in chats]
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    assert [prompt.ids.tolist() for prompt in tokenized(chats, tokenizer)] == alone
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": chat.messages[0].content}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for chat in chats
+    ]
+    assert alone == [tokenizer.encode(text, add_special_tokens=False) for text in texts]

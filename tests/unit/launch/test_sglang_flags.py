@@ -133,12 +133,15 @@ def test_a_family_that_sglang_reads_no_scales_for(tmp_path: Path) -> None:
         ({"ranks": 2}, "of hidden size 48 on 2 GPUs.* served on 1 "),
         ({"model_type": "llama"}, "is for llama"),
         ({"hidden_size": 64}, "is for qwen3 of hidden size 64 .* the policy is qwen3 of hidden size 48"),
-        ({"kv_cache": {"dtype": "float8_e5m2", "scaling_factor": {}}}, "no file of scales: kv_cache.dtype"),
-        ({"kv_cache": {"scaling_factor": {0: {0: -1.0}}}}, "no file of scales: .*greater than 0"),
-        ({"kv_cache": {"scaling_factor": {0: {0: 0.0}}}}, "no file of scales: .*greater than 0"),
-        ({"kv_cache": {"scaling_factor": {0: {0: math.inf}}}}, "no file of scales: .* finite"),
-        ({"kv_cache": {"scaling_factor": {0: {0: math.nan}}}}, "no file of scales"),
-        ({"kv_cache": None}, "no file of scales"),
+        (
+            {"kv_cache": {"dtype": "float8_e5m2", "scaling_factor": {}}},
+            "not a file of scales: kv_cache.dtype",
+        ),
+        ({"kv_cache": {"scaling_factor": {0: {0: -1.0}}}}, "not a file of scales: .*greater than 0"),
+        ({"kv_cache": {"scaling_factor": {0: {0: 0.0}}}}, "not a file of scales: .*greater than 0"),
+        ({"kv_cache": {"scaling_factor": {0: {0: math.inf}}}}, "not a file of scales: .* finite"),
+        ({"kv_cache": {"scaling_factor": {0: {0: math.nan}}}}, "not a file of scales"),
+        ({"kv_cache": None}, "not a file of scales"),
     ],
 )
 def test_scales_of_something_else(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

@@ -148,7 +148,7 @@ def test_a_state_that_would_be_unpickled_again_is_refused(state: Any, reason: st
 
 def test_common_state_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "not a state" in refusal(write(tmp_path / "a", {COMMON_OBJECT: [EMPTY]}))
-    assert "no list of objects" in refusal(write(tmp_path / "b", {COMMON_OBJECT: []}))
+    assert "not a list of objects" in refusal(write(tmp_path / "b", {COMMON_OBJECT: []}))
 
 
 def test_a_second_index_is_refused(folder: Path) -> None:
@@ -237,7 +237,7 @@ def test_an_index_that_points_out_of_the_folder_is_refused(path: str, folder: Pa
     index = read_index(folder / METADATA)
     index.storage_data[MetadataIndex(COMMON_OBJECT)].relative_path = path
     (folder / METADATA).write_bytes(pickle.dumps(index))
-    assert "no description of tensors" in refusal(folder)
+    assert "not a description of tensors" in refusal(folder)
 
 
 def named(module: str, name: str) -> bytes:

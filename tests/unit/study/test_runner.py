@@ -39,5 +39,5 @@ def test_a_folder_with_a_run_of_another_configuration_is_refused(
     folder = plan.folder(Cell("calm", "tight", 3))
     folder.mkdir(parents=True)
     beside(folder).write_text(dump(plan.config(Cell("calm", "clip", 3))))
-    with pytest.raises(ConfigError, match="calm/tight was begun with another configuration than the study"):
+    with pytest.raises(ConfigError, match="calm/tight was started with another configuration than the study"):
         run_study(plan, tmp_path / "study.json", 1, Interrupts(), print)

@@ -104,7 +104,7 @@ def test_replayed_experts_count(config: str, capsys: pytest.CaptureFixture[str])
             ["rollout.sglang.colocated=true", "serve.tp=2"],
             "serve.servers=8 x serve.tp=2 = 16 GPUs, shared with 8 ranks",
         ),
-        (["serve.memory_fraction=0.41"], "serve.tp=1: beside 56.9 GiB of weights a sequence of 16383 tokens"),
+        (["serve.memory_fraction=0.41"], "serve.tp=1: with 56.9 GiB of weights, a sequence of 16383 tokens"),
         (["data=null"], "data: missing"),
         (["trian.steps=3"], "did you mean 'train'?"),
     ],

@@ -26,7 +26,10 @@ def test_what_fits_is_written_with_the_verdict(tmp_path: Path, capsys: pytest.Ca
     [
         (("--nodes", "1", "--gpus", "4"), "1 nodes of 4 ranks: models.policy: layout"),
         (("models.policy.recompute=none", "--nodes", "1"), "1 nodes of 8 GPUs: does not fit: stage 0 holds"),
-        (("launch.device_gib=80", "--nodes", "1"), "of 70.00 GiB (launch.device_gib 80 less reserve_gib 10)"),
+        (
+            ("launch.device_gib=80", "--nodes", "1"),
+            "of 70.00 GiB (launch.device_gib 80 minus reserve_gib 10)",
+        ),
         (
             ("rollout.sampling.max_tokens=99999", "--nodes", "1"),
             "exceeds the model's max_position_embeddings",

@@ -84,7 +84,9 @@ def test_a_container_sees_the_working_folder(tmp_path: Path) -> None:
 
 def test_an_allocation_that_does_not_hold_the_layout_is_refused() -> None:
     layout = config("models.policy.layout={tp: 4, pp: 3, ep: 4}")
-    with pytest.raises(ConfigError, match=r"1 nodes of 8 ranks: models.policy: .* divisible by tp x pp x cp = 12"):
+    with pytest.raises(
+        ConfigError, match=r"1 nodes of 8 ranks: models.policy: .* divisible by tp x pp x cp = 12"
+    ):
         check(layout, Allocation(nodes=1))
     check(layout, Allocation(nodes=3))
 

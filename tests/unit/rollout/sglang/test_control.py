@@ -61,7 +61,7 @@ def test_the_version_is_verified(fake: Fake) -> None:
     told(lambda control: control.name_weights(fake.url, "run.3"))
     assert fake.log == ["/flush_cache", "/update_weight_version"]
     told(lambda control: control.verify(fake.url, "run.3"))
-    with pytest.raises(WrongServer, match=r"given weights 'run\.4' and says that it has 'run\.3'"):
+    with pytest.raises(WrongServer, match=r"given weights 'run\.4' and reports 'run\.3'"):
         told(lambda control: control.verify(fake.url, "run.4"))
 
 

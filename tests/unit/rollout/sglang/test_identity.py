@@ -75,7 +75,7 @@ def test_another_size_of_experts_after_a_sync_from_disk(fake: Fake, tmp_path: Pa
 
 def test_another_family(fake: Fake) -> None:
     fake.model_info["model_type"] = "llama"
-    with pytest.raises(WrongServer, match="of type 'llama', the run draws from a 'qwen3_moe'"):
+    with pytest.raises(WrongServer, match="of type 'llama', the run samples from a 'qwen3_moe'"):
         check(fake)
 
 
@@ -113,7 +113,7 @@ def test_a_server_that_is_not_healthy(fake: Fake) -> None:
 
 def test_log_probs_of_temperature_1_in_any_case(fake: Fake) -> None:
     """What SGLANG_RETURN_ORIGINAL_LOGPROB=1 makes of a server; the recording is of temperature 1."""
-    with pytest.raises(WrongServer, match=r"not of temperature 0\.5: unset SGLANG_RETURN_ORIGINAL_LOGPROB"):
+    with pytest.raises(WrongServer, match=r"not at temperature 0\.5: unset SGLANG_RETURN_ORIGINAL_LOGPROB"):
         check(fake, temperature=0.5)
 
 
