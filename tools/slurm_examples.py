@@ -40,9 +40,9 @@ JOBS = {
 SHOWN = "30b_a3b_disaggregated"
 README = """# Job scripts
 
-`train_{shown}.sbatch` is what the first command writes. The other scripts differ from it in
-their head: models, nodes, servers on nodes of their own or on the same GPUs, bare-metal or in a
-container. Each command is one line, for the root of the project. Made by `tools/slurm_examples.py`.
+`train_{shown}.sbatch` is what the first command writes. The other scripts differ from it
+only in their header: models, nodes, servers on nodes of their own or on the same GPUs, bare-metal or in
+a container. Run each command, one line, in the root of the project. Made by `tools/slurm_examples.py`.
 """
 
 

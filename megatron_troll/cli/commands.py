@@ -186,9 +186,9 @@ def started[Prep: Prepared](
     prepare: Callable[[Config], Prep],
     check: Callable[[Prep], object] = lambda task: None,
 ) -> Iterator[Job[Prep]]:
-    """Validate the configuration of a command. On a rank, run the block with the task and turn the errors that
-    a user can act on into a message and an exit code. Otherwise start the ranks, which get here again, and
-    wait for them; `check` is further validation before they start."""
+    """Validate the configuration of a command. On a rank, run the block with the task and report errors that
+    a user can act on by a message and an exit code. Otherwise start the ranks, which get here again, and wait
+    for them; `check` is further validation before they start."""
     from megatron_troll.task import PROBLEMS
 
     if "RANK" not in os.environ:

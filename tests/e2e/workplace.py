@@ -43,7 +43,7 @@ class Workplace:
         return subprocess.Popen(
             [Path(sys.executable).parent / "mtroll", *arguments],
             cwd=self.root,
-            env=environment | {"PYTHONPATH": str(self.package)},
+            env=environment | {"PYTHONPATH": f"{self.package}{os.pathsep}{REPOSITORY}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
