@@ -36,10 +36,12 @@ while True:
 """
 
 SLOW_TO_START = """
-import os, time
+import os, signal, time
 from pathlib import Path
 Path(f"ready_{os.environ['RANK']}").write_text("imports")
-time.sleep(0.5)
+end = time.monotonic() + 8
+while not signal.sigpending() and time.monotonic() < end:
+    time.sleep(0.01)
 from megatron_troll.system import watched
 with watched() as interrupts:
     assert interrupts.asked

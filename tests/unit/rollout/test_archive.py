@@ -73,7 +73,7 @@ def test_rollouts_without_top_k_come_back_without(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("odd", [rollout("b", 1, 4, k=2), replace(BATCH[0], topk=None)])
 def test_top_k_of_different_sizes_are_refused(tmp_path: Path, odd: Rollout) -> None:
-    with pytest.raises(ValueError, match="another size"):
+    with pytest.raises(ValueError, match="size differs"):
         archive.write(tmp_path / "batch", [*BATCH, odd])
 
 
