@@ -33,11 +33,12 @@ def flush(path: Path) -> None:
 
 
 PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)  # not loaded between fork and exec, where another thread's lock would never open
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     """Let the kernel send `number` to this process when its parent dies in any way (Linux)."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    LIBC.prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

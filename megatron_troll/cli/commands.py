@@ -189,9 +189,9 @@ def started[Prep: Prepared](
     """Validate the configuration of a command. On a rank, run the block with the task and report errors that
     a user can act on by a message and an exit code. Otherwise start the ranks, which get here again, and wait
     for them; `check` is further validation before they start."""
-    from megatron_troll.task import PROBLEMS
-
     if "RANK" not in os.environ:
+        from megatron_troll.task import PROBLEMS
+
         job = Job[Prep](Interrupts())
         try:
             task = prepare(_load(arguments))
@@ -207,6 +207,9 @@ def started[Prep: Prepared](
         yield job
         return
     with watched() as interrupts:
+        # Imported inside: the import takes seconds, in which a request to stop must be remembered.
+        from megatron_troll.task import PROBLEMS
+
         job = Job[Prep](interrupts)
         try:
             job.task = prepare(_load(arguments))
