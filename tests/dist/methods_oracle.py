@@ -35,6 +35,12 @@ class Expected:
     means: dict[str, float]
 
 
+def kish_share(weights: Tensor) -> float:
+    """Kish's effective sample size of weights [N], as a share of N; a NaN is a token without a weight."""
+    known = weights[weights.isfinite()]
+    return (known.sum() ** 2 / known.square().sum() / len(known)).item()
+
+
 class Oracle:
     """Loss, gradients and diagnostics of the batch at its weights `now`."""
 
@@ -59,6 +65,8 @@ class Oracle:
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         source = Unstacked(TensorSource(gradients), table_of(shape_of(MOE)))
         means = {name: values.nanmean().item() for name, values in terms.per_token.items()}
+        if (weights := terms.per_token.get("correction_weight")) is not None:
+            means["effective_sample_size"] = kish_share(weights)
         return Expected(terms.loss.item(), {name: source.read(name).clone() for name in source.shapes}, means)
 
     def slope(self, method: Method, shake: float) -> Tensor:
