@@ -9,9 +9,9 @@ import torch
 from troll_kernels.dispatch import LARGEST_K
 
 from megatron_troll import rollout
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import (
+from megatron_troll.config import (
     Config,
+    ConfigError,
     Data,
     Model,
     Observe,

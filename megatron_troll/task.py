@@ -6,8 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_troll import rollout
 from megatron_troll.checks import check_methods, check_model, check_models, check_observe, data_of, world_size
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Model, WarmStart
+from megatron_troll.config import Config, ConfigError, Model, WarmStart
 from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.rows import DataError

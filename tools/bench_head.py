@@ -32,7 +32,7 @@ from bench_methods import MaterialisedHead, clip, sparse_clip, troll
 from bench_parts import Part, Rates, now, parts, rates
 from torch import Tensor
 
-from megatron_troll.config.model_options import Layout
+from megatron_troll.config import Layout
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head, HeadContext
 from megatron_troll.objectives.objective import Objective

@@ -8,7 +8,7 @@ from torch import Tensor
 from troll_kernels.numbers import LOWEST, widened
 from troll_kernels.sparsify import select, sparse_logp
 
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.mcore.head import Head, HeadContext, record_of
 from megatron_troll.objectives.compose import compose
 from megatron_troll.objectives.objective import Objective

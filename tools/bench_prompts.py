@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_troll.config.tree import Data
+from megatron_troll.config import Data
 from megatron_troll.data.prompts import load_prompts
 from megatron_troll.data.tokenizer import load_tokenizer
 

@@ -29,8 +29,8 @@ import psutil
 from bench_record import record
 
 from megatron_troll import rollout
+from megatron_troll.config import Config, Sampling
 from megatron_troll.config.load import load
-from megatron_troll.config.tree import Config, Sampling
 from megatron_troll.data.demo_model import write_base
 from megatron_troll.mcore import parallel
 from megatron_troll.rollout.engine import Completion, Setup

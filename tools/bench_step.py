@@ -30,8 +30,7 @@ import torch.distributed as dist
 from bench_methods import MaterialisedHead, clip, sparse_clip, troll
 from torch import Tensor
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Config, Model, Models, Optimizer, RolloutConfig, Sampling, Train
+from megatron_troll.config import Config, Layout, Model, Models, Optimizer, RolloutConfig, Sampling, Train
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head, HeadContext
 from megatron_troll.mcore.optimizer import Trainable

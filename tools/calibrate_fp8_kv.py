@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_troll.config.tree import Data
+from megatron_troll.config import Data
 from megatron_troll.data.prompts import load_prompts
 from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.launch.kv_scales import KVCache, KVScales

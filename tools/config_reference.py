@@ -12,9 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_troll.config.methods import find_class, known_methods
+from megatron_troll.config import Config, Node, RewardConfig, find_class, known_methods
 from megatron_troll.config.shape import Shape
-from megatron_troll.config.tree import Config, Node, RewardConfig
 from megatron_troll.objectives.compose import SLOTS
 from megatron_troll.observe.run_folder import CHANGEABLE
 from megatron_troll.rewards.reward import Reward

@@ -9,9 +9,7 @@ from itertools import product
 from typing import Any
 
 from megatron_troll.advantages import Advantage
-from megatron_troll.config.methods import find_class, known_methods
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import ObjectiveConfig
+from megatron_troll.config import ConfigError, ObjectiveConfig, find_class, known_methods
 from megatron_troll.objectives.compose import SLOTS, compose
 from megatron_troll.objectives.entropy import FullEntropy, SparseEntropy
 from megatron_troll.objectives.slots import Method

@@ -10,9 +10,8 @@ from shlex import join, quote
 import nemo_run as run
 from nemo_run.config import RUNDIR_NAME, get_nemorun_home
 
-from megatron_troll.config import ConfigError
+from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import load
-from megatron_troll.config.tree import Config
 from megatron_troll.launch.slurm.script import Allocation, body, check
 
 # nemo-run's batch script calls `srun --output LOG ... bash SCRIPT`. The script is a job body: it traps the

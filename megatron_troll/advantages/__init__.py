@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_troll.config.methods import SlotMethod
+from megatron_troll.config import SlotMethod
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_troll.advantages import Advantage, Values
-from megatron_troll.config.tree import Fraction
+from megatron_troll.config import Fraction
 
 WHITENING_EPS = 1e-8
 

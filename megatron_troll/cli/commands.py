@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
-from megatron_troll.config import Config, ConfigError
+from megatron_troll.config import Config, ConfigError, RunPaths
 from megatron_troll.config.load import dump, load
-from megatron_troll.config.paths import RunPaths
 from megatron_troll.launch.local import launch
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.system import Interrupts, watched

@@ -1,5 +1,99 @@
-from megatron_troll.config.node import ConfigError, nearest
-from megatron_troll.config.tree import Config
-from megatron_troll.config.validate import read_fields
+"""The typed tree of a run's configuration: its sections, the methods named in its slots, its paths."""
 
-__all__ = ["Config", "ConfigError", "nearest", "read_fields"]
+from megatron_troll.config.methods import (
+    Pairing,
+    SlotMethod,
+    build_method,
+    find_class,
+    known_methods,
+    line_of,
+)
+from megatron_troll.config.model_options import (
+    Distill,
+    Layout,
+    LearningRateSchedule,
+    MoE,
+    Muon,
+    PrecisionAware,
+)
+from megatron_troll.config.node import (
+    ConfigError,
+    Fraction,
+    Natural,
+    Node,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Slot,
+    nearest,
+)
+from megatron_troll.config.paths import RunPaths
+from megatron_troll.config.serving import Mamba, Serve, SGLang
+from megatron_troll.config.tree import (
+    Config,
+    CriticConfig,
+    CriticOptimizer,
+    Data,
+    EvalSet,
+    Model,
+    Models,
+    ObjectiveConfig,
+    Observe,
+    Optimizer,
+    Overlong,
+    PromptFiles,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+    RolloutModelConfig,
+    Sampling,
+    Train,
+    WarmStart,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "CriticConfig",
+    "CriticOptimizer",
+    "Data",
+    "Distill",
+    "EvalSet",
+    "Fraction",
+    "Layout",
+    "LearningRateSchedule",
+    "Mamba",
+    "MoE",
+    "Model",
+    "Models",
+    "Muon",
+    "Natural",
+    "Node",
+    "NonNegative",
+    "ObjectiveConfig",
+    "Observe",
+    "Optimizer",
+    "Overlong",
+    "Pairing",
+    "Positive",
+    "PositiveFloat",
+    "PrecisionAware",
+    "PromptFiles",
+    "ReferenceConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RolloutModelConfig",
+    "RunPaths",
+    "SGLang",
+    "Sampling",
+    "Serve",
+    "Slot",
+    "SlotMethod",
+    "Train",
+    "WarmStart",
+    "build_method",
+    "find_class",
+    "known_methods",
+    "line_of",
+    "nearest",
+]

@@ -81,7 +81,7 @@ def mcore2hf(arguments: Namespace) -> int:
 
 
 def _convert(arguments: Namespace, prepare: "Callable[[Options], Conversion]") -> int:
-    from megatron_troll.config.node import ConfigError
+    from megatron_troll.config import ConfigError
     from megatron_troll.convert.draft import ConversionError, TargetError
     from megatron_troll.convert.run import TIMEOUT
     from megatron_troll.mcore.checkpoint_folder import CheckpointError
@@ -105,7 +105,7 @@ def _convert(arguments: Namespace, prepare: "Callable[[Options], Conversion]") -
 def _options(arguments: Namespace, world: "Group") -> "Options":
     import torch
 
-    from megatron_troll.config.node import ConfigError
+    from megatron_troll.config import ConfigError
     from megatron_troll.convert.plan import Options
 
     if arguments.verify and world.size > 1:

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 from megatron_troll.convert.plan import (
     BothFormats,
     Options,

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Layout, Model
 from megatron_troll.convert.plan import BothFormats
 from megatron_troll.launch.local import free_port, rank_environment
 from megatron_troll.mcore import parallel

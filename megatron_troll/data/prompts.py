@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.config.tree import Data, PromptFiles
+from megatron_troll.config import Data, PromptFiles
 from megatron_troll.data.chat import tokenized
 from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
 from megatron_troll.data.schemas import detect, to_prompt

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config
 from megatron_troll.evals.estimators import CONFIDENCE, RESAMPLES
 from megatron_troll.evals.results import EvalResult
 from megatron_troll.observe.trackers import versions

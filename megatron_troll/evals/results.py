@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_troll.config.tree import EvalSet
+from megatron_troll.config import EvalSet
 from megatron_troll.evals.estimators import interval, majority_at, pass_at
 from megatron_troll.rewards.batch import ScoredBatch, together
 

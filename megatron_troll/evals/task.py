@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.checks import check_length, world_size
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, EvalSet, RewardConfig, RolloutConfig
+from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
 from megatron_troll.data.prompts import Counts, read_prompts
 from megatron_troll.data.tokenizer import stop_ids
 from megatron_troll.mcore.shape import ModelShape

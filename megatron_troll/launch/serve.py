@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_troll.config.paths import RunPaths
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config, RunPaths
 from megatron_troll.launch.servers import ServerPlan, Supervisor, command, environment, interpreter
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import read_shape

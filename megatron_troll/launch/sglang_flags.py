@@ -3,9 +3,7 @@
 import ipaddress
 from pathlib import Path
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.serving import Mamba, Serve
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config, ConfigError, Mamba, Serve
 from megatron_troll.launch.kv_scales import check_scales
 from megatron_troll.mcore.shape import ModelShape
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 from megatron_troll.mcore.attention import CachedSelfAttention
 from megatron_troll.mcore.model import MegatronModel, bare
 

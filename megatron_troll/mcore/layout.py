@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError, Layout
 from megatron_troll.mcore.shape import ModelShape
 
 

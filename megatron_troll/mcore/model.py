@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from megatron_troll.config.tree import Model, Optimizer
+from megatron_troll.config import Model, Optimizer
 from megatron_troll.mcore.delta_rule import implementation
 from megatron_troll.mcore.dispatch import pad_dispatchers
 from megatron_troll.mcore.layout import check_layout, uses_te

@@ -12,7 +12,7 @@ from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOpt
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_troll.config.tree import Optimizer
+from megatron_troll.config import Optimizer
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.router import move_biases

@@ -4,9 +4,7 @@ import importlib.util
 
 import torch
 
-from megatron_troll.config.model_options import MoE, Muon
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import Model
+from megatron_troll.config import ConfigError, Model, MoE, Muon
 from megatron_troll.mcore.layout import uses_te
 from megatron_troll.mcore.shape import ModelShape
 

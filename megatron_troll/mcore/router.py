@@ -26,7 +26,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from megatron_troll.config.model_options import MoE
+from megatron_troll.config import MoE
 from megatron_troll.parallel.groups import Group, Groups
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 
 LayerType = Literal["full_attention", "linear_attention"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Model
 from megatron_troll.mcore.layout import uses_te
 from megatron_troll.mcore.shape import ModelShape
 

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.version import Version
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 
 OLDEST_LINEAR_ATTENTION = "0.6"
 

@@ -4,8 +4,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 
-from megatron_troll.config.node import ConfigError, nearest
-from megatron_troll.config.tree import ObjectiveConfig
+from megatron_troll.config import ConfigError, ObjectiveConfig, nearest
 from megatron_troll.objectives.compose import CHOICES, SLOTS, Chosen, check_pairing, offered, partners
 
 WIDTH = 110

@@ -9,16 +9,18 @@ from dataclasses import replace
 from typing import NamedTuple, get_args
 
 from megatron_troll.advantages import Advantage
-from megatron_troll.config.methods import (
+from megatron_troll.config import (
+    ConfigError,
+    ObjectiveConfig,
     Pairing,
+    Slot,
     SlotMethod,
     build_method,
     find_class,
     known_methods,
     line_of,
+    nearest,
 )
-from megatron_troll.config.node import ConfigError, nearest
-from megatron_troll.config.tree import ObjectiveConfig, Slot
 from megatron_troll.objectives.entropy import FullEntropy, SparseEntropy
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Correction, Kl, Ratio, TrustRegion

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from torch import Tensor
 from troll_kernels.sparsify import sparse_logp
 
-from megatron_troll.config.tree import NonNegative
+from megatron_troll.config import NonNegative
 from megatron_troll.objectives.slots import Bonus
 from megatron_troll.objectives.trust_region.troll import Troll
 from megatron_troll.types import HeadRequest, ObjectiveInputs

@@ -7,8 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_troll.config.methods import Pairing
-from megatron_troll.config.tree import Positive, PositiveFloat
+from megatron_troll.config import Pairing, Positive, PositiveFloat
 from megatron_troll.objectives.divergence import Divergence, binary, topk
 from megatron_troll.objectives.records import at_rollout_of, first_slots, log_probs, record_of
 from megatron_troll.objectives.responses import by_decile, decile_diagnostics

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from megatron_troll.config.methods import Pairing
+from megatron_troll.config import Pairing
 from megatron_troll.objectives.slots import Diagnostics, Term, importance_ratio, logp_of
 from megatron_troll.types import ObjectiveInputs
 

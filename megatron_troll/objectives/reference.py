@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_troll.config.tree import NonNegative
+from megatron_troll.config import NonNegative
 from megatron_troll.objectives.slots import Kl
 from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_troll.config.methods import SlotMethod
+from megatron_troll.config import SlotMethod
 from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs
 
 Statistics = dict[str, Tensor]

@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import Positive
+from megatron_troll.config import ConfigError, Positive
 from megatron_troll.objectives.slots import Method
 from megatron_troll.types import HeadRequest, Support
 

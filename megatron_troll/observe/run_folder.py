@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from megatron_troll.config.paths import RunPaths
+from megatron_troll.config import RunPaths
 from megatron_troll.mcore.checkpoint_folder import steps
 from megatron_troll.system import write_atomic
 

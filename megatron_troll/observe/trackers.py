@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_troll.config.tree import Observe
+from megatron_troll.config import Observe
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.system import write_atomic
 

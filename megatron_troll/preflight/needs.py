@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config, Model
+from megatron_troll.config import Config, ConfigError, Model
 from megatron_troll.launch.plan.build import GIB, plan
 from megatron_troll.launch.plan.servers import server_share
 from megatron_troll.launch.plan.states import MASTER, MOMENTS, WIDTHS

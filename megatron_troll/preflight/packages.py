@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 import torch
 from torch.cuda import nccl
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 from megatron_troll.mcore.version import check_linear_attention, pinned
 from megatron_troll.preflight.finding import Finding, failed, passed, warned
 

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from rich.table import Table
 from rich.text import Text
 
-from megatron_troll.config.paths import RunPaths
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config, RunPaths
 from megatron_troll.parallel.groups import Group, joined
 from megatron_troll.preflight import node, packages, serving, together
 from megatron_troll.preflight.finding import Finding

@@ -4,8 +4,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config, ConfigError
 from megatron_troll.launch.servers import interpreter, refusal
 from megatron_troll.launch.sglang_flags import SGLANG, kv_cache
 from megatron_troll.mcore.shape import read_shape

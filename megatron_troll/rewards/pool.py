@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from megatron_troll.config.tree import RewardConfig
+from megatron_troll.config import RewardConfig
 from megatron_troll.rewards.reward import VerifierCall
 from megatron_troll.rewards.worker import START_LIMIT_S, Failed, Worker
 

@@ -4,9 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.methods import build_method
-from megatron_troll.config.tree import Node, RewardConfig
+from megatron_troll.config import ConfigError, Node, RewardConfig, build_method
 from megatron_troll.types import Prompt
 
 Wanted = Literal["reward", "vote"]

@@ -27,7 +27,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_troll.config.tree import Node, Positive
+from megatron_troll.config import Node, Positive
 from megatron_troll.rewards import jail
 
 Kind = Literal["namespaces", "limits"]

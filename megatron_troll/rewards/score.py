@@ -7,7 +7,7 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_troll.config.tree import RewardConfig
+from megatron_troll.config import RewardConfig
 from megatron_troll.rewards.pool import Outcomes, RewardError, ScoringTask, WorkerPool
 from megatron_troll.rewards.reward import VerifierCall, Votes, Wanted, build
 from megatron_troll.types import Rollout

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
-from megatron_troll.config.tree import RewardConfig
+from megatron_troll.config import RewardConfig
 from megatron_troll.rewards.reward import VerifierCall, build
 from megatron_troll.system import spared
 

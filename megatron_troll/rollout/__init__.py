@@ -2,10 +2,7 @@
 
 from urllib.parse import urlsplit
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.methods import find_class, known_methods
-from megatron_troll.config.serving import SGLang
-from megatron_troll.config.tree import Config, RolloutConfig
+from megatron_troll.config import Config, ConfigError, RolloutConfig, SGLang, find_class, known_methods
 from megatron_troll.rollout.engine import Engine, Setup
 
 ENGINES = "megatron_troll.rollout.engines"

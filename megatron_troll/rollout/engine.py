@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.config.tree import Config, RolloutConfig, Sampling
+from megatron_troll.config import Config, RolloutConfig, Sampling
 from megatron_troll.rollout.sampling import token_uniforms
 from megatron_troll.types import FinishReason, Prompt, Rollout, TokenTopK
 

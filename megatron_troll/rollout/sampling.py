@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config import Sampling
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 

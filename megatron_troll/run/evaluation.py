@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_troll import rollout
-from megatron_troll.config.tree import Model, Sampling
+from megatron_troll.config import Model, Sampling
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.rewards.batch import judge
 from megatron_troll.rewards.score import Scorer

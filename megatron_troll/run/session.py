@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from megatron_troll.config import Config
 from megatron_troll.config.load import dump
-from megatron_troll.config.tree import Config
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.hang import Watchdog

@@ -9,11 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megatron_troll.config import Config, ConfigError, Fraction, Natural, Node, nearest
 from megatron_troll.config.document import YamlValue
 from megatron_troll.config.load import assemble, extended, merge, overlay, parse_file, place, read
-from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.shape import Shape
-from megatron_troll.config.tree import Config, Fraction, Natural, Node
 from megatron_troll.config.validate import validate
 
 Outcome = Literal["final_success", "steps_to_threshold", "jitter2", "entropy", "collapses"]

@@ -5,8 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.model_options import Layout
+from megatron_troll.config import ConfigError, Layout
 from megatron_troll.launch.local import free_port, rank_environment
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head

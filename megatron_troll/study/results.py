@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_troll.config import ConfigError
+from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import load
-from megatron_troll.config.tree import Config
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.observe.runs import read_run
 from megatron_troll.study.plan import Cell, StudyPlan

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_troll.config import ConfigError
+from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import dump
-from megatron_troll.config.tree import Config
 from megatron_troll.data.demo import write_demo
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.study.jobs import Ended, Job, run_jobs

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Model
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import ModelShape

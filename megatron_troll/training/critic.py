@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_troll.advantages import Advantage, Values
 from megatron_troll.batching.build import Advantages
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable

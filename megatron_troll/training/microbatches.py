@@ -10,8 +10,7 @@ from torch import Tensor
 from megatron_troll.batching.build import Advantages, Form, build
 from megatron_troll.batching.experts import Routing
 from megatron_troll.batching.plan import Capacity, PlannedStep, UpdateSchedule, plan, step_weights
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config, Layout
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import layer_of, routers

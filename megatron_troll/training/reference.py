@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Model
 from megatron_troll.mcore.head import Frozen, Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.schedule import infer

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from megatron_troll.advantages import Advantage
 from megatron_troll.batching.build import Advantages
-from megatron_troll.config.model_options import Distill
-from megatron_troll.config.tree import Config
-from megatron_troll.config.tree import RolloutModelConfig as RolloutModelConfig
+from megatron_troll.config import Config, Distill
+from megatron_troll.config import RolloutModelConfig as RolloutModelConfig
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.observe.phases import ModelCost, mfu, peak_tflops
 from megatron_troll.types import Rollout

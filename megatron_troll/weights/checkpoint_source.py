@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 from megatron_troll.mcore.checkpoint_folder import (
     BACKENDS,
     MANIFEST,

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 from megatron_troll.system import flush
 from megatron_troll.weights.source import INDEX
 from megatron_troll.weights.tensor_file import TensorFileWriter

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.placement import Held, held_parameters, shard_group

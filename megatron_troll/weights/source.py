@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 from megatron_troll.mcore.checkpoint_folder import is_checkpoint
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.families import table_of

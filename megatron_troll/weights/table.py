@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 
 Tensors = tuple[Tensor, ...]
 Transform = Callable[[Tensors], Tensors]

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import LearningRateSchedule, Model, Optimizer
+from megatron_troll.config import Layout, LearningRateSchedule, Model, Optimizer
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import build
 from megatron_troll.mcore.optimizer import Trainable, trainable

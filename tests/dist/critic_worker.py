@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import (
+from megatron_troll.config import (
     Config,
     CriticOptimizer,
     Data,
+    Layout,
     Model,
     Models,
     Optimizer,
@@ -20,7 +20,7 @@ from megatron_troll.config.tree import (
     Sampling,
     Train,
 )
-from megatron_troll.config.tree import CriticConfig as CriticModel
+from megatron_troll.config import CriticConfig as CriticModel
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import trainable

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Model
 from megatron_troll.mcore import delta_rule
 from megatron_troll.mcore.model import build
 from megatron_troll.mcore.shape import shape_of

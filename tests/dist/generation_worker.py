@@ -13,8 +13,7 @@ from torch import Tensor
 from megatron_troll import rollout
 from megatron_troll.batching.build import Form
 from megatron_troll.batching.build import build as build_batch
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, Sampling
+from megatron_troll.config import Config, Layout, Model, Models, RolloutConfig, Sampling
 from megatron_troll.data.demo_model import END, character_tokenizer
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel, build

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import ObjectiveConfig, Optimizer, Slot
+from megatron_troll.config import ObjectiveConfig, Optimizer, Slot
 from megatron_troll.types import FinishReason, Message, Prompt, Rollout, TokenTopK
 from tests.dist.tiny import DENSE, MOE, NEXT, logits_of, reference
 

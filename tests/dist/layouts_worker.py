@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.experts import Routing
 from megatron_troll.batching.plan import Capacity, UpdateSchedule, plan, step_weights
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Layout, Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.optimizer import Trainable, trainable

@@ -10,7 +10,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
 from megatron_troll.batching.build import Form, build
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.schedule import accumulate, infer

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import ObjectiveConfig
+from megatron_troll.config import ObjectiveConfig
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives import compose
 from megatron_troll.types import LossTerms, ObjectiveInputs

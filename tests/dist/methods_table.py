@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_troll.config.tree import ObjectiveConfig
+from megatron_troll.config import ObjectiveConfig
 
 Fields = dict[str, Any]
 

@@ -3,8 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Config, Data, Model, Models, Optimizer, RolloutConfig, Sampling, Train
+from megatron_troll.config import (
+    Config,
+    Data,
+    Layout,
+    Model,
+    Models,
+    Optimizer,
+    RolloutConfig,
+    Sampling,
+    Train,
+)
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable

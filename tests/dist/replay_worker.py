@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_troll import rollout
 from megatron_troll.batching.build import Form, build
-from megatron_troll.config.tree import Config, Model, Models, Sampling, Train
+from megatron_troll.config import Config, Model, Models, Sampling, Train
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.router import recording, routers
 from megatron_troll.mcore.schedule import infer

@@ -4,9 +4,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_troll.advantages.grpo import Grpo
-from megatron_troll.config.model_options import Distill, Layout
-from megatron_troll.config.tree import Config, Model, Models, Optimizer, RolloutConfig, Sampling, Train
-from megatron_troll.config.tree import RolloutModelConfig as RolloutModelConfig
+from megatron_troll.config import (
+    Config,
+    Distill,
+    Layout,
+    Model,
+    Models,
+    Optimizer,
+    RolloutConfig,
+    Sampling,
+    Train,
+)
+from megatron_troll.config import RolloutModelConfig as RolloutModelConfig
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.model import MegatronModel, build

@@ -8,7 +8,7 @@ from bench_head import SMALL, check, variants
 from bench_step import Bench, Shape, step
 from bench_step import variants as step_variants
 
-from megatron_troll.config.model_options import Layout
+from megatron_troll.config import Layout
 from megatron_troll.mcore import parallel
 from tests.dist.harness import RankPool
 from tests.dist.tiny import started

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_troll.config.model_options import Layout
+from megatron_troll.config import Layout
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from tests.dist.checkpoint_run import (

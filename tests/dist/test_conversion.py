@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model, Optimizer
+from megatron_troll.config import Layout, Model, Optimizer
 from megatron_troll.convert.plan import Options
 from megatron_troll.convert.progress import NoProgress
 from megatron_troll.convert.run import convert

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_troll.config.model_options import Layout
+from megatron_troll.config import Layout
 from megatron_troll.mcore.cpu import patches
 from megatron_troll.mcore.parallel import start
 from megatron_troll.mcore.version import pinned

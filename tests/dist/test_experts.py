@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.model_options import Layout, MoE
-from megatron_troll.config.tree import Model, Optimizer
+from megatron_troll.config import Layout, Model, MoE, Optimizer
 from megatron_troll.observe.experts import expert_metrics
 from tests.dist.experts_worker import Loads, Routed, route, run_steps
 from tests.dist.harness import RankPool

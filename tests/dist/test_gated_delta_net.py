@@ -4,8 +4,7 @@ test_layouts.py has the same layers on the exact rule."""
 
 import pytest
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Layout, Model
 from tests.dist.delta_rule_worker import built_beside, run_in_kernels
 from tests.dist.harness import RankPool
 from tests.dist.layout_table import Sizes

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config import Sampling
 from megatron_troll.mcore.decode import Decoder, round_to_fp8
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel

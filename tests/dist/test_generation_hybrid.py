@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config import Sampling
 from tests.dist.generation_worker import VOCAB, Case, Generated, generate_cases
 from tests.dist.harness import RankPool
 from tests.dist.layout_table import LAYOUTS

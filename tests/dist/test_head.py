@@ -13,8 +13,7 @@ from torch.testing import assert_close
 from troll_kernels import head as kernels
 from troll_kernels.transform import Transform
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Layout, Model
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.head_kl import full_kl
 from megatron_troll.mcore.head_shard import HeadShard

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Layout, Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.shape import shape_of

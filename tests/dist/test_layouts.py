@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.model_options import Layout, MoE
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Layout, Model, MoE
 from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups
 from tests.dist.layouts_batch import (
     BOUND,

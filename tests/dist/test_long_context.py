@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model, Optimizer
+from megatron_troll.config import Layout, Model, Optimizer
 from tests.dist.harness import RankPool
 from tests.dist.long_context_worker import Long, rotations, run_long
 from tests.dist.tiny import MOE

@@ -7,8 +7,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import LearningRateSchedule, Model, Optimizer
+from megatron_troll.config import Layout, LearningRateSchedule, Model, Optimizer
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import shape_of

@@ -2,8 +2,7 @@
 
 import pytest
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model, Optimizer
+from megatron_troll.config import Layout, Model, Optimizer
 from megatron_troll.mcore.model import build
 from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.shape import shape_of

@@ -14,7 +14,7 @@ import pytest
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Buckets
 
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.shape import shape_of

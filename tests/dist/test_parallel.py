@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_troll.config.model_options import Layout
+from megatron_troll.config import Layout
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.mcore.parallel import also, inside
 from megatron_troll.parallel.groups import Group, Groups

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model, ObjectiveConfig, Slot
+from megatron_troll.config import Layout, Model, ObjectiveConfig, Slot
 from megatron_troll.launch.plan import buffers, communication
 from megatron_troll.launch.plan.activations import activations_of, flow_of
 from megatron_troll.launch.plan.head import saved_by_head

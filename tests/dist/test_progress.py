@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model, Sampling
+from megatron_troll.config import Layout, Model, Sampling
 from megatron_troll.mcore.schedule import accumulate, infer
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.training.build import open_policy

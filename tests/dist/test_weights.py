@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_troll.config import Layout, Model
 from megatron_troll.config.load import PRESETS
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.packing import zigzag

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_troll.config.model_options import Layout
+from megatron_troll.config import Layout
 from megatron_troll.mcore.parallel import leave, start
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config import Sampling
 from megatron_troll.objectives.slots import Policy, Statistics, Term
 from megatron_troll.objectives.trust_region.clip import Clip
 from megatron_troll.rollout.engine import Request

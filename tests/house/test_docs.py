@@ -7,10 +7,8 @@ import bench_tables
 import pytest
 
 from megatron_troll.cli.main import parser
+from megatron_troll.config import Config, Layout, known_methods
 from megatron_troll.config.load import dump, load
-from megatron_troll.config.methods import known_methods
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Config
 from megatron_troll.data.demo import DEMONSTRATIONS, WARM
 from megatron_troll.data.schemas import SCHEMAS
 from megatron_troll.objectives.compose import compose

@@ -10,9 +10,8 @@ import pytest
 import torch
 import yaml
 
+from megatron_troll.config import Config, ObjectiveConfig, find_class, known_methods
 from megatron_troll.config.load import load
-from megatron_troll.config.methods import find_class, known_methods
-from megatron_troll.config.tree import Config, ObjectiveConfig
 from megatron_troll.objectives.aggregation import Aggregation
 from megatron_troll.objectives.compose import SLOTS, compose
 from tests.house.markdown import ROOT

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from megatron_troll.config import Config
 from megatron_troll.config.load import load
 from megatron_troll.config.shape import Shape
-from megatron_troll.config.tree import Config
 from megatron_troll.objectives.compose import compose
 from tests.house.markdown import ROOT
 

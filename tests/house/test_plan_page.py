@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_troll.config import Config
 from megatron_troll.config.document import parse
 from megatron_troll.config.load import PRESETS, assemble, read
-from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan.build import GIB, plan
 from tests.house.markdown import ROOT, configurations
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_troll.config.serving import SGLang
+from megatron_troll.config import SGLang
 from megatron_troll.rollout.engine import Completion
 from megatron_troll.rollout.sglang.client import Client, NamedRequest
 from megatron_troll.rollout.sglang.control import Control

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config import Sampling
 from megatron_troll.rollout.sglang.wire import GenerationRequest, score_body
 from tests.sglang.farm import Farm
 from tests.sglang.model import END_ID, VOCAB, write_model

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_troll.config.serving import SGLang
+from megatron_troll.config import SGLang
 from megatron_troll.rollout.sglang import client
 from megatron_troll.rollout.sglang.control import Control
 from megatron_troll.rollout.sglang.errors import Refused, WrongServer

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config import Sampling
 from megatron_troll.rollout.sglang.wire import GenerationRequest, Part, Routed, part_of
 from tests.dist.tiny import reference
 from tests.sglang.farm import Farm

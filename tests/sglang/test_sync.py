@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_troll.config.paths import RunPaths
+from megatron_troll.config import RunPaths
 from megatron_troll.rollout.sglang.registry import register, unregister
 from tests.dist.harness import RankPool
 from tests.sglang import worker

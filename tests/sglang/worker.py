@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_troll import rollout
 from megatron_troll.batching.build import Form, build
-from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, Sampling
+from megatron_troll.config import Config, Model, Models, RolloutConfig, Sampling
 from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel

@@ -8,8 +8,7 @@ from megatron_troll.advantages.dr_grpo import DrGrpo
 from megatron_troll.advantages.gae import Gae, gae
 from megatron_troll.advantages.grpo import Grpo
 from megatron_troll.advantages.rloo import Rloo
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ConfigError, ObjectiveConfig, Slot
 from megatron_troll.objectives import compose
 
 REWARDS = torch.tensor([1.0, 2.0, 0.0, 0.0, 4.0, 1.0], dtype=torch.float64)

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_troll import rollout
 from megatron_troll.batching.experts import expert_dtype
 from megatron_troll.checks import check_methods
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config
 from megatron_troll.launch.plan import communication, generation, head
 from megatron_troll.launch.plan.activations import activations_of, between_stages, flow_of, working_set
 from megatron_troll.launch.plan.models import Planned, drawing_of, models_of

@@ -6,9 +6,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_troll.config import ConfigError
+from megatron_troll.config import ConfigError, RunPaths
 from megatron_troll.config.load import load
-from megatron_troll.config.paths import RunPaths
 
 DOES_NOT_FIT, REFUSED = 1, 2
 

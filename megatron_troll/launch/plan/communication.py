@@ -8,7 +8,7 @@ each rank, exchanges between the head's ranks, gradients of norms) are left out.
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 
-from megatron_troll.config.tree import Train
+from megatron_troll.config import Train
 from megatron_troll.launch.plan.activations import flow_of
 from megatron_troll.launch.plan.models import Planned
 from megatron_troll.launch.plan.pipeline import Work

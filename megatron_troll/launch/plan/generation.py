@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from megatron_troll.checks import data_of
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config
 from megatron_troll.launch.plan.activations import flow_of, working_set
 from megatron_troll.launch.plan.models import Planned
 from megatron_troll.launch.plan.pipeline import Work

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from troll_kernels.head.shard import GPU_CHUNK
 
-from megatron_troll.config.tree import RolloutModelConfig
+from megatron_troll.config import RolloutModelConfig
 from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.types import HeadRequest

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from megatron_troll.config import Config, ConfigError, Model
 from megatron_troll.config.load import PRESETS
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import Config, Model
 from megatron_troll.launch.plan.parameters import Holding
 from megatron_troll.launch.plan.ranks import Ranks
 from megatron_troll.launch.plan.states import Buffers, States, buffers_of, frozen_states, trained_states

@@ -4,7 +4,7 @@ interleaving)."""
 from dataclasses import dataclass
 
 from megatron_troll.checks import data_of
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config
 from megatron_troll.launch.plan.ranks import Ranks
 
 

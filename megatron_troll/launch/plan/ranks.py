@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_troll.config.model_options import Layout
+from megatron_troll.config import Layout
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config, ConfigError
 from megatron_troll.launch.plan.saved.flow import FLOAT
 from megatron_troll.launch.sglang_flags import check_kv_cache, check_sizes
 from megatron_troll.mcore.shape import ModelShape

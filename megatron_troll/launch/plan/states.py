@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_troll.config.tree import Model, Optimizer, PrecisionAware
+from megatron_troll.config import Model, Optimizer, PrecisionAware
 from megatron_troll.launch.plan.buffers import Buffer, bucket_size, layout_of, layout_of_matrices
 from megatron_troll.launch.plan.parameters import Holding, Parameter
 from megatron_troll.launch.plan.ranks import Ranks

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import join, quote
 
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.paths import RunPaths
-from megatron_troll.config.serving import Serve
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config, ConfigError, RunPaths, Serve
 from megatron_troll.mcore.layout import check_world
 
 BODY = Path(__file__).with_name("train.sh")

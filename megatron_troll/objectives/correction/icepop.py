@@ -6,8 +6,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 from torch import where
 
-from megatron_troll.config.methods import Pairing
-from megatron_troll.config.tree import NonNegative, PositiveFloat
+from megatron_troll.config import NonNegative, Pairing, PositiveFloat
 from megatron_troll.objectives.mismatch import DIAGNOSTICS, OF_OLD_OVER_ROLLOUT, described, old_over_rollout
 from megatron_troll.objectives.slots import Correction, Diagnostics, Policy, Statistics, Term
 from megatron_troll.types import HeadRequest, ObjectiveInputs

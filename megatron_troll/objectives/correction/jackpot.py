@@ -14,8 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, where
 
-from megatron_troll.config.methods import Pairing
-from megatron_troll.config.tree import Positive, PositiveFloat
+from megatron_troll.config import Pairing, Positive, PositiveFloat
 from megatron_troll.objectives import mismatch
 from megatron_troll.objectives.mismatch import described
 from megatron_troll.objectives.records import at_rollout_of, at_sampled, first_slots, log_probs, record_of

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from megatron_troll.config.methods import Pairing
-from megatron_troll.config.tree import PositiveFloat
+from megatron_troll.config import Pairing, PositiveFloat
 from megatron_troll.objectives.mismatch import DIAGNOSTICS, OF_OLD_OVER_ROLLOUT, described, old_over_rollout
 from megatron_troll.objectives.slots import Correction, Diagnostics, Policy, Statistics, Term
 from megatron_troll.types import HeadRequest, ObjectiveInputs

@@ -1,6 +1,6 @@
 """The KL over the full vocabulary: the Rao-Blackwell estimator (arXiv 2504.10637; ALGORITHMS 3, 7)."""
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 from megatron_troll.objectives.reference import ReferenceKl
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term
 from megatron_troll.types import HeadRequest, ObjectiveInputs

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, where
 
-from megatron_troll.config.tree import Positive
+from megatron_troll.config import Positive
 from megatron_troll.objectives.records import at_sampled, first_slots, log_probs, record_of
 from megatron_troll.objectives.reference import ReferenceKl, partial_kl, reference_of
 from megatron_troll.objectives.slots import (

@@ -6,8 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_troll.config.methods import Pairing
-from megatron_troll.config.tree import PositiveFloat
+from megatron_troll.config import Pairing, PositiveFloat
 from megatron_troll.objectives import transforms
 from megatron_troll.objectives.ratio.gspo import LARGEST, log_ratio
 from megatron_troll.objectives.responses import once

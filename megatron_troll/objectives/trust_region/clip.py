@@ -3,7 +3,7 @@
 from pydantic import Field
 from torch import Tensor, where
 
-from megatron_troll.config.tree import Fraction, NonNegative
+from megatron_troll.config import Fraction, NonNegative
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
 from megatron_troll.types import ObjectiveInputs
 

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_troll.config.tree import NonNegative, Positive, PositiveFloat
+from megatron_troll.config import NonNegative, Positive, PositiveFloat
 from megatron_troll.objectives import budget
 from megatron_troll.objectives.budget import places, scan
 from megatron_troll.objectives.divergence import Divergence

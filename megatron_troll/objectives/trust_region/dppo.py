@@ -4,7 +4,7 @@ ALGORITHMS 6.1)."""
 from pydantic import Field
 from torch import Tensor
 
-from megatron_troll.config.tree import NonNegative
+from megatron_troll.config import NonNegative
 from megatron_troll.objectives.divergence import Divergence
 from megatron_troll.objectives.masking import Masking, outward
 from megatron_troll.objectives.slots import Statistics, Term

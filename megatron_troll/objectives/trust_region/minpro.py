@@ -5,8 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, minimum
 
-from megatron_troll.config.methods import Pairing
-from megatron_troll.config.tree import NonNegative
+from megatron_troll.config import NonNegative, Pairing
 from megatron_troll.objectives.budget import before, scan
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
 from megatron_troll.types import ObjectiveInputs

@@ -5,8 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from megatron_troll.config.methods import Pairing
-from megatron_troll.config.tree import NonNegative
+from megatron_troll.config import NonNegative, Pairing
 from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion, unit
 from megatron_troll.types import ObjectiveInputs
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from megatron_troll.config.tree import NonNegative
+from megatron_troll.config import NonNegative
 from megatron_troll.objectives.divergence import Divergence
 from megatron_troll.objectives.masking import Masking
 from megatron_troll.objectives.responses import lengths, maximum, once

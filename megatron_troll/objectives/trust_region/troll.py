@@ -9,7 +9,7 @@ from torch import Tensor, full_like, no_grad, where
 from troll_kernels.project import Projection, project
 from troll_kernels.sparsify import sparse_logp
 
-from megatron_troll.config.tree import Node, NonNegative, Positive
+from megatron_troll.config import Node, NonNegative, Positive
 from megatron_troll.objectives import budget, support
 from megatron_troll.objectives.budget import places
 from megatron_troll.objectives.responses import lengths

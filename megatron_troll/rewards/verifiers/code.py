@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from megatron_troll.config.tree import PositiveFloat
+from megatron_troll.config import PositiveFloat
 from megatron_troll.rewards.reward import Reward
 from megatron_troll.rewards.sandbox import Finished, Kind, Limits, Sandbox, SandboxError
 from megatron_troll.types import Prompt

@@ -7,7 +7,7 @@ import sympy
 from math_verify import parse, verify
 from pydantic import Field
 
-from megatron_troll.config.tree import Positive
+from megatron_troll.config import Positive
 from megatron_troll.rewards.reward import Reward
 from megatron_troll.types import Prompt
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from troll_kernels.topk import largest
 
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config import Sampling
 from megatron_troll.mcore.decode import Decoder, generation_mode
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.parallel import device

@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megatron_troll.config.paths import RunPaths
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config import RunPaths, Sampling
 from megatron_troll.rollout.engine import Engine, Request, Setup, rollout_of
 from megatron_troll.rollout.sampling import sample_key
 from megatron_troll.rollout.sglang import probe as diagnosis

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from megatron_troll.config.tree import SGLang
+from megatron_troll.config import SGLang
 from megatron_troll.rollout.engine import Completion, EngineError
 from megatron_troll.rollout.sglang.control import each
 from megatron_troll.rollout.sglang.errors import BadReply, Passing, Refused, ServerFault, Unreachable

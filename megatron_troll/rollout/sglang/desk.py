@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from megatron_troll.config.paths import RunPaths
+from megatron_troll.config import RunPaths
 from megatron_troll.mcore.parallel import device
 from megatron_troll.rollout.engine import Setup
 from megatron_troll.rollout.sglang.background import Background

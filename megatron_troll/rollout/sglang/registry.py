@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_troll.config.paths import RunPaths
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config, RunPaths
 from megatron_troll.system import write_atomic
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from megatron_troll.config.tree import SGLang
+from megatron_troll.config import SGLang
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.errors import NoServers, Passing, ServerFault, Unreachable
 from megatron_troll.rollout.sglang.http import Http

@@ -1,6 +1,6 @@
 """The tables of the model families, by Hugging Face `model_type`."""
 
-from megatron_troll.config.node import ConfigError
+from megatron_troll.config import ConfigError
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.families import qwen3, qwen3_next
 from megatron_troll.weights.table import Table

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_troll.config.tree import Data
+from megatron_troll.config import Data
 from megatron_troll.data.demo import write_demo
 from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.prompts import load_prompts

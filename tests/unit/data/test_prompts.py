@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_troll.config.tree import Data
+from megatron_troll.config import Data
 from megatron_troll.data.prompts import load_prompts, read_prompts
 from megatron_troll.data.rows import DataError
 

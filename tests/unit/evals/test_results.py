@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_troll.config.tree import Config, EvalSet, Model, Models
+from megatron_troll.config import Config, EvalSet, Model, Models
 from megatron_troll.evals.report import table, write
 from megatron_troll.evals.results import Answers, EvalResult, Figure, figures, joined, per_prompt
 from megatron_troll.mcore.version import pinned

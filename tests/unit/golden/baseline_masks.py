@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from megatron_troll.objectives.divergence import Divergence, topk
 from megatron_troll.types import NO_ID, LossTerms, ObjectiveInputs, TopK

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_troll.advantages.dr_grpo import DrGrpo
 from megatron_troll.advantages.grpo import Grpo
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose, transforms
 from megatron_troll.objectives.ratio.dfpo import Dfpo, groups_of
 from megatron_troll.types import HeadOutputs, ObjectiveInputs

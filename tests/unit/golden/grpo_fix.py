@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.objectives import compose
 from megatron_troll.types import HeadOutputs
 from tests.unit.golden.records import floats, inputs_of

@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.objectives import compose, token_weights
 from megatron_troll.types import HeadOutputs
 from tests.unit.golden.records import floats, one_response

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.objectives import compose, token_weights
 from megatron_troll.types import HeadOutputs, LossTerms, TopK
 from tests.unit.golden.records import floats, inputs_of, topk_record

@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.serving import Mamba, Serve
-from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, RolloutModelConfig
+from megatron_troll.config import (
+    Config,
+    ConfigError,
+    Mamba,
+    Model,
+    Models,
+    RolloutConfig,
+    RolloutModelConfig,
+    Serve,
+)
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import ModelShape, shape_of
 from tests.dist.tiny import DENSE, MOE

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Model
 from megatron_troll.mcore.options import check_machine, check_muon_layout, check_options
 from megatron_troll.mcore.shape import shape_of
 from tests.dist.tiny import DENSE, MOE

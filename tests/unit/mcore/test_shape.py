@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from megatron_troll.config import Layout
 from megatron_troll.config.load import PRESETS
-from megatron_troll.config.model_options import Layout
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import LinearAttention, shape_of
 from tests.dist.tiny import DENSE, MOE, NEXT

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from megatron_troll.types import HeadOutputs, LossTerms
 from tests.unit.golden.records import inputs_of

@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.methods import known_methods
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ConfigError, ObjectiveConfig, Slot, known_methods
 from megatron_troll.objectives import Objective, compose, resolve
 from megatron_troll.objectives.compose import SLOTS, head_gradient, refuse_dense_head, remarks
 from megatron_troll.objectives.energy import Energy

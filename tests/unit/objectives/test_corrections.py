@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ConfigError, ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from megatron_troll.objectives.mismatch import effective_sample_size
 from megatron_troll.types import HeadOutputs, ObjectiveInputs

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.objectives.compose import compose
 from megatron_troll.objectives.energy import BUCKETS, Energy
 from megatron_troll.objectives.objective import Objective

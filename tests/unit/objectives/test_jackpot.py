@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad, gradcheck
 
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ConfigError, ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from megatron_troll.objectives.correction.jackpot import (
     accept_prob,

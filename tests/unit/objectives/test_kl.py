@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad, gradcheck
 
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ConfigError, ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from megatron_troll.objectives.reference import partial_kl
 from tests.unit.objectives.rows import Rows, sample

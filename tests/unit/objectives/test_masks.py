@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ConfigError, ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, budget, compose
 from megatron_troll.objectives.trust_region.cppo import Cppo
 from megatron_troll.types import HeadOutputs, LossTerms

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 import megatron_troll.advantages
-from megatron_troll.config.methods import known_methods
-from megatron_troll.config.node import ConfigError
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ConfigError, ObjectiveConfig, Slot, known_methods
 from megatron_troll.objectives.catalogue import listing
 from megatron_troll.objectives.compose import CHOICES, SLOTS, compose, offered, partners
 
@@ -75,7 +73,7 @@ def test_copies_go_with_copies(folders: dict[str, Path]) -> None:
 
 
 KL = "from megatron_troll.objectives.slots import Kl\n\n\n"
-WRONG = """from megatron_troll.config.methods import Pairing
+WRONG = """from megatron_troll.config import Pairing
 from megatron_troll.objectives.slots import TrustRegion
 
 

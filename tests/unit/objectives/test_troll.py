@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from megatron_troll.types import HeadOutputs, ObjectiveInputs
 from tests.unit.golden.records import at_ids, inputs_of, topk_record

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.objectives import Objective, compose
 from tests.unit.objectives.rows import Rows, gradient, sample, slope
 

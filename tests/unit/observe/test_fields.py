@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.config.methods import known_methods
-from megatron_troll.config.tree import ObjectiveConfig, Slot
+from megatron_troll.config import ObjectiveConfig, Slot, known_methods
 from megatron_troll.objectives.compose import compose
 from megatron_troll.observe.fields import markdown
 from megatron_troll.observe.metrics import REDUCTIONS, metric_name

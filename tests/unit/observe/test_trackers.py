@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_troll.config.tree import Observe
+from megatron_troll.config import Observe
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.observe.trackers import JsonLines, Summary, open_trackers, write_summary
 

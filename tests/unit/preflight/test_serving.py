@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.config import ConfigError
+from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import load
-from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan.build import GIB
 from megatron_troll.launch.plan.models import PUBLISHED
 from megatron_troll.preflight import serving

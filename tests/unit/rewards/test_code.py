@@ -8,8 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import RewardConfig
+from megatron_troll.config import ConfigError, RewardConfig
 from megatron_troll.rewards import sandbox
 from megatron_troll.rewards.reward import build
 from megatron_troll.rewards.score import Scorer

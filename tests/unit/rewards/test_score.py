@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_troll.config.tree import Overlong, RewardConfig
+from megatron_troll.config import Overlong, RewardConfig
 from megatron_troll.rewards.pool import RewardError
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.types import Prompt, Rollout

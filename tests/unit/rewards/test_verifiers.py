@@ -4,8 +4,7 @@ import threading
 
 import pytest
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import RewardConfig
+from megatron_troll.config import ConfigError, RewardConfig
 from megatron_troll.rewards.reward import Votes, build, resolve
 from megatron_troll.rewards.verifiers.code import Code
 from megatron_troll.rewards.verifiers.math_verify import last_boxed

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_troll import rollout
-from megatron_troll.config import ConfigError
-from megatron_troll.config.serving import SGLang
-from megatron_troll.config.tree import Config, Model, Models, RolloutConfig, Sampling
+from megatron_troll.config import Config, ConfigError, Model, Models, RolloutConfig, Sampling, SGLang
 from megatron_troll.rollout.engine import Engine, Request, Setup
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
 from megatron_troll.types import Rollout

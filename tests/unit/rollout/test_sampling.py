@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_troll.config.tree import Sampling
+from megatron_troll.config import Sampling
 from megatron_troll.rollout.sampling import draw, keep, sample_key, uniforms
 
 MASK = 2**64 - 1

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_troll.config.tree import RewardConfig, RolloutConfig, Sampling
+from megatron_troll.config import RewardConfig, RolloutConfig, Sampling
 from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import write_base
 from megatron_troll.data.order import PromptOrder

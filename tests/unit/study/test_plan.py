@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.config import ConfigError
-from megatron_troll.config.tree import Config
+from megatron_troll.config import Config, ConfigError
 from megatron_troll.objectives.compose import compose
 from megatron_troll.study.plan import Cell, load_plan
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_troll.config.model_options import Distill
+from megatron_troll.config import Distill
 from megatron_troll.training.rollout_model import moved
 
 CONTROL = Distill(target_kl=0.1, gain=0.5)

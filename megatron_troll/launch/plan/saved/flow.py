@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_troll.config.tree import Model
+from megatron_troll.config import Model
 from megatron_troll.launch.plan.states import WIDTHS
 from megatron_troll.mcore.shape import ModelShape
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from megatron_troll.config.model_options import Layout
-from megatron_troll.config.tree import Model, ObjectiveConfig
+from megatron_troll.config import Layout, Model, ObjectiveConfig
 from megatron_troll.launch.plan.head import logits_of
 from megatron_troll.launch.plan.models import PUBLISHED
 from megatron_troll.launch.plan.saved.flow import Flow

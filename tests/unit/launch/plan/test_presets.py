@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_troll.checks import check_length
+from megatron_troll.config import Config
 from megatron_troll.config.load import PRESETS, load
-from megatron_troll.config.tree import Config
 from megatron_troll.launch.plan.build import Plan, plan
 from megatron_troll.launch.plan.models import PUBLISHED, shape_at
 from megatron_troll.weights.families import table_of

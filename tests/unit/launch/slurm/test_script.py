@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.config import ConfigError
+from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import load
-from megatron_troll.config.tree import Config
 from megatron_troll.launch.slurm.script import (
     Allocation,
     check,

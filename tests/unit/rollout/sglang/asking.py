@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_troll.config.serving import SGLang
+from megatron_troll.config import SGLang
 from megatron_troll.rollout.sglang.client import Client, NamedRequest
 from megatron_troll.rollout.sglang.servers import ServerPool
 from megatron_troll.rollout.sglang.wire import GenerationRequest
