@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from troll_kernels.numbers import LOWEST, widened
 from troll_kernels.sparsify import select, sparse_logp
+from troll_kernels.transform import LOWEST, widened
 
 from megatron_troll.config import ObjectiveConfig, Slot
 from megatron_troll.mcore.head import Head, HeadContext, record_of

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from troll_kernels.numbers import widened
+from troll_kernels.transform import widened
 
 
 class Entries(NamedTuple):

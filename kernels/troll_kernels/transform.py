@@ -1,11 +1,19 @@
-"""Transform the raw output of the LM head into the logits of the sampling distribution."""
+"""Transform the raw output of the LM head into the logits of the sampling distribution; the dtypes and sizes
+that the references share."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from troll_kernels.numbers import LOWEST
+LOWEST = float("-inf")
+# Elements processed at once on CPU: few enough to stay in the cache over several passes.
+CACHED = 2**19
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return float64 tensors unchanged, all others in float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Transform(NamedTuple):

@@ -10,8 +10,16 @@ from torch import Tensor
 from megatron_troll.config import Pairing, Positive, PositiveFloat
 from megatron_troll.objectives.divergence import Divergence, binary, topk
 from megatron_troll.objectives.records import at_rollout_of, first_slots, log_probs, record_of
-from megatron_troll.objectives.responses import by_decile, decile_diagnostics
-from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion, limited
+from megatron_troll.objectives.slots import (
+    Diagnostics,
+    Policy,
+    Statistics,
+    Term,
+    TrustRegion,
+    by_decile,
+    decile_diagnostics,
+    limited,
+)
 from megatron_troll.types import HeadRequest, ObjectiveInputs, Support
 
 KEY = "objective.trust_region"

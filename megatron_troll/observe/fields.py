@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_troll.objectives.energy import EDGES
-from megatron_troll.objectives.responses import DECILES
+from megatron_troll.objectives.slots import DECILES
 from megatron_troll.observe.metrics import REDUCTIONS
 
 

@@ -11,7 +11,7 @@ There is no check for NaN and +inf: one anywhere in a row makes its log-probabil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from troll_kernels.numbers import widened
+from troll_kernels.transform import widened
 
 from megatron_troll.parallel.groups import Group
 

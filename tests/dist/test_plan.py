@@ -7,10 +7,9 @@ import pytest
 
 from megatron_troll.config import Layout, Model, ObjectiveConfig, Slot
 from megatron_troll.launch.plan import buffers, communication
-from megatron_troll.launch.plan.activations import activations_of, flow_of
+from megatron_troll.launch.plan.activations import Work, activations_of, flow_of
 from megatron_troll.launch.plan.head import saved_by_head
 from megatron_troll.launch.plan.models import Planned, planned_of
-from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.compose import compose
 from tests.dist.plan_worker import BUCKET, measure

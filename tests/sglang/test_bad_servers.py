@@ -10,8 +10,7 @@ import pytest
 
 from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.mcore.shape import read_shape
-from megatron_troll.rollout.sglang.errors import EngineError, WrongServer
-from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.http import EngineError, Http, WrongServer
 from megatron_troll.rollout.sglang.identity import Identity
 from tests.sglang.farm import Farm, RealServer
 from tests.sglang.model import VOCAB, write_model

@@ -13,7 +13,7 @@ import pytest
 from megatron_troll.config import SGLang
 from megatron_troll.rollout.sglang import client
 from megatron_troll.rollout.sglang.control import Control
-from megatron_troll.rollout.sglang.errors import Refused, WrongServer
+from megatron_troll.rollout.sglang.http import Refused, WrongServer
 from megatron_troll.rollout.sglang.servers import CatchUp
 from tests.sglang.asking import VERSIONS, Asking, Parts
 from tests.sglang.farm import Farm, RealServer

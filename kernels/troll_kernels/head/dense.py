@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from troll_kernels.head.shard import Shard, grad_sums
 from troll_kernels.hidden_grad import hidden_grad
 from troll_kernels.logits_grad import to_logits_grad
-from troll_kernels.numbers import widened
 from troll_kernels.rows import row_statistics
 from troll_kernels.tiles import WIDEST
+from troll_kernels.transform import widened
 from troll_kernels.weight_grad import add_weight_grad
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from troll_kernels.numbers import widened
-from troll_kernels.transform import IDENTITY, Transform
+from troll_kernels.transform import IDENTITY, Transform, widened
 
 # Tokens whose logits are held at once: enough for the GEMM to run at full speed, and on CPU few enough to
 # stay in the cache.

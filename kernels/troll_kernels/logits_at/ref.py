@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from troll_kernels.entries import entries, table
-from troll_kernels.numbers import LOWEST
+from troll_kernels.transform import LOWEST
 
 
 def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:

@@ -3,8 +3,7 @@ backward."""
 
 from torch import Tensor
 
-from troll_kernels.numbers import CACHED, widened
-from troll_kernels.transform import Transform
+from troll_kernels.transform import CACHED, Transform, widened
 
 
 def to_logits_grad(

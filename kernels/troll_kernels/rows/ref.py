@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from troll_kernels.numbers import CACHED, LOWEST, widened
-from troll_kernels.transform import Transform
+from troll_kernels.transform import CACHED, LOWEST, Transform, widened
 
 # exp of these is exactly 0, as for -inf; but 0 times them is 0, not NaN.
 SMALLEST_EXPONENT = {torch.float32: -200.0, torch.float64: -800.0}

@@ -11,10 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from troll_kernels.build import ALIGNED, DTYPES, Build
-from troll_kernels.numbers import LOWEST
 from troll_kernels.rows.ref import RowStatistics
 from troll_kernels.tiles import NARROWEST, WIDEST
-from troll_kernels.transform import Transform
+from troll_kernels.transform import LOWEST, Transform
 
 # Logits that a program loads per step: wider steps spill registers.
 STEP = 2048

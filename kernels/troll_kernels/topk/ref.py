@@ -7,8 +7,8 @@ all entries of any other tile.
 import torch
 from torch import Tensor
 
-from troll_kernels.numbers import LOWEST, widened
 from troll_kernels.sparsify import NO_ID
+from troll_kernels.transform import LOWEST, widened
 
 
 def top_k(logits: Tensor, tile_max: Tensor, width: int, k: int, tile: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from troll_kernels.entries import entries
-from troll_kernels.numbers import widened
+from troll_kernels.transform import widened
 
 
 def add_weight_grad(main_grad: Tensor, grad: Tensor, columns: Tensor, hidden: Tensor) -> None:

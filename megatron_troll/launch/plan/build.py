@@ -9,10 +9,16 @@ from megatron_troll.batching.experts import expert_dtype
 from megatron_troll.checks import check_methods
 from megatron_troll.config import Config
 from megatron_troll.launch.plan import communication, generation, head
-from megatron_troll.launch.plan.activations import activations_of, between_stages, flow_of, working_set
+from megatron_troll.launch.plan.activations import (
+    Work,
+    activations_of,
+    between_stages,
+    flow_of,
+    work_of,
+    working_set,
+)
 from megatron_troll.launch.plan.models import Planned, drawing_of, models_of
 from megatron_troll.launch.plan.parameters import carried_parameters
-from megatron_troll.launch.plan.pipeline import Work, work_of
 from megatron_troll.launch.plan.saved.layers import MODES
 from megatron_troll.launch.plan.servers import BF16, GIB, ServerShare, check_servers, server_share, servers_of
 from megatron_troll.mcore.layout import Cut, cuts, smallest_world

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 
 from megatron_troll.config import Train
-from megatron_troll.launch.plan.activations import flow_of
+from megatron_troll.launch.plan.activations import Work, flow_of
 from megatron_troll.launch.plan.models import Planned
-from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.launch.plan.ranks import Ranks
 from megatron_troll.launch.plan.saved.flow import FLOAT, Flow
 from megatron_troll.launch.plan.states import WIDTHS

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 from megatron_troll.checks import data_of
 from megatron_troll.config import Config
-from megatron_troll.launch.plan.activations import flow_of, working_set
+from megatron_troll.launch.plan.activations import Work, flow_of, working_set
 from megatron_troll.launch.plan.models import Planned
-from megatron_troll.launch.plan.pipeline import Work
 from megatron_troll.launch.plan.saved.flow import FLOAT
 from megatron_troll.launch.plan.servers import GIB, server_share, state_of_sequence, values_of_token
 

@@ -18,7 +18,6 @@ from megatron_troll.config import Pairing, Positive, PositiveFloat
 from megatron_troll.objectives import mismatch
 from megatron_troll.objectives.mismatch import described
 from megatron_troll.objectives.records import at_rollout_of, at_sampled, first_slots, log_probs, record_of
-from megatron_troll.objectives.responses import once
 from megatron_troll.objectives.slots import (
     Correction,
     Diagnostics,
@@ -28,6 +27,7 @@ from megatron_troll.objectives.slots import (
     Term,
     importance_ratio,
     logp_of,
+    once,
 )
 from megatron_troll.types import HeadRequest, ObjectiveInputs, TopK
 

@@ -9,8 +9,16 @@ from torch import Tensor
 from megatron_troll.config import Pairing, PositiveFloat
 from megatron_troll.objectives import transforms
 from megatron_troll.objectives.ratio.gspo import LARGEST, log_ratio
-from megatron_troll.objectives.responses import once
-from megatron_troll.objectives.slots import Diagnostics, Policy, Ratio, Statistics, Term, TrustRegion, unit
+from megatron_troll.objectives.slots import (
+    Diagnostics,
+    Policy,
+    Ratio,
+    Statistics,
+    Term,
+    TrustRegion,
+    once,
+    unit,
+)
 from megatron_troll.objectives.transforms import totals
 from megatron_troll.types import ObjectiveInputs
 

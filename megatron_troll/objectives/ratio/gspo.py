@@ -4,8 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from megatron_troll.objectives.responses import lengths
-from megatron_troll.objectives.slots import Policy, Ratio, unit
+from megatron_troll.objectives.slots import Policy, Ratio, lengths, unit
 from megatron_troll.types import ObjectiveInputs
 
 # Largest log of a sequence ratio, as in verl.

@@ -12,8 +12,7 @@ from megatron_troll.objectives import budget
 from megatron_troll.objectives.budget import places, scan
 from megatron_troll.objectives.divergence import Divergence
 from megatron_troll.objectives.masking import Masking, outward
-from megatron_troll.objectives.responses import lengths
-from megatron_troll.objectives.slots import Diagnostics, Statistics, Term, logp_of
+from megatron_troll.objectives.slots import Diagnostics, Statistics, Term, lengths, logp_of
 from megatron_troll.types import ObjectiveInputs
 
 QUANTILE = 0.9

@@ -8,8 +8,7 @@ from torch import Tensor
 from megatron_troll.config import NonNegative
 from megatron_troll.objectives.divergence import Divergence
 from megatron_troll.objectives.masking import Masking
-from megatron_troll.objectives.responses import lengths, maximum, once
-from megatron_troll.objectives.slots import Diagnostics, Statistics, Term
+from megatron_troll.objectives.slots import Diagnostics, Statistics, Term, lengths, maximum, once
 from megatron_troll.types import ObjectiveInputs
 
 DELTA = {"max": 0.1, "avg": 0.002}

@@ -12,8 +12,7 @@ from troll_kernels.sparsify import sparse_logp
 from megatron_troll.config import Node, NonNegative, Positive
 from megatron_troll.objectives import budget, support
 from megatron_troll.objectives.budget import places
-from megatron_troll.objectives.responses import lengths
-from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, TrustRegion, refuse_rows
+from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, TrustRegion, lengths, refuse_rows
 from megatron_troll.objectives.sparse import Sparse
 from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs, Support, TopK
 

@@ -12,7 +12,7 @@ from megatron_troll.rollout.sglang import weights
 from megatron_troll.rollout.sglang.client import NamedRequest
 from megatron_troll.rollout.sglang.desk import Connection, open_desk
 from megatron_troll.rollout.sglang.drawing import GenerationBatch
-from megatron_troll.rollout.sglang.errors import WrongServer
+from megatron_troll.rollout.sglang.http import WrongServer
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
 from megatron_troll.rollout.sglang.registry import weights_folder

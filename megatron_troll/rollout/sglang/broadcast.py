@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d as c10d
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.control import Control
-from megatron_troll.rollout.sglang.errors import Unreachable
+from megatron_troll.rollout.sglang.http import Unreachable
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, in_session, quietly
 from megatron_troll.weights.buckets import TensorBucket, buckets
 

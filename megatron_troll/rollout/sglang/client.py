@@ -12,8 +12,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from megatron_troll.config import SGLang
 from megatron_troll.rollout.engine import Completion, EngineError
 from megatron_troll.rollout.sglang.control import each
-from megatron_troll.rollout.sglang.errors import BadReply, Passing, Refused, ServerFault, Unreachable
-from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.http import BadReply, Http, Passing, Refused, ServerFault, Unreachable
 from megatron_troll.rollout.sglang.servers import ServerPool, ServerState
 from megatron_troll.rollout.sglang.wire import (
     GenerationRequest,

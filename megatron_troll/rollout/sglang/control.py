@@ -5,8 +5,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_troll.rollout.sglang.errors import BadReply, Passing, Refused, UpdateRefused, WrongServer
-from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.http import BadReply, Http, Passing, Refused, UpdateRefused, WrongServer
 from megatron_troll.weights.buckets import TensorBucket
 
 # Effect on requests in flight: returned with the tokens they have; put back in the server's queue, without

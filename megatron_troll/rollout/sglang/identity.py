@@ -9,8 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.mcore.shape import ModelShape, read_shape
-from megatron_troll.rollout.sglang.errors import BadReply, Refused, ServerFault, WrongServer
-from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.http import BadReply, Http, Refused, ServerFault, WrongServer
 
 HEALTH_S = 20.0
 # Log-probs are float32 sums over the vocabulary.

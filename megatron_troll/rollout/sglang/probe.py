@@ -18,7 +18,7 @@ from megatron_troll.mcore.schedule import infer
 from megatron_troll.objectives.divergence import topk as divergence
 from megatron_troll.parallel.vocab import gather_logits
 from megatron_troll.rollout.sglang.desk import Connection
-from megatron_troll.rollout.sglang.errors import Passing, UpdateRefused
+from megatron_troll.rollout.sglang.http import Passing, UpdateRefused
 from megatron_troll.rollout.sglang.transport import Disk, Failed, Tensors
 from megatron_troll.rollout.sglang.weights import RankZero, delivered
 from megatron_troll.types import NO_ID, MicroBatch, Prompt, Rollout, TokenTopK

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from megatron_troll.config import SGLang
 from megatron_troll.rollout.engine import EngineError
-from megatron_troll.rollout.sglang.errors import NoServers, Passing, ServerFault, Unreachable
-from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.http import Http, NoServers, Passing, ServerFault, Unreachable
 
 
 class Router:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_troll.rollout.sglang.errors import BadReply
+from megatron_troll.rollout.sglang.http import BadReply
 from megatron_troll.types import NO_ID, TokenTopK
 
 # SGLang sends the lowest float32 for the logarithm of 0.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.control import Control, each
-from megatron_troll.rollout.sglang.errors import Passing
+from megatron_troll.rollout.sglang.http import Passing
 from megatron_troll.weights.buckets import TensorBucket, allocated, buckets
 from megatron_troll.weights.folder import FolderWriter
 

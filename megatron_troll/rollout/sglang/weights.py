@@ -7,7 +7,7 @@ from typing import cast
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.rollout.sglang.control import Pause, each
 from megatron_troll.rollout.sglang.desk import Connection
-from megatron_troll.rollout.sglang.errors import NoServers, Passing
+from megatron_troll.rollout.sglang.http import NoServers, Passing
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, quietly
 from megatron_troll.weights.export import first_takes
 

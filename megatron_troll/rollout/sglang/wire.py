@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_troll.batching.experts import expert_dtype
 from megatron_troll.config import Sampling
-from megatron_troll.rollout.sglang.errors import BadReply, ServerFault, WrongServer
+from megatron_troll.rollout.sglang.http import BadReply, ServerFault, WrongServer
 from megatron_troll.rollout.sglang.topk import LOWEST, Size, field, floats, topk_of
 from megatron_troll.types import FinishReason, TokenTopK
 

@@ -10,15 +10,15 @@ import pytest
 
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.client import Client
-from megatron_troll.rollout.sglang.errors import (
+from megatron_troll.rollout.sglang.http import (
     BadReply,
+    Http,
     NoServers,
     Refused,
     ServerFault,
     Unreachable,
     WrongServer,
 )
-from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.rollout.sglang.servers import ServerPool
 from megatron_troll.types import TokenTopK
 from tests.sglang.asking import VERSIONS, Asked, checker

@@ -6,8 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from megatron_troll.rollout.sglang.control import Control, each
-from megatron_troll.rollout.sglang.errors import BadReply, Unreachable, UpdateRefused, WrongServer
-from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.http import BadReply, Http, Unreachable, UpdateRefused, WrongServer
 from tests.unit.rollout.sglang.fake import RECORDED, Fake, fakes
 
 

@@ -13,8 +13,7 @@ from megatron_troll.rollout.engine import Completion
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.client import Client
 from megatron_troll.rollout.sglang.drawing import GenerationBatch
-from megatron_troll.rollout.sglang.errors import Refused
-from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.http import Http, Refused
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.servers import ServerPool
 from tests.sglang.asking import VERSIONS, checker

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_troll.mcore.shape import shape_of
-from megatron_troll.rollout.sglang.errors import BadReply, ServerFault, WrongServer
-from megatron_troll.rollout.sglang.http import Http
+from megatron_troll.rollout.sglang.http import BadReply, Http, ServerFault, WrongServer
 from megatron_troll.rollout.sglang.identity import Identity
 from tests.sglang.model import CONFIG, TOKENIZER
 from tests.sglang.recordings import PROMPT

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_troll.rollout.engine import EngineError
-from megatron_troll.rollout.sglang.errors import BadReply, WrongServer
+from megatron_troll.rollout.sglang.http import BadReply, WrongServer
 from megatron_troll.rollout.sglang.wire import GenerationRequest, Routed, continued, experts_of, part_of
 from tests.sglang.model import VOCAB
 from tests.sglang.recordings import GREEDY, LENGTH, NEVER, PROMPT, recorded

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_troll.config import Sampling
-from megatron_troll.rollout.sglang.errors import BadReply, ServerFault
+from megatron_troll.rollout.sglang.http import BadReply, ServerFault
 from megatron_troll.rollout.sglang.topk import LOWEST, Size, topk_of
 from megatron_troll.rollout.sglang.wire import GenerationRequest, Span, part_of, score_of
 from megatron_troll.types import NO_ID
