@@ -36,7 +36,7 @@ from megatron_troll.mcore import parallel
 from megatron_troll.rollout.engine import Completion, Setup
 from megatron_troll.rollout.engines.sglang import SGLangEngine
 from megatron_troll.rollout.sglang.client import NamedRequest
-from megatron_troll.rollout.sglang.desk import Connection
+from megatron_troll.rollout.sglang.connection import Connection
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.wire import GenerationRequest
 from megatron_troll.task import Task, prepare
@@ -96,17 +96,17 @@ def engine_of(config: Config, task: Task, model: Any) -> Iterator[SGLangEngine]:
 def client(config: Config, task: Task, model: Any, repeats: int) -> list[dict[str, Any]]:
     with engine_of(config, task, model) as engine:
         engine.sync(1)
-        desk = engine.desk
-        assert desk is not None
-        url = desk.servers.healthy[0]
+        connection = engine.connection
+        assert connection is not None
+        url = connection.servers.healthy[0]
         times: dict[str, list[float]] = {}
         sent: list[int] = []
         answers: dict[int, Completion] = {}
         for repeat in range(repeats + 1):
             turn = {
                 "bare": bare(url, TOP_K, sent),
-                "client": drawn(desk, TOP_K, answers),
-                "client, K = 0": drawn(desk, 0, {}),
+                "client": drawn(connection, TOP_K, answers),
+                "client, K = 0": drawn(connection, 0, {}),
             }
             for name, seconds in turn.items():
                 times.setdefault(name, []).extend([seconds] if repeat else [])
@@ -150,10 +150,10 @@ def bare(url: str, top_k: int, sent: list[int]) -> float:
     return asyncio.run(all_of_them())
 
 
-def drawn(desk: Connection, top_k: int, answers: dict[int, Completion]) -> float:
+def drawn(connection: Connection, top_k: int, answers: dict[int, Completion]) -> float:
     began = time.perf_counter()
     questions = [question(i, top_k) for i in range(QUESTIONS)]
-    desk.background.run(desk.client.draw(questions, answers.__setitem__))
+    connection.background.run(connection.client.generate(questions, answers.__setitem__))
     return time.perf_counter() - began
 
 

@@ -179,7 +179,7 @@ class Sampling(Node):
     max_tokens: Positive = Field(default=1024, description="longest response, stop token included")
 
     @property
-    def law_temperature(self) -> float:
+    def logprob_temperature(self) -> float:
         """The divisor of the logits in the log-probs of a sample: 1 for greedy ones."""
         return self.temperature or 1.0
 

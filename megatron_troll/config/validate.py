@@ -12,7 +12,7 @@ from megatron_troll.config.tree import Slot
 
 Path = tuple[str | int, ...]
 # Types of the errors that our own validators raise; their messages need no rewording.
-OWN_WORDS = ("value_error", "assertion_error")
+OWN_MESSAGES = ("value_error", "assertion_error")
 # Pydantic's error for a default that it cannot compute, because the field it depends on is wrong.
 FOLLOWS = "default_factory_not_called"
 
@@ -48,7 +48,7 @@ def _problems(error: ValidationError, tree: Any, shape: Shape) -> dict[Path, str
         loc = item["loc"]
         missing = item["type"] == "missing"
         path = _existing(tree, loc[:-1]) + loc[-1:] if missing else _existing(tree, loc)
-        if path not in problems or item["type"] in OWN_WORDS:
+        if path not in problems or item["type"] in OWN_MESSAGES:
             problems[path] = _words(item, path, shape)
     return {path: words for path, words in problems.items() if not _has_inner(path, problems)}
 
@@ -64,7 +64,7 @@ def _words(item: Any, path: Path, shape: Shape) -> str:
     if item["type"] == "extra_forbidden":
         parent = shape.walk(path[:-1])
         return f"unknown key; {nearest(str(path[-1]), parent.keys if parent else [])}"
-    if here is None or item["type"] in OWN_WORDS:
+    if here is None or item["type"] in OWN_MESSAGES:
         return item["msg"].removeprefix("Value error, ")
     return f"got {item['input']!r}, expected {here.describe()}"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Errors that a rank passes on to the others: failures from outside, and the bases of our own errors. Any
 # other error is a bug; its rank ends with a traceback, and the launcher ends the others.
-TOLD = (OSError, RuntimeError, ValueError)
+REPORTED = (OSError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Group:
         result, error = None, None
         try:
             result = act()
-        except TOLD as found:
+        except REPORTED as found:
             error = found
         for found in self.all_gather_objects(error):
             if found is not None:

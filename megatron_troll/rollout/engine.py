@@ -69,11 +69,11 @@ class Engine(ABC):
     arguments, and blocks until all ranks have called it. Raises EngineError on all ranks or on none.
 
     returns_experts  whether rollouts have `experts` if train.replay=rollout asks for them
-    draws_elsewhere  whether generation begun by `start` continues while the trainer trains
+    generates_elsewhere  whether generation begun by `start` continues while the trainer trains
     """
 
     returns_experts: ClassVar[bool] = False
-    draws_elsewhere: ClassVar[bool] = False
+    generates_elsewhere: ClassVar[bool] = False
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -88,7 +88,7 @@ class Engine(ABC):
         self, requests: Sequence[Request], sampling: Sampling, round: int
     ) -> Callable[[], list[Rollout]]:
         """Begin to `generate` a training batch; the returned function waits for the rollouts. With
-        `draws_elsewhere`, generation continues across a `sync`: the rest of an answer then comes from the
+        `generates_elsewhere`, generation continues across a `sync`: the rest of an answer then comes from the
         newer weights, as recorded in `Rollout.versions`. If a run requests a batch again after a crash,
         answers that were stored may be reused."""
         rollouts = self.generate(requests, sampling, round)
@@ -126,7 +126,7 @@ def rollout_of(setup: Setup, request: Request, answer: Completion, sampling: Sam
         text=str(setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
         finish=answer.finish,
         versions=answer.versions,
-        temperature=sampling.law_temperature,
+        temperature=sampling.logprob_temperature,
         experts=answer.experts,
     )
 

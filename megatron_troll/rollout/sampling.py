@@ -35,7 +35,7 @@ def token_uniforms(seed: int, round: int, prompt_id: str, sample: int, length: i
     return np.concatenate([uniforms([key], position) for position in range(length)] or [np.empty(0)])
 
 
-def draw(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+def sample(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Sample one token per row, [B], from log-probs logp [B, V] after temperature: invert the cumulative
     distribution, in id order, of the tokens that the filters of `sampling` keep. Temperature 0 takes the
     largest log-prob, on ties the lowest id.

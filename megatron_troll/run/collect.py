@@ -17,7 +17,7 @@ def begin(run: Run, step: int, trained: int) -> BatchFuture:
     the engine does not sample in the background, or if `refill` is set, because its later requests depend on
     the rewards. Blocks."""
     position = run.order.position
-    if run.task.config.rollout.refill or not run.engine.draws_elsewhere:
+    if run.task.config.rollout.refill or not run.engine.generates_elsewhere:
         collected = collect(run, step)
         return BatchFuture(trained, position, lambda: collected, collected)
     finish = _start(run, run.task.config.rollout.prompts, Counter(), step)

@@ -30,7 +30,7 @@ from megatron_troll.training.trainer import PolicyTrainer, combine, finite, spli
 from megatron_troll.types import HeadOutputs, HeadRequest, MicroBatch, Rollout, TopK
 
 # Metrics reported of its updates, by their names in objectives.
-TOLD = ("clipped", "approx_kl", "entropy")
+REPORTED = ("clipped", "approx_kl", "entropy")
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,14 @@ def _step(learner: PolicyTrainer, batches: Sequence[MicroBatch], records: Sequen
     grad_norm = learner.trainable.step_if_finite(gradients.loss)
     if grad_norm is None:
         return {}
-    told = {f"rollout_model_{name}": gradients.metrics[name] for name in TOLD if name in gradients.metrics}
+    reported = {
+        f"rollout_model_{name}": gradients.metrics[name] for name in REPORTED if name in gradients.metrics
+    }
     distilled = {name: value for name, value in gradients.metrics.items() if name.startswith("distill_")}
     return {
         "rollout_model_loss": gradients.loss,
         "rollout_model_grad_norm": grad_norm,
-        **told,
+        **reported,
         **distilled,
     }
 

@@ -114,7 +114,7 @@ def generate_cases(sizes: Sizes, folder: str, cases: dict[str, Case], dtype: str
 
 def read_fully(model: MegatronModel, rollouts: Sequence[Rollout], sampling: Sampling) -> dict[str, Reading]:
     """This data-parallel rank's share of the rollouts, packed; nothing off the last stage."""
-    head = Head(model, sampling.law_temperature)
+    head = Head(model, sampling.logprob_temperature)
     reads = HeadRequest(logp=True, topk=Support("own", TOP_K, 0.0))
     batches = packed(rollouts, model.groups, sampling)
     readings: dict[str, Reading] = {}
@@ -141,7 +141,7 @@ WHOLE = Sampling()
 
 def packed(rollouts: Sequence[Rollout], groups: Groups, sampling: Sampling = WHOLE) -> list[MicroBatch]:
     """This data-parallel rank's share, in two micro-batches."""
-    form = Form(VOCAB, tp_size=groups.tp.size, temperature=sampling.law_temperature)
+    form = Form(VOCAB, tp_size=groups.tp.size, temperature=sampling.logprob_temperature)
     ones = [1.0] * len(rollouts)
     mine = range(groups.dp.rank, len(rollouts), groups.dp.size)
     return [build_batch(rollouts, ones, ones, chosen, form) for chosen in (mine[::2], mine[1::2])]

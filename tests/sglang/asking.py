@@ -63,7 +63,7 @@ class Asking:
     catch_up: Callable[[Control], CatchUp] | None = None
     key: str | None = None
 
-    def draw(
+    def generate(
         self,
         questions: Sequence[NamedRequest],
         meanwhile: Callable[[Parts], Coroutine[Any, Any, object]] | None = None,
@@ -77,7 +77,7 @@ class Asking:
                 parts = await self._parts(http, asked)
                 beside = asyncio.ensure_future(meanwhile(parts)) if meanwhile else None
                 try:
-                    await parts.client.draw(questions, asked.add)
+                    await parts.client.generate(questions, asked.add)
                 finally:
                     if beside:
                         beside.cancel()

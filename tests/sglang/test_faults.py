@@ -71,13 +71,13 @@ def loading(folder: Path) -> Callable[[Control], CatchUp]:
 def test_kill_9_at_ten_moments(farm: Farm, folder: Path, same: list[RealServer], victim: RealServer) -> None:
     """A server that comes back is given the weights and asked again, within the batch or in the next one."""
     steady, asked_for = same[0], questions(COUNT, LENGTH)
-    calm = asking([steady], concurrency=CONCURRENCY).draw(asked_for)
+    calm = asking([steady], concurrency=CONCURRENCY).generate(asked_for)
     moments = random.Random(0).sample(range(COUNT - 2 * CONCURRENCY), KILLS)
     interrupted: list[int] = []
     for moment in moments:
         give([victim], folder)
         pair = asking([steady, victim], concurrency=CONCURRENCY)
-        assert_each_once(pair.draw(asked_for, killed(victim, moment, interrupted)), calm)
+        assert_each_once(pair.generate(asked_for, killed(victim, moment, interrupted)), calm)
         victim = reborn(victim, farm, folder)
     assert len(interrupted) == KILLS
     assert min(interrupted) > 0
@@ -88,7 +88,7 @@ def test_a_killed_server_comes_back_with_the_weights_within_the_batch(
 ) -> None:
     """What a sync by disk left is loaded by whoever comes later."""
     asked_for = questions(COUNT, 2 * LENGTH)
-    calm = asking(same[:1]).draw(asked_for)
+    calm = asking(same[:1]).generate(asked_for)
     give([victim], folder)
 
     async def restart(parts: Parts) -> None:
@@ -98,14 +98,14 @@ def test_a_killed_server_comes_back_with_the_weights_within_the_batch(
         await asyncio.to_thread(reborn, victim, farm, folder)
 
     alone = Asking(lambda: [victim.url], SGLang(concurrency=CONCURRENCY), catch_up=loading(folder))
-    assert_each_once(alone.draw(asked_for, restart), calm)
+    assert_each_once(alone.generate(asked_for, restart), calm)
 
 
 def test_a_slow_server_hands_over_what_it_has(same: list[RealServer]) -> None:
     asked_for = [question(i, 24) for i in range(2)]
-    calm = asking(same[:1]).draw(asked_for)
+    calm = asking(same[:1]).generate(asked_for)
     with slow(same[0], 0.4):
-        asked = asking(same, deadline_s=2.0).draw(asked_for)
+        asked = asking(same, deadline_s=2.0).generate(asked_for)
     assert_each_once(asked, calm)
     continued = [(url, length) for url, length in asked.sent if length < 24]
     assert [url for url, _ in continued] == [same[1].url]
@@ -115,13 +115,13 @@ def test_a_slow_server_hands_over_what_it_has(same: list[RealServer]) -> None:
 def test_a_server_that_hangs_is_left(same: list[RealServer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "ABORT_S", 0.5)
     asked_for = questions(8, 16)
-    calm = asking(same[:1]).draw(asked_for)
+    calm = asking(same[:1]).generate(asked_for)
 
     async def hang(parts: Parts) -> None:
         os.killpg(same[1].pid, signal.SIGSTOP)
 
     try:
-        asked = asking(same, deadline_s=2.0).draw(asked_for, hang)
+        asked = asking(same, deadline_s=2.0).generate(asked_for, hang)
     finally:
         os.killpg(same[1].pid, signal.SIGCONT)
     assert_each_once(asked, calm)
@@ -130,17 +130,17 @@ def test_a_server_that_hangs_is_left(same: list[RealServer], monkeypatch: pytest
 def test_what_a_server_refuses_is_named_and_not_asked_again(same: list[RealServer]) -> None:
     too_long = question(7, 4, prompt=[5] * 300)
     with pytest.raises(Refused, match=r"sample p7#0, http://.* answered 400: .*301 tokens. is longer"):
-        asking(same).draw([too_long])
+        asking(same).generate([too_long])
 
 
 def test_garbage_from_one_server_is_answered_by_the_other(same: list[RealServer]) -> None:
     asked_for = questions(12, 16)
-    calm = asking(same[:1]).draw(asked_for)
+    calm = asking(same[:1]).generate(asked_for)
     with fakes(1) as (broken,):
         broken.version = VERSIONS.called(1)
         broken.faults.extend([garbage] * 1000)
         urls = [same[0].url, broken.url]
-        asked = Asking(lambda: urls, SGLang(concurrency=CONCURRENCY)).draw(asked_for)
+        asked = Asking(lambda: urls, SGLang(concurrency=CONCURRENCY)).generate(asked_for)
         assert broken.asked
     assert_each_once(asked, calm)
 
@@ -149,10 +149,10 @@ def test_a_server_wants_its_key(farm: Farm, folder: Path) -> None:
     guarded = farm.start(folder, api_key="secret").wait_until_healthy()
     try:
         with pytest.raises(WrongServer, match="api_key_file") as caught:
-            asking([guarded]).draw([question(0, 4)])
+            asking([guarded]).generate([question(0, 4)])
         assert "secret" not in str(caught.value)
         let_in = Asking(lambda: [guarded.url], SGLang(), catch_up=loading(folder), key="secret")
-        assert let_in.draw([question(0, 4)]).times == {0: 1}
+        assert let_in.generate([question(0, 4)]).times == {0: 1}
     finally:
         guarded.kill()
 
@@ -161,12 +161,12 @@ def test_a_router_with_two_servers_of_which_one_dies(
     farm: Farm, folder: Path, same: list[RealServer], victim: RealServer, tmp_path: Path
 ) -> None:
     asked_for = questions(COUNT, LENGTH)
-    calm = asking(same[:1]).draw(asked_for)
+    calm = asking(same[:1]).generate(asked_for)
     victim = reborn(victim, farm, folder)
     give([victim], folder)
 
     with routed(tmp_path / "router.log") as url:
         behind = asking([same[0], victim], router=url, concurrency=CONCURRENCY)
-        asked = behind.draw(asked_for, killed(victim, COUNT // 3, []))
+        asked = behind.generate(asked_for, killed(victim, COUNT // 3, []))
     assert_each_once(asked, calm)
     assert {to for to, _ in asked.sent} == {url}

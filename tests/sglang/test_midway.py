@@ -50,7 +50,7 @@ def test_the_rest_of_an_answer_is_drawn_from_new_weights(
         await parts.control.resume(one.url)
         await parts.servers.want(VERSIONS.called(2))
 
-    asked = asking([one]).draw(asked_for, update)
+    asked = asking([one]).generate(asked_for, update)
     assert asked.times == dict.fromkeys(range(4), 1)
     assert len(asked.sent) == 3 * requests + 1
     assert set(asked.answers[3].versions.tolist()) == {1}

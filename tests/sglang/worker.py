@@ -71,7 +71,7 @@ def engine_of(job: Job, model: MegatronModel) -> Engine:
     return rollout.build(Setup(job.config, model, job.folder, tokenizer, ends(job.folder), PROMPTS))
 
 
-def draw(engine: Engine, version: int) -> Drawn:
+def generate(engine: Engine, version: int) -> Drawn:
     """The answers of `version`, after a sync."""
     synced = engine.sync(version)
     sampling = engine.setup.rollout.sampling
@@ -81,9 +81,9 @@ def draw(engine: Engine, version: int) -> Drawn:
 
 def laws(model: MegatronModel, rollouts: Sequence[Rollout], sampling: Sampling) -> list[np.ndarray]:
     groups, ones = model.groups, [1.0] * len(rollouts)
-    form = Form(VOCAB, tp_size=groups.tp.size, temperature=sampling.law_temperature)
+    form = Form(VOCAB, tp_size=groups.tp.size, temperature=sampling.logprob_temperature)
     batches = [build(rollouts, ones, ones, [i], form) for i in range(len(rollouts))]
-    head = Head(model, sampling.law_temperature)
+    head = Head(model, sampling.logprob_temperature)
 
     def read(i: int, hidden: Tensor) -> np.ndarray:
         return torch.cat(groups.tp.all_gather(head.log_probs(hidden)), -1)[:, :VOCAB].numpy()
@@ -106,22 +106,22 @@ def perturb(model: MegatronModel) -> None:
 def draw_twice(job: Job) -> list[Drawn]:
     """Two versions of the weights, on one rank of a pool."""
     with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
-        first = draw(engine, 1)
+        first = generate(engine, 1)
         perturb(model)
-        return [first, draw(engine, 2)]
+        return [first, generate(engine, 2)]
 
 
 def draw_once(job: Job) -> Drawn:
     with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
-        return draw(engine, 1)
+        return generate(engine, 1)
 
 
 def draw_after_rest(job: Job) -> list[Drawn]:
     """The same version before and after the servers had no memory."""
     with opened(job.sizes, str(job.folder)) as model, closing(engine_of(job, model)) as engine:
-        before = draw(engine, 1)
+        before = generate(engine, 1)
         engine.rest()
-        return [before, draw(engine, 1)]
+        return [before, generate(engine, 1)]
 
 
 def draw_long(job: Job, under_way: Path) -> Drawn:

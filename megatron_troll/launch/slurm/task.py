@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_troll.launch.local import Failure, run_ranks
 from megatron_troll.launch.slurm import network
-from megatron_troll.launch.slurm.meeting import attend, call
+from megatron_troll.launch.slurm.rendezvous import attend, call
 from megatron_troll.system import write_atomic
 
 MEETING = "meeting.json"

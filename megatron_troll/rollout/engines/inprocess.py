@@ -14,7 +14,7 @@ from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import over_stages, recording
 from megatron_troll.rollout.engine import Completion, Engine, Request, Setup, rollout_of
-from megatron_troll.rollout.sampling import draw, sample_key, uniforms
+from megatron_troll.rollout.sampling import sample, sample_key, uniforms
 from megatron_troll.types import Rollout, TokenTopK
 
 
@@ -107,14 +107,14 @@ class InProcessEngine(Engine):
             empty = torch.empty(len(keys), dtype=torch.long, device=device())
             return DecodeStep(pp.broadcast(empty, pp.size - 1), None, None, None)
         logits = torch.cat(tp.all_gather(Head(self.model).logits(hidden)), -1)[:, :size]
-        law = torch.log_softmax(logits / sampling.law_temperature, -1)
-        uniform = torch.from_numpy(uniforms(keys, position)).to(law.device)
-        token = draw(law, uniform, sampling)
+        logprobs = torch.log_softmax(logits / sampling.logprob_temperature, -1)
+        uniform = torch.from_numpy(uniforms(keys, position)).to(logprobs.device)
+        token = sample(logprobs, uniform, sampling)
         pp.broadcast(token, pp.size - 1)
-        logp = law.gather(1, token[:, None])[:, 0]
+        logp = logprobs.gather(1, token[:, None])[:, 0]
         if not self.config.top_k:
             return DecodeStep(token, logp, None, None)
-        values, ids = largest(law, min(self.config.top_k, size))
+        values, ids = largest(logprobs, min(self.config.top_k, size))
         return DecodeStep(token, logp, ids, values)
 
 

@@ -10,8 +10,8 @@ from megatron_troll.rollout.sampling import sample_key
 from megatron_troll.rollout.sglang import probe as diagnosis
 from megatron_troll.rollout.sglang import weights
 from megatron_troll.rollout.sglang.client import NamedRequest
-from megatron_troll.rollout.sglang.desk import Connection, open_desk
-from megatron_troll.rollout.sglang.drawing import GenerationBatch
+from megatron_troll.rollout.sglang.connection import Connection, open_connection
+from megatron_troll.rollout.sglang.generation import GenerationBatch
 from megatron_troll.rollout.sglang.http import WrongServer
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
@@ -25,7 +25,7 @@ class SGLangEngine(Engine):
     """Rank 0 sends the requests and broadcasts the answers to all ranks: there is only one view of which
     servers exist, and each request is answered once. All ranks hold every rollout of a batch."""
 
-    draws_elsewhere = True
+    generates_elsewhere = True
     returns_experts = True
 
     def __init__(self, setup: Setup) -> None:
@@ -39,25 +39,25 @@ class SGLangEngine(Engine):
         self._probed = sequences([prompt.ids.astype(np.int64) for prompt in setup.prompts], probe.tokens)[
             : probe.prompts
         ]
-        self.desk: Connection | None = None
-        self._agreed = RankZero(setup.model, None)
+        self.connection: Connection | None = None
+        self._rank_zero = RankZero(setup.model, None)
         self._open()
 
     def _open(self) -> None:
         def connect() -> None:
-            self.desk = open_desk(self.setup)
+            self.connection = open_connection(self.setup)
 
         self.setup.model.groups.world.first(connect)
-        self._agreed = RankZero(self.setup.model, self.desk)
+        self._rank_zero = RankZero(self.setup.model, self.connection)
 
     def sync(self, version: int) -> dict[str, float]:
         """See weights.sync; then runs the probe. Raises WrongServer if a server is too far from it."""
         if version == self._version and not self._resting:
             return {}
         if self._resting:
-            self._agreed.first(lambda desk: desk.on_all(desk.control.occupy))
+            self._rank_zero.first(lambda connection: connection.on_all(connection.control.occupy))
             self._resting = False
-        reached = weights.sync(self._agreed, version)
+        reached = weights.sync(self._rank_zero, version)
         self._version = version
         return {"servers": float(len(reached)), **self._probe(reached)}
 
@@ -77,13 +77,15 @@ class SGLangEngine(Engine):
     ) -> Callable[[], list[Rollout]]:
         questions = [self._question(request, sampling, round) for request in requests]
         drawing = GenerationBatch(questions, round, journal)
-        self._agreed.first(drawing.begin)
+        self._rank_zero.first(drawing.begin)
 
         def finish() -> list[Rollout]:
-            while not self._agreed.first(drawing.complete):
+            while not self._rank_zero.first(drawing.complete):
                 assert self._version is not None
-                weights.sync(self._agreed, self._version)
-            drawn = self._agreed.first(lambda desk: [drawing.answers[i] for i in range(len(questions))])
+                weights.sync(self._rank_zero, self._version)
+            drawn = self._rank_zero.first(
+                lambda connection: [drawing.answers[i] for i in range(len(questions))]
+            )
             return [
                 rollout_of(self.setup, request, answer, sampling, round)
                 for request, answer in zip(requests, drawn, strict=True)
@@ -94,17 +96,17 @@ class SGLangEngine(Engine):
     def forget(self, round: int) -> None:
         if self._journal is not None:
             journal = self._journal
-            self._agreed.first(lambda desk: journal.forget(round))
+            self._rank_zero.first(lambda connection: journal.forget(round))
 
     def rest(self) -> None:
         """Make colocated servers release the memory of weights and caches until the next sync."""
         if self.setup.rollout.sglang.colocated:
-            self._agreed.first(lambda desk: desk.on_all(desk.control.release))
+            self._rank_zero.first(lambda connection: connection.on_all(connection.control.release))
             self._resting = True
 
     def close(self) -> None:
-        if self.desk is not None:
-            self.desk.close()
+        if self.connection is not None:
+            self.connection.close()
         if self._journal is not None:
             self._journal.close()
 
@@ -132,8 +134,10 @@ class SGLangEngine(Engine):
             return {}
         vocab = self.setup.model.shape.vocab
         ids = [one.ids.tolist() for one in self._probed]
-        served = self._agreed.first(
-            lambda desk: desk.background.run(desk.client.score(urls, ids, min(TOP_K, vocab), vocab))
+        served = self._rank_zero.first(
+            lambda connection: connection.background.run(
+                connection.client.score(urls, ids, min(TOP_K, vocab), vocab)
+            )
         )
         found = gaps(self.setup.model, self._probed, served)
         self._judge(found)
@@ -154,5 +158,5 @@ class SGLangEngine(Engine):
     def _diagnosis(self, url: str) -> str:
         folder = weights_folder(self.setup.config)
         return diagnosis.told(
-            self._agreed, url, self.setup.folder, folder.with_name(f"{folder.name}-diagnosis")
+            self._rank_zero, url, self.setup.folder, folder.with_name(f"{folder.name}-diagnosis")
         )

@@ -56,7 +56,7 @@ class Client:
         self._progress = progress
         self._numbers = itertools.count()
 
-    async def draw(
+    async def generate(
         self, questions: Sequence[NamedRequest], answered: Callable[[int, Completion], object]
     ) -> None:
         """Get one answer to every question; `answered(i, answer)` is called as they arrive. The tokens of an
@@ -82,9 +82,9 @@ class Client:
         """Score every sequence on every server at `urls`: top-K distributions [n - 1, top_k] after each of
         its n tokens but the last, at temperature 1. Servers that fail `attempts` times are left out; if all
         fail, raises the error of the first one."""
-        laws: dict[str, list[TokenTopK]] = {}
+        found: dict[str, list[TokenTopK]] = {}
 
-        async def law(url: str, ids: Sequence[int]) -> TokenTopK:
+        async def scores(url: str, ids: Sequence[int]) -> TokenTopK:
             async for attempt in self._attempts():
                 with attempt:
                     limit = self._config.deadline_s
@@ -93,12 +93,12 @@ class Client:
             raise AssertionError("tenacity returns or raises")
 
         async def one(url: str) -> None:
-            laws[url] = await asyncio.gather(*(law(url, ids) for ids in sequences))
+            found[url] = await asyncio.gather(*(scores(url, ids) for ids in sequences))
 
         failed = await each(urls, one)
-        if not laws:
+        if not found:
             raise next(iter(failed.values()))
-        return laws
+        return found
 
     def _attempts(self) -> AsyncRetrying:
         return AsyncRetrying(
@@ -142,9 +142,9 @@ class Client:
                 error = Unreachable(f"{server.url}: no answer within {self._config.deadline_s:g} s")
             return part, self._numbered(part, server)
         except EngineError as found:
-            told = type(found)(f"sample {question.name}, {server.url}: {found}")
-            error = told if isinstance(told, Passing) else None
-            raise told from found
+            named = type(found)(f"sample {question.name}, {server.url}: {found}")
+            error = named if isinstance(named, Passing) else None
+            raise named from found
         finally:
             await self._servers.release(server, error)
 

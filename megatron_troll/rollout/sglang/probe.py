@@ -17,7 +17,7 @@ from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.objectives.divergence import topk as divergence
 from megatron_troll.parallel.vocab import gather_logits
-from megatron_troll.rollout.sglang.desk import Connection
+from megatron_troll.rollout.sglang.connection import Connection
 from megatron_troll.rollout.sglang.http import Passing, UpdateRefused
 from megatron_troll.rollout.sglang.transport import Disk, Failed, Tensors
 from megatron_troll.rollout.sglang.weights import RankZero, delivered
@@ -112,22 +112,22 @@ def sequences(prompts: Sequence[np.ndarray], tokens: int) -> list[Probed]:
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
-def told(agreed: RankZero, url: str, source_folder: Path, folder: Path) -> str:
+def told(rank_zero: RankZero, url: str, source_folder: Path, folder: Path) -> str:
     """Describe which weights of the server at `url` are wrong: they are compared, parameter by parameter,
     with those it has after loading a fresh export from `folder`. The server loses its weight version by this.
     Blocks on all ranks."""
 
-    def load_afresh(desk: Connection, tensors: Tensors) -> Failed:
-        disk = Disk(desk.background, desk.control, folder, source_folder, max_bytes=2**30)
+    def load_afresh(connection: Connection, tensors: Tensors) -> Failed:
+        disk = Disk(connection.background, connection.control, folder, source_folder, max_bytes=2**30)
         return disk.deliver(tensors, [url], "diagnosis")
 
-    def sums(desk: Connection) -> dict[str, str]:
-        return desk.background.run(desk.control.checksums(url))
+    def sums(connection: Connection) -> dict[str, str]:
+        return connection.background.run(connection.control.checksums(url))
 
     try:
-        before = agreed.first(sums)
-        lost = delivered(agreed, [url], load_afresh)
-        after = agreed.first(sums) if url not in lost else {}
+        before = rank_zero.first(sums)
+        lost = delivered(rank_zero, [url], load_afresh)
+        after = rank_zero.first(sums) if url not in lost else {}
     except (Passing, UpdateRefused) as error:
         return f"Its weights cannot be compared with the trainer's: {error}"
     differing = families(before, after)

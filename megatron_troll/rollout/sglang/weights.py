@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.rollout.sglang.connection import Connection
 from megatron_troll.rollout.sglang.control import Pause, each
-from megatron_troll.rollout.sglang.desk import Connection
 from megatron_troll.rollout.sglang.http import NoServers, Passing
 from megatron_troll.rollout.sglang.transport import Failed, Tensors, quietly
 from megatron_troll.weights.export import first_takes
@@ -17,18 +17,18 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class RankZero:
-    """Runs functions on rank 0 and gives their results, or errors, to all ranks. `desk` is rank 0's."""
+    """Runs functions on rank 0 and gives their results, or errors, to all ranks. `connection` is rank 0's."""
 
     model: MegatronModel
-    desk: Connection | None
+    connection: Connection | None
 
     def first[T](self, act: Callable[[Connection], T]) -> T:
         """Run `act` with the connection on rank 0; return its result or raise its error on all ranks
         (Group.first)."""
-        return self.model.groups.world.first(lambda: act(cast("Connection", self.desk)))
+        return self.model.groups.world.first(lambda: act(cast("Connection", self.connection)))
 
 
-def sync(agreed: RankZero, number: int, pause: Pause = "retract") -> list[str]:
+def sync(rank_zero: RankZero, number: int, pause: Pause = "retract") -> list[str]:
     """Send the model's current weights to every healthy server, as version `number`; returns the URLs of the
     servers that have them. `pause` determines what happens to requests in flight. Blocks on all ranks, which
     all stream the weights to the end even if rank 0 meets an error.
@@ -38,23 +38,23 @@ def sync(agreed: RankZero, number: int, pause: Pause = "retract") -> list[str]:
     lost: Failed = {}
     for _ in range(ATTEMPTS):
         try:
-            urls = agreed.first(lambda desk: _paused(desk, pause))
+            urls = rank_zero.first(lambda connection: _paused(connection, pause))
         except NoServers as error:
             raise NoServers(f"{error}{_told(lost)}") from error
-        reached, lost = _attempt(agreed, urls, number)
+        reached, lost = _attempt(rank_zero, urls, number)
         if reached:
             return reached
     raise NoServers(f"every server was lost during a sync, {ATTEMPTS} times in a row.{_told(lost)}")
 
 
-def _attempt(agreed: RankZero, urls: Sequence[str], number: int) -> tuple[list[str], Failed]:
+def _attempt(rank_zero: RankZero, urls: Sequence[str], number: int) -> tuple[list[str], Failed]:
     """The servers of `urls` that have the weights, and those that were lost."""
 
-    def send(desk: Connection, tensors: Tensors) -> Failed:
-        return desk.transport.deliver(tensors, urls, desk.versions.called(number))
+    def send(connection: Connection, tensors: Tensors) -> Failed:
+        return connection.transport.deliver(tensors, urls, connection.versions.called(number))
 
-    lost = delivered(agreed, urls, send)
-    return agreed.first(lambda desk: _resumed(desk, urls, lost, number)), lost
+    lost = delivered(rank_zero, urls, send)
+    return rank_zero.first(lambda connection: _resumed(connection, urls, lost, number)), lost
 
 
 def _told(lost: Failed) -> str:
@@ -67,49 +67,51 @@ def _told(lost: Failed) -> str:
     )
 
 
-def _paused(desk: Connection, pause: Pause) -> list[str]:
+def _paused(connection: Connection, pause: Pause) -> list[str]:
     """Pause the healthy servers; returns the URLs of those that wait for weights."""
 
     async def stop_asking() -> list[str]:
-        await desk.servers.want(None)
-        await desk.servers.ready()
-        urls = desk.servers.healthy
-        lost = await each(urls, lambda url: desk.control.pause(url, pause))
+        await connection.servers.want(None)
+        await connection.servers.ready()
+        urls = connection.servers.healthy
+        lost = await each(urls, lambda url: connection.control.pause(url, pause))
         return [url for url in urls if url not in lost]
 
-    return desk.background.run(stop_asking())
+    return connection.background.run(stop_asking())
 
 
-def delivered(agreed: RankZero, urls: Sequence[str], send: Callable[[Connection, Tensors], Failed]) -> Failed:
+def delivered(
+    rank_zero: RankZero, urls: Sequence[str], send: Callable[[Connection, Tensors], Failed]
+) -> Failed:
     """Stream the weights on all ranks and `send` them on rank 0; returns the lost servers on all ranks."""
 
     def deliver(tensors: Tensors) -> Failed:
-        desk = agreed.desk
-        assert desk is not None
+        connection = rank_zero.connection
+        assert connection is not None
         try:
-            return send(desk, tensors)
+            return send(connection, tensors)
         except Passing as error:
             return dict.fromkeys(urls, error)
         except BaseException:
-            desk.background.run(quietly(urls, desk.control.resume))
+            connection.background.run(quietly(urls, connection.control.resume))
             raise
 
-    return first_takes(agreed.model, deliver)
+    return first_takes(rank_zero.model, deliver)
 
 
-def _resumed(desk: Connection, urls: Sequence[str], lost: Failed, number: int) -> list[str]:
+def _resumed(connection: Connection, urls: Sequence[str], lost: Failed, number: int) -> list[str]:
     """Name and verify the weights, resume all servers, and return those that have the weights."""
-    version = desk.versions.called(number)
+    version = connection.versions.called(number)
 
     async def finish() -> list[str]:
         reached = [url for url in urls if url not in lost]
         try:
-            for step in (desk.control.name_weights, desk.control.verify):
+            for step in (connection.control.name_weights, connection.control.verify):
                 failed = await each(reached, lambda url, step=step: step(url, version))
                 reached = [url for url in reached if url not in failed]
         finally:
-            await quietly(urls, desk.control.resume)
-        await desk.servers.want(version if reached else None)
+            await quietly(urls, connection.control.resume)
+        await connection.servers.want(version if reached else None)
         return reached
 
-    return desk.background.run(finish())
+    return connection.background.run(finish())

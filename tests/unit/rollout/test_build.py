@@ -88,7 +88,7 @@ def test_servers_without_memory_cannot_draw_while_the_trainer_trains() -> None:
 def test_an_engine_that_draws_at_once_has_the_batch_when_it_is_started() -> None:
     setup: Any = object()
     engine = Recorder(setup)
-    assert not engine.draws_elsewhere
+    assert not engine.generates_elsewhere
     assert engine.start([], Sampling(), round=1)() == []
     engine.rest()
     engine.forget(1)

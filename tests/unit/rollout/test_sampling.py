@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_troll.config import Sampling
-from megatron_troll.rollout.sampling import draw, keep, sample_key, uniforms
+from megatron_troll.rollout.sampling import keep, sample, sample_key, uniforms
 
 MASK = 2**64 - 1
 LARGEST_UNIFORM = 1 - 2.0**-53
@@ -94,7 +94,7 @@ def law(seed: int, rows: int = 1, size: int = 20) -> Tensor:
 def draw_many(logp: Tensor, sampling: Sampling, n: int = 20_000) -> Tensor:
     """[n] draws from the one row of `logp`."""
     uniform = torch.from_numpy(uniforms([sample_key(0, 0, "p", i) for i in range(n)], 0))
-    return draw(logp.expand(n, -1), uniform, sampling)
+    return sample(logp.expand(n, -1), uniform, sampling)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_ties_are_kept_in_id_order(sampling: Sampling, ids: list[int]) -> None:
 def test_temperature_zero_takes_the_lowest_of_the_most_probable() -> None:
     logp = torch.tensor([[0.1, 0.4, 0.1, 0.4], [0.25, 0.25, 0.25, 0.25]]).log()
     uniform = torch.tensor([0.9, 0.9], dtype=torch.float64)
-    assert draw(logp, uniform, Sampling(temperature=0.0)).tolist() == [1, 0]
+    assert sample(logp, uniform, Sampling(temperature=0.0)).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("zeros", [(), (0,), (7,), (0, 1, 6, 7), (3,), (0, 1, 2, 4, 5, 6, 7)])
@@ -171,7 +171,7 @@ def test_temperature_zero_takes_the_lowest_of_the_most_probable() -> None:
 def test_a_token_of_probability_zero_is_never_drawn(zeros: tuple[int, ...], uniform: float) -> None:
     logits = law(4, rows=50, size=8)
     logits[:, zeros] = -torch.inf
-    token = draw(logits.log_softmax(-1), torch.full((50,), uniform, dtype=torch.float64), Sampling())
+    token = sample(logits.log_softmax(-1), torch.full((50,), uniform, dtype=torch.float64), Sampling())
     assert not set(token.tolist()) & set(zeros)
     possible = [i for i in range(8) if i not in zeros]
     if uniform == 0.0:
@@ -190,15 +190,15 @@ def test_equal_uniforms_split_at_the_cumulative_probability() -> None:
     logp = torch.tensor([[0.25, 0.5, 0.25]]).log().expand(5, -1)
     below = np.nextafter(0.25, 0)
     uniform = torch.tensor([0.0, below, 0.25, 0.75, LARGEST_UNIFORM], dtype=torch.float64)
-    assert draw(logp, uniform, Sampling()).tolist() == [0, 0, 1, 2, 2]
+    assert sample(logp, uniform, Sampling()).tolist() == [0, 0, 1, 2, 2]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.9, top_k=3, min_p=0.1)], ids=str)
 def test_a_row_of_nan_gives_a_valid_token_and_leaves_the_others_alone(sampling: Sampling) -> None:
     logp = law(5, rows=3)
     uniform = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    expected = draw(logp, uniform, sampling)
+    expected = sample(logp, uniform, sampling)
     logp[1] = torch.nan
-    token = draw(logp, uniform, sampling)
+    token = sample(logp, uniform, sampling)
     assert 0 <= int(token[1]) < 20
     assert torch.equal(token[[0, 2]], expected[[0, 2]])

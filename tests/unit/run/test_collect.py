@@ -29,7 +29,7 @@ class Fake:
     """Answers an `always` prompt right, a `never` prompt wrong, and others every second time."""
 
     asked: list[list[str]] = field(default_factory=list)
-    draws_elsewhere: bool = False
+    generates_elsewhere: bool = False
     awaited: int = 0
 
     def start(
@@ -180,7 +180,7 @@ def test_a_batch_goes_on_behind_where_the_engine_draws_elsewhere(
     """With refill, what is asked depends on what came."""
     kinds = ["mixed", "always", "mixed", "mixed"]
     job, same = run(kinds, 2, refill), run(kinds, 2, refill)
-    job.engine.draws_elsewhere = elsewhere
+    job.engine.generates_elsewhere = elsewhere
     waiting = begin(job, step=3, trained=2)
     assert (waiting.trained, waiting.position) == (2, 0)
     assert (waiting.batch is None, job.engine.awaited == 0) == (under_way, under_way)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.launch.slurm import meeting
-from megatron_troll.launch.slurm.meeting import Meeting, attend, call, free_port
+from megatron_troll.launch.slurm import rendezvous as meeting
+from megatron_troll.launch.slurm.rendezvous import Meeting, attend, call, free_port
 
 
 def test_the_others_wait_until_rank_0_has_called(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def config(**changes: Any) -> SGLang:
     return SGLang(**({"attempts": 3, "patience_s": 1.0, "deadline_s": 30.0} | changes))
 
 
-def draw(
+def generate(
     fakes: Sequence[Fake],
     count: int,
     meanwhile: Callable[[Client, ServerPool], Any] | None = None,
@@ -44,7 +44,7 @@ def draw(
             await meanwhile(parts.client, parts.servers)
 
     asking = Asking(discover or (lambda: [fake.url for fake in fakes]), config(**changes))
-    return asking.draw(questions(count), beside)
+    return asking.generate(questions(count), beside)
 
 
 def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:

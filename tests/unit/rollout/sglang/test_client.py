@@ -24,7 +24,7 @@ from megatron_troll.types import TokenTopK
 from tests.sglang.asking import VERSIONS, Asked, checker
 from tests.sglang.model import VOCAB
 from tests.sglang.recordings import LENGTH, PROMPT
-from tests.unit.rollout.sglang.asking import config, draw
+from tests.unit.rollout.sglang.asking import config, generate
 from tests.unit.rollout.sglang.fake import (
     TOKENS,
     Fake,
@@ -66,21 +66,21 @@ def assert_answered(asked: Asked, count: int) -> None:
 
 
 def test_questions_are_shared_out(two: list[Fake]) -> None:
-    assert_answered(draw(two, 12), 12)
+    assert_answered(generate(two, 12), 12)
     assert {len(fake.asked) for fake in two} == {6}
 
 
 def test_no_more_are_under_way_at_one_server_than_allowed(two: list[Fake]) -> None:
     for fake in two:
         fake.faults.extend([together(3)] * 3)
-    assert_answered(draw(two, 20, concurrency=3), 20)
+    assert_answered(generate(two, 20, concurrency=3), 20)
     assert [fake.most_under_way for fake in two] == [3, 3]
 
 
 @pytest.mark.parametrize("fault", [dropped, failed, garbage], ids=lambda fault: fault.__name__)
 def test_another_server_answers_what_one_failed_at(two: list[Fake], fault: Fault) -> None:
     two[0].faults.extend([fault] * 3)
-    assert_answered(draw(two, 8), 8)
+    assert_answered(generate(two, 8), 8)
 
 
 def score(fakes: list[Fake]) -> dict[str, list[TokenTopK]]:
@@ -109,21 +109,21 @@ def test_a_law_is_asked_for_again_then_left_out(two: list[Fake], fault: Fault) -
 
 def test_an_aborted_answer_is_kept_and_continued(one: Fake) -> None:
     one.faults.extend([aborted_after(5), aborted_after(3)])
-    assert_answered(draw([one], 1), 1)
+    assert_answered(generate([one], 1), 1)
     asked = [(len(body["input_ids"]), body["sampling_params"]["max_new_tokens"]) for body in one.asked]
     assert asked == [(6, 12), (11, 7), (14, 4)]
 
 
 def test_one_that_is_aborted_after_its_last_token_is_whole(one: Fake) -> None:
     one.faults.append(aborted_after(LENGTH))
-    assert_answered(draw([one], 1), 1)
+    assert_answered(generate([one], 1), 1)
     assert len(one.asked) == 1
 
 
 def test_a_slow_server_hands_over_what_it_has_and_another_goes_on(two: list[Fake]) -> None:
     for fake in two:
         fake.faults.append(slow(4))
-    assert_answered(draw(two, 2, deadline_s=0.2), 2)
+    assert_answered(generate(two, 2, deadline_s=0.2), 2)
     assert sorted(len(body["input_ids"]) for fake in two for body in fake.asked) == [6, 6, 10, 10]
 
 
@@ -139,7 +139,7 @@ def test_weights_that_change_meanwhile_are_told_apart(one: Fake) -> None:
         await servers.want(VERSIONS.called(2))
 
     one.faults.append(updated)
-    answer = draw([one], 1, want_the_new).answers[0]
+    answer = generate([one], 1, want_the_new).answers[0]
     assert answer.ids.tolist() == TOKENS
     assert answer.versions.tolist() == [1] * 5 + [2] * 7
 
@@ -152,7 +152,7 @@ def test_a_server_that_lost_its_weights_is_not_believed(two: list[Fake]) -> None
         return aborted_after(LENGTH)(body, fake)
 
     two[0].faults.append(restarted)
-    assert_answered(draw(two, 6), 6)
+    assert_answered(generate(two, 6), 6)
 
 
 def make(change: Callable[[Any], object]) -> Fault:
@@ -191,7 +191,7 @@ def test_what_does_not_pass_ends_the_batch_and_says_what_it_is(one: Fake, name: 
     fault, kind, words = LASTING[name]
     one.faults.extend([fault] * 10)
     with pytest.raises(kind, match=words):
-        draw([one], 1, patience_s=20.0)
+        generate([one], 1, patience_s=20.0)
     assert len(one.asked) == 3
 
 
@@ -199,21 +199,21 @@ def test_a_refused_question_is_not_asked_again(two: list[Fake]) -> None:
     two[0].faults.append(refused)
     two[1].faults.append(refused)
     with pytest.raises(Refused, match=r"sample p\d#0, .* is longer than the model's context length"):
-        draw(two, 1)
+        generate(two, 1)
     assert sum(len(fake.asked) for fake in two) == 1
 
 
 def test_a_missing_key_ends_the_run_at_once(one: Fake) -> None:
     one.key = "secret"
     with pytest.raises(WrongServer, match=r"api_key_file") as caught:
-        draw([one], 1)
+        generate([one], 1)
     assert "secret" not in str(caught.value)
 
 
 def test_without_servers_the_run_ends_after_a_while(one: Fake) -> None:
     one.overrides["/health"] = (503, {})
     with pytest.raises(NoServers, match=r"(?s)no usable server for 0.3 s.*answered 503.*mtroll serve"):
-        draw([one], 1, patience_s=0.3)
+        generate([one], 1, patience_s=0.3)
 
 
 def test_a_server_that_joins_is_asked_too(two: list[Fake]) -> None:
@@ -224,7 +224,7 @@ def test_a_server_that_joins_is_asked_too(two: list[Fake]) -> None:
         await asyncio.sleep(0.1)
         known.append(two[1].url)
 
-    assert_answered(draw(two, 40, join, lambda: known, concurrency=1), 40)
+    assert_answered(generate(two, 40, join, lambda: known, concurrency=1), 40)
     assert two[1].asked
 
 
@@ -239,7 +239,7 @@ def test_a_server_that_leaves_is_not_asked_again(two: list[Fake]) -> None:
         await servers.refresh()
         counts.append(len(two[1].asked))
 
-    assert_answered(draw(two, 40, leave, lambda: known, concurrency=1), 40)
+    assert_answered(generate(two, 40, leave, lambda: known, concurrency=1), 40)
     assert len(two[1].asked) <= counts[0] + 1
 
 
@@ -248,7 +248,7 @@ def test_a_server_that_comes_back_is_asked_again(two: list[Fake]) -> None:
     two[0].faults.append(dropped)
     for fake in two:
         fake.seconds = 0.05
-    assert_answered(draw(two, 40, concurrency=1), 40)
+    assert_answered(generate(two, 40, concurrency=1), 40)
     assert len(two[0].asked) > 1
 
 
@@ -257,5 +257,5 @@ def test_an_error_gives_up_what_is_under_way(two: list[Fake]) -> None:
     two[1].seconds = 30.0
     began = time.monotonic()
     with pytest.raises(EngineError):
-        draw(two, 4)
+        generate(two, 4)
     assert time.monotonic() - began < 25.0

@@ -12,7 +12,7 @@ import pytest
 from megatron_troll.rollout.engine import Completion
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.client import Client
-from megatron_troll.rollout.sglang.drawing import GenerationBatch
+from megatron_troll.rollout.sglang.generation import GenerationBatch
 from megatron_troll.rollout.sglang.http import Http, Refused
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.servers import ServerPool
@@ -38,7 +38,7 @@ class Desk(SimpleNamespace):
         self.background.close()
 
 
-def desk(fake: Fake) -> Any:
+def connection(fake: Fake) -> Any:
     background = Background()
 
     async def client() -> Client:
@@ -51,7 +51,7 @@ def desk(fake: Fake) -> Any:
 
 
 def test_it_goes_on_while_the_main_thread_does_something_else(fake: Fake) -> None:
-    with desk(fake) as at:
+    with connection(fake) as at:
         drawing = GenerationBatch(questions(6), round=1, journal=None)
         drawing.begin(at)
         until(lambda: len(drawing.answers) == 6)
@@ -63,14 +63,14 @@ def test_it_goes_on_while_the_main_thread_does_something_else(fake: Fake) -> Non
 def test_what_was_answered_before_a_crash_is_not_asked_again(fake: Fake, tmp_path: Path) -> None:
     """The second process asks for what the first one did not finish, and for nothing twice."""
     fake.seconds = 0.05
-    with desk(fake) as at:
+    with connection(fake) as at:
         first = GenerationBatch(questions(8), 3, Journal(tmp_path))
         first.begin(at)
         until(lambda: len(first.answers) >= 3)
     asked_before, finished = len(fake.asked), len(Journal(tmp_path).read(3))
     assert 3 <= finished < 8
     fake.seconds = 0.0
-    with desk(fake) as at:
+    with connection(fake) as at:
         again = GenerationBatch(questions(8), 3, Journal(tmp_path))
         again.begin(at)
         assert again.complete(at)
@@ -82,7 +82,7 @@ def test_what_was_answered_before_a_crash_is_not_asked_again(fake: Fake, tmp_pat
 def test_answers_with_another_top_k_are_asked_for_again(fake: Fake, tmp_path: Path) -> None:
     narrow = Completion(np.array([5]), np.zeros(1, np.float32), None, np.zeros(1, np.int64), "length")
     Journal(tmp_path).add(1, questions(1)[0].name, narrow)
-    with desk(fake) as at:
+    with connection(fake) as at:
         drawing = GenerationBatch(questions(1), 1, Journal(tmp_path))
         drawing.begin(at)
         assert drawing.complete(at)
@@ -92,7 +92,7 @@ def test_answers_with_another_top_k_are_asked_for_again(fake: Fake, tmp_path: Pa
 
 def test_what_was_answered_before_an_error_is_kept(fake: Fake, tmp_path: Path) -> None:
     fake.faults.extend([together(1), together(1), refused])
-    with desk(fake) as at:
+    with connection(fake) as at:
         drawing = GenerationBatch(questions(4), 1, Journal(tmp_path))
         drawing.begin(at)
         with pytest.raises(Refused):

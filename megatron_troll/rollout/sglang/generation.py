@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_troll.rollout.engine import Completion
 from megatron_troll.rollout.sglang.client import NamedRequest
-from megatron_troll.rollout.sglang.desk import Connection
+from megatron_troll.rollout.sglang.connection import Connection
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.servers import OutOfDate
 
@@ -22,7 +22,7 @@ class GenerationBatch:
     answers: dict[int, Completion] = field(default_factory=dict)
     _under_way: "Future[None] | None" = None
 
-    def begin(self, desk: Connection) -> None:
+    def begin(self, connection: Connection) -> None:
         """Send the requests without waiting for answers."""
         there = {} if self.journal is None else self.journal.read(self.round)
         self.answers = {
@@ -30,21 +30,21 @@ class GenerationBatch:
             for i, question in enumerate(self.questions)
             if question.name in there and _width(there[question.name]) == question.ask.top_k
         }
-        self._ask(desk)
+        self._ask(connection)
 
-    def complete(self, desk: Connection) -> bool:
+    def complete(self, connection: Connection) -> bool:
         """Wait for every answer. False if the servers need a sync first; the answers so far are kept."""
         if self._under_way is None:
-            self._ask(desk)
+            self._ask(connection)
         assert self._under_way is not None
         under_way, self._under_way = self._under_way, None
         try:
-            desk.background.result(under_way)
+            connection.background.result(under_way)
         except OutOfDate:
             return False
         return True
 
-    def _ask(self, desk: Connection) -> None:
+    def _ask(self, connection: Connection) -> None:
         missing = [i for i in range(len(self.questions)) if i not in self.answers]
 
         def answered(place: int, answer: Completion) -> None:
@@ -53,8 +53,8 @@ class GenerationBatch:
             if self.journal is not None:
                 self.journal.add(self.round, self.questions[i].name, answer)
 
-        self._under_way = desk.background.start(
-            desk.client.draw([self.questions[i] for i in missing], answered)
+        self._under_way = connection.background.start(
+            connection.client.generate([self.questions[i] for i in missing], answered)
         )
 
 

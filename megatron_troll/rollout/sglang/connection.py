@@ -48,7 +48,7 @@ class Connection:
         self.background.close()
 
 
-def open_desk(setup: Setup) -> Connection:
+def open_connection(setup: Setup) -> Connection:
     """Connect; waits until a server is healthy and serves the model. Raises EngineError."""
     config, background = setup.rollout.sglang, Background(setup.model.progress)
     versions = Versions(setup.config.name)
@@ -88,7 +88,7 @@ def _identity(setup: Setup) -> Identity:
         setup.tokenizer,
         text,
         ids,
-        setup.rollout.sampling.law_temperature,
+        setup.rollout.sampling.logprob_temperature,
     )
 
 
