@@ -222,7 +222,7 @@ def _launch(arguments: Namespace, name: str, config: Config) -> int:
     from megatron_troll.checks import world_size
 
     ranks = world_size(config)
-    argv = [sys.executable, "-m", "megatron_troll.cli", name, arguments.config, *arguments.overrides]
+    argv = [sys.executable, "-P", "-m", "megatron_troll.cli", name, arguments.config, *arguments.overrides]
     threads = config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
     return launch(argv, ranks, threads, RunFolder.of(config).logs)
 

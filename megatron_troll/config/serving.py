@@ -21,7 +21,7 @@ class WeightSync(Node):
     )
     address: str | None = Field(
         default=None,
-        description="for `distributed`: rank 0's address for the servers; default: its host name",
+        description="for `distributed`: rank 0's address; default: that on its route to the servers",
     )
     bucket_mib: Positive = Field(default=512, description="MiB sent at once; needs twice that memory")
     timeout_s: PositiveFloat = Field(default=600.0, description="for each reply of a server during a sync")

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron_troll.launch.slurm.network import interface_with
 from megatron_troll.system import ASKING, end_with_parent
 
 GRACE_S = 15.0
 TAIL_LINES = 40
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -107,22 +109,26 @@ def run_ranks(
 
 
 def rank_environment(rank: int, world: int, port: int, threads: int) -> dict[str, str]:
-    """The variables that torch.distributed's `env://` reads, and the CPU threads of one rank."""
+    """The variables that torch.distributed's `env://` reads, the CPU threads of one rank, and the network
+    interface of a world on one machine, unless our own environment names one."""
+    loopback = interface_with(LOOPBACK)
+    chosen = {name: os.environ.get(name, loopback) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(threads),
+        **chosen,
     }
 
 
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nothing listens on now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
 
 

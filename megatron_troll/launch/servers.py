@@ -256,4 +256,4 @@ def interpreter(named: str) -> Path:
 
 def command(python: str, device: str) -> tuple[str, ...]:
     """The command that starts a server, without its flags."""
-    return (python, "-m", "sglang_cpu.serve" if device == "cpu" else "sglang.launch_server")
+    return (python, "-P", "-m", "sglang_cpu.serve" if device == "cpu" else "sglang.launch_server")

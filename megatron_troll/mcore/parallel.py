@@ -17,7 +17,7 @@ from megatron_troll.config import Layout
 from megatron_troll.mcore.cpu import patches
 from megatron_troll.mcore.layout import check_world
 from megatron_troll.mcore.version import check_version
-from megatron_troll.parallel.groups import ALONE, Group, Groups
+from megatron_troll.parallel.groups import ALONE, Group, Groups, join_world
 
 # Hangs are detected by the watchdog (observe/hang.py); a rank may wait long for one that makes progress.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
@@ -46,7 +46,7 @@ def start(layout: Layout, seed: int) -> Groups:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        join_world(backend, COLLECTIVE_TIMEOUT)
     groups = _form(layout)
     random.seed(seed)
     np.random.seed(seed)

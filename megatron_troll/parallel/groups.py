@@ -1,7 +1,9 @@
 """Process groups as values: code that communicates is given the group to use."""
 
 import datetime
+import ipaddress
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,6 +135,45 @@ class Groups:
         return self.pp.rank == self.pp.size - 1
 
 
+def join_world(backend: str, timeout: datetime.timedelta) -> None:
+    """Form the world's process group from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of the environment.
+    Blocks until every rank has joined; raises torch.distributed.DistError if that takes longer than
+    `timeout`, which limits collectives too."""
+    # torchrun's agent holds the store itself.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank == 0:
+        store = store_at(address, port, world, timeout)
+    else:
+        store = dist.TCPStore(address, port, world, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def store_at(host: str, port: int, world: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """Open a store at an address of this machine (port 0: any free one) for `world` processes. Whoever can
+    reach a store can write what ranks unpickle, and TCPStore by itself listens on every interface: this one
+    listens only at `host`, unless that is a name, which may resolve to another address on this node than on
+    the others. Raises OSError."""
+    options = {"is_master": True, "timeout": timeout, "wait_for_workers": False}
+    if not _is_address(host):
+        return dist.TCPStore(host, port, world, **options)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=world)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host, port, world, master_listen_fd=listener.detach(), **options)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 @contextmanager
 def joined(timeout: datetime.timedelta) -> Iterator[Group]:
     """Group of the ranks that torchrun or srun started, over gloo, until the block ends; only this process if
@@ -142,7 +183,7 @@ def joined(timeout: datetime.timedelta) -> Iterator[Group]:
     if "RANK" not in os.environ:
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=timeout)
+    join_world("gloo", timeout)
     try:
         yield Group(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
     finally:

@@ -9,10 +9,10 @@ from megatron_troll.config import Config, ConfigError, Model
 from megatron_troll.launch.plan.build import GIB, plan
 from megatron_troll.launch.plan.servers import server_share
 from megatron_troll.launch.plan.states import MASTER, MOMENTS, WIDTHS
-from megatron_troll.launch.slurm.network import address_towards
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.preflight.run import Needs
 from megatron_troll.preflight.serving import servers_of
+from megatron_troll.system import address_towards
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.table import parameters_of
 

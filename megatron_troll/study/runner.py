@@ -84,7 +84,7 @@ def _job(command: str, name: str, config: Config, folder: Path, *overrides: str)
     """Job `mtroll <command>` with a configuration, which is written beside the run folder."""
     path = beside(folder)
     write_atomic(path, dump(config))
-    argv = (sys.executable, "-m", "megatron_troll.cli", command, str(path), *overrides)
+    argv = (sys.executable, "-P", "-m", "megatron_troll.cli", command, str(path), *overrides)
     return Job(name, argv, folder.with_name(f"{folder.name}.log"))
 
 

@@ -50,6 +50,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """The demo task, cut to a few prompts; warm.yaml and tiny.yaml, the two trainings of these tests, and
     eval.yaml, which evaluates what tiny.yaml exports."""
     place = Workplace(tmp_path_factory.mktemp("e2e"))
+    # A file of the working folder does not stand in for the standard library, in the command or its ranks.
+    (place.root / "secrets.py").write_text("raise ImportError('the working folder is on the path')\n")
     succeed(place.mtroll("demo", "runs/demo"))
     for name, lines in (("train", 64), ("held_out", 64), ("warm", 1000)):
         _cut(place.run("demo") / "data" / f"{name}.jsonl", lines)

@@ -9,17 +9,22 @@ from dataclasses import dataclass
 import pytest
 
 from tests.e2e.exported import largest_gap
-from tests.e2e.workplace import Done, Workplace, finish, succeed, untimed, wait_until
+from tests.e2e.workplace import Done, Workplace, finish, listening, succeed, untimed, wait_until
 
 CONTINUE = ("train", "runs/again", "resume=true")
 
 
 @dataclass(frozen=True)
 class Story:
-    """A rerun of the finished run from its folder, as `again`. stopped: it got SIGTERM in its first
-    evaluation, steps: its metrics then; second: another process wanted its folder; killed: it was continued,
-    and one of its ranks was killed after step 2."""
+    """A rerun of the finished run from its folder, as `again`.
 
+    addresses   where its processes listened
+    second      another process that wanted its folder
+    stopped     it got SIGTERM in its first evaluation; steps: its metrics then
+    killed      it was continued, and one of its ranks was killed after step 2
+    """
+
+    addresses: set[str]
     second: Done
     stopped: Done
     steps: list[int]
@@ -31,6 +36,7 @@ def story(finished: Workplace) -> Story:
     with finished.held():
         first = finished.start("train", "runs/finished", "name=again")
         wait_until(lambda: (finished.run("again") / "heartbeat").exists(), first)
+        addresses = listening(first)
         second = finished.mtroll(*CONTINUE, "name=again")
         first.send_signal(signal.SIGTERM)
     stopped = finish(first)
@@ -41,7 +47,11 @@ def story(finished: Workplace) -> Story:
         heartbeat = finished.run("again") / "heartbeat" / "rank_1.json"
         os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGKILL)
         killed = finish(resumed)
-    return Story(second, stopped, steps, killed)
+    return Story(addresses, second, stopped, steps, killed)
+
+
+def test_a_run_on_one_machine_listens_only_on_loopback(story: Story) -> None:
+    assert story.addresses == {"127.0.0.1"}
 
 
 def test_a_second_writer_is_refused(story: Story) -> None:

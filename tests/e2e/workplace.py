@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 REPOSITORY = Path(__file__).parents[2]
 LIMIT_S = 300.0
 TIMINGS = ("seconds", "tokens_per_s", "mfu")
@@ -89,6 +91,15 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) 
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
+
+
+def listening(process: subprocess.Popen[str]) -> set[str]:
+    """The addresses at which a command and the processes it started listen now."""
+    parent = psutil.Process(process.pid)
+    connections = [
+        c for one in (parent, *parent.children(recursive=True)) for c in one.net_connections("inet")
+    ]
+    return {found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN}
 
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

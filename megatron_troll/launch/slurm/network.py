@@ -9,13 +9,6 @@ import psutil
 INFINIBAND = Path("/sys/class/infiniband")
 
 
-def address_towards(host: str) -> str:
-    """This machine's IPv4 address on the route to `host`. Sends nothing. Raises OSError."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        return probe.getsockname()[0]
-
-
 def address_of(interface: str) -> str:
     """The IPv4 address of an interface. Raises ValueError listing the interfaces that exist."""
     found = addresses()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_troll.launch.slurm import network
+from megatron_troll.system import address_towards
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,8 +24,8 @@ def main(argv: Sequence[str]) -> None:
     if launcher is None:
         parser.error("SLURM_LAUNCH_NODE_IPADDR not set: start this with srun, one task per node")
     named = arguments.interface
-    own = network.address_of(named) if named else network.address_towards(launcher)
-    command = ["-m", "megatron_troll.cli", "serve", *arguments.arguments, f"serve.host={own}"]
+    own = network.address_of(named) if named else address_towards(launcher)
+    command = ["-P", "-m", "megatron_troll.cli", "serve", *arguments.arguments, f"serve.host={own}"]
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.execv(sys.executable, [sys.executable, *command])

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_troll.launch.local import Failure, run_ranks
 from megatron_troll.launch.slurm import network
 from megatron_troll.launch.slurm.rendezvous import attend, call
-from megatron_troll.system import write_atomic
+from megatron_troll.system import address_towards, write_atomic
 
 MEETING = "meeting.json"
 FAILED = "failed"
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     seat = Seat.of(os.environ)
     environment = join(seat, arguments.logs, arguments.interface)
-    command = [sys.executable, "-m", "megatron_troll.cli", *arguments.arguments]
+    command = [sys.executable, "-P", "-m", "megatron_troll.cli", *arguments.arguments]
     failure = run_ranks(command, {seat.rank: environment}, arguments.logs)
     if failure is None:
         return 0
@@ -81,11 +81,11 @@ def join(seat: Seat, logs: Path, interface: str | None) -> dict[str, str]:
     """The environment of a rank, once rank 0's address is known. Raises TimeoutError, ValueError."""
     file = logs / MEETING
     if seat.rank == 0:
-        own = network.address_of(interface) if interface else network.address_towards(seat.launcher)
+        own = network.address_of(interface) if interface else address_towards(seat.launcher)
         meeting = call(file, own)
     else:
         meeting = attend(file, MEETING_TIMEOUT_S)
-    own = interface or network.interface_with(network.address_towards(meeting.address))
+    own = interface or network.interface_with(address_towards(meeting.address))
     return {
         "RANK": str(seat.rank),
         "WORLD_SIZE": str(seat.world),

@@ -55,7 +55,7 @@ step() {
     if wait "$step"; then code=0; else code=$?; fi
   done
 }
-task=("$python" -m megatron_troll.launch.slurm.task "${network[@]}")
+task=("$python" -P -m megatron_troll.launch.slurm.task "${network[@]}")
 
 # The nodes first, a task each.
 step --nodes="$all" --ntasks="$all" --ntasks-per-node=1 "${task[@]}" "$logs/preflight" \
@@ -66,7 +66,7 @@ if [[ $asked ]]; then code=1; fi
 servers=
 if ((code == 0 && ${#serving[@]})); then
   srun --job-name=servers --kill-on-bad-exit=0 "${serving[@]}" "${container[@]}" "$python" \
-    -m megatron_troll.launch.slurm.server "${network[@]}" "${command[@]:1}" &
+    -P -m megatron_troll.launch.slurm.server "${network[@]}" "${command[@]:1}" &
   servers=$!
   until [[ $asked || -n $(find "$run/servers" -name '*.json' -newer "$logs/job" 2>/dev/null) ]]; do
     kill -0 "$servers" 2>/dev/null || refuse "no server started: see above, and $run/logs"

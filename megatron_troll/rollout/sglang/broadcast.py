@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_troll.parallel.groups import store_at
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.control import Control
@@ -94,9 +95,7 @@ class Broadcast:
         ranks = await asyncio.gather(*(self.control.ranks(url) for url in urls))
         first = dict(zip(urls, itertools.accumulate((1, *ranks[:-1]))))
         world, name = 1 + sum(ranks), f"{self.run}-{next(self._numbers)}"
-        store = dist.TCPStore(
-            self.address, 0, world, is_master=True, timeout=PATIENCE, wait_for_workers=False
-        )
+        store = store_at(self.address, 0, world, PATIENCE)
 
         async def join(url: str) -> None:
             await self.control.join_group(

@@ -1,6 +1,5 @@
 """Rank 0's connection to the servers; the other ranks have none."""
 
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -18,6 +17,7 @@ from megatron_troll.rollout.sglang.registry import registered, weights_folder
 from megatron_troll.rollout.sglang.servers import Router, ServerPool
 from megatron_troll.rollout.sglang.transport import Disk, Shared, Transport
 from megatron_troll.rollout.sglang.wire import Versions
+from megatron_troll.system import address_towards
 
 MIB = 2**20
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -99,11 +99,11 @@ def _transport(setup: Setup, background: Background, control: Control, versions:
         return Disk(background, control, weights_folder(setup.config), setup.folder, max_bytes)
     if sync.via == "tensor":
         return Shared(background, control, max_bytes)
-    address = sync.address or _own_address(setup.rollout.sglang.servers)
+    address = sync.address or _own_address(_discover(setup)())
     return Broadcast(background, control, max_bytes, address, versions.run, backend_for(device()))
 
 
 def _own_address(servers: Sequence[str]) -> str:
-    """Loopback if all servers are on it, otherwise the name of this host."""
-    hosts = {urlsplit(url).hostname for url in servers}
-    return "127.0.0.1" if hosts <= set(LOOPBACK) else socket.getfqdn()
+    """This machine's address on the route to the first server elsewhere; loopback if there is none."""
+    hosts = [host for url in servers if (host := urlsplit(url).hostname) not in (None, *LOOPBACK)]
+    return address_towards(hosts[0]) if hosts else "127.0.0.1"

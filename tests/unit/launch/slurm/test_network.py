@@ -6,11 +6,11 @@ import pytest
 
 from megatron_troll.launch.slurm.network import (
     address_of,
-    address_towards,
     environment,
     fabric,
     interface_with,
 )
+from megatron_troll.system import address_towards
 
 
 def adapter(root: Path, name: str, state: str, rate: str) -> None:
