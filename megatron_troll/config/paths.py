@@ -90,6 +90,11 @@ class RunPaths:
         return self.root / "servers"
 
     @property
+    def key(self) -> Path:
+        """API key of these servers, unless rollout.sglang.api_key_file names a file."""
+        return self.servers / "key"
+
+    @property
     def buffer(self) -> Path:
         """Folder that keeps answers until a checkpoint contains the steps trained on them."""
         return self.root / "buffer"

@@ -9,8 +9,7 @@ from megatron_troll.config import Config, RunPaths
 from megatron_troll.launch.servers import ServerPlan, Supervisor, command, environment, interpreter
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import read_shape
-from megatron_troll.rollout.sglang.http import read_key
-from megatron_troll.rollout.sglang.registry import register, unregister
+from megatron_troll.rollout.sglang.registry import key_of, register, unregister
 from megatron_troll.system import Interrupts
 from megatron_troll.weights.source import check_folder
 
@@ -35,9 +34,9 @@ def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) 
 
 def plans_of(config: Config) -> list[ServerPlan]:
     """The servers to start. Raises one of task.PROBLEMS."""
-    serve, model, key_file = config.serve, config.models.drawing, config.rollout.sglang.api_key_file
-    check_address(serve, key_file)
-    key, shape = read_key(key_file), read_shape(model.path)
+    serve, model = config.serve, config.models.drawing
+    check_address(serve, config.rollout.sglang.api_key_file)
+    key, shape = key_of(config), read_shape(model.path)
     if model.init == "pretrained":
         check_folder(model.path, shape)
     python, device = interpreter(serve.python), device_of(serve.device)

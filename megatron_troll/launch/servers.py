@@ -32,13 +32,14 @@ class ServerFailed(RuntimeError):
 @dataclass(frozen=True)
 class ServerPlan:
     """One server: the command that starts it, its flags, and the folder of its log and configuration. `key`
-    is written only to the configuration, which no other user can read, and is removed from the log."""
+    is written only to the configuration, which no other user can read, until the server has read it, and is
+    removed from the log."""
 
     argv: tuple[str, ...]
     environment: dict[str, str]
     flags: Flags
     folder: Path
-    key: str | None
+    key: str
 
     @property
     def port(self) -> int:
@@ -65,6 +66,10 @@ class ServerPlan:
     def log(self) -> Path:
         return self.folder / f"{self.name}.log"
 
+    @property
+    def arguments(self) -> Path:
+        return self.folder / f"{self.name}.yaml"
+
 
 class Process:
     """One running server, the leader of its own session."""
@@ -72,13 +77,11 @@ class Process:
     def __init__(self, plan: ServerPlan) -> None:
         self.plan = plan
         plan.folder.mkdir(parents=True, exist_ok=True)
-        arguments = plan.folder / f"{plan.name}.yaml"
-        arguments.unlink(missing_ok=True)
-        key = {} if plan.key is None else {"api-key": plan.key}
-        with open(os.open(arguments, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            yaml.safe_dump(plan.flags | key, file)
+        plan.arguments.unlink(missing_ok=True)
+        with open(os.open(plan.arguments, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            yaml.safe_dump(plan.flags | {"api-key": plan.key}, file)
         self.popen = subprocess.Popen(
-            [*plan.argv, "--config", str(arguments)],
+            [*plan.argv, "--config", str(plan.arguments)],
             env=plan.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -92,11 +95,15 @@ class Process:
     def _write_log(self) -> None:
         """Copy the server's output to its log without the key, which SGLang logs with its arguments."""
         assert self.popen.stdout is not None
-        secret = None if self.plan.key is None else self.plan.key.encode()
         with open(self.plan.log, "ab") as log:
             for line in self.popen.stdout:
-                log.write(line if secret is None else line.replace(secret, b"(key)"))
+                log.write(line.replace(self.plan.key.encode(), b"(key)"))
                 log.flush()
+
+    def forget_key(self) -> None:
+        """Delete the configuration, which the server has read or will never read: it holds the key. SGLang
+        logs the arguments it started with."""
+        self.plan.arguments.unlink(missing_ok=True)
 
     @property
     def exit_code(self) -> int | None:
@@ -115,6 +122,7 @@ class Process:
         with suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
+        self.forget_key()
         self._writer.join(5.0)
 
     def last_words(self) -> str:
@@ -163,6 +171,7 @@ class Supervisor:
             self._replace(slot)
         elif not slot.healthy and process.healthy():
             slot.healthy = True
+            process.forget_key()
             self.announce(plan, process.popen.pid)
             self.say(f"{plan.url} is healthy; its log is {plan.log}")
         elif not slot.healthy and slot.restarts == 0 and time.monotonic() > deadline:

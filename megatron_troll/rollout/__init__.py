@@ -35,7 +35,8 @@ def check_engine(config: RolloutConfig, cp: int) -> None:
 def _check_sglang(config: SGLang) -> None:
     from megatron_troll.rollout.sglang.http import read_key
 
-    read_key(config.api_key_file)
+    if config.api_key_file is not None:
+        read_key(config.api_key_file)
     for key, url in [("servers", url) for url in config.servers] + [("router", config.router)]:
         place = urlsplit(url or "http://unset:1")
         if place.scheme not in ("http", "https") or not place.hostname or place.path not in ("", "/"):

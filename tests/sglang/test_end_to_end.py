@@ -85,7 +85,8 @@ def test_a_trainer_that_is_killed_asks_for_nothing_twice(
     answers that were there when it was killed, from each once."""
     place, url = served.place, served.written_down[0]["url"]
     servers = f"rollout.sglang.servers=[{url}]"
-    off = ("name=off", servers, "rollout.staleness=1", "objective.correction={name: tis}")
+    key = "rollout.sglang.api_key_file=runs/cpu-sglang/servers/key"
+    off = ("name=off", servers, key, "rollout.staleness=1", "objective.correction={name: tis}")
     first = place.start("train", "config.yaml", *off)
     wait_until(lambda: len(buffered(place, 2)) >= ANSWERS // 4, first)
     heartbeat = place.run("off") / "heartbeat" / "rank_0.json"

@@ -11,9 +11,9 @@ from megatron_troll.rollout.sglang.background import Background
 from megatron_troll.rollout.sglang.broadcast import Broadcast, backend_for
 from megatron_troll.rollout.sglang.client import Client
 from megatron_troll.rollout.sglang.control import Control, each
-from megatron_troll.rollout.sglang.http import Http, read_key
+from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.rollout.sglang.identity import Identity
-from megatron_troll.rollout.sglang.registry import registered, weights_folder
+from megatron_troll.rollout.sglang.registry import key_of, registered, weights_folder
 from megatron_troll.rollout.sglang.servers import Router, ServerPool
 from megatron_troll.rollout.sglang.transport import Disk, Shared, Transport
 from megatron_troll.rollout.sglang.wire import Versions
@@ -54,7 +54,7 @@ def open_connection(setup: Setup) -> Connection:
     versions = Versions(setup.config.name)
 
     async def assemble() -> tuple[Http, ServerPool, Client]:
-        http = Http(read_key(config.api_key_file))
+        http = Http(key_of(setup.config))
         identity = _identity(setup)
         router = None if config.router is None else Router(config.router, http)
         servers = ServerPool(config, _discover(setup), lambda url: identity.check(http, url), router)

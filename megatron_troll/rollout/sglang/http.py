@@ -103,7 +103,8 @@ def _failure(reply: httpx.Response, where: str) -> Exception:
     said = f"{where} answered {reply.status_code}: {_message(reply)}"
     if reply.status_code in (401, 403):
         return WrongServer(
-            f"{said}; put the server's key in a file and name it in rollout.sglang.api_key_file"
+            f"{said}; name the file of the server's key in rollout.sglang.api_key_file (`mtroll serve` keeps "
+            "it in runs/<its name>/servers/key)"
         )
     if reply.status_code == 429 or reply.status_code >= 500:
         return ServerFault(said)
@@ -122,11 +123,9 @@ def _message(reply: httpx.Response) -> str:
     return str(said or json.dumps(body))[:1000]
 
 
-def read_key(file: str | None) -> str | None:
+def read_key(file: str) -> str:
     """Read the key in `rollout.sglang.api_key_file`. Raises ConfigError if the file cannot be read, holds no
     valid key, or is readable by others."""
-    if file is None:
-        return None
     path = Path(file)
     try:
         readable, key = path.stat().st_mode & 0o077, path.read_text().strip()

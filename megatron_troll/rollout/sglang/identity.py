@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.rollout.sglang.http import BadReply, Http, Refused, ServerFault, WrongServer
+from megatron_troll.rollout.sglang.wire import SAMPLING_PARAMS
 
 HEALTH_S = 20.0
 # Log-probs are float32 sums over the vocabulary.
@@ -43,6 +44,7 @@ class Identity:
         if not isinstance(started, dict) or not isinstance(started.get("model_path"), str):
             raise BadReply(f"{url}/server_info names no model_path: {str(started)[:200]}; is it SGLang?")
         self._check_family(url, info)
+        _check_sampling(url, info, started)
         self._check_sizes(url, Path(started["model_path"]))
         await self._check_tokenizer(http, url)
         if self.temperature != 1.0:
@@ -119,6 +121,23 @@ class Identity:
             return {token: float(logp) for logp, token, _ in entries if logp is not None}
         except (TypeError, ValueError, LookupError):
             raise BadReply(f"{url} gives no log-probs of a first token: {str(reply)[:200]}") from None
+
+
+def _check_sampling(url: str, info: dict[str, Any], started: dict[str, Any]) -> None:
+    """Check that the server samples as requested. Sampling parameters that it prefers apply wherever a request
+    leaves them out, and change the distribution without a trace in the log-probs."""
+    preferred = info.get("preferred_sampling_params") or {}
+    if unasked := sorted(set(preferred) - set(SAMPLING_PARAMS)):
+        given = ", ".join(f"{name}={preferred[name]!r}" for name in unasked)
+        raise WrongServer(
+            f"{url} samples with {given}, which the run does not ask for: start it without "
+            "--preferred-sampling-params"
+        )
+    for flag in ("watermark_default_enabled", "watermark_enforce_all"):
+        if started.get(flag):
+            raise WrongServer(
+                f"{url} watermarks what it samples: start it without --{flag.replace('_', '-')}"
+            )
 
 
 def differences(ours: ModelShape, theirs: ModelShape) -> list[str]:

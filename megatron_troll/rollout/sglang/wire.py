@@ -28,6 +28,11 @@ class Routed:
 
 FINISHED: tuple[FinishReason, ...] = ("stop", "length", "abort")
 ALL_TOKENS = -1
+# What every request sets, whatever the server prefers.
+SAMPLING_PARAMS = (
+    *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "sampling_seed"),
+    "skip_special_tokens",
+)
 
 
 @dataclass(frozen=True)

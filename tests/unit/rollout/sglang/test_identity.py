@@ -72,6 +72,20 @@ def test_another_size_of_experts_after_a_sync_from_disk(fake: Fake, tmp_path: Pa
         check(fake)
 
 
+def test_sampling_that_the_run_did_not_ask_for(fake: Fake) -> None:
+    fake.model_info["preferred_sampling_params"] = {"temperature": 0.3}
+    assert check(fake) == "default"
+    fake.model_info["preferred_sampling_params"] = {"temperature": 0.3, "repetition_penalty": 1.2}
+    with pytest.raises(WrongServer, match=r"repetition_penalty=1.2, .* without --preferred-sampling-params"):
+        check(fake)
+
+
+def test_a_watermark(fake: Fake) -> None:
+    fake.server_info["watermark_default_enabled"] = True
+    with pytest.raises(WrongServer, match="without --watermark-default-enabled"):
+        check(fake)
+
+
 def test_another_family(fake: Fake) -> None:
     fake.model_info["model_type"] = "llama"
     with pytest.raises(WrongServer, match="of type 'llama', the run samples from a 'qwen3_moe'"):

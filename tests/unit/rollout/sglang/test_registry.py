@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.config import ConfigError
+from megatron_troll.config import Config, ConfigError, RolloutConfig, RunPaths
 from megatron_troll.rollout.sglang.http import read_key
-from megatron_troll.rollout.sglang.registry import register, registered, unregister
+from megatron_troll.rollout.sglang.registry import key_of, register, registered, unregister
 from megatron_troll.rollout.sglang.wire import Versions
 
 
@@ -36,7 +36,6 @@ def test_a_key_is_read_from_a_file_of_ones_own(tmp_path: Path) -> None:
     file.write_text("secret\n")
     file.chmod(0o600)
     assert read_key(str(file)) == "secret"
-    assert read_key(None) is None
     file.chmod(0o640)
     with pytest.raises(ConfigError, match=r"others may read .*chmod 600"):
         read_key(str(file))
@@ -47,3 +46,13 @@ def test_a_key_is_read_from_a_file_of_ones_own(tmp_path: Path) -> None:
     assert "two words" not in str(caught.value)
     with pytest.raises(ConfigError, match="No such file"):
         read_key(str(tmp_path / "missing"))
+
+
+def test_a_run_and_its_servers_make_one_key(tmp_path: Path) -> None:
+    config = Config.model_construct(name="keyed", runs=str(tmp_path), rollout=RolloutConfig(engine="sglang"))
+    key = key_of(config)
+    assert len(key) == 64
+    assert key_of(config) == key
+    assert RunPaths.of(config).key.stat().st_mode & 0o077 == 0
+    assert registered(RunPaths.of(config).servers) == ()
+    assert [path.name for path in RunPaths.of(config).servers.iterdir()] == ["key"]

@@ -10,7 +10,7 @@ import pytest
 from megatron_troll.config import Sampling
 from megatron_troll.rollout.sglang.http import BadReply, ServerFault
 from megatron_troll.rollout.sglang.topk import LOWEST, Size, topk_of
-from megatron_troll.rollout.sglang.wire import GenerationRequest, Span, part_of, score_of
+from megatron_troll.rollout.sglang.wire import SAMPLING_PARAMS, GenerationRequest, Span, part_of, score_of
 from megatron_troll.types import NO_ID
 from tests.sglang.model import VOCAB
 from tests.sglang.recordings import GREEDY, LENGTH, NEVER, PROMPT, recorded
@@ -37,6 +37,7 @@ def test_what_is_asked() -> None:
         "sampling_seed": 9,
         "skip_special_tokens": False,
     }
+    assert set(body["sampling_params"]) == set(SAMPLING_PARAMS)
     assert "top_logprobs_num" not in GenerationRequest([1], 5, sampling, (), 0, VOCAB, 1).body("")
 
 
