@@ -124,8 +124,8 @@ class Identity:
 
 
 def _check_sampling(url: str, info: dict[str, Any], started: dict[str, Any]) -> None:
-    """Check that the server samples as requested. Sampling parameters that it prefers apply wherever a request
-    leaves them out, and change the distribution without a trace in the log-probs."""
+    """Check that the server samples as requested. Parameters that it prefers apply wherever a request leaves
+    them out, and change the distribution without a trace in the log-probs."""
     preferred = info.get("preferred_sampling_params") or {}
     if unasked := sorted(set(preferred) - set(SAMPLING_PARAMS)):
         given = ", ".join(f"{name}={preferred[name]!r}" for name in unasked)
