@@ -29,12 +29,19 @@ class Routing:
 
 
 def expert_dtype(experts: int) -> type[np.unsignedinteger]:
-    """The smallest dtype that can number `experts` experts."""
-    return np.uint8 if experts <= 256 else np.uint16
+    """The smallest dtype that can number `experts` experts and hold `unrecorded`."""
+    return np.uint8 if experts < 256 else np.uint16
+
+
+def unrecorded(experts: int) -> int:
+    """What a record holds in place of every expert of a token whose routing is not known: a replay leaves the
+    choice to the router."""
+    return int(np.iinfo(expert_dtype(experts)).max)
 
 
 def recorded(rollout: Rollout, routing: Routing) -> np.ndarray:
-    """The recorded experts [P + T - 1, layers, k]. Raises ValueError naming the sample if there are none."""
+    """The recorded experts [P + T - 1, layers, k], `unrecorded` at tokens whose routing is not known. Raises
+    ValueError naming the sample if there are none."""
     experts = rollout.experts
     if experts is None:
         raise ValueError(
@@ -47,7 +54,8 @@ def recorded(rollout: Rollout, routing: Routing) -> np.ndarray:
             f"sample {rollout.name}: its experts have the shape {experts.shape}; tokens read, layers and "
             f"experts per token are {wanted}"
         )
-    bad = np.argwhere(~_ascending(experts) | (experts[..., -1] >= routing.experts))
+    known = (experts != unrecorded(routing.experts)).any((1, 2), keepdims=True)[..., 0]
+    bad = np.argwhere(known & (~_ascending(experts) | (experts[..., -1] >= routing.experts)))
     if bad.size:
         token, layer = bad[0]
         raise ValueError(

@@ -128,6 +128,12 @@ class Serve(Node):
     flags: dict[str, str | int | float | bool] = Field(
         default={}, description="more flags of SGLang's server, without dashes in front; true: a bare flag"
     )
+
+    @property
+    def prefix_cache(self) -> bool:
+        """Whether requests share the KV cache of what they begin with, which `flags` can turn off."""
+        return not any(self.flags.get(name) for name in ("disable-radix-cache", "disable_radix_cache"))
+
     start_timeout_s: PositiveFloat = Field(
         default=900.0, description="time until every server must be healthy"
     )

@@ -38,6 +38,8 @@ class StepBalancedRouter(TopKRouter):
     expert_bias   [E] float32, added to the softmax scores for the choice; part of checkpoints. None: no bias
     coefficient   factor of the balancing loss; 0: no loss
     replay        recorded and replayed choices (`Replay`); loads and the loss use the replayed choices
+    left_out      [] tokens of the step's training forwards whose routing was not recorded and not replayed;
+                  after `share_loads` the total
     changed       [] replayed choices in the step's training forwards that the router itself did not choose;
                   after `share_loads` the total
     """
@@ -45,12 +47,14 @@ class StepBalancedRouter(TopKRouter):
     counts: Tensor
     loads: Tensor
     changed: Tensor
+    left_out: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer("counts", torch.zeros(self._experts, dtype=torch.int64), persistent=False)
         self.register_buffer("loads", torch.zeros(self._experts, dtype=torch.int64), persistent=False)
         self.register_buffer("changed", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("left_out", torch.zeros((), dtype=torch.int64), persistent=False)
         self.counting = False
         self.replay = Replay()
         self.coefficient = 0.0
@@ -102,12 +106,13 @@ class StepBalancedRouter(TopKRouter):
         return scores.topk(self.topk, dim=-1).indices
 
     def _replayed(self, logits: Tensor, given: Tensor, real: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """Route real tokens (`real` [n, 1]) to `given` [n, k], padding to the router's own choice. Returns
-        the same as `_weighed`."""
-        own = self._own(logits)
+        """Route real tokens (`real` [n, 1]) to `given` [n, k]; padding, and tokens whose routing was not
+        recorded, to the router's own choice. Returns the same as `_weighed`."""
+        own, known = self._own(logits), given[:, :1] < self._experts
         if training:
-            self.changed += ((given[:, :, None] != own[:, None]).all(-1) & real).sum()
-        return self._weighed(logits, torch.where(real, given, own))
+            self.changed += ((given[:, :, None] != own[:, None]).all(-1) & real & known).sum()
+            self.left_out += (real & ~known).sum()
+        return self._weighed(logits, torch.where(real & known, given, own))
 
     def _weighed(self, logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """logits [n, E], chosen [n, k] -> probs and map [n, E]. probs equal those of Megatron's router for
@@ -147,23 +152,25 @@ def share_counts(chunks: list[nn.Module], tp: Group, dp_cp: Group) -> None:
 
 
 def start_loads(chunks: list[nn.Module]) -> None:
-    """Set to zero the loads of training forwards and the number of choices that replay changed."""
+    """Set to zero the loads of training forwards and what replay changed and left out."""
     for router in routers(chunks):
-        router.loads.zero_()
-        router.changed.zero_()
+        for tally in (router.loads, router.changed, router.left_out):
+            tally.zero_()
 
 
 def share_loads(chunks: list[nn.Module], groups: Groups) -> None:
-    """Sum the loads and replay changes of every layer of this stage over the ranks that saw different tokens,
+    """Sum the loads and tallies of every layer of this stage over the ranks that saw different tokens,
     in one reduction. Blocks."""
     found = routers(chunks)
     if not found:
         return
-    total = torch.stack([torch.cat([router.loads, router.changed[None]]) for router in found])
+    tallies = [[router.changed[None], router.left_out[None]] for router in found]
+    total = torch.stack([torch.cat([router.loads, *tally]) for router, tally in zip(found, tallies)])
     groups.dp_cp.all_reduce(groups.tp.all_reduce(total))
     for router, row in zip(found, total):
-        router.loads.copy_(row[:-1])
-        router.changed.copy_(row[-1])
+        router.loads.copy_(row[:-2])
+        router.changed.copy_(row[-2])
+        router.left_out.copy_(row[-1])
 
 
 def move_biases(chunks: list[nn.Module]) -> None:
@@ -182,10 +189,11 @@ def expert_loads(chunks: list[nn.Module], pp: Group) -> dict[int, Tensor]:
     return over_stages(mine, pp)
 
 
-def replay_changes(chunks: list[nn.Module], pp: Group) -> dict[int, int]:
-    """{layer, counted from 0: choices of the step that replay changed} for all layers, on every rank. Blocks
-    on the pipeline."""
-    return over_stages({layer_of(router): int(router.changed) for router in routers(chunks)}, pp)
+def replay_tallies(chunks: list[nn.Module], pp: Group) -> dict[int, tuple[int, int]]:
+    """{layer, counted from 0: choices of the step that replay changed, tokens that it left out} for all
+    layers, on every rank. Blocks on the pipeline."""
+    mine = {layer_of(router): (int(router.changed), int(router.left_out)) for router in routers(chunks)}
+    return over_stages(mine, pp)
 
 
 def layer_of(router: StepBalancedRouter) -> int:
@@ -266,4 +274,4 @@ class Replay:
         if self.recorded is None:
             return
         chosen = routing_map.byte().topk(per_token, dim=-1).indices.sort(-1).values
-        self.recorded.append(chosen.to(torch.uint8 if routing_map.shape[1] <= 256 else torch.uint16))
+        self.recorded.append(chosen.to(torch.uint8 if routing_map.shape[1] < 256 else torch.uint16))

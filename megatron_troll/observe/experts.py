@@ -32,11 +32,16 @@ def _entropy(load: Tensor) -> float:
     return float(torch.special.entr(share).sum() / math.log(len(load))) if len(load) > 1 else 1.0
 
 
-def replay_metrics(changed: Mapping[int, int], loads: Mapping[int, Tensor]) -> dict[str, float]:
-    """Shares of router choices that replay changed, from layer -> changed choices and the loads."""
+def replay_metrics(
+    tallies: Mapping[int, tuple[int, int]], loads: Mapping[int, Tensor], per_token: int
+) -> dict[str, float]:
+    """Shares of router choices that replay changed, and of tokens that it left out because their routing was
+    not recorded, from layer -> (changed choices, tokens left out), the loads and the experts of a token."""
     chosen = {layer: int(load.sum()) for layer, load in loads.items()}
-    shares = {layer: changed[layer] / max(1, chosen[layer]) for layer in changed}
+    shares = {layer: changed / max(1, chosen[layer]) for layer, (changed, _) in tallies.items()}
+    total = max(1, sum(chosen.values()))
     return {
-        "replay_changed": sum(changed.values()) / max(1, sum(chosen.values())),
+        "replay_changed": sum(changed for changed, _ in tallies.values()) / total,
+        "replay_left_out": sum(left_out for _, left_out in tallies.values()) * per_token / total,
         **{f"replay_changed/layer_{layer}": share for layer, share in shares.items()},
     }

@@ -256,6 +256,11 @@ EXPERTS = (
         "share",
         "train.replay: router choices that replay changed; the plain name is over all layers",
     ),
+    Field(
+        "replay_left_out",
+        "share",
+        "train.replay: tokens whose routing the engine did not record as it sampled; their routers choose",
+    ),
 )
 
 SPEED = (

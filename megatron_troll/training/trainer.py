@@ -12,7 +12,7 @@ from megatron_troll.batching.build import Advantages
 from megatron_troll.mcore.head import Head, HeadContext
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
-from megatron_troll.mcore.router import expert_loads, recording, replay_changes, routers
+from megatron_troll.mcore.router import expert_loads, recording, replay_tallies, routers
 from megatron_troll.mcore.schedule import accumulate, infer, step_loss, survey
 from megatron_troll.objectives.mismatch import effective_sample_size
 from megatron_troll.objectives.objective import Objective
@@ -165,7 +165,9 @@ class PolicyTrainer:
         metrics = self._from_last_stage(reducer) | expert_metrics(loads)
         metrics |= effective_sample_size(metrics)
         if self.replay != "none":
-            metrics |= replay_metrics(replay_changes(model.chunks, model.groups.pp), loads)
+            metrics |= replay_metrics(
+                replay_tallies(model.chunks, model.groups.pp), loads, model.shape.experts_per_token
+            )
         return Gradients(total, metrics, tuple(sorted(broken)))
 
     def _probed(self, hidden: Tensor, inputs: ObjectiveInputs, terms: LossTerms) -> dict[str, Tensor]:

@@ -68,6 +68,10 @@ class Expected:
     change: Weights
 
 
+# What a record of fewer than 256 experts holds at a token whose routing is not known.
+UNRECORDED = 255
+
+
 class Reference:
     """Loss and gradients of the batch at its weights `now`; `before` is what the model gives at the weights
     `before`, or what the rollout engine gave. `replay`: `now` goes to the experts of `before` (old), or both
@@ -171,15 +175,20 @@ def read(model: nn.Module, rollouts: Sequence[Rollout], given: Tensor | None = N
         ids = torch.tensor([*rollout.prompt_ids, *rollout.response_ids])[:-1]
         mine = None if given is None else given[start : start + len(ids)]
         start += len(ids)
-        with _routers_watched(model, mine) as seen:
+        with routers_watched(model, mine) as seen:
             output = logits_of(model, ids[None])[0]
         first = len(rollout.prompt_ids) - 1
         logits.append(output[first:][torch.from_numpy(rollout.mask) > 0])
         routing.append(seen)
     layers = [torch.cat(layer) for layer in zip(*routing)]
-    own = [layer.topk(MOE["num_experts_per_tok"], 1).indices for layer in layers]
-    experts = given if given is not None or not own else torch.stack(own, 1)
-    return Read(torch.cat(logits) / TEMPERATURE, layers, torch.empty(0) if experts is None else experts)
+    nowhere = torch.full((start, MOE["num_experts_per_tok"]), UNRECORDED)
+    picks = [with_own(nowhere if given is None else given[:, i], layer) for i, layer in enumerate(layers)]
+    return Read(torch.cat(logits) / TEMPERATURE, layers, torch.stack(picks, 1) if picks else torch.empty(0))
+
+
+def with_own(given: Tensor, logits: Tensor) -> Tensor:
+    """[T, k] experts that tokens go to: those `given`, and the router's own where they were not recorded."""
+    return torch.where(given == UNRECORDED, logits.topk(given.shape[1], 1).indices, given)
 
 
 def recorded(batch: Batch) -> Tensor:
@@ -189,7 +198,7 @@ def recorded(batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _routers_watched(model: nn.Module, given: Tensor | None) -> Iterator[list[Tensor]]:
+def routers_watched(model: nn.Module, given: Tensor | None) -> Iterator[list[Tensor]]:
     """The router logits [T, E] of each layer, computed from what the router is given. With `given`
     [T, layers, k] the tokens go there instead, with the probabilities that the router gives to it."""
     seen: list[Tensor] = []
@@ -199,10 +208,11 @@ def _routers_watched(model: nn.Module, given: Tensor | None) -> Iterator[list[Te
         seen.append(logits)
         if given is None:
             return output
-        weights = logits.softmax(1).gather(1, given[:, layer])
+        experts = with_own(given[:, layer], logits)
+        weights = logits.softmax(1).gather(1, experts)
         if gate.norm_topk_prob:
             weights = weights / weights.sum(1, keepdim=True)
-        return output[0], weights, given[:, layer]
+        return output[0], weights, experts
 
     gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
     hooks = [gate.register_forward_hook(watch) for gate in gates]

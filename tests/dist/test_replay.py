@@ -18,7 +18,7 @@ from tests.dist.harness import RankPool
 from tests.dist.layout_table import LAYOUTS
 from tests.dist.layouts_batch import OPTIMIZER, Batch, make_batch
 from tests.dist.layouts_checks import check_expected
-from tests.dist.layouts_reference import Expected, Reference, Replay
+from tests.dist.layouts_reference import UNRECORDED, Expected, Reference, Replay
 from tests.dist.layouts_worker import Case, run_cases
 from tests.dist.replay_worker import Choices, draw_and_replay
 from tests.dist.test_layouts import model
@@ -51,7 +51,10 @@ def batch() -> Batch:
 def with_experts(rollout: Rollout, generator: np.random.Generator) -> Rollout:
     tokens = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
     order = generator.random((tokens, LAYERS, EXPERTS)).argsort(-1)[..., :CHOSEN]
-    return replace(rollout, experts=np.sort(order, -1).astype(np.uint8))
+    experts = np.sort(order, -1).astype(np.uint8)
+    # As after a prefix cache: the engine did not sample with what it recorded of the prompt's last token.
+    experts[len(rollout.prompt_ids) - 1] = UNRECORDED
+    return replace(rollout, experts=experts)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,9 @@ def test_layout_gives_the_loss_and_gradients_of_plain_autograd(
             assert outcome.metrics["replay_changed"] == pytest.approx(float(changed.mean()))
             for layer, share in enumerate(changed.tolist()):
                 assert outcome.metrics[f"replay_changed/layer_{layer}"] == pytest.approx(share)
+            left_out = len(batch.rollouts) / len(references["rollout"].now.experts)
+            wanted = left_out if case.replay == "rollout" else 0.0
+            assert outcome.metrics["replay_left_out"] == pytest.approx(wanted)
 
 
 def changes(reference: Reference) -> torch.Tensor:

@@ -18,7 +18,7 @@ CONFIG = """
 extends: {examples}/cpu_sglang.yaml
 models: {{policy: {{path: model}}}}
 rollout: {{prompts: 8, samples: 4, sglang: {{servers: ["{url}"], probe: {{prompts: 0}}}}}}
-serve: {{routed_experts: true}}
+serve: {{routed_experts: true, flags: {{disable-radix-cache: true}}}}
 reward: {{name: "tests.e2e.rewards:Overlap"}}
 train: {{steps: 2, updates: 2}}
 evaluation: {{every: 0, prompts: 4}}
@@ -58,6 +58,7 @@ def test_the_trainer_repeats_the_servers_choices(place: Workplace) -> None:
     succeed(place.mtroll("train", "config.yaml", "name=alone", "train.steps=1"))
     _, first, second = place.metrics("replayed")
     assert first["replay_changed"] > 0.01
+    assert first["replay_left_out"] == 0
     assert first["rollout_trainer_gap/max"] < 1e-4
     assert second["rollout_trainer_gap/max"] < 1e-4
     assert place.metrics("alone")[1]["rollout_trainer_gap/max"] > 1e-2

@@ -11,6 +11,7 @@ from megatron_troll.rollout.sglang import probe as diagnosis
 from megatron_troll.rollout.sglang import weights
 from megatron_troll.rollout.sglang.client import NamedRequest
 from megatron_troll.rollout.sglang.connection import Connection, open_connection
+from megatron_troll.rollout.sglang.control import Pause
 from megatron_troll.rollout.sglang.generation import GenerationBatch
 from megatron_troll.rollout.sglang.http import WrongServer
 from megatron_troll.rollout.sglang.journal import Journal
@@ -57,7 +58,7 @@ class SGLangEngine(Engine):
         if self._resting:
             self._rank_zero.first(lambda connection: connection.on_all(connection.control.occupy))
             self._resting = False
-        reached = weights.sync(self._rank_zero, version)
+        reached = weights.sync(self._rank_zero, version, self._pause)
         self._version = version
         return {"servers": float(len(reached)), **self._probe(reached)}
 
@@ -82,7 +83,7 @@ class SGLangEngine(Engine):
         def finish() -> list[Rollout]:
             while not self._rank_zero.first(drawing.complete):
                 assert self._version is not None
-                weights.sync(self._rank_zero, self._version)
+                weights.sync(self._rank_zero, self._version, self._pause)
             drawn = self._rank_zero.first(
                 lambda connection: [drawing.answers[i] for i in range(len(questions))]
             )
@@ -110,11 +111,18 @@ class SGLangEngine(Engine):
         if self._journal is not None:
             self._journal.close()
 
+    @property
+    def _pause(self) -> Pause:
+        """What a sync does to the requests in flight. After a retraction the record of experts is that of a
+        second reading; an aborted answer keeps that of its first part."""
+        return "abort" if self.setup.config.train.replay == "rollout" else "retract"
+
     def _question(self, request: Request, sampling: Sampling, round: int) -> NamedRequest:
         shape = self.setup.model.shape
         vocab, routed = shape.vocab, None
         if self.setup.config.train.replay == "rollout":
-            routed = Routed(shape.layers, shape.experts_per_token, shape.experts)
+            cached = self.setup.config.serve.prefix_cache
+            routed = Routed(shape.layers, shape.experts_per_token, shape.experts, cached)
         ask = GenerationRequest(
             ids=request.prompt_ids.tolist(),
             max_tokens=sampling.max_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_troll.batching.experts import expert_dtype
+from megatron_troll.batching.experts import expert_dtype, unrecorded
 from megatron_troll.config import Sampling
 from megatron_troll.rollout.sglang.http import BadReply, ServerFault, WrongServer
 from megatron_troll.rollout.sglang.topk import LOWEST, Size, field, floats, topk_of
@@ -19,11 +19,14 @@ from megatron_troll.types import FinishReason, TokenTopK
 
 @dataclass(frozen=True)
 class Routed:
-    """Contents of an experts record at each token: `per_token` of `experts`, in each of `layers`."""
+    """Contents of an experts record at each token: `per_token` of `experts`, in each of `layers`.
+    prefix_cache: whether the server lets answers share the KV cache, and so the record, of what they begin
+    with."""
 
     layers: int
     per_token: int
     experts: int
+    prefix_cache: bool = True
 
 
 FINISHED: tuple[FinishReason, ...] = ("stop", "length", "abort")
@@ -134,10 +137,23 @@ def part_of(reply: Any, ask: GenerationRequest) -> Part:
         topk=topk_of(meta, "output", Size(len(ids), ask.top_k, ask.vocab)) if ask.top_k else None,
         spans=_spans(meta, len(ids)),
         finish=finish,
-        experts=experts_of(meta, len(ask.ids) + len(ids) - 1, ask.routed)
-        if ask.routed and len(ids)
-        else None,
+        experts=_sampled_with(meta, len(ask.ids), len(ids), ask.routed) if ask.routed and len(ids) else None,
     )
+
+
+def _sampled_with(meta: Mapping[str, Any], prompt: int, sampled: int, routed: Routed) -> np.ndarray:
+    """The experts record of an answer, `unrecorded` where the server did not sample with what it recorded.
+
+    The first token of an answer is sampled by a forward of its own over the last token of the prompt, whose
+    record under a prefix cache is that of the first answer to the same prompt. After a retraction the server
+    reads everything again, and records the second reading.
+    """
+    experts = experts_of(meta, prompt + sampled - 1, routed)
+    if meta.get("num_retractions"):
+        experts[:] = unrecorded(routed.experts)
+    elif routed.prefix_cache:
+        experts[prompt - 1] = unrecorded(routed.experts)
+    return experts
 
 
 def _ids(values: list[Any], vocab: int) -> np.ndarray:

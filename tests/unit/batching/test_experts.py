@@ -60,7 +60,7 @@ def test_experts_move_with_the_batch_and_are_small() -> None:
     batch = build(ROLLOUTS, [1.0] * 5, [1.0] * 5, [1], Form(VOCAB, routing=ROUTING)).to(torch.device("cpu"))
     assert batch.experts is not None
     assert all(experts.dtype == torch.uint16 for experts in batch.experts.values())
-    assert (expert_dtype(256), expert_dtype(257)) == (np.uint8, np.uint16)
+    assert (expert_dtype(255), expert_dtype(256)) == (np.uint8, np.uint16)
 
 
 @pytest.mark.parametrize(

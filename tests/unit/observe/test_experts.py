@@ -24,14 +24,15 @@ def test_the_least_even_layer_stands_for_all() -> None:
 
 
 def test_what_replay_changed_is_a_share_of_the_choices() -> None:
-    metrics = replay_metrics({0: 1, 2: 6}, {0: torch.tensor([4, 4]), 2: torch.tensor([6, 2])})
+    metrics = replay_metrics({0: (1, 1), 2: (6, 0)}, {0: torch.tensor([4, 4]), 2: torch.tensor([6, 2])}, 2)
     assert metrics == {
         "replay_changed": 7 / 16,
+        "replay_left_out": 1 / 8,
         "replay_changed/layer_0": 1 / 8,
         "replay_changed/layer_2": 6 / 8,
     }
     assert all(documented(name) for name in metrics)
-    assert replay_metrics({0: 0}, {0: torch.tensor([0, 0])})["replay_changed"] == 0
+    assert replay_metrics({0: (0, 0)}, {0: torch.tensor([0, 0])}, 2)["replay_changed"] == 0
 
 
 def test_every_metric_is_documented_and_a_dense_model_has_none() -> None:

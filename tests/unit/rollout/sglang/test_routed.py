@@ -2,11 +2,13 @@
 
 import base64
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_troll.batching.experts import unrecorded
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.rollout.sglang.http import BadReply, WrongServer
 from megatron_troll.rollout.sglang.wire import GenerationRequest, Routed, continued, experts_of, part_of
@@ -25,7 +27,7 @@ def test_a_record_is_sorted_and_small() -> None:
     found = experts_of(sent(drawn), 5, ROUTED)
     assert found.dtype == np.uint16
     np.testing.assert_array_equal(found, np.sort(drawn.reshape(5, 2, 3), -1))
-    assert experts_of(sent(np.zeros((5, 2, 3))), 5, Routed(2, 3, 256)).dtype == np.uint8
+    assert experts_of(sent(np.zeros((5, 2, 3))), 5, Routed(2, 3, 255)).dtype == np.uint8
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,22 @@ def test_an_answer_carries_them() -> None:
     experts = part_of(reply, ask).experts
     assert experts is not None
     assert experts.shape == (read, 2, 3)
+
+
+def answered(routed: Routed, **meta: Any) -> np.ndarray:
+    """Whether the routing [P + T - 1] of each token is known in an answer with `meta`."""
+    reply = copy.deepcopy(recorded()["generate"]["content"])
+    reply["meta_info"] |= sent(np.tile(np.arange(3), (len(PROMPT) + LENGTH - 1, 2, 1))) | meta
+    ask = GenerationRequest(PROMPT, LENGTH, GREEDY, NEVER, top_k=8, vocab=VOCAB, seed=1, routed=routed)
+    experts = part_of(reply, ask).experts
+    assert experts is not None
+    return (experts != unrecorded(routed.experts)).all((1, 2))
+
+
+def test_under_a_prefix_cache_the_record_of_the_first_token_is_not_its_own() -> None:
+    assert np.flatnonzero(~answered(ROUTED)).tolist() == [len(PROMPT) - 1]
+    assert answered(replace(ROUTED, prefix_cache=False)).all()
+
+
+def test_a_retracted_answer_has_no_record_of_its_sampling() -> None:
+    assert not answered(replace(ROUTED, prefix_cache=False), num_retractions=1).any()
