@@ -43,7 +43,7 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
     if model.init == "random":
         flags["load-format"] = "dummy"
     if device == "cpu":
-        flags |= _on_cpu(serve)
+        flags |= _on_cpu(serve, config.rollout.kv_cache)
     else:
         check_sizes(serve, shape)
         flags |= {"tp-size": serve.tp, "ep-size": serve.ep, "base-gpu-id": number * serve.tp}
@@ -86,12 +86,21 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _on_cpu(serve: Serve) -> Flags:
+def _on_cpu(serve: Serve, kv_cache: str) -> Flags:
     if serve.tp > 1 or serve.ep > 1:
         raise ConfigError(f"serve.tp={serve.tp}, serve.ep={serve.ep}: a server on CPU has one rank")
     if serve.deterministic:
         raise ConfigError("serve.deterministic: SGLang has no deterministic attention on CPU")
+    if kv_cache != "auto" and not _has_amx():
+        raise ConfigError(
+            f"rollout.kv_cache={kv_cache}: on CPU SGLang keeps an FP8 cache only with Intel AMX, which this "
+            "machine does not have: set rollout.kv_cache=auto"
+        )
     return ON_CPU
+
+
+def _has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    return cpuinfo.is_file() and "amx_tile" in cpuinfo.read_text().split()
 
 
 def kv_cache(config: Config, shape: ModelShape) -> Flags:

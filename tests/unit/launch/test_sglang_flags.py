@@ -17,6 +17,7 @@ from megatron_troll.config import (
     RolloutModelConfig,
     Serve,
 )
+from megatron_troll.launch import sglang_flags
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import ModelShape, shape_of
 from tests.dist.tiny import DENSE, MOE
@@ -125,6 +126,15 @@ def test_an_fp8_cache_without_scales_has_to_be_wanted() -> None:
         flags_of(config(FP8), DENSE_SHAPE, 0, "cuda")
     flags = flags_of(config(FP8, force_unscaled_kv=True), DENSE_SHAPE, 0, "cuda")
     assert "quantization-param-path" not in flags
+
+
+def test_an_fp8_cache_on_a_cpu_needs_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config(FP8, force_unscaled_kv=True)
+    monkeypatch.setattr(sglang_flags, "_has_amx", lambda: False)
+    with pytest.raises(ConfigError, match=r"rollout.kv_cache=fp8_e4m3: .* Intel AMX"):
+        flags_of(asked, DENSE_SHAPE, 0, "cpu")
+    monkeypatch.setattr(sglang_flags, "_has_amx", lambda: True)
+    assert flags_of(asked, DENSE_SHAPE, 0, "cpu")["kv-cache-dtype"] == "fp8_e4m3"
 
 
 def test_a_family_that_sglang_reads_no_scales_for(tmp_path: Path) -> None:
