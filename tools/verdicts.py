@@ -1,8 +1,7 @@
-"""Measure a verifier against answers with known verdicts: python tools/verdicts.py [--wrong] [FILE.jsonl ...]
+"""Measure math_verify on answers with known verdicts: python tools/verdicts.py [FILE.jsonl ...]
 
-Each line of a file has gold, answer, right, style and half (tests/unit/rewards/verdicts/README.md). Printed per
-half: false accepts (wrong answers that earn a reward) and false rejects (right ones that earn none), of how many;
---wrong names each of them, --styles counts them by style.
+Each line of a file has gold, answer, right, style and half (tests/unit/rewards/verdicts/README.md). Printed
+for each half: false accepts (wrong answers that earn a reward), false rejects (right ones that earn none).
 """
 
 import argparse

@@ -22,6 +22,10 @@ class Reward(Node):
     @abstractmethod
     def __call__(self, text: str, prompt: Prompt) -> float: ...
 
+    def check(self, prompt: Prompt) -> None:
+        """Raise ValueError, which says why, if no answer to `prompt` can be judged: its record is malformed.
+        Called for every prompt when its file is read."""
+
 
 @runtime_checkable
 class Votes(Protocol):
