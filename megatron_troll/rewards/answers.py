@@ -1,4 +1,4 @@
-r"""Where a text states its answer: the last \boxed{...} or `Answer:` line, whichever comes later."""
+r"""The answer that a text states: the last \boxed{...} or `Answer:` line, whichever comes later."""
 
 import re
 from dataclasses import dataclass
@@ -11,6 +11,18 @@ LINE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 DISPLAY = re.compile(r"(?:\$\$|\\\[)(.*?)(?:\$\$|\\\])", re.DOTALL)
+
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def after_reasoning(text: str, opened: bool) -> str | None:
+    """The text after the last </think>, or the whole text if it holds no reasoning. None if reasoning is not
+    closed: there is no answer yet. `opened`: the prompt ends with <think>."""
+    _, closed, rest = text.rpartition(CLOSE)
+    if OPEN in rest or (opened and not closed):
+        return None
+    return rest
 
 
 @dataclass(frozen=True)
