@@ -1,6 +1,7 @@
 """A run's inputs: the configuration, and everything it names, read and validated."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,7 +11,7 @@ from megatron_troll.config import Config, ConfigError, Model, WarmStart
 from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.rows import DataError
-from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
+from megatron_troll.data.tokenizer import check_reasoning_tags, check_vocab, load_tokenizer, stop_ids
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.mcore.version import check_version
 from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
@@ -62,8 +63,11 @@ def prepare(config: Config) -> Task:
     check_models(config, objective, shape)
     check_observe(config.observe)
     tokenizer = tokenizer_of(config.policy, shape)
+    if config.reward.reasoning == "drop":
+        check_reasoning_tags(tokenizer)
     stops = stop_ids(tokenizer, config.policy.path, config.rollout.sampling.stop)
-    prompts = load_prompts(data, config.seed, tokenizer)
+    judging = partial(verifiers.problem, verifiers.build(config.reward))
+    prompts = load_prompts(data, config.seed, tokenizer, judging)
     if config.rollout.prompts > len(prompts.train):
         raise ConfigError(
             f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"

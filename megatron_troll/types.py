@@ -30,6 +30,7 @@ class Prompt:
 
     ids  int32 [P] tokens of the chat up to the start of the assistant's answer; empty before data/chat.py
          has tokenized it
+    opens_reasoning  whether the rendered chat ends with <think>, so that the answer begins inside reasoning
     """
 
     id: str
@@ -37,6 +38,7 @@ class Prompt:
     answer: str
     record: dict[str, Any] = field(default_factory=dict)
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32), compare=False, repr=False)
+    opens_reasoning: bool = field(default=False, compare=False)
 
     @cached_property
     def text_key(self) -> str:

@@ -223,6 +223,11 @@ class RewardConfig(Slot):
     """A verifier by name or import path, its own fields beside it."""
 
     timeout_s: PositiveFloat = Field(default=10.0, description="seconds for one answer; later, it earns 0")
+    reasoning: Literal["drop", "keep"] = Field(
+        default="drop",
+        description="drop: the text after the last </think> is judged, unclosed reasoning earns 0; keep: the "
+        "whole text is judged",
+    )
     overlong: Overlong = Overlong()
 
 

@@ -14,16 +14,20 @@ from megatron_troll.types import Message, Prompt
 def tokenized(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, places: Sequence[str] = ()
 ) -> list[Prompt]:
-    """The prompts with their `ids`, all in one call of the tokenizer, which uses every core. Raises DataError
-    naming the first prompt that the chat template refuses, by its place in `places`, otherwise by its id."""
+    """The prompts with `ids` and `opens_reasoning`, all in one call of the tokenizer, which uses every core.
+    Raises DataError naming the first prompt that the chat template refuses, by its place in `places`,
+    otherwise by its id."""
     chats = [_turns(prompt.messages) for prompt in prompts]
     try:
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     except jinja2.TemplateError:
         named = zip(prompts, places or [f"prompt {prompt.id!r}" for prompt in prompts], strict=True)
         texts = [_text_of(prompt, place, tokenizer) for prompt, place in named]
-    ids = _ids_of([str(text) for text in texts], tokenizer)
-    return [replace(prompt, ids=np.array(one, dtype=np.int32)) for prompt, one in zip(prompts, ids)]
+    rendered = [str(text) for text in texts]
+    return [
+        replace(prompt, ids=np.array(ids, dtype=np.int32), opens_reasoning=text.rstrip().endswith("<think>"))
+        for prompt, ids, text in zip(prompts, _ids_of(rendered, tokenizer), rendered)
+    ]
 
 
 def _ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Prompt files: read, deduplicated, checked, and split into training and held-out prompts."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +12,12 @@ from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
 from megatron_troll.data.schemas import detect, to_prompt
 from megatron_troll.types import Message, Prompt
 
+Problem = Callable[[Prompt], str | None]
 TOGETHER = 1024  # Enough for the tokenizer to keep every core busy.
+
+
+def no_problem(prompt: Prompt) -> None:
+    """Refuse no prompt."""
 
 
 def split(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -82,27 +87,34 @@ class PromptSet:
         return "\n".join(lines + [f"  {name}: {counts}" for name, counts in self.counts.items()])
 
 
-def load_prompts(config: Data, seed: int, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+def load_prompts(
+    config: Data, seed: int, tokenizer: PreTrainedTokenizerBase, problem: Problem = no_problem
+) -> PromptSet:
     """Read the files of `config`. An integer `held_out` is split off by a hash of `seed` and each prompt's
-    text, so it does not depend on the order of files or rows. Raises DataError."""
-    prompts, counts = read_prompts(config.files, config, tokenizer, "data")
+    text, so it does not depend on the order of files or rows. See read_prompts. Raises DataError."""
+    prompts, counts = read_prompts(config.files, config, tokenizer, "data", problem)
     if isinstance(config.held_out, int):
         train, held_out = split(prompts, config.held_out, seed)
         read = {"files": counts}
     else:
-        held_out, held_counts = read_prompts(config.held_out, config, tokenizer, "data")
+        held_out, held_counts = read_prompts(config.held_out, config, tokenizer, "data", problem)
         train, read = prompts, {"files": counts, "held-out files": held_counts}
     check_disjoint(train, held_out)
     return PromptSet(tuple(train), tuple(held_out), read)
 
 
 def read_prompts(
-    files: Sequence[str], config: PromptFiles, tokenizer: PreTrainedTokenizerBase, key: str
+    files: Sequence[str],
+    config: PromptFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    problem: Problem = no_problem,
 ) -> tuple[list[Prompt], Counts]:
     """The distinct prompts of `files` in file order. A row with the same text as an earlier one is a
     duplicate: it is dropped and counted. Raises DataError for a malformed or too long row, unless `config`
-    says to skip it; `key` is the key of `config` in the configuration, for messages."""
-    reader = _Reader(config, key)
+    says to skip it; `key` is the key of `config` in the configuration, for messages. `problem` says why no
+    answer to a prompt can be judged, None if it can: such a row is malformed."""
+    reader = _Reader(config, key, problem)
     prompts = [prompt for path in files for prompt in reader.prompts(path, tokenizer)]
     if not prompts:
         raise DataError(f"{', '.join(files)}: no usable prompt; {reader.counts}")
@@ -115,6 +127,7 @@ class _Reader:
 
     config: PromptFiles
     key: str
+    problem: Problem
     schema: str | None = None
     counts: Counts = field(default_factory=Counts)
     answers: dict[tuple[Message, ...], str] = field(default_factory=dict)
@@ -146,6 +159,9 @@ class _Reader:
             raise Malformed(row.problem)
         self.schema = self.schema or detect(row.value)
         prompt = to_prompt(self.schema, row.value)
+        problem = self.problem(prompt)
+        if problem is not None:
+            raise Malformed(problem)
         return prompt if self._is_new(prompt, row) else None
 
     def _is_new(self, prompt: Prompt, row: Row) -> bool:

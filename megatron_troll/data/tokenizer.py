@@ -53,6 +53,17 @@ def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         )
 
 
+def check_reasoning_tags(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError if texts lack </think> because the tokenizer has it as a special token."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if "</think>" in special:
+        raise DataError(
+            "the tokenizer leaves </think> out of texts, because it is a special token: the end of reasoning "
+            'cannot be found. Give it "special": false in tokenizer.json and tokenizer_config.json, or set '
+            "reward.reasoning=keep"
+        )
+
+
 def _single_token(text: str, tokenizer: PreTrainedTokenizerBase, key: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1 or tokenizer.decode(ids) != text:

@@ -50,6 +50,12 @@ def _rows(result: EvalResult) -> Iterator[tuple[str, str, str]]:
         form = "{:.1f}" if name == "response_length" else "{:.3f}"
         low, high = form.format(figure.low), form.format(figure.high)
         yield name, form.format(figure.value), f"{low} to {high}"
-    for name, count in (("reward timeouts", result.timeouts), ("reward crashes", result.crashes)):
+    counts = {
+        "reward timeouts": result.timeouts,
+        "reward crashes": result.crashes,
+        "reward errors": result.errors,
+        "unclosed reasoning": result.unclosed,
+    }
+    for name, count in counts.items():
         if count:
             yield name, str(count), ""

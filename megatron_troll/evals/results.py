@@ -41,6 +41,8 @@ class EvalResult:
     no_majority: str | None
     timeouts: int
     crashes: int
+    errors: int = 0
+    unclosed: int = 0
 
 
 def joined(parts: Sequence[Answers]) -> Answers:

@@ -79,13 +79,13 @@ class SetEvaluation:
         return rollout.build(Setup(config, self.model, folder, task.tokenizer, one.stop_ids, shown))
 
     def _batch(self, requests: Sequence[Request], engine: Engine, scorer: Scorer) -> Answers:
-        asked, world = self.one.config, self.session.groups.world
+        asked, world, say = self.one.config, self.session.groups.world, self.session.progress.say
         with self.session.phases("generation"):
             rollouts = engine.generate(requests, asked.sampling, EVALUATION_ROUND)
         with self.session.phases("reward"):
-            judged = judge(scorer, rollouts, world)
+            judged = judge(scorer, rollouts, world, say)
             wanted = scorer.has_votes and majorities(asked)
-            return Answers(judged, extract(scorer, rollouts, world) if wanted else None)
+            return Answers(judged, extract(scorer, rollouts, world, say) if wanted else None)
 
 
 def keep(session: Session, store: RolloutStore, step: int, answers: Answers) -> None:
@@ -105,4 +105,6 @@ def result(one: DataSet, step: int, answers: Answers, seed: int) -> EvalResult:
         no_majority=f"reward {one.reward.name} extracts no answer to vote on" if mute else None,
         timeouts=answers.judged.timeouts,
         crashes=answers.judged.crashes,
+        errors=answers.judged.errors,
+        unclosed=answers.judged.unclosed,
     )

@@ -1,13 +1,14 @@
 """Inputs of `mtroll eval`: the configuration, and everything it names, read and validated."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.checks import check_length, world_size
 from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
 from megatron_troll.data.prompts import Counts, read_prompts
-from megatron_troll.data.tokenizer import stop_ids
+from megatron_troll.data.tokenizer import check_reasoning_tags, stop_ids
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.rewards import reward as verifiers
 from megatron_troll.task import shape_of, tokenizer_of
@@ -73,6 +74,8 @@ def prepare(config: Config) -> EvalTask:
         limits = {"max_prompt_tokens": one.max_prompt_tokens, "sampling.max_tokens": one.sampling.max_tokens}
         check_length({f"eval.{name}.{key}": tokens for key, tokens in limits.items()}, shape)
     tokenizer = tokenizer_of(config.policy, shape)
+    if any(reward.reasoning == "drop" for reward in rewards.values()):
+        check_reasoning_tags(tokenizer)
     sets = tuple(_data_set(config, name, rewards[name], tokenizer) for name in config.eval)
     layout = config.policy.layout
     replicas = world_size(config) // (layout.tp * layout.pp * layout.cp)
@@ -91,7 +94,8 @@ def _reward(config: Config, name: str) -> RewardConfig:
 
 def _data_set(config: Config, name: str, reward: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> DataSet:
     one, key = config.eval[name], f"eval.{name}"
-    prompts, counts = read_prompts(one.files, one, tokenizer, key)
+    judging = partial(verifiers.problem, verifiers.build(reward))
+    prompts, counts = read_prompts(one.files, one, tokenizer, key, judging)
     return DataSet(
         name=name,
         config=one,

@@ -48,6 +48,8 @@ RUN = (
     Field("servers", "servers", "servers that received the weights (rollout.engine=sglang)"),
     Field("reward_timeouts", "answers", "answers whose verifier timed out (reward 0); absent if none"),
     Field("reward_crashes", "answers", "answers whose verifier was killed (reward 0); absent if none"),
+    Field("reward_errors", "answers", "answers on which the verifier raised (reward 0); absent if none"),
+    Field("unclosed_reasoning", "answers", "answers of unclosed reasoning (reward 0); absent if none"),
     Field("loss", "", "mean over the step's optimizer updates of -sum(weight * J)"),
     Field("grad_norm", "", "global gradient norm before clipping, mean over the updates"),
     Field("lr", "", "learning rate of the last update"),

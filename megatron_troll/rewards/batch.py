@@ -1,23 +1,26 @@
 """Rewards of a rollout batch; each rank computes a share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_troll.parallel.groups import Group
-from megatron_troll.rewards.score import Scorer
+from megatron_troll.rewards.score import ScoredVotes, Scorer, Scores
 from megatron_troll.types import Rollout
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """rollouts: the batch, with mask 0 for responses excluded from the loss; reward [B] float32."""
+    """rollouts: the batch, with mask 0 for responses excluded from the loss; reward [B] float32. Counted are
+    the responses that got 0 for one of the reasons of Scores."""
 
     rollouts: list[Rollout]
     reward: np.ndarray
     timeouts: int
     crashes: int
+    errors: int = 0
+    unclosed: int = 0
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -28,7 +31,12 @@ class ScoredBatch:
             "response_length": float(np.mean(lengths)),
             "truncated": float(np.mean([rollout.finish == "length" for rollout in self.rollouts])),
         }
-        failed = {"reward_timeouts": self.timeouts, "reward_crashes": self.crashes}
+        failed = {
+            "reward_timeouts": self.timeouts,
+            "reward_crashes": self.crashes,
+            "reward_errors": self.errors,
+            "unclosed_reasoning": self.unclosed,
+        }
         return metrics | {name: float(count) for name, count in failed.items() if count}
 
 
@@ -39,23 +47,46 @@ def together(parts: Sequence[ScoredBatch]) -> ScoredBatch:
         reward=np.concatenate([part.reward for part in parts]),
         timeouts=sum(part.timeouts for part in parts),
         crashes=sum(part.crashes for part in parts),
+        errors=sum(part.errors for part in parts),
+        unclosed=sum(part.unclosed for part in parts),
     )
 
 
-def judge(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> ScoredBatch:
-    """Score one share of the rollouts on each rank and gather all; every rank returns the same. Blocks."""
+def judge(
+    scorer: Scorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
+) -> ScoredBatch:
+    """Score one share of the rollouts on each rank and gather all; every rank returns the same. `say` is told
+    of answers on which the verifier raised. Blocks."""
     shares = world.all_gather_objects(scorer.score(rollouts[world.rank :: world.size]))
     reward = np.empty(len(rollouts), dtype=np.float32)
     keep = np.empty(len(rollouts), dtype=bool)
     for rank, share in enumerate(shares):
         reward[rank :: world.size], keep[rank :: world.size] = share.reward, share.keep
-    kept = [r if k else replace(r, mask=np.zeros_like(r.mask)) for r, k in zip(rollouts, keep)]
-    return ScoredBatch(kept, reward, sum(s.timeouts for s in shares), sum(s.crashes for s in shares))
+    _tell_errors(shares, len(rollouts), say)
+    return ScoredBatch(
+        rollouts=[r if k else replace(r, mask=np.zeros_like(r.mask)) for r, k in zip(rollouts, keep)],
+        reward=reward,
+        timeouts=sum(share.timeouts for share in shares),
+        crashes=sum(share.crashes for share in shares),
+        errors=sum(share.errors for share in shares),
+        unclosed=sum(share.unclosed for share in shares),
+    )
 
 
-def extract(scorer: Scorer, rollouts: Sequence[Rollout], world: Group) -> list[str | None]:
-    """The vote of each rollout (Scorer.votes), computed in shares like `judge`. Blocks."""
+def extract(
+    scorer: Scorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
+) -> list[str | None]:
+    """The vote of each rollout (Scorer.votes), computed in shares and with `say` like `judge`. Blocks."""
     votes: list[str | None] = [None] * len(rollouts)
-    for rank, share in enumerate(world.all_gather_objects(scorer.votes(rollouts[world.rank :: world.size]))):
-        votes[rank :: world.size] = share
+    shares = world.all_gather_objects(scorer.votes(rollouts[world.rank :: world.size]))
+    for rank, share in enumerate(shares):
+        votes[rank :: world.size] = share.votes
+    _tell_errors(shares, len(rollouts), say)
     return votes
+
+
+def _tell_errors(shares: Sequence[Scores | ScoredVotes], answers: int, say: Callable[[str], object]) -> None:
+    errors = sum(share.errors for share in shares)
+    if errors:
+        first = next(share.first_error for share in shares if share.first_error)
+        say(f"{first}; {errors} of {answers} answers failed and count as wrong")

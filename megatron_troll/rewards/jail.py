@@ -148,7 +148,7 @@ def unshare(spec: dict[str, Any]) -> None:
 
 def build_root(spec: dict[str, Any]) -> None:
     """Mount a file system of `disk_mb` in memory that shows the interpreter and its libraries, read-only, and
-    a /box that holds only main.py; then change into it."""
+    a /box that holds only the files of the program; then change into it."""
     root, size = spec["root"], spec["limits"]["disk_mb"]
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size}m,nr_inodes=4096,mode=755")
@@ -156,7 +156,8 @@ def build_root(spec: dict[str, Any]) -> None:
         show(path, root + path)
     box = Path(root, "box")
     box.mkdir()
-    (box / "main.py").write_bytes(Path(spec["box"], "main.py").read_bytes())
+    shutil.copytree(spec["box"], box, dirs_exist_ok=True)
+    show(spec["stdin"], root + "/dev/stdin")
     if spec["root_user"]:
         os.chown(box, NOBODY, NOBODY)
     # It exists already if the interpreter is in /tmp.

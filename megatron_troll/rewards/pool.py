@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
 from megatron_troll.config import RewardConfig
-from megatron_troll.rewards.reward import VerifierCall
+from megatron_troll.rewards.reward import Raised, Value, VerifierCall
 from megatron_troll.rewards.worker import START_LIMIT_S, Failed, Worker
 
 ATTEMPTS = 2
 
 
 class RewardError(RuntimeError):
-    """A verifier failed; the message names the sample."""
+    """A verifier cannot be built, or its processes cannot be kept alive; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,22 @@ class ScoringTask:
 
 @dataclass
 class Outcomes:
-    """Return values of the verifier, by task index. Tasks that timed out, or whose worker was killed by a
-    signal at each attempt, have no value."""
+    """Return values of the verifier, by task index. Tasks that timed out, whose worker died at each attempt,
+    or on which the verifier raised (`errors`: what), have no value."""
 
-    values: dict[int, object] = field(default_factory=dict)
+    values: dict[int, Value] = field(default_factory=dict)
     timeouts: set[int] = field(default_factory=set)
     crashes: set[int] = field(default_factory=set)
+    errors: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.values) + len(self.timeouts) + len(self.crashes)
+        return len(self.values) + len(self.timeouts) + len(self.crashes) + len(self.errors)
+
+    def add(self, index: int, value: Value | Raised) -> None:
+        if isinstance(value, Raised):
+            self.errors[index] = value.what
+        else:
+            self.values[index] = value
 
 
 class _Batch:
@@ -68,8 +75,8 @@ class WorkerPool:
 
     def run(self, tasks: Sequence[ScoringTask]) -> Outcomes:
         """Run all tasks; blocks until each has an outcome. A worker over the time limit is killed and
-        replaced; one that a signal killed (out of memory) is replaced and its task is retried once. Raises
-        RewardError if the verifier raises or cannot be built."""
+        replaced; one that died (out of memory) is replaced and its task is retried once. Raises RewardError
+        if the verifier cannot be built."""
         batch = _Batch(tasks)
         try:
             while len(batch.outcomes) < len(tasks):
@@ -115,7 +122,7 @@ class WorkerPool:
         if worker.task is None:
             worker.ready = True
         else:
-            batch.outcomes.values[worker.task] = answer
+            batch.outcomes.add(worker.task, answer)
             worker.task = None
 
     def _overdue(self, worker: Worker, batch: _Batch) -> None:
@@ -127,7 +134,7 @@ class WorkerPool:
     def _died(self, worker: Worker, batch: _Batch) -> None:
         code = worker.exit_code()
         batch.killed_starts += worker.task is None
-        if code >= 0 or batch.killed_starts > ATTEMPTS * self._size:
+        if (worker.task is None and code >= 0) or batch.killed_starts > ATTEMPTS * self._size:
             raise RewardError(f"{self._doing(worker, batch)}: its process ended with exit code {code}")
         if worker.task is not None:
             batch.crashed(worker.task)

@@ -1,5 +1,7 @@
 """The interface of a verifier, and how one is built from the configuration."""
 
+import math
+import traceback
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -8,6 +10,7 @@ from megatron_troll.config import ConfigError, Node, RewardConfig, build_method
 from megatron_troll.types import Prompt
 
 Wanted = Literal["reward", "vote"]
+Value = float | str | None
 
 
 class Reward(Node):
@@ -21,6 +24,10 @@ class Reward(Node):
 
     @abstractmethod
     def __call__(self, text: str, prompt: Prompt) -> float: ...
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise ValueError, which says why, if no answer to `prompt` can be judged: its record is malformed.
+        Called for every prompt when its file is read."""
 
 
 @runtime_checkable
@@ -41,11 +48,58 @@ class VerifierCall:
     prompt: Prompt
     wanted: Wanted
 
-    def put_to(self, verifier: Reward) -> object:
+    def put_to(self, verifier: Reward) -> Value:
+        """The verifier's value. Raises whatever it raises, and TypeError or ValueError for another value."""
         if self.wanted == "reward":
-            return verifier(self.text, self.prompt)
+            return _finite(verifier(self.text, self.prompt))
         assert isinstance(verifier, Votes)
-        return verifier.vote(self.text)
+        return _text(verifier.vote(self.text))
+
+
+@dataclass(frozen=True)
+class Raised:
+    """Stands for a value: the verifier raised an exception, described in one line."""
+
+    what: str
+
+
+def attempt(call: VerifierCall, verifier: Reward) -> Value | Raised:
+    """The value of one call, or Raised: whatever a verifier raises on one answer costs only that answer."""
+    try:
+        return call.put_to(verifier)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (the border of plug-ins; counted and shown)
+        return Raised(_summary(error))
+
+
+def problem(verifier: Reward, prompt: Prompt) -> str | None:
+    """Return why no answer to `prompt` can be judged; None if its record is as the verifier needs it."""
+    try:
+        verifier.check(prompt)
+    except ValueError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 (the border of plug-ins; the row is named)
+        return _summary(error)
+    return None
+
+
+def _finite(value: object) -> float:
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise ValueError(f"the reward is {value!r:.80}, expected a finite float")
+    return float(value)
+
+
+def _text(value: object) -> str | None:
+    if not isinstance(value, str | None):
+        raise TypeError(f"the vote is {value!r:.80}, expected text")
+    return value if value is None else str(value)
+
+
+def _summary(error: BaseException) -> str:
+    """One line: the type and message of an exception, and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    at = f" ({frames[-1].filename} line {frames[-1].lineno})" if frames else ""
+    told = "".join(str(error).splitlines()[:1])
+    return f"{type(error).__name__}: {told:.200}{at}"
 
 
 def build(config: RewardConfig) -> Reward:

@@ -20,6 +20,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,19 +80,33 @@ class Sandbox:
     def run(self, program: str, stdin: str, wall_s: float) -> Finished:
         """Run the program as its own __main__, with `stdin`, in an empty folder. Blocks for at most `wall_s`
         seconds, plus a little to start and clean up."""
+        with self.started({"main.py": program}, stdin, wall_s) as running:
+            return running.finished()
+
+    @contextmanager
+    def started(
+        self, files: Mapping[str, str], stdin: str, wall_s: float, descriptor: int | None = None
+    ) -> Iterator["Running"]:
+        """Start main.py of `files` (text by path), in a folder that holds only these; it ends with the block.
+        It inherits the file descriptor. Raises SandboxError if it could not be confined."""
         with tempfile.TemporaryDirectory(prefix="mtroll-answer-") as name:
             folder = Path(name)
             for part in ("box", "root"):
                 (folder / part).mkdir()
-            (folder / "box" / "main.py").write_text(program)
-            (folder / "stdin").write_text(stdin)
+            for path, text in files.items():
+                (folder / "box" / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / "box" / path).write_text(text, encoding="utf-8", errors="surrogatepass")
+            (folder / "stdin").write_text(stdin, encoding="utf-8", errors="surrogatepass")
+            (folder / "stdin").chmod(0o644)
             (folder / "spec.json").write_text(json.dumps(self._spec(folder, wall_s)))
             folder.chmod(0o711)
-            code = self._start_and_wait(folder, wall_s)
+            running = Running(folder, self._start(folder, descriptor), self._patience(wall_s))
+            try:
+                yield running
+            finally:
+                running.end(GRACE_S if self.kind == "limits" else 0.0)
             if problem := (folder / "errors").read_text(errors="replace").strip():
                 raise SandboxError(problem.splitlines()[-1])
-            output = (folder / "stdout").read_text(errors="replace")
-        return Finished(code, output, code == jail.TIMED_OUT)
 
     def _spec(self, folder: Path, wall_s: float) -> dict[str, object]:
         return {
@@ -100,31 +116,58 @@ class Sandbox:
             "python": self.python,
             "visible": visible(self.python),
             "box": str(folder / "box"),
+            "stdin": str(folder / "stdin"),
             "root": str(folder / "root"),
             "wall_s": wall_s,
             "limits": self.limits.model_dump(),
         }
 
-    def _start_and_wait(self, folder: Path, wall_s: float) -> int:
+    def _start(self, folder: Path, descriptor: int | None) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-S", jail.__file__, str(folder / "spec.json")]
         with (
             (folder / "stdin").open() as stdin,
             (folder / "stdout").open("w") as stdout,
             (folder / "errors").open("w") as errors,
         ):
-            process = subprocess.Popen(
-                command, stdin=stdin, stdout=stdout, stderr=errors, start_new_session=True
+            return subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=errors,
+                start_new_session=True,
+                pass_fds=() if descriptor is None else (descriptor,),
             )
-        # With `limits`, jail.py enforces the time limit, because it has to clean up.
-        patience = wall_s if self.kind == "namespaces" else wall_s + GRACE_S
+
+    def _patience(self, wall_s: float) -> float:
+        """Seconds to wait. With `limits`, jail.py enforces the time limit, because it has to clean up."""
+        return wall_s if self.kind == "namespaces" else wall_s + GRACE_S
+
+
+@dataclass(frozen=True)
+class Running:
+    """A program that was started."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+    patience: float
+
+    def finished(self) -> Finished:
+        """Wait for its end, or end it when its time is over."""
         try:
-            return process.wait(patience)
+            code = self.process.wait(self.patience)
         except subprocess.TimeoutExpired:
-            return jail.TIMED_OUT
-        finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            code = jail.TIMED_OUT
+        self.end(0.0)
+        output = (self.folder / "stdout").read_text(errors="replace")
+        return Finished(code, output, code == jail.TIMED_OUT)
+
+    def end(self, grace_s: float) -> None:
+        """End it, after `grace_s` seconds in which it may end by itself."""
+        try:
+            self.process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @cache

@@ -1,6 +1,5 @@
 """Rewards of a batch of rollouts."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -8,21 +7,34 @@ from types import TracebackType
 import numpy as np
 
 from megatron_troll.config import RewardConfig
-from megatron_troll.rewards.pool import Outcomes, RewardError, ScoringTask, WorkerPool
-from megatron_troll.rewards.reward import VerifierCall, Votes, Wanted, build
+from megatron_troll.rewards.answers import after_reasoning
+from megatron_troll.rewards.pool import Outcomes, ScoringTask, WorkerPool
+from megatron_troll.rewards.reward import VerifierCall, Votes, Wanted, attempt, build
 from megatron_troll.types import Rollout
 
 
 @dataclass(frozen=True)
 class Scores:
     """reward [B] float32; keep [B] bool, False for rollouts excluded from the loss (aborted, or cut at
-    max_tokens with `overlong.mode: mask`). `timeouts` and `crashes` count the answers that got 0 because
-    their verifier timed out or was killed."""
+    max_tokens with `overlong.mode: mask`). Counted are the answers that got 0 because their verifier timed
+    out, was killed, or raised (errors; first_error describes one), or their reasoning is not closed."""
 
     reward: np.ndarray
     keep: np.ndarray
     timeouts: int
     crashes: int
+    errors: int
+    unclosed: int
+    first_error: str
+
+
+@dataclass(frozen=True)
+class ScoredVotes:
+    """votes [B], None for a rollout without an answer; errors: rollouts on which the extraction raised."""
+
+    votes: list[str | None]
+    errors: int
+    first_error: str
 
 
 class Scorer:
@@ -38,7 +50,8 @@ class Scorer:
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Score all rollouts; blocks. Aborted rollouts, and with `overlong.mode: penalise` those cut at
-        max_tokens, are not passed to the verifier. Raises RewardError if a reward is not a finite float."""
+        max_tokens, are not passed to the verifier, and neither are those whose reasoning is not closed.
+        Raises RewardError if the verifier cannot be built."""
         overlong = self._config.overlong
         reward = np.zeros(len(rollouts), dtype=np.float32)
         keep = np.ones(len(rollouts), dtype=bool)
@@ -48,36 +61,39 @@ class Scorer:
                 keep[index] = False
             if cut and overlong.mode == "penalise":
                 reward[index] = overlong.reward
-        judged = self._judged(rollouts)
-        outcomes = self._run(_tasks(rollouts, judged, "reward"))
-        for task, value in outcomes.values.items():
-            reward[judged[task]] = _checked(value, rollouts[judged[task]].name, self._config.name)
-        return Scores(reward, keep, len(outcomes.timeouts), len(outcomes.crashes))
+        texts, unclosed = self._texts(rollouts)
+        outcomes = self._run(rollouts, texts, "reward")
+        for index, value in outcomes.values.items():
+            reward[index] = value
+        told = self._first_error(outcomes, rollouts)
+        return Scores(
+            reward, keep, len(outcomes.timeouts), len(outcomes.crashes), len(outcomes.errors), unclosed, told
+        )
 
     @property
     def has_votes(self) -> bool:
         """Whether the verifier extracts answers."""
         return isinstance(self._verifier, Votes)
 
-    def votes(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        """The extracted answer of each rollout; None if it has none, if the extraction timed out or was
-        killed, or if the rollout is not passed to the verifier (see `score`). Blocks. Raises RewardError if
-        an answer is not text."""
+    def votes(self, rollouts: Sequence[Rollout]) -> ScoredVotes:
+        """The extracted answer of each rollout; None if it has none, if the extraction failed, or if the
+        rollout is not passed to the verifier (see `score`). Blocks."""
         votes: list[str | None] = [None] * len(rollouts)
-        judged = self._judged(rollouts)
-        for task, value in self._run(_tasks(rollouts, judged, "vote")).values.items():
-            if not isinstance(value, str | None):
-                name = rollouts[judged[task]].name
-                raise RewardError(
-                    f"reward {self._config.name!r} gave {value!r} as the vote of {name}; expected text"
-                )
-            votes[judged[task]] = value
-        return votes
+        outcomes = self._run(rollouts, self._texts(rollouts)[0], "vote")
+        for index, value in outcomes.values.items():
+            votes[index] = None if value is None else str(value)
+        return ScoredVotes(votes, len(outcomes.errors), self._first_error(outcomes, rollouts))
 
-    def _judged(self, rollouts: Sequence[Rollout]) -> list[int]:
-        """Indices of the rollouts that are passed to the verifier."""
+    def _texts(self, rollouts: Sequence[Rollout]) -> tuple[dict[int, str], int]:
+        """The texts that are passed to the verifier, by the index of their rollout; the number of rollouts
+        whose reasoning is not closed."""
         unseen = ("abort", "length") if self._config.overlong.mode == "penalise" else ("abort",)
-        return [index for index, rollout in enumerate(rollouts) if rollout.finish not in unseen]
+        seen = {i: rollout for i, rollout in enumerate(rollouts) if rollout.finish not in unseen}
+        if self._config.reasoning == "keep":
+            return {index: rollout.text for index, rollout in seen.items()}, 0
+        after = {i: after_reasoning(r.text, r.prompt.opens_reasoning) for i, r in seen.items()}
+        texts = {index: text for index, text in after.items() if text is not None}
+        return texts, len(after) - len(texts)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -92,24 +108,30 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def _run(self, tasks: Sequence[ScoringTask]) -> Outcomes:
-        if self._pool is not None:
-            return self._pool.run(tasks)
+    def _run(self, rollouts: Sequence[Rollout], texts: dict[int, str], wanted: Wanted) -> Outcomes:
+        """The outcomes by index of the rollout."""
+        tasks = [
+            ScoringTask(rollouts[i].name, VerifierCall(text, rollouts[i].prompt, wanted))
+            for i, text in texts.items()
+        ]
+        found = self._here(tasks) if self._pool is None else self._pool.run(tasks)
+        places = list(texts)
+        return Outcomes(
+            values={places[task]: value for task, value in found.values.items()},
+            timeouts={places[task] for task in found.timeouts},
+            crashes={places[task] for task in found.crashes},
+            errors={places[task]: what for task, what in found.errors.items()},
+        )
+
+    def _here(self, tasks: Sequence[ScoringTask]) -> Outcomes:
         outcomes = Outcomes()
         for index, task in enumerate(tasks):
-            outcomes.values[index] = task.question.put_to(self._verifier)
+            outcomes.add(index, attempt(task.question, self._verifier))
             self._progress()
         return outcomes
 
-
-def _tasks(rollouts: Sequence[Rollout], chosen: Sequence[int], wanted: Wanted) -> list[ScoringTask]:
-    asked = [rollouts[i] for i in chosen]
-    return [
-        ScoringTask(rollout.name, VerifierCall(rollout.text, rollout.prompt, wanted)) for rollout in asked
-    ]
-
-
-def _checked(value: object, sample: str, verifier: str) -> float:
-    if not isinstance(value, float) or not math.isfinite(value):
-        raise RewardError(f"reward {verifier!r} gave {value!r} for {sample}; expected a finite float")
-    return value
+    def _first_error(self, outcomes: Outcomes, rollouts: Sequence[Rollout]) -> str:
+        if not outcomes.errors:
+            return ""
+        first = min(outcomes.errors)
+        return f"reward {self._config.name!r} failed on {rollouts[first].name}: {outcomes.errors[first]}"

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 from megatron_troll.config import RewardConfig
-from megatron_troll.rewards.reward import VerifierCall, build
+from megatron_troll.rewards.reward import VerifierCall, attempt, build
 from megatron_troll.system import spared
 
 START_LIMIT_S = 120.0
@@ -20,29 +20,25 @@ class Ready:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker's last message: the exception of the verifier."""
+    """A worker's last message: the exception with which its verifier could not be built."""
 
     traceback: str
 
 
 def serve(connection: Connection, config: RewardConfig) -> None:
-    """Build the verifier, send Ready, then answer each VerifierCall; after an error, send Failed and end."""
+    """Build the verifier, send Ready or Failed, then answer each VerifierCall by its value or Raised."""
     try:
-        _answer(connection, config)
+        verifier = build(config)
     except Exception:
         connection.send(Failed(traceback.format_exc()))
         raise
-
-
-def _answer(connection: Connection, config: RewardConfig) -> None:
-    reward = build(config)
     connection.send(Ready())
     while True:
         try:
             question: VerifierCall = connection.recv()
         except EOFError:
             return
-        connection.send(question.put_to(reward))
+        connection.send(attempt(question, verifier))
 
 
 class Worker:

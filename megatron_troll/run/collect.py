@@ -79,6 +79,6 @@ def _start(run: Run, count: int, drawn: Counter[str], step: int) -> Callable[[],
         with run.session.phases("generation"):
             rollouts = finish()
         with run.session.phases("reward"):
-            return judge(run.scorer, rollouts, run.session.groups.world)
+            return judge(run.scorer, rollouts, run.session.groups.world, run.session.progress.say)
 
     return finished

@@ -35,7 +35,8 @@ class Evaluator:
         requests = requests_for(prompts, evaluation.samples)
         with self.session.phases("evaluation"):
             rollouts = self.engine.generate(requests, self._sampling(), EVALUATION_ROUND)
-            return float(judge(self.scorer, rollouts, self.session.groups.world).reward.mean())
+            world, say = self.session.groups.world, self.session.progress.say
+            return float(judge(self.scorer, rollouts, world, say).reward.mean())
 
     def _sampling(self) -> Sampling:
         temperature = self.task.config.evaluation.temperature

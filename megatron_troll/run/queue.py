@@ -115,6 +115,8 @@ class RolloutQueue:
                 "reward": batch.sampled.reward.tolist(),
                 "timeouts": batch.sampled.timeouts,
                 "crashes": batch.sampled.crashes,
+                "errors": batch.sampled.errors,
+                "unclosed": batch.sampled.unclosed,
                 "kept": batch.kept.tolist(),
                 "groups": [rollout.group for rollout in batch.rollouts],
             }
@@ -131,6 +133,8 @@ class RolloutQueue:
                 reward=np.array(rest["reward"], dtype=np.float32),
                 timeouts=rest["timeouts"],
                 crashes=rest["crashes"],
+                errors=rest["errors"],
+                unclosed=rest["unclosed"],
             )
             kept = np.array(rest["kept"], dtype=bool)
             trained_on = [rollout for rollout, keep in zip(sampled.rollouts, kept) if keep]

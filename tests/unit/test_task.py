@@ -233,6 +233,28 @@ def test_a_malformed_line_is_named_or_skipped_and_counted(config: Path) -> None:
     assert "1 malformed skipped (first: " in str(task(config, "data.malformed=skip").prompts)
 
 
+@pytest.mark.parametrize(
+    ("reward", "answer", "said"),
+    [
+        ("{name: exact}", " ", "the answer ' ' is blank"),
+        ("{name: regex, pattern: x, ignore: ','}", ",,", "nothing is left of the answer ',,' without ','"),
+        ("{name: math_verify}", "$", "the answer '$' is not mathematics"),
+        ("{name: code}", "-", "record field 'tests' must be a list of tests, got None"),
+        ("{name: 'tests.unit.rewards.plugin_rewards:Checks'}", "-", "KeyError: 'needed'"),
+    ],
+)
+def test_an_answer_that_the_verifier_cannot_use_is_malformed(
+    config: Path, reward: str, answer: str, said: str
+) -> None:
+    """Before any compute, with file and line, and skippable."""
+    bad = config.parent / "prompts.jsonl"
+    good = bad.read_text().replace('"answer": ', '"needed": 1, "tests": ["assert f(1)"], "answer": ')
+    turns = [{"role": "user", "content": "new"}]
+    bad.write_text(good + json.dumps({"messages": turns, "answer": answer}) + "\n")
+    assert f"{bad} line 11: {said}" in refusal(config, f"reward={reward}")
+    assert "1 malformed skipped" in str(task(config, f"reward={reward}", "data.malformed=skip"))
+
+
 def test_an_empty_file_is_refused(config: Path) -> None:
     (config.parent / "prompts.jsonl").write_text("")
     assert "prompts.jsonl: the file holds no records" in refusal(config)

@@ -1,38 +1,44 @@
 """1 if the program in the answer passes its tests, run in a sandbox (rewards/sandbox.py)."""
 
+import ast
+import inspect
 import json
-import re
 import secrets
+import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from megatron_troll.config import PositiveFloat
+from megatron_troll.rewards.blocks import extract
+from megatron_troll.rewards.judging import sides, wire
 from megatron_troll.rewards.reward import Reward
 from megatron_troll.rewards.sandbox import Finished, Kind, Limits, Sandbox, SandboxError
 from megatron_troll.types import Prompt
 
-BLOCK = re.compile(r"^```python[^\S\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-# The tests are read from stdin only after the answer has run, and the token in the last line proves that
-# they passed: exiting early or printing text does not. An answer that looks for the tests can find them.
-ASSERT = """
-import json, sys
-answer = {"__name__": "answer"}
-exec(compile(%r, "answer.py", "exec"), answer)
-test, passed = json.load(sys.stdin)
-exec(compile(test, "test.py", "exec"), answer)
-sys.stdout.write("\\n" + passed)
+# The sources of both sides, by their path in the sandbox; standard library only.
+PROGRAM = {
+    f"megatron_troll/rewards/judging/{Path(str(module.__file__)).name}": inspect.getsource(module)
+    for module in (sides, wire)
+}
+MAIN = """
+import sys
+sys.path.insert(0, ".")
+from megatron_troll.rewards.judging.sides import {side}
+sys.path.pop(0)
+{side}({descriptor})
 """
 
 
 class Code(Reward):
-    """Runs the last ```python block of the answer against `tests` of the prompt's record: each is a string of
-    assert lines, or {"input": ..., "output": ...} for stdin and stdout. Every test is a separate run.
+    """Runs the program of the answer (rewards/blocks.py) against `tests` of the prompt's record: each is a
+    string of assert lines, or {"input": ..., "output": ...} for stdin and stdout, and a separate run.
 
-    Outputs are compared line by line without trailing white space. An answer without a block gets 0.
+    Assert lines run in a process of their own, to which the answer gives values of plain types
+    (judging/sides.py). Outputs are compared line by line without trailing white space.
     """
 
     sandbox: Kind = Field(
@@ -61,51 +67,77 @@ class Code(Reward):
         return Sandbox(self.sandbox, self.limits, self.python or sys.executable)
 
     def __call__(self, text: str, prompt: Prompt) -> float:
-        tests = [_Test(test, prompt.id) for test in self._tests(prompt)]
-        program = extract(text)
-        if program is None:
-            return 0.0
+        tests = self._tests(prompt)
         deadline, passed = time.monotonic() + self.wall_s, 0
         for test in tests:
             left = deadline - time.monotonic()
+            program = extract(text, runs=test.runs)
+            if program is None:
+                return 0.0
             if left > 0 and test.passes(program, self._sandbox(), left):
                 passed += 1
             elif not self.partial:
                 return 0.0
         return passed / len(tests)
 
-    def _tests(self, prompt: Prompt) -> list[Any]:
+    def check(self, prompt: Prompt) -> None:
+        for test in self._tests(prompt):
+            test.check()
+
+    def _tests(self, prompt: Prompt) -> list["_Test"]:
         found = prompt.record.get(self.tests)
         if not isinstance(found, list) or not found:
-            raise ValueError(f"prompt {prompt.id!r}: record field {self.tests!r} must be a list of tests")
-        return found
-
-
-def extract(text: str) -> str | None:
-    """The last ```python block of an answer; None if it has none."""
-    blocks = BLOCK.findall(text)
-    return blocks[-1] if blocks else None
+            raise ValueError(f"record field {self.tests!r} must be a list of tests, got {found!r:.80}")
+        return [_Test(test) for test in found]
 
 
 class _Test:
     """One test of a record. Raises ValueError if it has neither form."""
 
-    def __init__(self, test: Any, prompt: str):
+    def __init__(self, test: Any):
         pair = isinstance(test, dict) and all(isinstance(test.get(k), str) for k in ("input", "output"))
         if not pair and not isinstance(test, str):
-            raise ValueError(
-                f"prompt {prompt!r}: a test must be assert lines, or input and output; got {test!r:.80}"
-            )
+            raise ValueError(f"a test must be assert lines, or input and output; got {test!r:.80}")
         self._test = test
+        self.runs = pair
+
+    def check(self) -> None:
+        """Raise ValueError for assert lines that no answer can pass, or that every answer passes."""
+        if isinstance(self._test, dict):
+            return
+        try:
+            statements = ast.parse(self._test).body
+        except (SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"a test is not Python: {error}: {self._test!r:.80}") from error
+        if not statements:
+            raise ValueError(f"a test checks nothing: {self._test!r:.80}")
 
     def passes(self, program: str, sandbox: Sandbox, wall_s: float) -> bool:
         if isinstance(self._test, str):
-            passed = secrets.token_hex(16)
-            stdin = json.dumps([self._test, passed])
-            finished = sandbox.run(ASSERT % program, stdin, wall_s)
-            return _ended_well(finished) and finished.output.endswith("\n" + passed)
+            return _judged(self._test, program, sandbox, wall_s)
         finished = sandbox.run(program, self._test["input"], wall_s)
         return _ended_well(finished) and _lines(finished.output) == _lines(self._test["output"])
+
+
+def _judged(test: str, program: str, sandbox: Sandbox, wall_s: float) -> bool:
+    """Whether the program passes assert lines. The judge proves it with a word that only it is given."""
+    passed = secrets.token_hex(16)
+    here, there = socket.socketpair()
+    with here, there:
+        serving = _side("serve", here.fileno()) | {"answer.py": program}
+        judging = _side("judge", there.fileno())
+        with (
+            sandbox.started(serving, "", wall_s, here.fileno()),
+            sandbox.started(judging, json.dumps([test, passed]), wall_s, there.fileno()) as judge,
+        ):
+            here.close()
+            there.close()
+            finished = judge.finished()
+    return _ended_well(finished) and finished.output.endswith("\n" + passed)
+
+
+def _side(side: str, descriptor: int) -> dict[str, str]:
+    return PROGRAM | {"main.py": MAIN.format(side=side, descriptor=descriptor)}
 
 
 def _ended_well(finished: Finished) -> bool:

@@ -13,6 +13,12 @@ class ExactMatch(Reward):
     strip: bool = Field(default=True, description="leave out white space around both")
     ignore_case: bool = Field(default=False, description="compare without case")
 
+    def check(self, prompt: Prompt) -> None:
+        if not self.vote(prompt.answer):
+            raise ValueError(
+                f"the answer {prompt.answer!r:.80} is blank: an empty text would earn the reward"
+            )
+
     def __call__(self, text: str, prompt: Prompt) -> float:
         return float(self.vote(text) == self.vote(prompt.answer))
 

@@ -17,9 +17,13 @@ class Regex(Reward):
     def _compiles(cls, pattern: str) -> str:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return pattern
+
+    def check(self, prompt: Prompt) -> None:
+        if not self._normal(prompt.answer):
+            raise ValueError(f"nothing is left of the answer {prompt.answer!r:.80} without {self.ignore!r}")
 
     def __call__(self, text: str, prompt: Prompt) -> float:
         return float(self.vote(text) == self._normal(prompt.answer))

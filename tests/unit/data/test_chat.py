@@ -35,6 +35,15 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer):
     assert first.ids.dtype == np.int32
 
 
+def test_a_prompt_that_opens_reasoning(tokenizer):
+    """Templates of thinking models write <think> before the answer."""
+    tokenizer.add_tokens(["<think>", "</think>"])
+    for ending, opens in (("<think> ", True), ("", False), ("<think></think>", False)):
+        tokenizer.chat_template = QWEN + ending
+        (prompt,) = tokenized([prompt_of(Message("user", "sort <think>"))], tokenizer)
+        assert prompt.opens_reasoning == opens
+
+
 def test_content_and_end_of_turn_carry_loss(tokenizer):
     ids, mask = encode_chat([USER, ANSWER], tokenizer)
     assert picture(ids, tokenizer) == "Usort 21EA12E"

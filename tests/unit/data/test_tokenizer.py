@@ -4,12 +4,21 @@ import shutil
 import pytest
 
 from megatron_troll.data.rows import DataError
-from megatron_troll.data.tokenizer import check_vocab, load_tokenizer, stop_ids
+from megatron_troll.data.tokenizer import check_reasoning_tags, check_vocab, load_tokenizer, stop_ids
 
 
 @pytest.fixture
 def folder(base_folder, tmp_path):
     return shutil.copytree(base_folder, tmp_path / "base")
+
+
+def test_a_tag_that_texts_lack_cannot_end_reasoning(tokenizer):
+    check_reasoning_tags(tokenizer)
+    tokenizer.add_tokens(["</think>"])
+    check_reasoning_tags(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    with pytest.raises(DataError, match=r"</think> out of texts.* or set reward\.reasoning=keep"):
+        check_reasoning_tags(tokenizer)
 
 
 def test_the_end_of_sequence_stops_a_response(base_folder, tokenizer):

@@ -94,6 +94,8 @@ RESULT = EvalResult(
     no_majority="reward code extracts no answer to vote on",
     timeouts=3,
     crashes=0,
+    errors=2,
+    unclosed=1,
 )
 
 
@@ -106,6 +108,8 @@ def test_the_table_says_what_is_missing_and_what_failed() -> None:
         ["hard", "1,200", "x", "4", "mean@4", "0.500", "0.250", "to", "0.750"],
         ["response_length", "100.0", "90.0", "to", "110.0"],
         ["reward", "timeouts", "3"],
+        ["reward", "errors", "2"],
+        ["unclosed", "reasoning", "1"],
         ["hard:", "no", "maj@k,", "reward", "code", "extracts", "no", "answer", "to", "vote", "on"],
     ]
 

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_troll.rewards.reward import Reward
 
@@ -28,9 +29,24 @@ class Obeys(Reward):
             os.kill(os.getpid(), signal.SIGKILL)
         if text.startswith("die once "):
             _die_once(Path(text.removeprefix("die once ")))
-        if text == "raise":
-            raise RuntimeError("the verifier has a bug")
-        return {"nan": float("nan"), "int": 1, "none": None}.get(text, 1.0)
+        if text == "end":
+            os._exit(0)
+        if text == "recurse":
+            return self(text, prompt)
+        errors = {
+            "raise": RuntimeError("the verifier has a bug"),
+            "no memory": MemoryError(),
+            "leave": SystemExit(3),
+        }
+        if text in errors:
+            raise errors[text]
+        return {"nan": float("nan"), "int": 1, "none": None, "lock": threading.Lock()}.get(text, 1.0)
+
+
+class ObeysHere(Obeys):
+    """The same in the trainer's process."""
+
+    cheap: ClassVar[bool] = True
 
 
 def _die_once(marker: Path) -> None:
@@ -51,6 +67,14 @@ class DiesWhenBuilt(Reward):
     def model_post_init(self, context):
         if os.getpid() != self.trainer:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def __call__(self, text, prompt):
+        return 1.0
+
+
+class Checks(Reward):
+    def check(self, prompt):
+        prompt.record["needed"]
 
     def __call__(self, text, prompt):
         return 1.0

@@ -12,7 +12,6 @@ from megatron_troll.config import ConfigError, RewardConfig
 from megatron_troll.rewards import sandbox
 from megatron_troll.rewards.reward import build
 from megatron_troll.rewards.score import Scorer
-from megatron_troll.rewards.verifiers.code import extract
 from megatron_troll.types import Prompt, Rollout
 from tests.faults import signal_helpers
 
@@ -40,22 +39,6 @@ def partial():
 
 def prompt(tests: object) -> Prompt:
     return Prompt("p", (), "-", {"tests": tests})
-
-
-@pytest.mark.parametrize(
-    ("text", "program"),
-    [
-        ("```python\na = 1\n```", "a = 1\n"),
-        ("```python\na\n```\nno:\n```python\nb\nc\n```", "b\nc\n"),
-        ("```python\na\n```\n```\nnot this\n```", "a\n"),
-        ("```python\nprint('```')\n```", "print('```')\n"),
-        ("```python\ncut off", None),
-        ("print(1)", None),
-        ("", None),
-    ],
-)
-def test_the_last_block_is_the_answer(text, program):
-    assert extract(text) == program
 
 
 @pytest.mark.parametrize(
@@ -107,9 +90,15 @@ def test_all_tests_share_the_time(partial):
 
 
 @pytest.mark.parametrize("tests", [None, [], "assert True", [3], [{"input": "x"}]])
-def test_a_prompt_without_usable_tests_is_an_error(judge, tests):
-    with pytest.raises(ValueError, match="prompt 'p': "):
-        judge(answer("pass"), prompt(tests))
+def test_a_prompt_without_usable_tests_is_refused(judge, tests):
+    with pytest.raises(ValueError, match="must be "):
+        judge.check(prompt(tests))
+
+
+@pytest.mark.parametrize("test", ["assert f(1", "# later", "", "assert f('\0')"])
+def test_assert_lines_that_test_nothing_are_refused(judge, test):
+    with pytest.raises(ValueError, match="a test "):
+        judge.check(prompt(["assert f(1)", test]))
 
 
 def rollout(text: str, sample: int = 0) -> Rollout:

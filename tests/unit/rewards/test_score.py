@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_troll.config import Overlong, RewardConfig
+from megatron_troll.parallel.groups import Group
+from megatron_troll.rewards.batch import judge
 from megatron_troll.rewards.pool import RewardError
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.types import Prompt, Rollout
@@ -15,9 +17,11 @@ from megatron_troll.types import Prompt, Rollout
 PLUGINS = "tests.unit.rewards.plugin_rewards"
 
 
-def rollout(text: str, answer: str = "12", finish="stop", sample: int = 0, **record) -> Rollout:
+def rollout(
+    text: str, answer: str = "12", finish="stop", sample: int = 0, opens_reasoning=False, **record
+) -> Rollout:
     empty = np.zeros(0)
-    prompt = Prompt("p1", (), answer, record)
+    prompt = Prompt("p1", (), answer, record, opens_reasoning=opens_reasoning)
     return Rollout(prompt, 0, sample, empty, empty, empty, empty, empty, None, text, finish, empty, 1.0)
 
 
@@ -121,15 +125,83 @@ def test_a_verifier_that_can_never_be_built_ends_the_batch():
         score(["a"], name=PLUGINS + ":DiesWhenBuilt", trainer=os.getpid())
 
 
-def test_an_exception_names_the_sample_and_carries_the_traceback():
-    with pytest.raises(RewardError, match=r"(?s)failed on p1#1:.*RuntimeError: the verifier has a bug"):
-        score(["a", "raise"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise", "RuntimeError: the verifier has a bug"),
+        ("recurse", "RecursionError: maximum recursion depth exceeded"),
+        ("no memory", "MemoryError: "),
+        ("leave", "SystemExit: 3"),
+        ("nan", "ValueError: the reward is nan, expected a finite float"),
+        ("int", "ValueError: the reward is 1, expected a finite float"),
+        ("none", "ValueError: the reward is None, expected a finite float"),
+        ("lock", "ValueError: the reward is <unlocked"),
+    ],
+)
+@pytest.mark.parametrize("plugin", ["Obeys", "ObeysHere"])
+def test_an_answer_on_which_the_verifier_raises_earns_nothing_and_is_counted(text, said, plugin):
+    """In a worker process and, for a cheap verifier, in this one."""
+    scores = score(["a", text, "b"], name=f"{PLUGINS}:{plugin}")
+    assert scores.reward.tolist() == [1, 0, 1]
+    assert scores.errors == 1
+    assert scores.first_error.startswith(f"reward '{PLUGINS}:{plugin}' failed on p1#1: {said}")
 
 
-@pytest.mark.parametrize(("text", "value"), [("nan", "nan"), ("int", "1"), ("none", "None")])
-def test_a_reward_that_is_not_a_finite_float_names_the_sample(text, value):
-    with pytest.raises(RewardError, match=f"gave {value} for p1#1; expected a finite float"):
-        score(["a", text])
+def test_a_verifier_that_exits_is_tried_twice_then_counted():
+    scores = score(["a", "end", "b"])
+    assert scores.reward.tolist() == [1, 0, 1]
+    assert scores.crashes == 1
+
+
+def test_errors_of_a_batch_are_counted_and_said_once():
+    rollouts = [rollout(text, sample=index) for index, text in enumerate(["raise", "a", "raise"])]
+    said: list[str] = []
+    with Scorer(RewardConfig(name=PLUGINS + ":Obeys")) as scorer:
+        batch = judge(scorer, rollouts, Group(None, 0, 1), said.append)
+    assert batch.metrics["reward_errors"] == 2
+    assert len(said) == 1
+    assert "failed on p1#0: RuntimeError: the verifier has a bug" in said[0]
+    assert said[0].endswith("2 of 3 answers failed and count as wrong")
+
+
+CLOSED = "<think>\nfirst guess 8\n</think>\n\n12"
+THOUGHTS = [
+    (CLOSED, False, 1.0),
+    ("<think>\nit is 12\n</think>\nI do not know.", False, 0.0),
+    ("<think>12", False, None),
+    ("12", False, 1.0),
+    ("12", True, None),
+    ("so it is 13\n</think>12", True, 1.0),
+    ("a</think>b</think>12", True, 1.0),
+    (f"{CLOSED}<think>", False, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("exact", {}), ("math_verify", {}), ("regex", {"pattern": "12$"})]
+)
+def test_what_comes_after_the_reasoning_decides(name, options):
+    rollouts = [
+        rollout(text, opens_reasoning=opened, sample=i) for i, (text, opened, _) in enumerate(THOUGHTS)
+    ]
+    with Scorer(RewardConfig(name=name, timeout_s=60.0, **options)) as scorer:
+        scores, votes = scorer.score(rollouts), scorer.votes(rollouts).votes
+    assert scores.reward.tolist() == [right or 0.0 for _, _, right in THOUGHTS]
+    assert scores.unclosed == 3
+    assert [vote == "12" for vote in votes] == [right == 1.0 for _, _, right in THOUGHTS]
+
+
+def test_unclosed_reasoning_is_not_shown_to_the_verifier():
+    """A verifier that likes short texts would reward the empty one."""
+    with Scorer(RewardConfig(name=PLUGINS + ":Length")) as scorer:
+        assert scorer.score([rollout("<think>ab")]).reward.tolist() == [0.0]
+
+
+def test_reasoning_can_be_kept():
+    with Scorer(RewardConfig(name="regex", pattern="12", reasoning="keep")) as scorer:
+        scores = scorer.score([rollout("<think>12"), rollout("<think>12</think>")])
+    assert scores.reward.tolist() == [1, 1]
+    assert scores.unclosed == 0
 
 
 def test_no_rollouts_no_rewards():
@@ -142,19 +214,20 @@ def test_what_the_verifier_saw_votes(name):
     for mode, expected in (("keep", ["12", "13", None, "12"]), ("penalise", ["12", None, None, "12"])):
         with Scorer(RewardConfig(name=name, overlong=Overlong(mode=mode))) as scorer:
             assert scorer.has_votes
-            assert scorer.votes(cut) == expected
+            assert scorer.votes(cut).votes == expected
 
 
 def test_a_vote_that_hangs_is_none_and_the_others_count():
     config = RewardConfig(name="regex", pattern="(a+)+$", timeout_s=0.5)
     with Scorer(config) as scorer:
-        assert scorer.votes([rollout("a" * 40 + "!"), rollout("aa")]) == [None, "aa"]
+        assert scorer.votes([rollout("a" * 40 + "!"), rollout("aa")]).votes == [None, "aa"]
 
 
 def test_a_vote_must_be_text():
     with Scorer(RewardConfig(name=PLUGINS + ":VotesANumber")) as scorer:
-        assert scorer.votes([rollout("")]) == [None]
-        with pytest.raises(RewardError, match="VotesANumber' gave 2 as the vote of p1#1; expected text"):
-            scorer.votes([rollout(""), rollout("ab", sample=1)])
+        found = scorer.votes([rollout(""), rollout("ab", sample=1)])
+    assert found.votes == [None, None]
+    assert found.errors == 1
+    assert "failed on p1#1: TypeError: the vote is 2, expected text" in found.first_error
     with Scorer(RewardConfig(name=PLUGINS + ":Length")) as scorer:
         assert not scorer.has_votes

@@ -88,9 +88,69 @@ def test_math_verify_works_outside_the_main_thread():
     assert found == [1.0]
 
 
-def test_the_last_box_that_closes():
-    assert last_boxed(r"\boxed{a{b}c} and \boxed{d{") == "a{b}c"
-    assert last_boxed("none") is None
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{a{b}c} and \boxed{d{", "a{b}c"),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{\left\{1,2\right.} and }", r"\left\{1,2\right."),
+        (r"\fbox {12}", "12"),
+        (r"\boxed 204$", "204"),
+        ("none", None),
+    ],
+)
+def test_the_last_box_that_closes(text, content):
+    assert last_boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    "text", [r"\boxed{" * 50_000, r"\boxed{" * 1500 + "7" + "}" * 1500, "Answer:" * 20_000]
+)
+def test_an_answer_that_fell_into_a_loop_earns_nothing(text):
+    """The first has a box that never closes, 50,000 times; the reward takes no recursion and no long time."""
+    assert reward(f"I think it is {text}", "34", "math_verify") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        (r"\boxed{seat}", "east", 0.0),
+        (r"\boxed{no}", r"\text{no}", 1.0),
+        (r"\boxed{\{1.6e-19, 2\}}", r"\{9.1\times10^{-31}, 2\}", 0.0),
+        (r"\boxed{\begin{pmatrix}1.6e-19\\1\end{pmatrix}}", r"\begin{pmatrix}1.7e-19\\1\end{pmatrix}", 0.0),
+        (r"\boxed{0.00333333}", r"\frac{1}{300}", 1.0),
+        (r"\boxed{0.0033}", r"\frac{1}{300}", 0.0),
+        (r"\boxed{0.0000001}", "0", 0.0),
+        (r"\boxed{3 \text{ cm}}", r"3\text{ centimetres}", 1.0),
+        (r"\boxed{3 \text{ cm}^2}", r"3\text{ square centimeters}", 1.0),
+        (r"\boxed{3 \text{ sec}}", r"3\text{ min}", 0.0),
+        (r"\boxed{FF_{16}}", "FF_{16}", 1.0),
+        (r"\boxed{11_2}", "3", 1.0),
+        ("Answer:\n\\[ 34 \\]", "34", 1.0),
+        ("Let me check the answer: it is even.\nSo \\boxed{34} holds.", "34", 1.0),
+        (r"\boxed{" + "(" * 300 + "34" + ")" * 300 + "}", "34", 0.0),
+        (r"\boxed{" + "3" * 5000 + "}", "3" * 5000, 0.0),
+    ],
+)
+def test_math_verify_beside_the_known_answers(text, answer, expected):
+    assert reward(text, answer, "math_verify") == expected
+
+
+@pytest.mark.parametrize(
+    "answer", [r"\text{}", r"\boxed{5", "}", "$", " ", r"\boxed{}", "(" * 300 + "1" + ")" * 300]
+)
+def test_a_gold_answer_that_is_no_mathematics_is_refused(answer):
+    with pytest.raises(ValueError, match="is not mathematics"):
+        build(RewardConfig(name="math_verify")).check(Prompt("p", (), answer))
+
+
+@pytest.mark.parametrize(
+    "answer", ["34", "-1.5", r"\text{even}", "B", r"\frac{1}{2}", "(1, 2)", "x>2", "7.", "$34$"]
+)
+def test_a_gold_answer_that_is_mathematics(answer):
+    verifier = build(RewardConfig(name="math_verify"))
+    verifier.check(Prompt("p", (), answer))
+    assert verifier(rf"\boxed{{{answer}}}", Prompt("p", (), answer)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -112,6 +172,12 @@ def test_the_last_box_that_closes():
         ("math_verify", {}, r"\boxed{\infty}", "oo"),
         ("math_verify", {}, r"\boxed{10^{5000}}", "10^{5000}"),
         ("math_verify", {}, r"\boxed{10^{5000} + \sqrt{2}}", r"10^{5000} + \sqrt{2}"),
+        ("math_verify", {}, r"\boxed{1.6\times10^{-19}}", "1/6250000000000000000"),
+        ("math_verify", {}, r"\boxed{101_2}", "5"),
+        ("math_verify", {}, r"\boxed{\text{(B)}}", "B"),
+        ("math_verify", {}, r"\boxed{B}", "B"),
+        ("math_verify", {}, r"\boxed{\text{Even}}", "even"),
+        ("math_verify", {}, "\\boxed{3}\nAnswer: 34.", "34"),
         ("math_verify", {}, r"\boxed{}", None),
         ("math_verify", {"boxed": True}, "34", None),
     ],

@@ -1,0 +1,79 @@
+r"""The answer that a text states: the last \boxed{...} or `Answer:` line, whichever comes later."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+# A box, an escaped character, or a brace. Escaped braces, as in \{1,2\}, do not count.
+BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=(?P<bare>[^\s{\\$]+)))|\\.|[{}]", re.DOTALL)
+LINE = re.compile(
+    r"^[^\w\n]*(?:(?:so|thus|therefore|hence|my|the|final|correct)[ ,]+)*answer(?: is)?[ *_]*[:\uff1a](.*)$",
+    re.IGNORECASE | re.MULTILINE,
+)
+DISPLAY = re.compile(r"(?:\$\$|\\\[)(.*?)(?:\$\$|\\\])", re.DOTALL)
+
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def after_reasoning(text: str, opened: bool) -> str | None:
+    """The text after the last </think>, or the whole text if it holds no reasoning. None if reasoning is not
+    closed: there is no answer yet. `opened`: the prompt ends with <think>."""
+    _, closed, rest = text.rpartition(CLOSE)
+    if OPEN in rest or (opened and not closed):
+        return None
+    return rest
+
+
+@dataclass(frozen=True)
+class Stated:
+    """An answer as a text states it; `start` is its place."""
+
+    text: str
+    start: int
+    by: Literal["box", "line"]
+
+
+def stated(text: str) -> Stated | None:
+    """The last answer that `text` states; None if it has neither a box that closes nor an `Answer:` line."""
+    found = [one for one in (_last_box(text), _last_line(text)) if one is not None]
+    return max(found, key=lambda one: one.start, default=None)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} whose braces close; None if there is none. Linear in the text."""
+    box = _last_box(text)
+    return None if box is None else box.text
+
+
+def _last_box(text: str) -> Stated | None:
+    last: Stated | None = None
+    opened: list[tuple[int, int, bool]] = []
+    for mark in BRACES.finditer(text):
+        token = mark[0]
+        if mark["bare"] is not None:
+            last = _later(last, mark.start(), mark["bare"])
+        elif token.endswith("{") and token != r"\{":
+            opened.append((mark.start(), mark.end(), token != "{"))
+        elif token == "}" and opened:
+            start, inside, box = opened.pop()
+            if box and (last is None or start > last.start):
+                last = Stated(text[inside : mark.start()], start, "box")
+    return last
+
+
+def _later(last: Stated | None, start: int, content: str) -> Stated:
+    return last if last is not None and last.start > start else Stated(content, start, "box")
+
+
+def _last_line(text: str) -> Stated | None:
+    r"""The last `Answer:` line; if nothing follows the colon, the next line or \[...\]."""
+    last = next(reversed(list(LINE.finditer(text))), None)
+    if last is None:
+        return None
+    content = last[1].strip(" \t*_")
+    if not content:
+        below = text[last.end() :].strip()
+        display = DISPLAY.match(below)
+        content = display[1] if display else below.partition("\n")[0]
+    return Stated(content, last.start(), "line")

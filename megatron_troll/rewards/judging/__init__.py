@@ -1,0 +1,1 @@
+"""Trying an answer on a test in two processes, of which only the test's makes the verdict."""
