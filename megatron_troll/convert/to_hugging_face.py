@@ -20,10 +20,11 @@ from megatron_troll.convert.plan import (
 )
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.weights.checkpoint_source import checkpoint_of
-from megatron_troll.weights.folder import CONFIG, file_name, write_companions, write_index
+from megatron_troll.weights.folder import CONFIG, file_name, left_out_of, write_companions, write_index
 from megatron_troll.weights.source import carried_by
 from megatron_troll.weights.table import Place, tensors_of
 from megatron_troll.weights.tensor_file import TensorFileWriter
+from megatron_troll.weights.values import cast
 
 
 class ToHuggingFace:
@@ -39,6 +40,7 @@ class ToHuggingFace:
         self.source = checkpoint_of(folder, read_shape(like), left_out)
         self.identity = identity_of("mcore2hf", options, [like / CONFIG, *self.source.files])
         self.carried = carried_by(like, self.source.table)
+        self.remarks = left_out_of(like)
         parameters = cut_parameters(self.source.table, self._dtype, options.shard_bytes)
         shards = parameters + cut_carried(self.carried, options.shard_bytes)
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
@@ -55,7 +57,7 @@ class ToHuggingFace:
         writer = TensorFileWriter(file, layout)
         read = ahead((place, self.source.parts(place)) for place in places)
         for name, tensor in tensors_of(read):
-            writer.write(name, tensor.to(layout[name][0]))
+            writer.write(name, cast(tensor, layout[name][0], name))
         return None
 
     def complete(self, folder: Path, records: dict[str, Any]) -> None:
