@@ -66,6 +66,10 @@ class Conversion(Protocol):
     @property
     def remarks(self) -> list[str]: ...
 
+    def check(self, rank: int, size: int) -> None:
+        """Check this rank's share of the source's files against its checksums. Raises SumsError."""
+        ...
+
     def write(self, shard: TargetFile, file: BinaryIO) -> Any:
         """Write the content of a file; return what `complete` needs to know about it (JSON)."""
         ...

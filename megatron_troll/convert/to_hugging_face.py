@@ -1,5 +1,6 @@
 """Convert a Megatron checkpoint of any layout, of a run or converted earlier, to a Hugging Face folder."""
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from megatron_troll.convert.plan import (
     identity_of,
     write_carried,
 )
+from megatron_troll.mcore.checkpoint_sums import SUMS, check_folder_sums
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.weights.checkpoint_source import checkpoint_of
 from megatron_troll.weights.folder import CONFIG, file_name, left_out_of, write_companions, write_index
@@ -41,9 +43,15 @@ class ToHuggingFace:
         self.identity = identity_of("mcore2hf", options, [like / CONFIG, *self.source.files])
         self.carried = carried_by(like, self.source.table)
         self.remarks = left_out_of(like)
+        if not (folder / SUMS).is_file():
+            self.remarks.append(f"{folder} has no {SUMS}: its content was not checked")
         parameters = cut_parameters(self.source.table, self._dtype, options.shard_bytes)
         shards = parameters + cut_carried(self.carried, options.shard_bytes)
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
+
+    def check(self, rank: int, size: int) -> None:
+        names = [os.path.relpath(file, self.folder) for file in self.source.files]
+        check_folder_sums(self.folder, names, rank, size)
 
     def write(self, shard: TargetFile, file: BinaryIO) -> Any:
         if shard.carried:

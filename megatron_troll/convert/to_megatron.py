@@ -19,6 +19,7 @@ from megatron_troll.convert.plan import (
     write_carried,
 )
 from megatron_troll.mcore.checkpoint_folder import TENSORS
+from megatron_troll.mcore.checkpoint_sums import check_folder_sums
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.weights.blocks import BlockScaled, is_block_scaled
 from megatron_troll.weights.families import table_of
@@ -46,7 +47,7 @@ class ToMegatron:
         files, table = _opened(folder), table_of(shape)
         self.folder, self.options = folder, options
         self.identity = identity_of("hf2mcore", options, [folder / CONFIG, *files.files])
-        self.source = Unstacked(files, table)
+        self.source, self._files = Unstacked(files, table), files.files
         check(self.source, table, tied=shape.tied)
         self.keys = written_keys(table)
         self.tensors = _tensors(self.keys, self.source, options.dtype)
@@ -56,6 +57,9 @@ class ToMegatron:
         carried = cut_carried(self.carried, options.shard_bytes)
         self.shards = {f"{TENSORS}/shard_{i + 1:05d}.distcp": shard for i, shard in enumerate(parameters)}
         self.shards |= {f"{CARRIED}/{file_name(i, len(carried))}": shard for i, shard in enumerate(carried)}
+
+    def check(self, rank: int, size: int) -> None:
+        check_folder_sums(self.folder, [file.name for file in self._files], rank, size)
 
     def write(self, shard: TargetFile, file: BinaryIO) -> Any:
         """Write a file; return key, start, shape, offset and length of each chunk, or None for carried

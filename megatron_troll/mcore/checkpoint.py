@@ -141,8 +141,8 @@ class Checkpoints:
         keyed and does not use them. Plain and distributed optimizers can read each other's checkpoints.
 
         Raises CheckpointError, before anything is changed, if files are missing, truncated or changed since
-        they were written (SHA-256), hold more than a checkpoint needs or come from a newer Megatron-Core, or if
-        the models differ; errors after that point report that the models in memory are lost.
+        they were written (SHA-256), hold more than a checkpoint needs or come from a newer Megatron-Core, or
+        if the models differ; errors after that point report that the models in memory are lost.
         """
         self.finish()
         wanted = None if step == "latest" else step

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_troll.config import ConfigError
 from megatron_troll.system import write_atomic
 
 SUMS = "SHA256SUMS"
@@ -22,7 +23,7 @@ THREADS = 4
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
-class SumsError(ValueError):
+class SumsError(ConfigError):
     """A file is not the one that was summed; the message names it."""
 
 
@@ -71,6 +72,17 @@ def check_sums(
         raise SumsError(
             f"{', '.join(wrong)}: not as {folder / SUMS} says: damaged, or changed after being written"
         )
+
+
+def check_folder_sums(folder: Path, names: Iterable[str], rank: int, size: int) -> None:
+    """Check this rank's share of the files `names`; does nothing if the folder has no sums of them. Raises
+    SumsError."""
+    sums, names = read_sums(folder), list(names)
+    if sums is None or not any(name in sums for name in names):
+        return
+    if unsummed := [name for name in names if name not in sums]:
+        raise SumsError(f"{folder / SUMS} does not name {unsummed[0]}: restore it, or delete it")
+    check_sums(folder, sums, names, rank, size)
 
 
 def summing(write: Callable[..., Any], folder: Path, rank: int) -> Callable[..., Any]:

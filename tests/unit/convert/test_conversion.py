@@ -5,7 +5,8 @@ import math
 import pickle
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_troll.convert.plan import Options
 from megatron_troll.convert.to_hugging_face import ToHuggingFace, companions_of
 from megatron_troll.convert.to_megatron import ToMegatron
 from megatron_troll.launch.plan.models import PUBLISHED
+from megatron_troll.mcore.checkpoint_sums import SUMS, SumsError
 from megatron_troll.mcore.shape import read_shape, shape_of
 from megatron_troll.weights.source import open_source
 from megatron_troll.weights.torch_dist import (
@@ -167,7 +169,45 @@ def replace_weight(folder: Path, tensor: Tensor) -> Path:
     others = [chunk for chunk in saved.chunks if chunk.start != start]
     chunks = (*others, Chunk(start, (1, *tensor.shape), "other.distcp", offset, length))
     write_index(folder / "tensors", tensors | {key: SavedTensor(saved.dtype, saved.shape, chunks)})
+    (folder / SUMS).unlink()
     return folder
+
+
+def test_one_changed_bit_of_a_source_is_found_by_its_own_checksums(tmp_path: Path) -> None:
+    source = write_folder(MOE, tmp_path / "hf", tensors_of(MOE))
+    there = to_megatron(source, tmp_path / "mcore")
+    back = to_hugging_face(there, tmp_path / "back")
+    for folder, file in ((there, "tensors/shard_00002.distcp"), (there, "tensors/.metadata")):
+        with flipped(folder / file), pytest.raises((SumsError, TensorsError), match=re.escape(file)):
+            to_hugging_face(folder, tmp_path / "out")
+    file = sorted(path.name for path in back.glob("*.safetensors"))[1]
+    with flipped(back / file), pytest.raises(SumsError, match=f"^{back / file}: not as {back / SUMS} says"):
+        to_megatron(back, tmp_path / "out")
+    with flipped(there / "tensors/shard_00002.distcp"), pytest.raises(SumsError, match="shard_00002"):
+        to_megatron(source, there)  # finished before, and damaged since
+    assert_equal(read_all(to_hugging_face(there, tmp_path / "out")), tensors_of(MOE) | read_all(back))
+    assert "has no SHA256SUMS" not in str(ToHuggingFace(there, there, SMALL).remarks)
+
+
+@contextmanager
+def flipped(file: Path) -> Iterator[None]:
+    """Change one bit of a file until the block ends."""
+    content = file.read_bytes()
+    changed = bytearray(content)
+    changed[-len(content) // 3] ^= 1
+    file.write_bytes(changed)
+    try:
+        yield
+    finally:
+        file.write_bytes(content)
+
+
+def test_a_source_without_checksums_is_converted_and_said(tmp_path: Path) -> None:
+    there = to_megatron(write_folder(MOE, tmp_path / "hf", tensors_of(MOE)), tmp_path / "mcore")
+    (there / SUMS).unlink()
+    conversion = ToHuggingFace(there, there, SMALL)
+    assert conversion.remarks == [f"{there} has no SHA256SUMS: its content was not checked"]
+    assert run(conversion, tmp_path / "back")
 
 
 def test_the_trainer_reads_a_converted_folder_like_the_original(tmp_path: Path) -> None:
@@ -266,6 +306,7 @@ def test_a_model_of_every_size_is_planned_from_headers() -> None:
 def with_bias(folder: Path) -> str:
     """Add a tensor to a checkpoint that Hugging Face's format has no place for; its key."""
     key, bias = "decoder.layers.mlp.router.expert_bias", torch.ones(4, 8)
+    (folder.parent / SUMS).unlink()
     with open(folder / "bias.distcp", "wb") as file:
         offset, length = write_chunk(file, bias)
     chunk = Chunk((0, 0), (4, 8), "bias.distcp", offset, length)
