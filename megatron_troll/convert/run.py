@@ -23,20 +23,18 @@ def convert(conversion: Conversion, target: Path, world: Group, progress: NoProg
     if source or finished target differ from their checksums, before anything is written; or ConversionError.
     """
     draft = Draft(target, conversion.identity)
+    if world.first(draft.is_complete):
+        world.first(draft.tidy)
+        world.each(lambda: check_folder_sums(target, conversion.shards, world.rank, world.size))
+        return False
+    world.each(lambda: conversion.check(world.rank, world.size))
     with ExitStack() as owned:
 
-        def begin() -> bool:
-            if draft.is_complete():
-                draft.tidy()
-                return False
+        def begin() -> None:
             owned.enter_context(draft.open())
             _check_space(draft, conversion)
-            return True
 
-        if not world.first(begin):
-            world.each(lambda: check_folder_sums(target, conversion.shards, world.rank, world.size))
-            return False
-        world.each(lambda: conversion.check(world.rank, world.size))
+        world.first(begin)
         world.each(lambda: _write(draft, conversion, world, progress))
         world.first(lambda: _finish(draft, conversion))
     return True

@@ -21,8 +21,8 @@ from megatron_troll.convert.run import convert
 from megatron_troll.convert.to_hugging_face import ToHuggingFace
 from megatron_troll.convert.to_megatron import ToMegatron
 from megatron_troll.mcore import checkpoint_tensors
-from megatron_troll.mcore.checkpoint import CheckpointError
-from megatron_troll.mcore.checkpoint_sums import Checkpoints
+from megatron_troll.mcore.checkpoint import CheckpointError, Checkpoints
+from megatron_troll.mcore.checkpoint_sums import SumsError, sums_of, write_sums
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.parallel import inside

@@ -185,6 +185,7 @@ def test_one_changed_bit_of_a_source_is_found_by_its_own_checksums(tmp_path: Pat
         to_megatron(back, tmp_path / "out")
     with flipped(there / "tensors/shard_00002.distcp"), pytest.raises(SumsError, match="shard_00002"):
         to_megatron(source, there)  # finished before, and damaged since
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "mcore", "back"}
     assert_equal(read_all(to_hugging_face(there, tmp_path / "out")), tensors_of(MOE) | read_all(back))
     assert "has no SHA256SUMS" not in str(ToHuggingFace(there, there, SMALL).remarks)
 
