@@ -62,9 +62,16 @@ def _gib(text: str) -> float:
 
 def hf2mcore(arguments: Namespace) -> int:
     def prepare(options: "Options") -> "Conversion":
+        from megatron_troll.config import ConfigError
         from megatron_troll.convert.to_megatron import ToMegatron
+        from megatron_troll.weights.blocks import is_block_scaled
 
-        return ToMegatron(Path(arguments.source), options)
+        source = Path(arguments.source)
+        if arguments.verify and is_block_scaled(source):
+            raise ConfigError(
+                "--verify: Hugging Face's code computes with FP8, which is another model's logits"
+            )
+        return ToMegatron(source, options)
 
     return _convert(arguments, prepare)
 
@@ -126,6 +133,8 @@ def _run(conversion: "Conversion", target: Path, world: "Group") -> None:
     written = convert(conversion, target, world, open_progress(Console(), world.rank))
     if world.rank == 0:
         _say(f"wrote {target}" if written else f"{target} exists already, written by the same conversion")
+        for remark in conversion.remarks:
+            _say(remark)
 
 
 def _verify(conversion: "Conversion", arguments: Namespace) -> int:

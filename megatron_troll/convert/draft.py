@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+from megatron_troll.mcore.checkpoint_sums import SUMS, sum_of, write_sums
 from megatron_troll.system import flush, write_atomic
 
 IDENTITY = "conversion.json"
-SUMS = "SHA256SUMS"
 RECORDS = "records"
 LOCK = "lock"
 UNFINISHED = ".part"
@@ -49,12 +49,16 @@ class Draft:
 
     @property
     def folder(self) -> Path:
-        target = self.target.absolute()
+        target = Path(os.path.abspath(self.target))
         return target.with_name(f".{target.name}{UNFINISHED}")
 
     def is_complete(self) -> bool:
         """Whether the target exists already, with the same identity. Raises TargetError if it holds anything
-        else."""
+        else, or cannot be replaced by a finished folder."""
+        if self.target.is_symlink():
+            raise TargetError(f"{self.target} is a link: give the folder itself")
+        if os.path.ismount(self.target):
+            raise TargetError(f"{self.target} is the root of a file system: give a folder in it")
         if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
             return False
         if self.target.is_dir() and _read(self.target / IDENTITY) == self.identity:
@@ -78,10 +82,15 @@ class Draft:
 
     def known(self, name: str) -> dict[str, Any] | None:
         """`bytes`, `sha256` and `record` of a finished file; None if it has to be written."""
-        path, known = self.folder / name, _read(self._record(name))
+        path, known = self.folder / name, _record_in(self._record(name))
         if known is None or not path.is_file() or path.stat().st_size != known["bytes"]:
             return None
         return known
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a file is finished and has its checksum. Reads it."""
+        known = self.known(name)
+        return known is not None and sum_of(self.folder / name) == known["sha256"]
 
     def write(self, name: str, fill: Fill, progress: Callable[[int], object] = lambda count: None) -> None:
         """Write a file with `fill`, whose result (JSON) is recorded once the file is on disk; `progress`
@@ -111,7 +120,7 @@ class Draft:
                 leftover.unlink()
             complete(self.folder)
             self._write_sums({name: known["sha256"] for name in names if (known := self.known(name))})
-            os.rename(self.folder, self.target)
+            os.rename(self.folder, os.path.abspath(self.target))
             flush(self.target.parent)
         except OSError as error:
             raise self._failed(self.target, error) from error
@@ -125,8 +134,8 @@ class Draft:
             if path.is_dir() or (path.parent != self.folder / RECORDS and name not in (*sums, SUMS)):
                 flush(path)
                 if path.is_file():
-                    sums[name] = _sum(path)
-        write_atomic(self.folder / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+                    sums[name] = sum_of(path)
+        write_sums(self.folder, sums)
         flush(self.folder)
 
     def tidy(self) -> None:
@@ -237,15 +246,27 @@ class Summed:
         return self._sum.hexdigest()
 
 
-def _sum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _read(path: Path) -> Any:
-    """Content of a JSON file; None if it is missing."""
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read(path: Path) -> dict[str, Any] | None:
+    """Content of a JSON file; None if it is missing. Raises TargetError if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise TargetError(f"{path} cannot be read ({error}): delete {path.parent}") from error
+    if not isinstance(content, dict):
+        raise TargetError(f"{path} is not what a conversion writes: delete {path.parent}")
+    return content
+
+
+def _record_in(path: Path) -> dict[str, Any] | None:
+    """The record of a file; None if it is missing or damaged, so that the file is written again."""
+    try:
+        record = _read(path)
+    except TargetError:
+        return None
+    return record if record and record.keys() == {"bytes", "sha256", "record"} else None

@@ -51,6 +51,7 @@ class Conversion(Protocol):
     options    the options that it was given
     identity   everything that the target depends on (JSON)
     shards     the files of the target, by their names in it
+    remarks    what else a reader of the target should know
     """
 
     @property
@@ -61,6 +62,13 @@ class Conversion(Protocol):
 
     @property
     def shards(self) -> Mapping[str, TargetFile]: ...
+
+    @property
+    def remarks(self) -> list[str]: ...
+
+    def check(self, rank: int, size: int) -> None:
+        """Check this rank's share of the source's files against its checksums. Raises SumsError."""
+        ...
 
     def write(self, shard: TargetFile, file: BinaryIO) -> Any:
         """Write the content of a file; return what `complete` needs to know about it (JSON)."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_troll.convert.draft import Draft, TargetError
 from megatron_troll.convert.plan import Conversion
 from megatron_troll.convert.progress import NoProgress
+from megatron_troll.mcore.checkpoint_sums import check_folder_sums
 from megatron_troll.parallel.groups import Group
 
 # Ranks wait for the one that has the most to write.
@@ -18,22 +19,22 @@ TIMEOUT = datetime.timedelta(days=7)
 def convert(conversion: Conversion, target: Path, world: Group, progress: NoProgress) -> bool:
     """Write `target`, its shards distributed over the ranks of `world`; False if it exists already. Blocks.
 
-    A finished file is never written again, even after a kill. Raises TargetError, before anything is written,
-    or ConversionError, on every rank.
+    A finished file is never written again, even after a kill. Raises on every rank TargetError, or SumsError
+    if source or finished target differ from their checksums, before anything is written; or ConversionError.
     """
     draft = Draft(target, conversion.identity)
+    if world.first(draft.is_complete):
+        world.first(draft.tidy)
+        world.each(lambda: check_folder_sums(target, conversion.shards, world.rank, world.size))
+        return False
+    world.each(lambda: conversion.check(world.rank, world.size))
     with ExitStack() as owned:
 
-        def begin() -> bool:
-            if draft.is_complete():
-                draft.tidy()
-                return False
+        def begin() -> None:
             owned.enter_context(draft.open())
             _check_space(draft, conversion)
-            return True
 
-        if not world.first(begin):
-            return False
+        world.first(begin)
         world.each(lambda: _write(draft, conversion, world, progress))
         world.first(lambda: _finish(draft, conversion))
     return True
@@ -41,7 +42,7 @@ def convert(conversion: Conversion, target: Path, world: Group, progress: NoProg
 
 def _write(draft: Draft, conversion: Conversion, world: Group, progress: NoProgress) -> None:
     mine = list(conversion.shards.items())[world.rank :: world.size]
-    finished = {name for name, _ in mine if draft.known(name) is not None}
+    finished = {name for name, _ in mine if draft.is_whole(name)}
     sizes = {name: shard.nbytes for name, shard in mine}
     with progress.counting(sum(sizes.values()), sum(sizes[name] for name in finished)):
         for name, shard in mine:

@@ -1,5 +1,6 @@
 """Convert a Megatron checkpoint of any layout, of a run or converted earlier, to a Hugging Face folder."""
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +19,14 @@ from megatron_troll.convert.plan import (
     identity_of,
     write_carried,
 )
+from megatron_troll.mcore.checkpoint_sums import SUMS, check_folder_sums
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.weights.checkpoint_source import checkpoint_of
-from megatron_troll.weights.folder import CONFIG, file_name, write_companions, write_index
+from megatron_troll.weights.folder import CONFIG, file_name, left_out_of, write_companions, write_index
 from megatron_troll.weights.source import carried_by
 from megatron_troll.weights.table import Place, tensors_of
 from megatron_troll.weights.tensor_file import TensorFileWriter
+from megatron_troll.weights.values import cast
 
 
 class ToHuggingFace:
@@ -39,9 +42,16 @@ class ToHuggingFace:
         self.source = checkpoint_of(folder, read_shape(like), left_out)
         self.identity = identity_of("mcore2hf", options, [like / CONFIG, *self.source.files])
         self.carried = carried_by(like, self.source.table)
+        self.remarks = left_out_of(like)
+        if not (folder / SUMS).is_file():
+            self.remarks.append(f"{folder} has no {SUMS}: its content was not checked")
         parameters = cut_parameters(self.source.table, self._dtype, options.shard_bytes)
         shards = parameters + cut_carried(self.carried, options.shard_bytes)
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
+
+    def check(self, rank: int, size: int) -> None:
+        names = [os.path.relpath(file, self.folder) for file in self.source.files]
+        check_folder_sums(self.folder, names, rank, size)
 
     def write(self, shard: TargetFile, file: BinaryIO) -> Any:
         if shard.carried:
@@ -55,7 +65,7 @@ class ToHuggingFace:
         writer = TensorFileWriter(file, layout)
         read = ahead((place, self.source.parts(place)) for place in places)
         for name, tensor in tensors_of(read):
-            writer.write(name, tensor.to(layout[name][0]))
+            writer.write(name, cast(tensor, layout[name][0], name))
         return None
 
     def complete(self, folder: Path, records: dict[str, Any]) -> None:

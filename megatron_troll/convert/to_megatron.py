@@ -19,14 +19,18 @@ from megatron_troll.convert.plan import (
     write_carried,
 )
 from megatron_troll.mcore.checkpoint_folder import TENSORS
+from megatron_troll.mcore.checkpoint_sums import check_folder_sums
 from megatron_troll.mcore.shape import read_shape
+from megatron_troll.weights.blocks import BlockScaled, is_block_scaled
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import CONFIG, file_name, write_companions
 from megatron_troll.weights.folder import write_index as write_carried_index
+from megatron_troll.weights.folder_source import FolderSource
 from megatron_troll.weights.megatron_keys import Keys, Size, written_keys
-from megatron_troll.weights.source import CARRIED, FolderSource, Source, Unstacked, carried_by, check
+from megatron_troll.weights.source import CARRIED, Source, Unstacked, carried_in, check
 from megatron_troll.weights.table import Place, Tensors
 from megatron_troll.weights.torch_dist import Chunk, SavedTensor, write_chunk, write_index
+from megatron_troll.weights.values import cast
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,18 +44,22 @@ class ToMegatron:
 
     def __init__(self, folder: Path, options: Options) -> None:
         shape = read_shape(folder)
-        files, table = FolderSource(folder), table_of(shape)
+        files, table = _opened(folder), table_of(shape)
         self.folder, self.options = folder, options
         self.identity = identity_of("hf2mcore", options, [folder / CONFIG, *files.files])
-        self.source = Unstacked(files, table)
+        self.source, self._files = Unstacked(files, table), files.files
         check(self.source, table, tied=shape.tied)
         self.keys = written_keys(table)
         self.tensors = _tensors(self.keys, self.source, options.dtype)
-        self.carried = carried_by(folder, table)
+        self.carried = carried_in(files, table)
+        self.remarks = [str(files)] if isinstance(files, BlockScaled) else []
         parameters = cut_parameters(table, self._dtype, options.shard_bytes)
         carried = cut_carried(self.carried, options.shard_bytes)
         self.shards = {f"{TENSORS}/shard_{i + 1:05d}.distcp": shard for i, shard in enumerate(parameters)}
         self.shards |= {f"{CARRIED}/{file_name(i, len(carried))}": shard for i, shard in enumerate(carried)}
+
+    def check(self, rank: int, size: int) -> None:
+        check_folder_sums(self.folder, [file.name for file in self._files], rank, size)
 
     def write(self, shard: TargetFile, file: BinaryIO) -> Any:
         """Write a file; return key, start, shape, offset and length of each chunk, or None for carried
@@ -90,13 +98,17 @@ class ToMegatron:
     ) -> list[tuple[str, Size, Size, int, int]]:
         written = []
         for region, part in zip(self.keys.regions(place), parts, strict=True):
-            tensor = part.to(self._dtype(place)).reshape(region.shape)
+            tensor = cast(part, self._dtype(place), region.key).reshape(region.shape)
             where = write_chunk(file, tensor)
             written.append((region.key, region.start, region.shape, *where))
         return written
 
     def _dtype(self, place: Place) -> torch.dtype:
         return self.tensors[self.keys.regions(place)[0].key][0]
+
+
+def _opened(folder: Path) -> FolderSource | BlockScaled:
+    return BlockScaled(folder) if is_block_scaled(folder) else FolderSource(folder)
 
 
 def _tensors(keys: Keys, source: Source, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, Size]]:
@@ -110,8 +122,11 @@ def _tensors(keys: Keys, source: Source, dtype: torch.dtype | None) -> dict[str,
                 shapes[region.key] = region.whole
                 dtypes[region.key] |= {source.dtype(name) for name in place.names}
     problems = [f"{key}: {_names(found)}" for key, found in dtypes.items() if not found <= set(WEIGHTS)]
-    if problems:
-        raise ConfigError("quantised weights are not supported:\n  " + "\n  ".join(problems))
+    if problems and dtype is None:
+        raise ConfigError(
+            "Megatron keeps weights in float32, bfloat16 or float16, choose one (--dtype):\n  "
+            + "\n  ".join(problems)
+        )
     problems = [f"{key}: {_names(found)}" for key, found in dtypes.items() if len(found) > 1]
     if problems and dtype is None:
         raise ConfigError(

@@ -7,6 +7,7 @@ source.
 """
 
 import json
+import logging
 import math
 import multiprocessing
 import pickle
@@ -29,6 +30,7 @@ from megatron_troll.mcore import checkpoint_folder as folders
 from megatron_troll.mcore import checkpoint_tensors as tensors
 from megatron_troll.mcore.checkpoint_folder import TENSORS, CheckpointError
 from megatron_troll.mcore.checkpoint_pickle import vet
+from megatron_troll.mcore.checkpoint_sums import SumsError, check_sums, summing
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import described
 from megatron_troll.system import end_with_parent, spared
@@ -113,6 +115,9 @@ class Checkpoints:
                 async_strategy="mcore",
             )
             assert request is not None
+            if request.async_fn is not None:
+                write = summing(request.async_fn, self._draft, self._world.rank)
+                request = request._replace(async_fn=write)
             request.add_finalize_fn(partial(self._publish, manifest))
             if self.asynchronous:
                 self._queue.schedule_async_request(request)
@@ -135,15 +140,16 @@ class Checkpoints:
         random generators are restored only if world size and layouts equal those of the save; sampling is
         keyed and does not use them. Plain and distributed optimizers can read each other's checkpoints.
 
-        Raises CheckpointError, before anything is changed, if files are missing or truncated, hold more than
-        a checkpoint needs or come from a newer Megatron-Core, or if the models differ; errors after that
-        point report that the models in memory are lost.
+        Raises CheckpointError, before anything is changed, if files are missing, truncated or changed since
+        they were written (SHA-256), hold more than a checkpoint needs or come from a newer Megatron-Core, or
+        if the models differ; errors after that point report that the models in memory are lost.
         """
         self.finish()
         wanted = None if step == "latest" else step
         manifest = self._once(lambda: folders.read(self.folder, wanted))
         path = folders.path_of(self.folder, manifest["step"])
         self._once(lambda: self._check(path, manifest))
+        self._check_sums(path, manifest)
         loaded = self._read(path)
         for name, trained in self.trainables.items():
             tensors.restore(trained, loaded[name], manifest["models"][name]["counters"])
@@ -193,6 +199,23 @@ class Checkpoints:
         folders.refuse_newer(path, manifest)
         vet(path / TENSORS)
         self._check_models(path, manifest)
+
+    def _check_sums(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Check the content of every file, a share on each rank. A checkpoint of an earlier release has no
+        sums, which is said."""
+        sums = self._once(lambda: folders.summed(path, manifest))
+        if sums is None:
+            if self._world.rank == 0:
+                logging.getLogger(__name__).warning("%s has no checksums: its content is not checked", path)
+            return
+
+        def check() -> None:
+            try:
+                check_sums(path, sums, manifest["files"], self._world.rank, self._world.size)
+            except SumsError as error:
+                raise CheckpointError(f"{error}. {folders.advice(self.folder, manifest['step'])}") from error
+
+        self._everywhere(check)
 
     def _check_models(self, path: Path, manifest: dict[str, Any]) -> None:
         saved, ours = manifest["models"], self.trainables

@@ -12,7 +12,16 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from megatron_troll.system import flush
+from megatron_troll.mcore.checkpoint_sums import (
+    SUMS,
+    SumsError,
+    check_sums,
+    collect,
+    read_sums,
+    sums_of,
+    write_sums,
+)
+from megatron_troll.system import flush, write_atomic
 
 MANIFEST = "checkpoint.json"
 # The folder of the tensors, and the file in it that names the format in which Megatron wrote them.
@@ -59,17 +68,17 @@ def draft(folder: Path, step: int) -> Path:
 def publish(written: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Add the manifest to the draft `written`, then rename it to `final` atomically.
 
-    Adds `files` to the manifest: the size of every other file in bytes.
+    Adds `files` to the manifest, the size of every other file in bytes, and `sums`, the name of the file with
+    the SHA-256 sums of all. Files that their writers have not summed are summed here.
     """
-    sizes = {}
+    sums, sizes = collect(written), {}
     for path in sorted(written.rglob("*")):
         flush(path)
         if path.is_file():
             sizes[str(path.relative_to(written))] = path.stat().st_size
-    with open(written / MANIFEST, "w") as file:
-        json.dump({"format": FORMAT, **manifest, "files": sizes}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomic(written / MANIFEST, json.dumps({"format": FORMAT, **manifest, "files": sizes, "sums": SUMS}))
+    sums |= sums_of(written, [name for name in (*sizes, MANIFEST) if name not in sums])
+    write_sums(written, sums)
     flush(written)
     os.rename(written, final)
     flush(final.parent)
@@ -111,8 +120,7 @@ def read(folder: Path, step: int | None = None) -> dict[str, Any]:
     try:
         return verified(path_of(folder, wanted))
     except CheckpointError as error:
-        others = [other for other in found if other != wanted]
-        raise CheckpointError(f"{error}. Restore the file, or {_usable(folder, others)}") from None
+        raise CheckpointError(f"{error}. {advice(folder, wanted)}") from None
 
 
 def verified(path: Path) -> dict[str, Any]:
@@ -122,6 +130,7 @@ def verified(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from error
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
+    summed(path, manifest)
     for name, size in manifest["files"].items():
         file = path / name
         there = file.stat().st_size if file.is_file() else None
@@ -129,6 +138,28 @@ def verified(path: Path) -> dict[str, Any]:
             state = "is missing" if there is None else f"has {there} bytes instead of {size}"
             raise CheckpointError(f"{file} {state}: the checkpoint is damaged")
     return manifest
+
+
+def summed(path: Path, manifest: dict[str, Any]) -> dict[str, str] | None:
+    """The SHA-256 sums of the files of a checkpoint; None if it was written before there were any. Raises
+    CheckpointError if they are lost or not of these files, or if the manifest itself has changed."""
+    if "sums" not in manifest:
+        return None
+    try:
+        sums = read_sums(path)
+        if sums is None:
+            raise SumsError(f"{path / SUMS} is missing")
+        if unsummed := [name for name in (MANIFEST, *manifest["files"]) if name not in sums]:
+            raise SumsError(f"{path / SUMS} does not name {unsummed[0]}")
+        check_sums(path, sums, [MANIFEST])
+    except SumsError as error:
+        raise CheckpointError(f"{error}: the checkpoint is damaged") from error
+    return sums
+
+
+def advice(folder: Path, step: int) -> str:
+    """What to do about a checkpoint that is damaged."""
+    return f"Restore the file, or {_usable(folder, [other for other in steps(folder) if other != step])}"
 
 
 def refuse_newer(path: Path, manifest: dict[str, Any]) -> None:

@@ -26,6 +26,17 @@ SIZES = (
     "intermediate_size",
 )
 EXPERT_SIZES = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
+HYBRID_SIZES = (
+    "shared_expert_intermediate_size",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "full_attention_interval",
+)
+# Of dense models; hidden_size / num_attention_heads in qwen3_moe, and required in qwen3_next.
+DEFAULT_HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -115,9 +126,13 @@ def read_shape(folder: str | Path) -> ModelShape:
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: {folder} is not a Hugging Face model folder")
     try:
-        return shape_of(json.loads(path.read_bytes()), str(path))
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: it holds no keys, but {str(config)[:40]!a}")
+    try:
+        return shape_of(config, str(path))
     except KeyError as error:
         raise ConfigError(f"{path}: {error} is missing") from error
 
@@ -131,10 +146,8 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
         if key in config and config[key] not in allowed:
             raise ConfigError(f"{where}: {key}: {config[key]!r} is not supported (only {allowed[0]!r})")
     moe, hybrid = family != "qwen3", family == "qwen3_next"
-    for key in SIZES + EXPERT_SIZES * moe:
-        if key in config and not (isinstance(config[key], int) and config[key] > 0):
-            raise ConfigError(f"{where}: {key} {config[key]!r} must be a whole number above 0")
-    head_dim = _head_dim(config, hybrid)
+    _check_values(config, moe, hybrid, where)
+    head_dim = _head_dim(config, family)
     return ModelShape(
         family=family,
         vocab=config["vocab_size"],
@@ -144,7 +157,7 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
         kv_heads=config["num_key_value_heads"],
         head_dim=head_dim,
         ffn=config["intermediate_size"],
-        experts=_experts(config) if moe else 0,
+        experts=_experts(config, hybrid) if moe else 0,
         experts_per_token=config["num_experts_per_tok"] if moe else 0,
         expert_ffn=config["moe_intermediate_size"] if moe else 0,
         norm_topk=bool(config.get("norm_topk_prob", hybrid)),
@@ -157,16 +170,58 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
         shared_expert_ffn=config["shared_expert_intermediate_size"] if hybrid else 0,
         linear=_linear(config, where) if hybrid else None,
         output_gate=hybrid,
-        rotary_fraction=_rotary_fraction(config, head_dim, 0.25 if hybrid else 1.0, where),
+        rotary_fraction=_rotary_fraction(config, head_dim, where) if hybrid else _all_rotary(config, where),
         zero_centred_norms=hybrid,
     )
 
 
-def _head_dim(config: dict[str, Any], hybrid: bool) -> int:
-    # The default is hidden_size / num_attention_heads, except for Qwen3-Next, where the key is required.
-    if hybrid or config.get("head_dim"):
-        return config["head_dim"]
-    return config["hidden_size"] // config["num_attention_heads"]
+def _check_values(config: dict[str, Any], moe: bool, hybrid: bool, where: str) -> None:
+    """Raise ConfigError naming the first key whose value is of the wrong type or does not fit the others."""
+    sizes = (*SIZES, "head_dim", "max_position_embeddings", *EXPERT_SIZES * moe, *HYBRID_SIZES * hybrid)
+    for key in sizes:
+        if key in config and not (type(config[key]) is int and config[key] > 0):
+            raise ConfigError(f"{where}: {key} {config[key]!r} must be a whole number above 0")
+    for key in ("rms_norm_eps", "initializer_range"):
+        if not _positive(config.get(key, 1.0)):
+            raise ConfigError(f"{where}: {key} {config[key]!r} must be a number above 0")
+    for key in ("tie_word_embeddings", "norm_topk_prob"):
+        if type(config.get(key, False)) is not bool:
+            raise ConfigError(f"{where}: {key} {config[key]!r} must be true or false")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), dict | None):
+            raise ConfigError(f"{where}: {key} {str(config[key])[:40]!a} must be an object or null")
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    if heads % groups:
+        raise ConfigError(
+            f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})"
+        )
+    if moe:
+        _check_choice(config, hybrid, where)
+
+
+def _check_choice(config: dict[str, Any], hybrid: bool, where: str) -> None:
+    chosen, experts = config["num_experts_per_tok"], _experts(config, hybrid)
+    if config.get("num_local_experts", experts) != experts:
+        raise ConfigError(
+            f"{where}: num_local_experts is {config['num_local_experts']}, num_experts {experts}: give one"
+        )
+    if chosen > experts:
+        raise ConfigError(f"{where}: num_experts_per_tok is {chosen}, and there are {experts} experts")
+    if chosen == 1 and config.get("norm_topk_prob", hybrid):
+        raise ConfigError(
+            f"{where}: num_experts_per_tok 1 with norm_topk_prob true is not supported: the weight of the "
+            "only expert is always 1, so that the router cannot learn"
+        )
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _head_dim(config: dict[str, Any], family: str) -> int:
+    if family == "qwen3_moe" and "head_dim" not in config:
+        return config["hidden_size"] // config["num_attention_heads"]
+    return config.get("head_dim", DEFAULT_HEAD_DIM) if family == "qwen3" else config["head_dim"]
 
 
 def _layer_types(config: dict[str, Any], hybrid: bool, where: str) -> tuple[LayerType, ...]:
@@ -176,11 +231,11 @@ def _layer_types(config: dict[str, Any], hybrid: bool, where: str) -> tuple[Laye
     types = config.get("layer_types")
     if types is None:
         interval = config.get("full_attention_interval", 4) if hybrid else 1
-        if interval < 1:
-            raise ConfigError(f"{where}: full_attention_interval is {interval}, at least 1 is needed")
         types = _every(interval, layers)
     known = get_args(LayerType) if hybrid else ("full_attention",)
-    if unknown := sorted(set(types) - set(known)):
+    if not isinstance(types, list | tuple):
+        raise ConfigError(f"{where}: layer_types {str(types)[:40]!a} must be a list")
+    if unknown := [kind for kind in types if kind not in known]:
         raise ConfigError(f"{where}: layer_types: {unknown[0]!r} is not supported ({', '.join(known)})")
     if len(types) != layers:
         raise ConfigError(f"{where}: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
@@ -209,37 +264,50 @@ def _linear(config: dict[str, Any], where: str) -> LinearAttention:
 
 def _softcap(config: dict[str, Any], where: str) -> float | None:
     softcap = config.get("final_logit_softcapping")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not _positive(softcap):
         raise ConfigError(f"{where}: final_logit_softcapping {softcap!r} must be above 0, or null for none")
     return softcap
 
 
-def _experts(config: dict[str, Any]) -> int:
-    # transformers 5 writes `num_local_experts`; published files say `num_experts`.
-    return config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+def _experts(config: dict[str, Any], hybrid: bool) -> int:
+    # transformers 5 writes `num_local_experts` for qwen3_moe, and knows no such key in qwen3_next.
+    return config["num_experts"] if hybrid or "num_experts" in config else config["num_local_experts"]
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    # transformers 5 writes all RoPE settings to `rope_parameters`; published files have separate keys.
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # transformers 5 writes all RoPE settings to `rope_parameters`; published files have separate keys, which
+    # it prefers.
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def _rope_theta(config: dict[str, Any], where: str) -> float:
     rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ConfigError(f"{where}: rope type {kind!r} is not supported (default)")
+        raise ConfigError(f"{where}: rope type {str(kind)[:40]!a} is not supported (default)")
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None:
         raise ConfigError(f"{where}: no rope_theta")
+    if not _positive(theta):
+        raise ConfigError(f"{where}: rope_theta {theta!r} must be a number above 0")
     return float(theta)
 
 
-def _rotary_fraction(config: dict[str, Any], head_dim: int, default: float, where: str) -> float:
-    fraction = _rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor", default))
-    if int(head_dim * fraction) % 2 or not 0 < fraction <= 1:
+def _rotary_fraction(config: dict[str, Any], head_dim: int, where: str) -> float:
+    fraction = _rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))
+    if not _positive(fraction) or fraction > 1 or int(head_dim * fraction) % 2:
         raise ConfigError(
-            f"{where}: partial_rotary_factor {fraction} must be above 0, at most 1, and rotate an even "
+            f"{where}: partial_rotary_factor {fraction!r} must be above 0, at most 1, and rotate an even "
             f"number of the dimensions of a head (head_dim {head_dim})"
         )
     return float(fraction)
+
+
+def _all_rotary(config: dict[str, Any], where: str) -> float:
+    for settings in (config, _rope(config)):
+        if settings.get("partial_rotary_factor", 1.0) not in (1.0, None):
+            raise ConfigError(
+                f"{where}: partial_rotary_factor {settings['partial_rotary_factor']!r} is not supported: "
+                f"Hugging Face ignores it in {config['model_type']}, and rotates whole heads"
+            )
+    return 1.0

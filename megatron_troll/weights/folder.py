@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_troll.config import ConfigError
 from megatron_troll.system import flush
-from megatron_troll.weights.source import INDEX
+from megatron_troll.weights.folder_source import INDEX
+from megatron_troll.weights.quantised import SETTINGS, described, settings_of
 from megatron_troll.weights.tensor_file import TensorFileWriter
 
 CONFIG = "config.json"
@@ -122,9 +123,18 @@ def write_index(folder: Path, files: Sequence[Sequence[str]], total_bytes: int) 
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def left_out_of(source_folder: Path) -> list[str]:
+    """What `write_companions` leaves out of the files of `source_folder`, as remarks."""
+    settings = settings_of(source_folder)
+    return [f"config.json is without its quantisation ({described(settings)})"] if settings else []
+
+
 def write_companions(folder: Path, source_folder: Path, dtypes: Mapping[torch.dtype, int]) -> None:
-    """Copy tokenizer and config of `source_folder`; the config names the dtype that has most of the bytes."""
+    """Copy tokenizer and config of `source_folder`; the config names the dtype that has most of the bytes.
+    Settings of quantisation are left out: the weights have none."""
     config = json.loads((source_folder / CONFIG).read_text())
+    for key in SETTINGS:
+        config.pop(key, None)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(max(dtypes, key=lambda dtype: dtypes[dtype])).removeprefix("torch.")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -1,25 +1,21 @@
 """Sources of full Hugging Face tensors, which are read one at a time by name."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_troll.config import ConfigError
-from megatron_troll.mcore.checkpoint_folder import is_checkpoint
+from megatron_troll.mcore.checkpoint_folder import CheckpointError, is_checkpoint
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.families import table_of
+from megatron_troll.weights.folder_source import FolderSource, holds_weights
 from megatron_troll.weights.table import Table
-from megatron_troll.weights.tensor_file import Stored, TensorFileError, read_header, read_tensor
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DECAY_RATES = (0.01, 16.0)
 
 
@@ -37,7 +33,7 @@ class Source(Protocol):
 def open_source(folder: str | Path, shape: ModelShape) -> Source:
     """The weights of a folder in Hugging Face format, or of one that `mtroll convert hf2mcore` wrote.
 
-    Raises FileNotFoundError or ValueError if it has no weights or they cannot be read.
+    Raises FileNotFoundError or ConfigError if it has no weights or they cannot be read.
     """
     folder = Path(folder)
     if not is_checkpoint(folder):
@@ -45,7 +41,10 @@ def open_source(folder: str | Path, shape: ModelShape) -> Source:
     # Importing torch.distributed.checkpoint takes half as long as torch: do so only to read a checkpoint.
     from megatron_troll.weights.checkpoint_source import checkpoint_of
 
-    return checkpoint_of(folder, shape)
+    try:
+        return checkpoint_of(folder, shape)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
 
 
 class TensorSource:
@@ -63,95 +62,6 @@ class TensorSource:
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         return self.tensors[name] if index is None else self.tensors[name][index]
-
-
-class FolderSource:
-    """The safetensors files of a Hugging Face folder; one tensor at a time is read into memory. Pickled
-    checkpoints are never opened.
-
-    Raises FileNotFoundError if there are no safetensors files, or if the folder lacks files that the index
-    lists; ValueError if files are not safetensors or are cut short, or lack tensors that the index lists.
-    Errors name every such file or tensor.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._opened: tuple[str, BinaryIO | None] = ("", None)
-        self._stored = self._scan()
-        self._shapes = {name: stored.shape for name, (_, stored) in self._stored.items()}
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold the tensors."""
-        return [self.folder / file for file in self._listed()]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._stored[name][1].dtype
-
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        file, stored = self._stored[name]
-        try:
-            return read_tensor(self._open(file).fileno(), stored, index)
-        except OSError as error:
-            raise OSError(f"{name} cannot be read from {self.folder / file}: {error}") from error
-
-    def _open(self, file: str) -> BinaryIO:
-        """Open a file and keep it open: most reads follow a read of the same file."""
-        name, opened = self._opened
-        if opened is None or name != file:
-            opened = open(self.folder / file, "rb", buffering=0)  # noqa: SIM115 - closed when it is replaced
-            self._opened = (file, opened)
-        return opened
-
-    def _scan(self) -> dict[str, tuple[str, Stored]]:
-        stored: dict[str, tuple[str, Stored]] = {}
-        broken = []
-        for file in self._listed():
-            try:
-                header = read_header(self.folder / file)
-            except TensorFileError as error:
-                broken.append(str(error))
-                continue
-            # If two files hold a tensor, the index decides.
-            stored |= {
-                name: (file, tensor) for name, tensor in header.items() if self._index.get(name, file) == file
-            }
-        if broken:
-            raise ConfigError("\n".join(broken))
-        if absent := sorted(set(self._index) - set(stored)):
-            raise ConfigError(
-                f"{self.folder / INDEX} lists tensors that their files lack; download the folder again:\n  "
-                + "\n  ".join(absent)
-            )
-        return stored
-
-    def _listed(self) -> list[str]:
-        files = sorted(set(self._index.values())) or [SINGLE]
-        absent = [file for file in files if not (self.folder / file).is_file()]
-        if absent and not self._index:
-            raise FileNotFoundError(
-                f"no {INDEX} or {SINGLE} in {self.folder}: weights are read from safetensors only (convert "
-                "other formats first), or use init=random"
-            )
-        if absent:
-            raise FileNotFoundError(
-                f"{self.folder / INDEX} lists files that are missing: {', '.join(absent)}"
-            )
-        return files
-
-    @cached_property
-    def _index(self) -> dict[str, str]:
-        path = self.folder / INDEX
-        if not path.is_file():
-            return {}
-        try:
-            return dict(json.loads(path.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}); download it again") from error
 
 
 class RandomSource:
@@ -239,10 +149,15 @@ class Carried:
 def carried_by(folder: Path, table: Table) -> Carried:
     """The carried tensors of a folder with a model of `table`; none if it has no weights."""
     place = folder / CARRIED if is_checkpoint(folder) else folder
-    if not table.carried or not any((place / name).is_file() for name in (INDEX, SINGLE)):
+    if not table.carried or not holds_weights(place):
         return Carried(TensorSource({}), ())
-    source = FolderSource(place)
-    return Carried(source, tuple(name for name in source.shapes if name.startswith(table.carried)))
+    return carried_in(FolderSource(place), table)
+
+
+def carried_in(source: Source, table: Table) -> Carried:
+    """The carried tensors among those of `source`."""
+    carried = (name for name in source.shapes if table.carried and name.startswith(table.carried))
+    return Carried(source, tuple(carried))
 
 
 # Written by some tools although config.json ties the head to the embedding.

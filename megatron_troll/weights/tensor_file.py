@@ -9,13 +9,16 @@ end to end.
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from megatron_troll.config import ConfigError
 
 DTYPES = {
     "F64": torch.float64,
@@ -24,10 +27,14 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -35,6 +42,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PREFIX_BYTES = 8
 BEGINNING_BYTES = 64
 AHEAD_BYTES = 2**24
+LARGEST_HEADER_BYTES = 10**8  # the limit of the safetensors library
 # First bytes of other files that are found under the name of a safetensors file.
 OTHERS = {
     b"PK": "a pickled PyTorch file; save it as safetensors first (transformers: save_pretrained)",
@@ -44,7 +52,7 @@ OTHERS = {
 }
 
 
-class TensorFileError(ValueError):
+class TensorFileError(ConfigError):
     """A file is not a safetensors file, or has the wrong size."""
 
 
@@ -66,7 +74,8 @@ def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file by name. Raises TensorFileError if it is not safetensors or has a wrong size."""
+    """Every tensor of a file by name. Raises TensorFileError if it is not safetensors, has a wrong size, or
+    describes a tensor that cannot be read; the message names that tensor."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         beginning = file.read(BEGINNING_BYTES)
@@ -75,17 +84,26 @@ def read_header(path: Path) -> dict[str, Stored]:
         length = int.from_bytes(beginning[:PREFIX_BYTES], "little")
         if PREFIX_BYTES + length > size or size <= PREFIX_BYTES:
             raise TensorFileError(f"{path} is cut short: {size} bytes do not hold its header")
+        if length > LARGEST_HEADER_BYTES:
+            raise TensorFileError(
+                f"{path} is not a safetensors file: a header of {length} bytes, at most "
+                f"{LARGEST_HEADER_BYTES} are allowed"
+            )
         file.seek(PREFIX_BYTES)
         header = file.read(length)
     try:
-        tensors = _parse(json.loads(header), PREFIX_BYTES + length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = json.loads(header, object_pairs_hook=_without_duplicates)
+        tensors = {name: _stored(name, entry) for name, entry in entries.items() if name != "__metadata__"}
+        end = _check_order(tensors)
+    except TensorFileError as error:
+        raise TensorFileError(f"{path}: {error}; download or write the file again") from error
+    except (ValueError, RecursionError) as error:
         raise TensorFileError(f"{path} is not a safetensors file: its header cannot be read") from error
-    end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=PREFIX_BYTES + length)
-    if end != size:
-        state = "is cut short" if size < end else "is longer than its header says"
-        raise TensorFileError(f"{path} {state}: {size} bytes, {end} expected")
-    return tensors
+    base = PREFIX_BYTES + length
+    if base + end != size:
+        state = "is cut short" if size < base + end else "is longer than its header says"
+        raise TensorFileError(f"{path} {state}: {size} bytes, {base + end} expected")
+    return {name: replace(tensor, start=base + tensor.start) for name, tensor in tensors.items()}
 
 
 def _what_it_is(beginning: bytes) -> str:
@@ -93,17 +111,41 @@ def _what_it_is(beginning: bytes) -> str:
     return next(found, "not a safetensors file")
 
 
-def _parse(header: dict[str, Any], base: int) -> dict[str, Stored]:
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        tensor = Stored(DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), base + begin)
-        if tensor.nbytes != end - begin:
-            raise ValueError(name)
-        tensors[name] = tensor
-    return tensors
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise TensorFileError(f"its header names {twice!a} twice")
+    return entries
+
+
+def _stored(name: str, entry: Any) -> Stored:
+    """The tensor that an entry of a header describes, with its start counted from the end of the header."""
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            if dtype not in DTYPES:
+                raise TensorFileError(f"{name!a} has dtype {dtype[:20]!a}, which is not supported")
+            if not all(type(length) is int and length >= 0 for length in shape):
+                raise TensorFileError(f"{name!a} has shape {str(shape)[:80]}")
+            stored = Stored(DTYPES[dtype], tuple(shape), begin)
+            if begin < 0 or stored.nbytes != end - begin:
+                raise TensorFileError(
+                    f"{name!a}, {dtype} {tuple(shape)} of {stored.nbytes} bytes, is said to be at bytes "
+                    f"{begin} to {end}"
+                )
+            return stored
+    raise TensorFileError(f"its header describes {name!a} without dtype, shape and data_offsets")
+
+
+def _check_order(tensors: Mapping[str, Stored]) -> int:
+    """Check that the tensors are end to end, as the format requires; return where they end."""
+    end, before = 0, "the header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start != end:
+            what = "overlaps" if tensor.start < end else "leaves a gap after"
+            raise TensorFileError(f"{name!a}, which begins at byte {tensor.start}, {what} {before}")
+        end, before = end + tensor.nbytes, f"{name!a}, which ends at {end + tensor.nbytes}"
+    return end
 
 
 def read_tensor(file: int, stored: Stored, index: int | None = None) -> Tensor:

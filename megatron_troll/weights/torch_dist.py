@@ -31,10 +31,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_troll.config import ConfigError
 from megatron_troll.mcore.checkpoint_folder import BACKENDS, CheckpointError
 from megatron_troll.mcore.checkpoint_pickle import COMMON, METADATA, read_index
 from megatron_troll.weights.megatron_keys import Region, Size
 from megatron_troll.weights.tensor_file import expect, read_into
+from megatron_troll.weights.values import check_values
 
 WRITTEN_BY = {
     "sharded_backend": "torch_dist",
@@ -44,7 +46,7 @@ WRITTEN_BY = {
 }
 
 
-class TensorsError(ValueError):
+class TensorsError(ConfigError):
     """The tensors of a checkpoint cannot be read."""
 
 
@@ -111,9 +113,14 @@ class SavedTensors:
         return [self.folder / name for name in (METADATA, *sorted(names))]
 
     def read(self, region: Region) -> Tensor:
-        """Read a region of a tensor into new memory."""
+        """Read a region of a tensor into new memory. Raises ConfigError if its values cannot be weights."""
         saved = self.tensors[region.key]
         chunks = list(saved.overlapping(region))
+        whole = self._assembled(saved, region, chunks)
+        check_values(whole, region.key, self.folder / chunks[0].file if chunks else self.folder)
+        return whole
+
+    def _assembled(self, saved: SavedTensor, region: Region, chunks: list[Chunk]) -> Tensor:
         if len(chunks) == 1 and (chunks[0].start, chunks[0].shape) == (region.start, region.shape):
             return self._load(chunks[0])
         whole = torch.empty(region.shape, dtype=saved.dtype)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_troll.mcore.checkpoint_folder import MANIFEST, path_of
 from megatron_troll.mcore.checkpoint_pickle import COMMON_OBJECT, read_index
+from megatron_troll.mcore.checkpoint_sums import sums_of, write_sums
 from tests.dist.checkpoint_run import Run
 from tests.dist.harness import RankPool
 from tests.dist.test_checkpoint_faults import load_filled, refused, save_filled
@@ -96,10 +97,11 @@ def put_object(tensors: Path, key: str) -> Path:
 
 
 def rewrite(step: Path, **changes: Any) -> None:
-    """Change the manifest, in which all files have the size that they have."""
+    """Change the manifest, in which all files have the size that they have, and sum everything again."""
     manifest = json.loads((step / MANIFEST).read_text())
     manifest["files"] = {name: (step / name).stat().st_size for name in manifest["files"]}
     (step / MANIFEST).write_text(json.dumps(manifest | changes))
+    write_sums(step, sums_of(step, [MANIFEST, *manifest["files"]]))
 
 
 @pytest.mark.parametrize(

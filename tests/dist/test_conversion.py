@@ -22,6 +22,7 @@ from megatron_troll.convert.to_hugging_face import ToHuggingFace
 from megatron_troll.convert.to_megatron import ToMegatron
 from megatron_troll.mcore import checkpoint_tensors
 from megatron_troll.mcore.checkpoint import CheckpointError, Checkpoints
+from megatron_troll.mcore.checkpoint_sums import SumsError, sums_of, write_sums
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.parallel import inside
@@ -250,6 +251,7 @@ def test_a_checkpoint_of_a_newer_megatron_is_refused(
     manifest = json.loads((step / "checkpoint.json").read_text())
     manifest["versions"]["megatron-core"] = "99.0.0"
     (step / "checkpoint.json").write_text(json.dumps(manifest))
+    write_sums(step, sums_of(step, ["checkpoint.json", *manifest["files"]]))
     with pytest.raises(
         CheckpointError, match=r"was written with megatron-core 99\.0\.0, and .* is installed"
     ):
@@ -262,6 +264,14 @@ def test_a_damaged_checkpoint_of_a_run_is_refused(
     step = tmp_path / "step_000001"
     shutil.copytree(families["moe"].step("one"), step)
     damaged = max((step / "tensors").glob("*.distcp"))
-    os.truncate(damaged, damaged.stat().st_size - 1)
+    whole = damaged.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-len(whole) // 3] ^= 1
+    damaged.write_bytes(flipped)
+    conversion = ToHuggingFace(step, families["moe"].hugging_face, Options())
+    with pytest.raises(SumsError, match=f"^{re.escape(str(damaged))}: not as .* says: damaged"):
+        convert(conversion, tmp_path / "out", ALONE, NoProgress())
+    assert not (tmp_path / "out").exists()
+    os.truncate(damaged, len(whole) - 1)
     with pytest.raises((CheckpointError, ValueError), match=re.escape(str(damaged))):
         ToHuggingFace(step, families["moe"].hugging_face, Options())

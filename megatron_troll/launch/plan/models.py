@@ -14,6 +14,7 @@ from megatron_troll.mcore.layout import check_layout, check_world
 from megatron_troll.mcore.options import check_options
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.weights.families import table_of
+from megatron_troll.weights.quantised import refuse_settings
 from megatron_troll.weights.value import value_table
 
 PUBLISHED = PRESETS / "models"
@@ -72,7 +73,9 @@ def shape_at(key: str, path: str) -> ModelShape:
     published = PUBLISHED / Path(path).name
     folder = published if not Path(path).is_dir() and published.is_dir() else path
     try:
-        return read_shape(folder)
+        shape = read_shape(folder)
+        refuse_settings(Path(folder))
+        return shape
     except FileNotFoundError as error:
         known = ", ".join(sorted(file.name for file in PUBLISHED.iterdir()))
         raise ConfigError(f"{key}: {error}; without a folder, name a known model: {known}") from error

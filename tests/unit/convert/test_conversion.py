@@ -1,10 +1,12 @@
 """Whole conversions of tiny models, both ways. Real Megatron checkpoints: tests/dist/test_conversion.py."""
 
 import json
+import math
 import pickle
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_troll.config import ConfigError
 from megatron_troll.convert.plan import Options
 from megatron_troll.convert.to_hugging_face import ToHuggingFace, companions_of
 from megatron_troll.convert.to_megatron import ToMegatron
 from megatron_troll.launch.plan.models import PUBLISHED
+from megatron_troll.mcore.checkpoint_sums import SUMS, SumsError
 from megatron_troll.mcore.shape import read_shape, shape_of
 from megatron_troll.weights.source import open_source
 from megatron_troll.weights.torch_dist import (
@@ -109,7 +113,102 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     source = write_folder(MOE, tmp_path / "hf", tensors | {name: tensors[name].to(torch.float8_e4m3fn)})
     with pytest.raises(ValueError, match="quantised") as caught:
         ToMegatron(source, SMALL)
-    assert "linear_proj.weight: float32, float8_e4m3fn" in str(caught.value)
+    assert f"the weights are quantised (by an unknown tool), e.g. {name!r} F8_E4M3" in str(caught.value)
+
+
+def test_block_scaled_fp8_is_dequantised_and_said(tmp_path: Path) -> None:
+    name = "model.layers.2.self_attn.o_proj.weight"
+    tensors = {key: tensor.bfloat16() for key, tensor in tensors_of(MOE).items()}
+    codes, scales = (tensors[name].float() * 1000).to(torch.float8_e4m3fn), torch.rand(3, 8)
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    config = MOE | {"dtype": "bfloat16", "quantization_config": settings}
+    quantised = tensors | {name: codes, f"{name}_scale_inv": scales}
+    source = write_folder(config, tmp_path / "hf", quantised)
+    conversion = ToMegatron(source, SMALL)
+    assert conversion.remarks == ["dequantised 1 tensors of block-scaled FP8 to bfloat16"]
+    run(conversion, tmp_path / "mcore")
+    back = to_hugging_face(tmp_path / "mcore", tmp_path / "back")
+    expected = codes.float() * scales.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert_equal(read_all(back), tensors | {name: expected.bfloat16()})
+    assert "quantization_config" not in json.loads((back / "config.json").read_text())
+
+
+def test_settings_of_quantisation_in_the_companions_are_left_out_and_said(tmp_path: Path) -> None:
+    tensors = tensors_of(MOE)
+    there = to_megatron(write_folder(MOE, tmp_path / "hf", tensors), tmp_path / "mcore")
+    like = write_folder(MOE | {"quantization_config": {"quant_method": "gptq"}}, tmp_path / "like", {})
+    conversion = ToHuggingFace(there, like, SMALL)
+    assert conversion.remarks == ["config.json is without its quantisation (GPTQ)"]
+    run(conversion, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()).keys() == {*MOE, "dtype"}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e6])
+def test_values_that_the_target_cannot_hold_are_refused_by_name(bad: float, tmp_path: Path) -> None:
+    name = "model.layers.2.self_attn.o_proj.weight"
+    tensors = tensors_of(MOE)
+    good = to_megatron(write_folder(MOE, tmp_path / "hf", tensors), tmp_path / "mcore")
+    tensors[name][3, 4] = bad
+    source, halves = write_folder(MOE, tmp_path / "bad", tensors), Options(torch.float16)
+    why = "are not finite" if math.isnan(bad) else "do not fit into float16"
+    with pytest.raises(ConfigError, match=f"1 .*{why}"):
+        to_megatron(source, tmp_path / "out", halves)
+    with pytest.raises(ConfigError, match=f"1 .*{why}"):
+        to_hugging_face(replace_weight(good, tensors[name]), tmp_path / "back", halves)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "back").exists()
+
+
+def replace_weight(folder: Path, tensor: Tensor) -> Path:
+    """A converted folder with the output projection of layer 2 replaced."""
+    key = "decoder.layers.self_attention.linear_proj.weight"
+    tensors = dict(SavedTensors(folder / "tensors").tensors)
+    saved, start = tensors[key], (2, 0, 0)
+    with open(folder / "tensors" / "other.distcp", "wb") as file:
+        offset, length = write_chunk(file, tensor[None])
+    others = [chunk for chunk in saved.chunks if chunk.start != start]
+    chunks = (*others, Chunk(start, (1, *tensor.shape), "other.distcp", offset, length))
+    write_index(folder / "tensors", tensors | {key: SavedTensor(saved.dtype, saved.shape, chunks)})
+    (folder / SUMS).unlink()
+    return folder
+
+
+def test_one_changed_bit_of_a_source_is_found_by_its_own_checksums(tmp_path: Path) -> None:
+    source = write_folder(MOE, tmp_path / "hf", tensors_of(MOE))
+    there = to_megatron(source, tmp_path / "mcore")
+    back = to_hugging_face(there, tmp_path / "back")
+    for folder, file in ((there, "tensors/shard_00002.distcp"), (there, "tensors/.metadata")):
+        with flipped(folder / file), pytest.raises((SumsError, TensorsError), match=re.escape(file)):
+            to_hugging_face(folder, tmp_path / "out")
+    file = sorted(path.name for path in back.glob("*.safetensors"))[1]
+    with flipped(back / file), pytest.raises(SumsError, match=f"^{back / file}: not as {back / SUMS} says"):
+        to_megatron(back, tmp_path / "out")
+    with flipped(there / "tensors/shard_00002.distcp"), pytest.raises(SumsError, match="shard_00002"):
+        to_megatron(source, there)  # finished before, and damaged since
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "mcore", "back"}
+    assert_equal(read_all(to_hugging_face(there, tmp_path / "out")), tensors_of(MOE) | read_all(back))
+    assert "has no SHA256SUMS" not in str(ToHuggingFace(there, there, SMALL).remarks)
+
+
+@contextmanager
+def flipped(file: Path) -> Iterator[None]:
+    """Change one bit of a file until the block ends."""
+    content = file.read_bytes()
+    changed = bytearray(content)
+    changed[-len(content) // 3] ^= 1
+    file.write_bytes(changed)
+    try:
+        yield
+    finally:
+        file.write_bytes(content)
+
+
+def test_a_source_without_checksums_is_converted_and_said(tmp_path: Path) -> None:
+    there = to_megatron(write_folder(MOE, tmp_path / "hf", tensors_of(MOE)), tmp_path / "mcore")
+    (there / SUMS).unlink()
+    conversion = ToHuggingFace(there, there, SMALL)
+    assert conversion.remarks == [f"{there} has no SHA256SUMS: its content was not checked"]
+    assert run(conversion, tmp_path / "back")
 
 
 def test_the_trainer_reads_a_converted_folder_like_the_original(tmp_path: Path) -> None:
@@ -208,6 +307,7 @@ def test_a_model_of_every_size_is_planned_from_headers() -> None:
 def with_bias(folder: Path) -> str:
     """Add a tensor to a checkpoint that Hugging Face's format has no place for; its key."""
     key, bias = "decoder.layers.mlp.router.expert_bias", torch.ones(4, 8)
+    (folder.parent / SUMS).unlink()
     with open(folder / "bias.distcp", "wb") as file:
         offset, length = write_chunk(file, bias)
     chunk = Chunk((0, 0), (4, 8), "bias.distcp", offset, length)

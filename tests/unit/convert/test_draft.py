@@ -193,6 +193,39 @@ def test_a_target_that_is_there_is_left_alone(folders: dict[Convert, Path], tmp_
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "thesis.txt"]
 
 
+def test_a_target_that_cannot_be_replaced_is_refused_at_the_start(
+    folders: dict[Convert, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(TargetError, match="link is a link: give the folder itself"):
+        to_megatron(folders[to_megatron], tmp_path / "link")
+    with pytest.raises(TargetError, match="is the root of a file system"):
+        to_megatron(folders[to_megatron], Path("/dev/shm"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
+
+
+def test_the_working_folder_may_be_the_target(
+    folders: dict[Convert, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    to_megatron(folders[to_megatron], Path())
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", "\x00"])
+def test_what_is_damaged_in_a_draft_is_told_or_made_again(damage: str, tmp_path: Path) -> None:
+    draft = Draft(tmp_path / "target", {})
+    with draft.open():
+        draft.write("a", lambda file: file.write(b"abc"))
+    (draft.folder / "records" / "a.json").write_text(damage)
+    assert draft.known("a") is None
+    (draft.folder / "conversion.json").write_text(damage)
+    with pytest.raises(TargetError, match=f"conversion.json .*: delete {draft.folder}"), draft.open():
+        pass
+
+
 def test_an_empty_target_is_taken_and_a_finished_one_is_not_made_again(
     folders: dict[Convert, Path], tmp_path: Path
 ) -> None:
@@ -228,6 +261,20 @@ def open_refused(draft: Draft) -> None:
         pass
 
 
+def test_a_finished_file_that_changed_since_is_written_again(
+    folders: dict[Convert, Path], tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    target, source = tmp_path / "target", folders[to_megatron]
+    with file_size_limit(60_000), pytest.raises(ConversionError):
+        to_megatron(source, target)
+    shard = next((tmp_path / ".target.part" / "tensors").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[-len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    to_megatron(source, target)
+    assert_equal(read_all(back(to_megatron, target)), tensors)
+
+
 def test_a_finished_file_of_another_size_is_written_again(tmp_path: Path) -> None:
     draft = Draft(tmp_path / "target", {})
     with draft.open():
@@ -240,4 +287,10 @@ def test_a_finished_file_of_another_size_is_written_again(tmp_path: Path) -> Non
         (draft.folder / "a").write_bytes(b"ab")
         assert draft.known("a") is None
         assert draft.known("b") is None
+        assert not draft.is_whole("b")
+        (draft.folder / "a").write_bytes(b"abd")
+        assert draft.known("a") is not None
+        assert not draft.is_whole("a")
+        (draft.folder / "a").write_bytes(b"abc")
+        assert draft.is_whole("a")
     assert json.loads((draft.folder / "conversion.json").read_text()) == {}

@@ -15,7 +15,8 @@ from megatron_troll.convert.to_hugging_face import ToHuggingFace
 from megatron_troll.convert.to_megatron import ToMegatron
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.parallel.groups import ALONE
-from megatron_troll.weights.source import FolderSource, RandomSource
+from megatron_troll.weights.folder_source import FolderSource
+from megatron_troll.weights.source import RandomSource
 from tests.dist.tiny import DENSE, MOE, NEXT
 
 # Files of this size are many in a tiny model.

@@ -1,6 +1,7 @@
 """Checkpoint folders without any model: what counts as complete, what is kept, what is reported."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_troll.mcore.checkpoint_folder import (
     retain,
     steps,
 )
+from megatron_troll.mcore.checkpoint_sums import SUMS, SumsError, check_sums, read_sums, summing, sums_of
 
 
 def save(folder: Path, step: int, score: float | None = None) -> None:
@@ -46,7 +48,62 @@ def test_a_draft_sweeps_what_kills_left(tmp_path: Path) -> None:
 
 def test_the_manifest_lists_every_file_in_its_size(tmp_path: Path) -> None:
     save(tmp_path, 3, score=0.5)
-    assert read(tmp_path) == {"format": 2, "step": 3, "score": 0.5, "files": {"tensors/shard": 3}}
+    listed = {"files": {"tensors/shard": 3}, "sums": "SHA256SUMS"}
+    assert read(tmp_path) == {"format": 2, "step": 3, "score": 0.5, **listed}
+
+
+def test_every_file_is_summed_as_sha256sum_does(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    checked = subprocess.check_output(["sha256sum", "-c", SUMS], cwd=path_of(tmp_path, 3), text=True)
+    assert checked == "checkpoint.json: OK\ntensors/shard: OK\n"
+
+
+def test_sums_of_writers_are_used_and_their_files_removed(tmp_path: Path) -> None:
+    written = draft(tmp_path, 1)
+    (written / "tensors").mkdir()
+    names = ["tensors/__0_0.distcp", "tensors/__0_1.distcp", "tensors/__1_0.distcp"]
+
+    def write(rank: int, said: str) -> str:
+        for name in names:
+            if f"__{rank}_" in name:
+                (written / name).write_text(said)
+        return said
+
+    assert summing(write, written, 0)(0, said="here") == "here"
+    summing(write, written, 1)(1, "there")
+    (written / names[0]).write_text("!!!!")  # after it was summed: nobody reads it again
+    publish(written, path_of(tmp_path, 1), {"step": 1})
+    step = path_of(tmp_path, 1)
+    assert [path.name for path in step.iterdir() if path.name.startswith(".")] == []
+    with pytest.raises(SumsError, match=f"^{step / names[0]}: not as {step / SUMS} says"):
+        check_sums(step, read_sums(step) or {}, names)
+    check_sums(step, read_sums(step) or {}, names[1:])
+
+
+def test_ranks_share_the_files(tmp_path: Path) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}").write_bytes(bytes(i))
+    names = [f"{i}" for i in range(5)]
+    sums = sums_of(tmp_path, names) | {"1": "0" * 64}
+    shares = [caught for rank in range(2) if (caught := differing(tmp_path, sums, names, rank))]
+    assert len(shares) == 1
+    assert str(tmp_path / "1") in shares[0]
+
+
+def differing(folder: Path, sums: dict[str, str], names: list[str], rank: int) -> str:
+    try:
+        check_sums(folder, sums, names, rank, 2)
+    except SumsError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("content", ["x  y\n", "0" * 64 + "\n", "\udcff"])
+def test_sums_that_are_none_are_named(content: str, tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (path_of(tmp_path, 1) / SUMS).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS.*: the checkpoint is damaged"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
-from megatron_troll.config import Layout
+from megatron_troll.config import ConfigError, Layout
 from megatron_troll.config.load import PRESETS
 from megatron_troll.mcore.layout import check_layout
-from megatron_troll.mcore.shape import LinearAttention, shape_of
+from megatron_troll.mcore.shape import LinearAttention, read_shape, shape_of
 from tests.dist.tiny import DENSE, MOE, NEXT
 
 QWEN3_NEXT_80B_A3B = PRESETS / "models" / "Qwen3-Next-80B-A3B-Instruct" / "config.json"
@@ -43,7 +45,11 @@ def test_other_families_have_full_attention_only(config: dict[str, Any]) -> None
 REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (NEXT, {"layer_types": ["mamba"] * 4}, "layer_types: 'mamba' is not supported"),
     (NEXT, {"num_hidden_layers": 5}, "layer_types names 4 layers, num_hidden_layers is 5"),
-    (NEXT, {"layer_types": None, "full_attention_interval": 0}, "full_attention_interval is 0"),
+    (
+        NEXT,
+        {"layer_types": None, "full_attention_interval": 0},
+        "full_attention_interval 0 must be a whole number above 0",
+    ),
     (NEXT, {"linear_num_value_heads": 6}, "linear_num_value_heads (6) must be a multiple of"),
     (NEXT, {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.2}}, "partial_rotary_factor"),
     (NEXT, {"rope_parameters": {"rope_theta": 1.0, "rope_type": "yarn"}}, "rope type 'yarn'"),
@@ -56,6 +62,37 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (DENSE, {"hidden_size": "48"}, "hidden_size '48' must be a whole number above 0"),
     (DENSE, {"num_hidden_layers": None}, "num_hidden_layers None must be a whole number above 0"),
     (MOE, {"num_experts": 0}, "num_experts 0 must be a whole number above 0"),
+    (DENSE, {"num_hidden_layers": True}, "num_hidden_layers True must be a whole number above 0"),
+    (DENSE, {"head_dim": None}, "head_dim None must be a whole number above 0"),
+    (
+        DENSE,
+        {"max_position_embeddings": 1e3},
+        "max_position_embeddings 1000.0 must be a whole number above 0",
+    ),
+    (NEXT, {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim 0 must be a whole number above 0"),
+    (DENSE, {"rms_norm_eps": "1e-6"}, "rms_norm_eps '1e-6' must be a number above 0"),
+    (DENSE, {"initializer_range": -1.0}, "initializer_range -1.0 must be a number above 0"),
+    (DENSE, {"tie_word_embeddings": "false"}, "tie_word_embeddings 'false' must be true or false"),
+    (MOE, {"norm_topk_prob": 1}, "norm_topk_prob 1 must be true or false"),
+    (DENSE, {"rope_parameters": [1]}, "rope_parameters '[1]' must be an object or null"),
+    (DENSE, {"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta '1e6' must be a number above 0"),
+    (DENSE, {"rope_scaling": {"type": "linear"}}, "rope type 'linear' is not supported"),
+    (DENSE, {"layer_types": 4}, "layer_types '4' must be a list"),
+    (DENSE, {"layer_types": [[]] * 4}, "layer_types: [] is not supported"),
+    (
+        DENSE,
+        {"num_key_value_heads": 3},
+        "num_attention_heads (8) must be a multiple of num_key_value_heads (3)",
+    ),
+    (MOE, {"num_local_experts": 4}, "num_local_experts is 4, num_experts 8: give one"),
+    (MOE, {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 8 experts"),
+    (MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok 1 with norm_topk_prob true is not supported"),
+    (MOE, {"partial_rotary_factor": 0.5}, "Hugging Face ignores it in qwen3_moe"),
+    (
+        DENSE,
+        {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor 0.5 is not supported: Hugging Face ignores it in qwen3",
+    ),
     (DENSE, {"model_type": "llama"}, "model_type 'llama' is not supported (qwen3, qwen3_moe, qwen3_next)"),
 )
 
@@ -64,6 +101,57 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
 def test_what_is_not_built_is_refused(config: dict[str, Any], changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         shape_of(config | changed)
+
+
+def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        without(DENSE, "head_dim"),
+        without(MOE, "head_dim"),
+        without(DENSE, "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings"),
+        without(MOE, "norm_topk_prob"),
+        without(NEXT, "norm_topk_prob", "layer_types", "rope_parameters") | {"rope_theta": 1e4},
+        without(NEXT, "rope_parameters") | {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        DENSE | {"rope_scaling": {"rope_theta": 5.0}},
+        without(DENSE, "rope_parameters") | {"rope_theta": 7.0, "rope_scaling": None},
+        without(MOE, "num_experts") | {"num_local_experts": 4},
+    ],
+    ids=str,
+)
+def test_an_absent_key_means_what_it_means_to_hugging_face(config: dict[str, Any]) -> None:
+    there: Any = AutoConfig.for_model(**json.loads(json.dumps(config)))
+    shape = shape_of(config)
+    head_dim = getattr(there, "head_dim", there.hidden_size // there.num_attention_heads)
+    assert shape.head_dim == head_dim
+    assert shape.tied == there.tie_word_embeddings
+    assert (shape.norm_eps, shape.init_std) == (there.rms_norm_eps, there.initializer_range)
+    assert shape.max_positions == there.max_position_embeddings
+    assert shape.rope_theta == there.rope_parameters["rope_theta"]
+    assert shape.rotary_fraction == there.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert shape.layer_types == tuple(getattr(there, "layer_types", shape.layer_types))
+    if shape.experts:
+        assert (shape.experts, shape.norm_topk) == (there.num_experts, there.norm_topk_prob)
+
+
+REQUIRED = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "rope_parameters")
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_key_that_hugging_face_would_guess_is_asked_for(key: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(without(DENSE, key)))
+    with pytest.raises(ConfigError, match=f"config.json: (no rope_theta|'{key}' is missing)"):
+        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "[" * 100_000, "\x00"])
+def test_a_config_that_is_none_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json: (not valid JSON|it holds no keys)"):
+        read_shape(tmp_path)
 
 
 def test_heads_of_linear_attention_must_divide_by_the_ranks_they_are_spread_over() -> None:

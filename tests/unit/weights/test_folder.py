@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_troll.weights.folder import FolderWriter, check_target
-from megatron_troll.weights.source import FolderSource
+from megatron_troll.weights.folder_source import FolderSource
 
 CONFIG = {"model_type": "qwen3_moe", "dtype": "bfloat16"}
 TENSORS = {name: torch.full((4, 4), float(i)) for i, name in enumerate("dacb")}

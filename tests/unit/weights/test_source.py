@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_troll.config import ConfigError
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.weights.families import table_of
-from megatron_troll.weights.source import FolderSource, RandomSource, TensorSource, Unstacked, check
+from megatron_troll.weights.folder_source import INDEX, SINGLE, FolderSource
+from megatron_troll.weights.source import RandomSource, TensorSource, Unstacked, check
 from tests.dist.tiny import MOE, NEXT
 
 SHAPE = shape_of(MOE)
@@ -101,6 +103,44 @@ def test_a_tensor_in_two_files_is_that_of_the_index(tmp_path: Path, tensors: dic
     other = {name: tensors[name] for name in names[1::2]} | {names[0]: torch.zeros_like(tensors[names[0]])}
     save_file(other, tmp_path / "b.safetensors")
     assert torch.equal(FolderSource(tmp_path).read(names[0]), tensors[names[0]])
+
+
+def test_shards_without_an_index_are_told(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_sharded(tmp_path, tensors)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        FolderSource(tmp_path)
+    assert f"{INDEX} is missing in {tmp_path}, which has a.safetensors, b.safetensors:" in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["../a.safetensors", "/etc/passwd", "x/../../y", "a\x1b[31m"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(
+    file: str, tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    save_file(tensors, tmp_path / "a.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file)}))
+    with pytest.raises(ConfigError, match="which is not a file in its folder") as caught:
+        FolderSource(folder)
+    assert ascii(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 100_000]
+)
+def test_an_index_without_files_is_named(index: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(index)
+    with pytest.raises(ConfigError, match=r"index\.json cannot be read"):
+        FolderSource(tmp_path)
+
+
+def test_two_sets_of_weights_are_refused(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    """Hugging Face reads the single file, SGLang every file."""
+    write_sharded(tmp_path, tensors)
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(ConfigError, match=r"has both model\.safetensors and model\.safetensors\.index"):
+        FolderSource(tmp_path)
 
 
 def test_random_tensors_depend_on_seed_and_name_alone() -> None:

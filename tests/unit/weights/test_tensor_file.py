@@ -107,17 +107,49 @@ def test_other_files_are_named_for_what_they_are(content: bytes, what: str, tmp_
         read_header(tmp_path / "a.safetensors")
 
 
+def with_header(path: Path, header: str, data: bytes = bytes(8)) -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
+    return path
+
+
+FOUR = '"dtype":"F32","shape":[1],"data_offsets"'
+
+
 @pytest.mark.parametrize(
-    "header",
+    ("header", "what"),
     [
-        b"{",
-        b'{"t":{"dtype":"F32"}}',
-        b'{"t":{"dtype":"X1","shape":[1],"data_offsets":[0,4]}}',
-        b'{"t":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
-        b'{"t":7}',
+        ("{", "is not a safetensors file: its header cannot be read"),
+        ("{" * 100_000, "is not a safetensors file: its header cannot be read"),
+        ('{"t":{"dtype":"F32"}}', "its header describes 't' without dtype, shape and data_offsets"),
+        ('{"t":7}', "its header describes 't' without dtype, shape and data_offsets"),
+        (
+            '{"t":{"dtype":"F4","shape":[1],"data_offsets":[0,8]}}',
+            "'t' has dtype 'F4', which is not supported",
+        ),
+        ('{"t":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', r"'t' has shape \[-2\]"),
+        ('{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}', "'t', F32 .* said to be at bytes 0 to 8"),
+        (f'{{"t":{{{FOUR}:[-4,0]}}}}', "said to be at bytes -4 to 0"),
+        (f'{{"t":{{{FOUR}:[0,4]}},"t":{{{FOUR}:[4,8]}}}}', "its header names 't' twice"),
+        (
+            f'{{"t":{{{FOUR}:[0,4]}},"u":{{{FOUR}:[2,6]}}}}',
+            "'u', which begins at byte 2, overlaps 't', .* at 4",
+        ),
+        (f'{{"t":{{{FOUR}:[4,8]}}}}', "'t', which begins at byte 4, leaves a gap after the header"),
+        (f'{{"t":{{{FOUR}:[0,4]}},"u":{{{FOUR}:[4,8]}},"v":{{{FOUR}:[8,12]}}}}', "cut short: .* expected"),
     ],
 )
-def test_a_header_that_makes_no_sense_is_told(header: bytes, tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(TensorFileError, match="header cannot be read"):
-        read_header(tmp_path / "a.safetensors")
+def test_a_header_that_makes_no_sense_is_told(header: str, what: str, tmp_path: Path) -> None:
+    path = with_header(tmp_path / "a.safetensors", header)
+    with pytest.raises(TensorFileError, match=what) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_beyond_the_limit_of_the_format_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with open(path, "wb") as file:
+        file.write((2 * 10**8).to_bytes(8, "little") + b"{")
+        file.truncate(3 * 10**8)
+    with pytest.raises(TensorFileError, match="a header of 200000000 bytes"):
+        read_header(path)
