@@ -58,10 +58,10 @@ def train(arguments: Namespace) -> int:
 
 
 def sft(arguments: Namespace) -> int:
-    def check(task: "Task") -> None:
+    def check(task: "Task") -> object:
         from megatron_troll.task import demonstrations
 
-        demonstrations(task)
+        return demonstrations(task)
 
     with started(arguments, "sft", _task, check) as job:
         if job.task is not None:
@@ -183,25 +183,25 @@ def started[Prep: Prepared](
     arguments: Namespace,
     name: str,
     prepare: Callable[[Config], Prep],
-    check: Callable[[Prep], object] = lambda task: None,
+    check: Callable[[Prep], object] = lambda task: "",
 ) -> Iterator[Job[Prep]]:
     """Validate the configuration of a command. On a rank, run the block with the task and report errors that
     a user can act on by a message and an exit code. Otherwise start the ranks, which get here again, and wait
-    for them; `check` is further validation before they start."""
+    for them; `check` is further validation before they start, and what it returns is said."""
     if "RANK" not in os.environ:
         from megatron_troll.task import PROBLEMS
 
         job = Job[Prep](Interrupts())
         try:
             task = prepare(_load(arguments))
-            check(task)
+            checked = str(check(task))
             folder = RunFolder.of(task.config)
             folder.check(dump(task.config), task.config.resume)
             folder.logs.mkdir(parents=True, exist_ok=True)
         except (*PROBLEMS, RunFolderError) as error:
             job.code = _refuse(error)
         else:
-            _say(str(task))
+            _say("\n".join(filter(None, (str(task), checked))))
             job.code = _launch(arguments, name, task.config)
         yield job
         return

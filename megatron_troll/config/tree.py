@@ -160,6 +160,11 @@ class Data(PromptFiles):
     shuffle: bool = Field(
         default=True, description="a new order each epoch, fixed by `seed`; false: file order"
     )
+    template_arguments: dict[str, str | int | float | bool] = Field(
+        default={},
+        description="arguments of the chat template, such as enable_thinking: false; for training, its "
+        "evaluations and `mtroll sft`",
+    )
 
 
 class Sampling(Node):
@@ -294,6 +299,9 @@ class WarmStart(Node):
     """Supervised steps on demonstrations (`mtroll sft`): chat files whose assistant turns carry loss."""
 
     files: Files = Field(description="demonstrations, JSONL or Parquet")
+    malformed: Literal["error", "skip"] = Field(
+        default="error", description="a line that is not a demonstration: stop, or skip and count it"
+    )
     steps: Positive = Field(default=200, description="optimizer steps")
     sequences: Positive = Field(default=128, description="demonstrations per optimizer step")
 
@@ -324,6 +332,9 @@ class EvalSet(PromptFiles):
         default=0.5, description="pass@k and maj@k count a reward beyond this as a success"
     )
     reward: RewardConfig | None = Field(default=None, description="default: `reward` of the run")
+    template_arguments: dict[str, str | int | float | bool] | None = Field(
+        default=None, description="arguments of the chat template; default: data.template_arguments"
+    )
 
     @field_validator("pass_at")
     @classmethod

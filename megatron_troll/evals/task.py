@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_troll.checks import check_length, world_size
 from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
 from megatron_troll.data.prompts import Counts, read_prompts
-from megatron_troll.data.tokenizer import stop_ids
+from megatron_troll.data.stops import StopTokens, stop_tokens
+from megatron_troll.data.template import ChatTemplate
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.rewards import reward as verifiers
 from megatron_troll.task import shape_of, tokenizer_of
@@ -25,7 +26,7 @@ class DataSet:
     rollout: RolloutConfig
     prompts: tuple[Prompt, ...]
     counts: Counts
-    stop_ids: tuple[int, ...]
+    stops: StopTokens
 
     def __str__(self) -> str:
         return f"{self.name}: {len(self.prompts):,} prompts x {self.config.samples} ({self.counts})"
@@ -42,7 +43,8 @@ class EvalTask:
     at_once: int
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.sets))
+        remarks = dict.fromkeys(one.stops.remark for one in self.sets)
+        return "\n".join(filter(None, (*map(str, self.sets), *remarks)))
 
     @property
     def batches(self) -> int:
@@ -73,7 +75,7 @@ def prepare(config: Config) -> EvalTask:
         limits = {"max_prompt_tokens": one.max_prompt_tokens, "sampling.max_tokens": one.sampling.max_tokens}
         check_length({f"eval.{name}.{key}": tokens for key, tokens in limits.items()}, shape)
     tokenizer = tokenizer_of(config.policy, shape)
-    sets = tuple(_data_set(config, name, rewards[name], tokenizer) for name in config.eval)
+    sets = tuple(_data_set(config, name, rewards[name], tokenizer, shape.vocab) for name in config.eval)
     layout = config.policy.layout
     replicas = world_size(config) // (layout.tp * layout.pp * layout.cp)
     return EvalTask(config, shape, tokenizer, sets, config.rollout.max_sequences * replicas)
@@ -89,9 +91,12 @@ def _reward(config: Config, name: str) -> RewardConfig:
         raise ConfigError("\n".join(at + line for line in str(error).splitlines())) from error
 
 
-def _data_set(config: Config, name: str, reward: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> DataSet:
+def _data_set(
+    config: Config, name: str, reward: RewardConfig, tokenizer: PreTrainedTokenizerBase, vocab: int
+) -> DataSet:
     one, key = config.eval[name], f"eval.{name}"
-    prompts, counts = read_prompts(one.files, one, tokenizer, key)
+    template = _template(config, name, tokenizer)
+    prompts, counts = read_prompts(one.files, one, template, key)
     return DataSet(
         name=name,
         config=one,
@@ -100,5 +105,17 @@ def _data_set(config: Config, name: str, reward: RewardConfig, tokenizer: PreTra
         rollout=config.rollout.model_copy(update={"sampling": one.sampling, "top_k": 0}),
         prompts=tuple(prompts[: one.prompts]),
         counts=counts,
-        stop_ids=stop_ids(tokenizer, config.policy.path, one.sampling.stop, f"{key}.sampling.stop"),
+        stops=stop_tokens(template, config.policy.path, vocab, one.sampling.stop, f"{key}.sampling.stop"),
     )
+
+
+def _template(config: Config, name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The chat template with the data set's own arguments, otherwise those of training."""
+    own, data = config.eval[name].template_arguments, config.data
+    if own is None:
+        template = ChatTemplate(tokenizer, data.template_arguments if data else {})
+        template.check("data.template_arguments")
+    else:
+        template = ChatTemplate(tokenizer, own)
+        template.check(f"eval.{name}.template_arguments")
+    return template
