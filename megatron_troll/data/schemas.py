@@ -25,8 +25,8 @@ def detect(record: Record) -> str:
     if "prompt" in record and "reward_model" in record:
         return "dapo"
     raise Malformed(
-        f"no known schema has the fields {sorted(record)!s:.200}; expected 'messages' and 'answer', 'prompt' and "
-        "'reward_model' (DAPO), or 'question' and 'answer' (GSM8K)"
+        f"no known schema has the fields {sorted(record)!s:.200}; expected 'messages' and 'answer', "
+        "'prompt' and 'reward_model' (DAPO), or 'question' and 'answer' (GSM8K)"
     )
 
 

@@ -29,7 +29,7 @@ class StopTokens:
     @property
     def exported(self) -> tuple[int, ...]:
         """The ends of sequence of a model that was trained on turns, ascending."""
-        return tuple(sorted(self.declared | ({self.turn} - {None})))  # pyright: ignore[reportReturnType]
+        return tuple(sorted(self.declared if self.turn is None else self.declared | {self.turn}))
 
     @property
     def ids(self) -> tuple[int, ...]:

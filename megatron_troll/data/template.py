@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -12,7 +13,6 @@ from megatron_troll.config import ConfigError, nearest
 from megatron_troll.data.rows import Malformed
 from megatron_troll.types import Message
 
-Scalar = str | int | float | bool
 # Errors of the code in a template: jinja2's own, and those of the Python that it evaluates.
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
@@ -31,7 +31,7 @@ class ChatTemplate:
     (data.template_arguments)."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Scalar] | None = None
+        self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None
     ) -> None:
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
@@ -108,8 +108,8 @@ class ChatTemplate:
     def _why(self, text: str, error: Exception) -> str:
         """The reason for which a text cannot be encoded: the first character that cannot, if one alone is at
         fault."""
-        for added in self.tokenizer.get_added_vocab():
-            text = text.replace(added, "")
+        for added in self._added.values():
+            text = text.replace(added.content, "")
         characters = dict.fromkeys(text)
         for character in characters if len(characters) > 1 else ():
             if isinstance(self.encode_all([character])[0], Malformed):
@@ -130,8 +130,12 @@ class ChatTemplate:
 
     @cached_property
     def special_ids(self) -> set[int]:
-        added = self.tokenizer.added_tokens_decoder.items()
-        return {index for index, token in added if token.special} | set(self.tokenizer.all_special_ids)
+        known: list[int] = self.tokenizer.all_special_ids  # pyright: ignore[reportAssignmentType]
+        return {index for index, token in self._added.items() if token.special} | set(known)
+
+    @property
+    def _added(self) -> dict[int, Any]:
+        return self.tokenizer.added_tokens_decoder  # pyright: ignore[reportReturnType]
 
     @cached_property
     def _longest_token(self) -> int:
