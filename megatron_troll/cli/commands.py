@@ -15,14 +15,17 @@ from rich.console import Console
 from megatron_troll.config import Config, ConfigError, RunPaths
 from megatron_troll.config.load import dump, load
 from megatron_troll.launch.local import launch
-from megatron_troll.observe.run_folder import RunFolder, RunFolderError
+from megatron_troll.observe.run_folder import CONTINUE, RunFolder, RunFolderError
 from megatron_troll.system import Interrupts, watched
+from megatron_troll.terminal import shown
 
 if TYPE_CHECKING:
     from megatron_troll.evals.task import EvalTask
     from megatron_troll.task import Task
 
 FAILED, REFUSED = 1, 2
+# Commands whose runs are not continued, and the sentence about a folder that holds one.
+AGAIN = {"sft": "A warm start is not continued", "eval": "An evaluation is not continued"}
 
 
 class Prepared(Protocol):
@@ -68,7 +71,9 @@ def sft(arguments: Namespace) -> int:
             from megatron_troll.sft import warm_start
 
             if warm_start(job.task, job.interrupts) and job.reports:
-                _say(f"exported to {RunFolder.of(job.task.config).hf}")
+                folder = RunFolder.of(job.task.config)
+                exported = job.task.config.checkpoint.export
+                _say(f"exported to {folder.hf}" if exported else f"not exported; curves: {folder.report}")
     return job.code
 
 
@@ -128,20 +133,27 @@ def serve(arguments: Namespace) -> int:
 def demo(arguments: Namespace) -> int:
     from megatron_troll.data.demo import write_demo
 
-    write_demo(arguments.folder, arguments.seed)
+    folder = Path(arguments.folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists already: give another folder, or delete it")
+        write_demo(folder, arguments.seed)
+    except (ConfigError, OSError) as error:
+        return _refuse(error)
     _say(f"wrote the demo task and its model to {arguments.folder}")
     return 0
 
 
 def report(arguments: Namespace) -> int:
     from megatron_troll.observe.report import report as write
-    from megatron_troll.observe.runs import NoMetricsError
 
     folders = [Path(run) for run in arguments.runs]
     output = Path(arguments.output) if arguments.output else folders[0] / "report.html"
     try:
+        if output.is_dir():
+            raise ConfigError(f"--output {output} is a folder: name a file in it")
         write(folders, output)
-    except NoMetricsError as error:
+    except (ConfigError, RunFolderError, OSError) as error:
         return _refuse(error)
     _say(f"wrote {output} and {output.parent / 'curves.png'}")
     return 0
@@ -162,12 +174,14 @@ def rollouts(arguments: Namespace) -> int:
 
     root = Path(arguments.run_folder)
     try:
+        if arguments.html and Path(arguments.html).is_dir():
+            raise RunFolderError(f"--html {arguments.html} is a folder: name a file in it")
         if arguments.html:
             html(root, Path(arguments.html), arguments.step)
             _say(f"wrote {arguments.html}")
         else:
             browse(root, Console(), arguments.step, arguments.sort, arguments.limit)
-    except RunFolderError as error:
+    except (RunFolderError, OSError) as error:
         return _refuse(error)
     return 0
 
@@ -196,7 +210,7 @@ def started[Prep: Prepared](
             task = prepare(_load(arguments))
             checked = str(check(task))
             folder = RunFolder.of(task.config)
-            folder.check(dump(task.config), task.config.resume)
+            folder.check(dump(task.config), task.config.resume, AGAIN.get(name, CONTINUE))
             folder.logs.mkdir(parents=True, exist_ok=True)
         except (*PROBLEMS, RunFolderError) as error:
             job.code = _refuse(error)
@@ -254,9 +268,10 @@ def _say_next(config: Config) -> None:
     run = RunFolder.of(config)
     folder, summary = run.root, json.loads(run.summary.read_text())
     before, after = summary["held_out_success_before"], summary["held_out_success_after"]
+    exported = f"model in Hugging Face format: {run.hf}\n" if config.checkpoint.export else ""
     _say(
         f"held-out success: {before:.3f} before, {after:.3f} after, {summary['seconds']:.0f} s\n"
-        f"checkpoint in Hugging Face format: {folder / 'hf'}\n"
+        f"{exported}"
         f"curves: {folder / 'curves.png'} and {folder / 'report.html'}\n"
         "next:\n"
         f"  mtroll rollouts {folder}\n"
@@ -266,7 +281,7 @@ def _say_next(config: Config) -> None:
 
 
 def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    Console().print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse(error: Exception) -> int:

@@ -95,7 +95,7 @@ def parse(text: str | bytes, name: str) -> YamlValue:
         mark = getattr(error, "problem_mark", None)
         place = name if mark is None else f"{name} line {mark.line + 1}"
         reason = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{place}: not valid YAML: {reason}") from error
+        raise ConfigError(f"{place}: not valid YAML: {' '.join(reason.split())}") from error
 
 
 def render(tree: dict[str, Any]) -> str:
