@@ -31,7 +31,7 @@ from megatron_troll.config.node import (
 )
 from megatron_troll.config.serving import Launch, Serve, SGLang
 
-LearningRate = Annotated[float, Field(gt=0, le=10)]
+LearningRate = Annotated[float, Field(gt=0, le=1e30)]
 Decay = Annotated[float, Field(ge=0, le=100)]
 COLDEST = 1e-3
 LONGEST_NAME = 200  # bytes; a file system takes 255, and logs and studies add to it
