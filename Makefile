@@ -86,7 +86,9 @@ test-nemo-slurm: env nemo-env slurm sglang-env
 	$(BIN)/python -m pytest tests/nemo -m slurm
 
 train: env
-	$(BIN)/mtroll demo runs/demo
+	test -f runs/demo/hybrid/config.json || $(BIN)/mtroll demo runs/demo
+	# A warm start that was stopped is not continued but run again.
+	test -f runs/demo-warm-start/summary.json || rm -rf runs/demo-warm-start
 	test -f runs/demo-warm-start/summary.json || $(BIN)/mtroll sft examples/configs/cpu_warm_start.yaml
 	$(BIN)/mtroll train examples/configs/cpu_troll.yaml resume=true
 

@@ -8,7 +8,7 @@ for seed in "$@"; do
   at=runs/seeds/$seed
   data="data.files=[$at/demo/data/train.jsonl] data.held_out=[$at/demo/data/held_out.jsonl] runs=$at seed=$seed"
   policy=models.policy.path=$at/warm/hf
-  $mtroll demo "$at/demo" --seed "$seed"
+  test -d "$at/demo" || $mtroll demo "$at/demo" --seed "$seed"
   $mtroll sft examples/configs/cpu_warm_start.yaml $data name=warm \
     models.policy.path="$at/demo/base" sft.files="[$at/demo/data/warm.jsonl]"
   $mtroll sft examples/configs/cpu_warm_start.yaml $data name=more-warm-start \

@@ -25,7 +25,7 @@ NOTHING = HeadOutputs(None, None, None)
 def warm_start(task: Task, interrupts: Interrupts) -> bool:
     """Train on `config.sft` and export to runs/<name>/hf. Returns whether it reached the last step; an
     interrupted warm start is not resumed but run again. Runs on every rank."""
-    config, sft, examples = task.config, sft_of(task.config), demonstrations(task)
+    config, sft, examples = task.config, sft_of(task.config), demonstrations(task).examples
     order = PromptOrder(len(examples), config.seed)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(config, sft.steps, interrupts))
@@ -53,7 +53,7 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
             supervised_step(session, trainer, batcher, chosen, step)
         engine.sync(sft.steps)
         summary = Summary(before, evaluator.success(), session.seconds, config.seed)
-        session.complete(policy.model, summary)
+        session.complete(policy.model, summary, task.stops.exported)
     return True
 
 

@@ -8,17 +8,18 @@ from transformers import PreTrainedTokenizerBase
 from megatron_troll import rollout
 from megatron_troll.checks import check_methods, check_model, check_models, check_observe, data_of, world_size
 from megatron_troll.config import Config, ConfigError, Model, WarmStart
-from megatron_troll.data.demonstrations import load_demonstrations
+from megatron_troll.data.demonstrations import Demonstrations, load_demonstrations
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.rows import DataError
-from megatron_troll.data.tokenizer import check_reasoning_tags, check_vocab, load_tokenizer, stop_ids
+from megatron_troll.data.stops import StopTokens, stop_tokens
+from megatron_troll.data.template import ChatTemplate
+from megatron_troll.data.tokenizer import check_reasoning_tags, check_vocab, load_tokenizer
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.mcore.version import check_version
 from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
 from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.rewards import reward as verifiers
-from megatron_troll.types import Rollout
 
 PROBLEMS = (ConfigError, DataError, OSError)
 
@@ -29,13 +30,21 @@ class Task:
 
     config: Config
     shape: ModelShape
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: tuple[int, ...]
+    template: ChatTemplate
+    stops: StopTokens
     prompts: PromptSet
     objective: Objective
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.template.tokenizer
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.stops.ids
+
     def __str__(self) -> str:
-        return str(self.prompts)
+        return "\n".join(filter(None, (str(self.prompts), self.stops.remark)))
 
     def token_text(self, token: int) -> str:
         """The text of one token id."""
@@ -65,14 +74,16 @@ def prepare(config: Config) -> Task:
     tokenizer = tokenizer_of(config.policy, shape)
     if config.reward.reasoning == "drop":
         check_reasoning_tags(tokenizer)
-    stops = stop_ids(tokenizer, config.policy.path, config.rollout.sampling.stop)
+    template = ChatTemplate(tokenizer, data.template_arguments)
+    template.check("data.template_arguments")
+    stops = stop_tokens(template, config.policy.path, shape.vocab, config.rollout.sampling.stop)
     judging = partial(verifiers.problem, verifiers.build(config.reward))
-    prompts = load_prompts(data, config.seed, tokenizer, judging)
+    prompts = load_prompts(data, config.seed, template, judging)
     if config.rollout.prompts > len(prompts.train):
         raise ConfigError(
             f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"
         )
-    return Task(config, shape, tokenizer, stops, prompts, objective)
+    return Task(config, shape, template, stops, prompts, objective)
 
 
 def shape_of(config: Config) -> ModelShape:
@@ -100,14 +111,6 @@ def sft_of(config: Config) -> WarmStart:
     return config.sft
 
 
-def demonstrations(task: Task) -> list[Rollout]:
-    """The demonstrations of a warm start, in the form that batches are built from. Raises one of PROBLEMS."""
-    found = load_demonstrations(sft_of(task.config).files)
-    examples = [demonstration.example(task.tokenizer) for demonstration in found]
-    for example in examples:
-        if len(example.response_ids) > task.shape.max_positions:
-            raise DataError(
-                f"{example.prompt.id}: {len(example.response_ids) + 1} tokens, more than the model's "
-                f"max_position_embeddings {task.shape.max_positions}"
-            )
-    return examples
+def demonstrations(task: Task) -> Demonstrations:
+    """The demonstrations of a warm start. Raises one of PROBLEMS."""
+    return load_demonstrations(sft_of(task.config), task.template, task.shape.max_positions)

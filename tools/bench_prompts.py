@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from megatron_troll.config import Data
 from megatron_troll.data.prompts import load_prompts
+from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import load_tokenizer
 
 BEFORE = (
@@ -53,13 +54,13 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, default=179_000)
     asked = arguments.parse_args()
     draw = random.Random(0)
-    tokenizer = load_tokenizer(asked.tokenizer)
+    template = ChatTemplate(load_tokenizer(asked.tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "dapo.parquet"
         pq.write_table(pa.Table.from_pylist([row(index, draw) for index in range(asked.rows)]), file)
         data = Data(files=(str(file),), held_out=1024, max_prompt_tokens=4096)
         wall, cpu = time.perf_counter(), time.process_time()
-        prompts = load_prompts(data, 0, tokenizer)
+        prompts = load_prompts(data, 0, template)
         took = {"rows": asked.rows, "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     sys.stdout.write(json.dumps(took | {"train": len(prompts.train)}) + "\n")
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_troll.config import Data
 from megatron_troll.data.prompts import load_prompts
+from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.launch.kv_scales import KVCache, KVScales
 
@@ -60,9 +61,9 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, help="serve.tp")
     parser.add_argument("--count", type=int, default=256, help="prompts, from the front of the file")
     arguments = parser.parse_args()
-    tokenizer = load_tokenizer(arguments.model)
+    template = ChatTemplate(load_tokenizer(arguments.model))
     data = Data(files=(str(arguments.prompts),), held_out=1)
-    prompts = load_prompts(data, 0, tokenizer).train[: arguments.count]
+    prompts = load_prompts(data, 0, template).train[: arguments.count]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     ids = [prompt.ids.tolist() for prompt in prompts]

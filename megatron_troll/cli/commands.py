@@ -15,14 +15,17 @@ from rich.console import Console
 from megatron_troll.config import Config, ConfigError, RunPaths
 from megatron_troll.config.load import dump, load
 from megatron_troll.launch.local import launch
-from megatron_troll.observe.run_folder import RunFolder, RunFolderError
+from megatron_troll.observe.run_folder import CONTINUE, RunFolder, RunFolderError
 from megatron_troll.system import Interrupts, watched
+from megatron_troll.terminal import shown
 
 if TYPE_CHECKING:
     from megatron_troll.evals.task import EvalTask
     from megatron_troll.task import Task
 
 FAILED, REFUSED = 1, 2
+# Commands whose runs are not continued, and the sentence about a folder that holds one.
+AGAIN = {"sft": "A warm start is not continued", "eval": "An evaluation is not continued"}
 
 
 class Prepared(Protocol):
@@ -58,17 +61,19 @@ def train(arguments: Namespace) -> int:
 
 
 def sft(arguments: Namespace) -> int:
-    def check(task: "Task") -> None:
+    def check(task: "Task") -> object:
         from megatron_troll.task import demonstrations
 
-        demonstrations(task)
+        return demonstrations(task)
 
     with started(arguments, "sft", _task, check) as job:
         if job.task is not None:
             from megatron_troll.sft import warm_start
 
             if warm_start(job.task, job.interrupts) and job.reports:
-                _say(f"exported to {RunFolder.of(job.task.config).hf}")
+                folder = RunFolder.of(job.task.config)
+                exported = job.task.config.checkpoint.export
+                _say(f"exported to {folder.hf}" if exported else f"not exported; curves: {folder.report}")
     return job.code
 
 
@@ -128,20 +133,27 @@ def serve(arguments: Namespace) -> int:
 def demo(arguments: Namespace) -> int:
     from megatron_troll.data.demo import write_demo
 
-    write_demo(arguments.folder, arguments.seed)
+    folder = Path(arguments.folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists already: give another folder, or delete it")
+        write_demo(folder, arguments.seed)
+    except (ConfigError, OSError) as error:
+        return _refuse(error)
     _say(f"wrote the demo task and its model to {arguments.folder}")
     return 0
 
 
 def report(arguments: Namespace) -> int:
     from megatron_troll.observe.report import report as write
-    from megatron_troll.observe.runs import NoMetricsError
 
     folders = [Path(run) for run in arguments.runs]
     output = Path(arguments.output) if arguments.output else folders[0] / "report.html"
     try:
+        if output.is_dir():
+            raise ConfigError(f"--output {output} is a folder: name a file in it")
         write(folders, output)
-    except NoMetricsError as error:
+    except (ConfigError, RunFolderError, OSError) as error:
         return _refuse(error)
     _say(f"wrote {output} and {output.parent / 'curves.png'}")
     return 0
@@ -162,12 +174,14 @@ def rollouts(arguments: Namespace) -> int:
 
     root = Path(arguments.run_folder)
     try:
+        if arguments.html and Path(arguments.html).is_dir():
+            raise RunFolderError(f"--html {arguments.html} is a folder: name a file in it")
         if arguments.html:
             html(root, Path(arguments.html), arguments.step)
             _say(f"wrote {arguments.html}")
         else:
             browse(root, Console(), arguments.step, arguments.sort, arguments.limit)
-    except RunFolderError as error:
+    except (RunFolderError, OSError) as error:
         return _refuse(error)
     return 0
 
@@ -183,25 +197,25 @@ def started[Prep: Prepared](
     arguments: Namespace,
     name: str,
     prepare: Callable[[Config], Prep],
-    check: Callable[[Prep], object] = lambda task: None,
+    check: Callable[[Prep], object] = lambda task: "",
 ) -> Iterator[Job[Prep]]:
     """Validate the configuration of a command. On a rank, run the block with the task and report errors that
     a user can act on by a message and an exit code. Otherwise start the ranks, which get here again, and wait
-    for them; `check` is further validation before they start."""
+    for them; `check` is further validation before they start, and what it returns is said."""
     if "RANK" not in os.environ:
         from megatron_troll.task import PROBLEMS
 
         job = Job[Prep](Interrupts())
         try:
             task = prepare(_load(arguments))
-            check(task)
+            checked = str(check(task))
             folder = RunFolder.of(task.config)
-            folder.check(dump(task.config), task.config.resume)
+            folder.check(dump(task.config), task.config.resume, AGAIN.get(name, CONTINUE))
             folder.logs.mkdir(parents=True, exist_ok=True)
         except (*PROBLEMS, RunFolderError) as error:
             job.code = _refuse(error)
         else:
-            _say(str(task))
+            _say("\n".join(filter(None, (str(task), checked))))
             job.code = _launch(arguments, name, task.config)
         yield job
         return
@@ -254,9 +268,10 @@ def _say_next(config: Config) -> None:
     run = RunFolder.of(config)
     folder, summary = run.root, json.loads(run.summary.read_text())
     before, after = summary["held_out_success_before"], summary["held_out_success_after"]
+    exported = f"model in Hugging Face format: {run.hf}\n" if config.checkpoint.export else ""
     _say(
         f"held-out success: {before:.3f} before, {after:.3f} after, {summary['seconds']:.0f} s\n"
-        f"checkpoint in Hugging Face format: {folder / 'hf'}\n"
+        f"{exported}"
         f"curves: {folder / 'curves.png'} and {folder / 'report.html'}\n"
         "next:\n"
         f"  mtroll rollouts {folder}\n"
@@ -266,7 +281,7 @@ def _say_next(config: Config) -> None:
 
 
 def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    Console().print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse(error: Exception) -> int:

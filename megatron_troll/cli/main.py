@@ -4,13 +4,14 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO, cast
 
 from megatron_troll.cli import commands
 from megatron_troll.convert import cli as convert
 from megatron_troll.launch.plan import cli as plan
 from megatron_troll.launch.slurm import cli as launch
 from megatron_troll.study import cli as study
+from megatron_troll.terminal import ShowingStream
 
 INTERRUPTED = 130
 
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Megatron-Core warns of every optional package that a CPU machine lacks, torch of what Megatron calls.
     for kind in (UserWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=kind, module=r"(megatron|torch)\.")
+    if not isinstance(sys.stderr, ShowingStream):
+        sys.stderr = cast(TextIO, ShowingStream(sys.stderr))  # errors and tracebacks quote files and answers
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -62,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     _configured(kinds, "serve", "start SGLang servers for a run and keep them running", commands.serve)
     demo = kinds.add_parser("demo", help="write the demo task: prompts, demonstrations, a tiny model")
     demo.add_argument("folder", nargs="?", default="runs/demo")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=launch.natural, default=0)
     demo.set_defaults(run=commands.demo)
     report = kinds.add_parser("report", help="compare runs in one HTML page")
     report.add_argument("runs", nargs="+", metavar="RUN")
@@ -75,11 +78,11 @@ def parser() -> argparse.ArgumentParser:
     methods.set_defaults(run=commands.methods)
     rollouts = kinds.add_parser("rollouts", help="browse prompts, answers, rewards and log-probs")
     rollouts.add_argument("run_folder", metavar="RUN")
-    rollouts.add_argument("--step", type=int, default=None, help="default: the last")
+    rollouts.add_argument("--step", type=launch.natural, default=None, help="default: the last")
     rollouts.add_argument(
         "--sort", default="reward", help="reward, advantage, logp or length; --sort=-reward: smallest first"
     )
-    rollouts.add_argument("--limit", type=int, default=20)
+    rollouts.add_argument("--limit", type=launch.natural, default=20, help="rollouts listed (default 20)")
     rollouts.add_argument("--html", default=None, metavar="FILE", help="write an HTML page instead")
     rollouts.set_defaults(run=commands.rollouts)
     study.add_to(kinds)

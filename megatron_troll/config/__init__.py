@@ -24,6 +24,7 @@ from megatron_troll.config.node import (
     NonNegative,
     Positive,
     PositiveFloat,
+    Seconds,
     Slot,
     nearest,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "RunPaths",
     "SGLang",
     "Sampling",
+    "Seconds",
     "Serve",
     "Slot",
     "SlotMethod",

@@ -10,6 +10,9 @@ from megatron_troll.config.node import ConfigError
 
 Scalar = str | int | float | bool | None
 DIGITS = list("-+.0123456789")
+# Far beyond any configuration, and read within a second.
+LARGEST_FILE, MOST_VALUES, DEEPEST = 2**18, 10_000, 50
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,29 @@ class YamlValue:
 
 
 class _Loader(yaml.SafeLoader):
+    """Composes a document of at most MOST_VALUES values, DEEPEST levels deep; raises ConfigError beyond."""
+
     yaml_implicit_resolvers = {}  # noqa: RUF012
+
+    def __init__(self, text: str | bytes, name: str) -> None:
+        super().__init__(text)
+        self.document, self.depth, self.values = name, 0, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        line = self.peek_event().start_mark.line + 1
+        self.count(f"{self.document} line {line}")
+        if self.depth > DEEPEST:
+            raise ConfigError(f"{self.document} line {line}: more than {DEEPEST} levels deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def count(self, place: str) -> None:
+        """Count one value. Raises ConfigError beyond MOST_VALUES, aliases written out."""
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise ConfigError(f"{place}: more than {MOST_VALUES:,} values, aliases written out")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,16 +83,19 @@ _resolve(
 
 
 def parse(text: str | bytes, name: str) -> YamlValue:
-    """Parse a YAML document. Raises ConfigError with `name` and the line on bad syntax or a repeated key."""
+    """Parse a YAML document. Raises ConfigError with `name` and the line on bad syntax, a repeated key, or a
+    document larger than any configuration."""
+    if len(text) > LARGEST_FILE:
+        raise ConfigError(f"{name}: more than {LARGEST_FILE:,} bytes; no configuration is as large")
     try:
-        loader = _Loader(text)
+        loader = _Loader(text, name)
         node = loader.get_single_node()
         return YamlValue({}, name) if node is None else _entry(loader, node, name)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = name if mark is None else f"{name} line {mark.line + 1}"
         reason = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{place}: not valid YAML: {reason}") from error
+        raise ConfigError(f"{place}: not valid YAML: {' '.join(reason.split())}") from error
 
 
 def render(tree: dict[str, Any]) -> str:
@@ -75,25 +103,55 @@ def render(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _entry(loader: _Loader, node: yaml.Node, name: str, place: str | None = None) -> YamlValue:
+def _entry(
+    loader: _Loader, node: yaml.Node, name: str, place: str | None = None, above: tuple[yaml.Node, ...] = ()
+) -> YamlValue:
+    """The value of a node inside the nodes `above`, which an alias may not lead back to."""
     place = place or f"{name} line {node.start_mark.line + 1}"
+    loader.count(place)
+    if any(node is other for other in above):
+        raise ConfigError(f"{place}: this value contains itself, through an alias")
+    if len(above) > DEEPEST:
+        raise ConfigError(f"{place}: more than {DEEPEST} levels deep")
     if isinstance(node, yaml.MappingNode):
-        return YamlValue(_mapping(loader, node, name), place)
+        return YamlValue(_mapping(loader, node, name, (*above, node)), place)
     if isinstance(node, yaml.SequenceNode):
-        return YamlValue([_entry(loader, item, name) for item in node.value], place)
-    value = loader.construct_object(node)
+        return YamlValue([_entry(loader, item, name, None, (*above, node)) for item in node.value], place)
+    return YamlValue(_scalar(loader, node, place), place)
+
+
+def _scalar(loader: _Loader, node: yaml.Node, place: str) -> Scalar:
+    try:
+        value = loader.construct_object(node)
+    except UNREADABLE as error:
+        raise ConfigError(f"{place}: {node.value!r:.60} cannot be read as {node.tag}: {error}") from error
     if not isinstance(value, str | int | float | bool | None):
         raise ConfigError(f"{place}: a value of the YAML type {node.tag} cannot be used here")
-    return YamlValue(value, place)
+    if isinstance(value, str):
+        _check_text(value, place)
+    return value
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode, name: str) -> dict[str, YamlValue]:
+def _check_text(text: str, place: str) -> None:
+    """Raise ConfigError for text that no file or path can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{place}: {text!r:.60}: half a character (a lone surrogate)") from error
+    if "\0" in text:
+        raise ConfigError(f"{place}: {text!r:.60}: the character 0 ends texts elsewhere; leave it out")
+
+
+def _mapping(
+    loader: _Loader, node: yaml.MappingNode, name: str, above: tuple[yaml.Node, ...]
+) -> dict[str, YamlValue]:
     entries: dict[str, YamlValue] = {}
     for key, value in node.value:
         place = f"{name} line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigError(f"{place}: a key must be a plain word")
+        _check_text(key.value, place)
         if key.value in entries:
             raise ConfigError(f"{place}: {key.value!r} is given twice (first in {entries[key.value].place})")
-        entries[key.value] = _entry(loader, value, name, place)
+        entries[key.value] = _entry(loader, value, name, place, above)
     return entries

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from megatron_troll.config.document import YamlValue, parse, render
+from megatron_troll.config.document import DEEPEST, LARGEST_FILE, YamlValue, parse, render
 from megatron_troll.config.node import ConfigError, nearest
 from megatron_troll.config.shape import Shape
 from megatron_troll.config.tree import Config
@@ -73,26 +73,38 @@ def _with_names(tree: YamlValue, shape: Shape | None) -> YamlValue:
     return YamlValue(named, tree.place)
 
 
-def read(path: Path, chain: tuple[Path, ...] = ()) -> YamlValue:
-    """Read a file on top of all it extends. `chain` holds the files that led here. Raises ConfigError."""
+def read(path: Path, chain: tuple[Path, ...] = (), known: dict[Path, YamlValue] | None = None) -> YamlValue:
+    """Read a file on top of all it extends. `chain` holds the files that led here, `known` what was read on
+    the way, so that each file is read once. Raises ConfigError."""
+    known = {} if known is None else known
     resolved = path.resolve()
     if resolved in chain:
         raise ConfigError(f"{path}: extends itself: " + " -> ".join(str(p) for p in (*chain, resolved)))
-    return extended(parse_file(path), path, (*chain, resolved))
+    if len(chain) == DEEPEST:
+        raise ConfigError(f"{path}: extended over more than {DEEPEST} files")
+    if resolved not in known:
+        known[resolved] = extended(parse_file(path), path, (*chain, resolved), known)
+    return known[resolved]
 
 
 def parse_file(path: Path) -> YamlValue:
     """Parse a file, which must hold a mapping. Raises ConfigError."""
     try:
-        own = parse(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            text = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a path with the character 0
+        raise ConfigError(f"{str(path)!r}: cannot be read: {error}") from error
+    own = parse(text, str(path))
     if not isinstance(own.value, dict):
         raise ConfigError(f"{own.place}: expected a mapping of keys to values")
     return own
 
 
-def extended(own: YamlValue, path: Path, chain: tuple[Path, ...] = ()) -> YamlValue:
+def extended(
+    own: YamlValue, path: Path, chain: tuple[Path, ...] = (), known: dict[Path, YamlValue] | None = None
+) -> YamlValue:
     """Merge a mapping of the file `path` on top of everything it `extends`. Raises ConfigError."""
     if not isinstance(own.value, dict):
         raise ConfigError(f"{own.place}: expected a mapping of keys to values")
@@ -100,7 +112,7 @@ def extended(own: YamlValue, path: Path, chain: tuple[Path, ...] = ()) -> YamlVa
     extends = deltas.pop("extends", None)
     tree = YamlValue({}, own.place)
     for source in _sources(extends, path):
-        tree = merge(tree, read(source, chain), shape)
+        tree = merge(tree, read(source, chain, known), shape)
     return merge(tree, YamlValue(deltas, own.place), shape)
 
 
@@ -108,7 +120,11 @@ def _sources(extends: YamlValue | None, path: Path) -> list[Path]:
     if extends is None:
         return []
     entries = extends.value if isinstance(extends.value, list) else [extends]
-    return [_source(entry, path) for entry in entries]
+    sources = [_source(entry, path) for entry in entries]
+    for index, source in enumerate(sources):
+        if source in sources[:index]:
+            raise ConfigError(f"{entries[index].place}: extends: {entries[index].value!r} is given twice")
+    return sources
 
 
 def _source(entry: YamlValue, path: Path) -> Path:
@@ -127,8 +143,8 @@ def _source(entry: YamlValue, path: Path) -> Path:
 def _override(text: str) -> YamlValue:
     key, sign, value = text.partition("=")
     parts = key.strip().split(".")
-    if not sign or not all(parts):
-        raise ConfigError(f"override {text!r}: expected key=value, such as train.steps=10")
+    if not sign or not all(parts) or len(parts) > DEEPEST:
+        raise ConfigError(f"override {text!r:.200}: expected key=value, such as train.steps=10")
     entry = YamlValue(
         parse(value, f"override {text!r}").value if value.strip() else None, f"override {text!r}"
     )

@@ -4,7 +4,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_troll.config.node import Fraction, Natural, Node, NonNegative, Positive, PositiveFloat
+from megatron_troll.config.node import (
+    DecayRate,
+    Fraction,
+    Natural,
+    Node,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+)
 
 RecomputeModule = Literal["core_attn", "moe_act", "moe", "mlp"]
 
@@ -62,7 +70,7 @@ class Muon(Node):
     """Muon's update of matrices: lr x scale x sqrt(the longer side) x the orthogonalised momentum
     (https://kellerjordan.github.io/posts/muon/; the scale is that of arXiv:2502.16982)."""
 
-    momentum: Fraction = Field(default=0.95, description="decay rate of the mean of gradients")
+    momentum: DecayRate = Field(default=0.95, description="decay rate of the mean of gradients")
     nesterov: bool = Field(default=True, description="orthogonalise what the next momentum would be")
     steps: Positive = Field(default=5, description="Newton-Schulz iterations")
     scale: PositiveFloat = Field(

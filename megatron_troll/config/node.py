@@ -6,11 +6,16 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1  # of every count; larger ones overflow in what a run hands them to
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+# A hundred days: beyond 290 years, clocks and timeouts overflow.
+Seconds = Annotated[float, Field(gt=0, le=8_640_000)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 Files = Annotated[tuple[str, ...], Field(min_length=1)]
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_troll.config.node import Natural, Node, NonNegative, Positive, PositiveFloat
+from megatron_troll.config.node import Natural, Node, NonNegative, Positive, PositiveFloat, Seconds, Threads
 
 
 class WeightSync(Node):
@@ -24,7 +24,7 @@ class WeightSync(Node):
         description="for `distributed`: rank 0's address; default: that on its route to the servers",
     )
     bucket_mib: Positive = Field(default=512, description="MiB sent at once; needs twice that memory")
-    timeout_s: PositiveFloat = Field(default=600.0, description="for each reply of a server during a sync")
+    timeout_s: Seconds = Field(default=600.0, description="for each reply of a server during a sync")
 
 
 class ProbeConfig(Node):
@@ -48,12 +48,12 @@ class SGLang(Node):
         default=None, description="file of the servers' API key, readable by its owner only"
     )
     concurrency: Positive = Field(default=64, description="requests under way at one server")
-    deadline_s: PositiveFloat = Field(
+    deadline_s: Seconds = Field(
         default=300.0,
         description="for one request; after it, another server continues the partial answer",
     )
     attempts: Positive = Field(default=8, description="failures of one request in a row that end the run")
-    patience_s: PositiveFloat = Field(
+    patience_s: Seconds = Field(
         default=300.0, description="time without a usable server after which the run ends"
     )
     buffer: bool = Field(
@@ -105,7 +105,7 @@ class Serve(Node):
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="auto: cuda if there is a GPU; cpu needs `make sglang-env`"
     )
-    threads: Positive | None = Field(
+    threads: Threads | None = Field(
         default=None, description="CPU threads of one server; default: cores / servers"
     )
     tp: Positive = Field(default=1, description="GPUs of one server")
@@ -128,25 +128,22 @@ class Serve(Node):
     flags: dict[str, str | int | float | bool] = Field(
         default={}, description="more flags of SGLang's server, without dashes in front; true: a bare flag"
     )
+    start_timeout_s: Seconds = Field(default=900.0, description="time until every server must be healthy")
+    restarts: Natural = Field(default=3, description="times that a server that died is started again")
 
     @property
     def prefix_cache(self) -> bool:
         """Whether requests share the KV cache of what they begin with, which `flags` can turn off."""
         return not any(self.flags.get(name) for name in ("disable-radix-cache", "disable_radix_cache"))
 
-    start_timeout_s: PositiveFloat = Field(
-        default=900.0, description="time until every server must be healthy"
-    )
-    restarts: Natural = Field(default=3, description="times that a server that died is started again")
-
 
 class Launch(Node):
     """The ranks that `mtroll` starts itself when no launcher (srun, torchrun) has started it; GPU memory."""
 
-    ranks: Positive | None = Field(
+    ranks: Annotated[int, Field(ge=1, le=65_536)] | None = Field(
         default=None, description="default: the smallest world that holds the layouts"
     )
-    threads: Positive | None = Field(default=None, description="CPU threads per rank; default: cores / ranks")
+    threads: Threads | None = Field(default=None, description="CPU threads per rank; default: cores / ranks")
     device_gib: PositiveFloat = Field(
         default=139.0, description="memory of a GPU, for `mtroll plan`; default: an H200"
     )

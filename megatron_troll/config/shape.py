@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from megatron_troll.config.node import LARGEST
+
 TYPES = {
     "integer": "an integer",
     "number": "a number",
@@ -94,5 +96,6 @@ class Shape:
 
 def _range(node: dict[str, Any]) -> str:
     bounds = [("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")]
-    parts = [f"{sign} {node[name]:g}" for name, sign in bounds if name in node]
+    # The limit of every count goes without saying, except to who exceeds it (validate.py).
+    parts = [f"{sign} {node[name]:.10g}" for name, sign in bounds if node.get(name, LARGEST) != LARGEST]
     return f" {' and '.join(parts)}" if parts else ""

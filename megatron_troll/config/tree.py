@@ -6,7 +6,7 @@ of their slots next to their formulas (objectives/), rewards next to their code 
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from megatron_troll.config.model_options import (
     Distill,
@@ -18,6 +18,7 @@ from megatron_troll.config.model_options import (
     RecomputeModule,
 )
 from megatron_troll.config.node import (
+    DecayRate,
     Files,
     Fraction,
     Natural,
@@ -25,9 +26,26 @@ from megatron_troll.config.node import (
     NonNegative,
     Positive,
     PositiveFloat,
+    Seconds,
     Slot,
 )
 from megatron_troll.config.serving import Launch, Serve, SGLang
+
+LearningRate = Annotated[float, Field(gt=0, le=1e30)]
+Decay = Annotated[float, Field(ge=0, le=100)]
+COLDEST = 1e-3
+LONGEST_NAME = 200  # bytes; a file system takes 255, and logs and studies add to it
+
+
+def _not_too_cold(temperature: float) -> float:
+    if 0 < temperature < COLDEST:
+        raise ValueError(
+            f"got {temperature!r}, expected 0 (greedy) or a number >= {COLDEST}: logits overflow below"
+        )
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_not_too_cold)]
 
 
 class Optimizer(Node):
@@ -39,11 +57,11 @@ class Optimizer(Node):
         "norms and whatever else is a vector stay with AdamW",
     )
     muon: Muon = Muon()
-    lr: PositiveFloat = Field(default=1e-6, description="learning rate after the warm-up")
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.99), description="Adam's decay rates")
-    eps: PositiveFloat = Field(default=1e-8, description="Adam's epsilon")
-    weight_decay: NonNegative = Field(default=0.0, description="decoupled weight decay")
-    grad_norm: NonNegative = Field(
+    lr: LearningRate = Field(default=1e-6, description="learning rate after the warm-up")
+    betas: tuple[DecayRate, DecayRate] = Field(default=(0.9, 0.99), description="Adam's decay rates")
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = Field(default=1e-8, description="Adam's epsilon")
+    weight_decay: Decay = Field(default=0.0, description="decoupled weight decay")
+    grad_norm: Annotated[float, Field(ge=0, le=1e9)] = Field(
         default=1.0, description="clip the global gradient norm to this; 0 never clips"
     )
     distributed: bool = Field(default=True, description="shard its state over data-parallel ranks (ZeRO 1)")
@@ -101,8 +119,8 @@ class ReferenceConfig(Node):
 class CriticOptimizer(Optimizer):
     """The critic's optimizer, with its own default rates."""
 
-    lr: PositiveFloat = Field(default=1e-5, description="learning rate after the warm-up")
-    weight_decay: NonNegative = Field(default=0.01, description="decoupled weight decay")
+    lr: LearningRate = Field(default=1e-5, description="learning rate after the warm-up")
+    weight_decay: Decay = Field(default=0.01, description="decoupled weight decay")
 
 
 class CriticConfig(Model):
@@ -160,12 +178,17 @@ class Data(PromptFiles):
     shuffle: bool = Field(
         default=True, description="a new order each epoch, fixed by `seed`; false: file order"
     )
+    template_arguments: dict[str, str | int | float | bool] = Field(
+        default={},
+        description="arguments of the chat template, such as enable_thinking: false; for training, its "
+        "evaluations and `mtroll sft`",
+    )
 
 
 class Sampling(Node):
     """The distribution that tokens are sampled from. temperature 0 is greedy, for evaluation only."""
 
-    temperature: NonNegative = Field(default=1.0, description="divides the logits")
+    temperature: Temperature = Field(default=1.0, description="divides the logits")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="sample from the likeliest tokens that hold this mass; 1: all"
     )
@@ -222,7 +245,7 @@ class Overlong(Node):
 class RewardConfig(Slot):
     """A verifier by name or import path, its own fields beside it."""
 
-    timeout_s: PositiveFloat = Field(default=10.0, description="seconds for one answer; later, it earns 0")
+    timeout_s: Seconds = Field(default=10.0, description="seconds for one answer; later, it earns 0")
     reasoning: Literal["drop", "keep"] = Field(
         default="drop",
         description="drop: the text after the last </think> is judged, unclosed reasoning earns 0; keep: the "
@@ -299,6 +322,9 @@ class WarmStart(Node):
     """Supervised steps on demonstrations (`mtroll sft`): chat files whose assistant turns carry loss."""
 
     files: Files = Field(description="demonstrations, JSONL or Parquet")
+    malformed: Literal["error", "skip"] = Field(
+        default="error", description="a line that is not a demonstration: stop, or skip and count it"
+    )
     steps: Positive = Field(default=200, description="optimizer steps")
     sequences: Positive = Field(default=128, description="demonstrations per optimizer step")
 
@@ -311,7 +337,7 @@ class EvaluationConfig(Node):
     )
     prompts: Positive | None = Field(default=None, description="default: all held-out prompts")
     samples: Positive = Field(default=1, description="answers per held-out prompt")
-    temperature: NonNegative | None = Field(default=None, description="default: that of training")
+    temperature: Temperature | None = Field(default=None, description="default: that of training")
 
 
 class EvalSet(PromptFiles):
@@ -329,6 +355,9 @@ class EvalSet(PromptFiles):
         default=0.5, description="pass@k and maj@k count a reward beyond this as a success"
     )
     reward: RewardConfig | None = Field(default=None, description="default: `reward` of the run")
+    template_arguments: dict[str, str | int | float | bool] | None = Field(
+        default=None, description="arguments of the chat template; default: data.template_arguments"
+    )
 
     @field_validator("pass_at")
     @classmethod
@@ -359,7 +388,7 @@ class Observe(Node):
         description="report gradient size by frequency of the sampled token; costs a pass over the logits",
     )
     rollouts: bool = Field(default=True, description="keep every rollout's text, reward and log-probs")
-    hang_timeout_s: PositiveFloat = Field(
+    hang_timeout_s: Seconds = Field(
         default=600.0,
         description="seconds without progress on any rank before every rank shows its stack",
     )
@@ -368,12 +397,26 @@ class Observe(Node):
     )
 
 
+def _one_folder(name: str) -> str:
+    """The name, if it is one of a folder inside `runs`. Raises ValueError."""
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or name != name.strip():
+        raise ValueError(
+            f"got {name!r:.100}, expected the name of one folder inside `runs`: "
+            "no separators, not '.' or '..'"
+        )
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"got {len(name.encode())} bytes, expected at most {LONGEST_NAME}")
+    return name
+
+
 class Config(Node):
     """A run."""
 
-    name: str = Field(description="the run folder is runs/<name>")
-    runs: str = Field(default="runs", description="folder of the run folders")
-    seed: Natural = Field(default=0, description="of prompt order, sampling and random weights")
+    name: Annotated[str, AfterValidator(_one_folder)] = Field(description="the run folder is runs/<name>")
+    runs: Annotated[str, Field(min_length=1)] = Field(default="runs", description="folder of the run folders")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="of prompt order, sampling and random weights"
+    )
     resume: bool = Field(default=False, description="continue from the newest checkpoint of the run folder")
     models: Models
     data: Data | None = Field(default=None, description="not needed by `mtroll eval`")

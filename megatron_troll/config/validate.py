@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_troll.config.node import ConfigError, nearest
+from megatron_troll.config.node import LARGEST, ConfigError, nearest
 from megatron_troll.config.shape import Shape
 from megatron_troll.config.tree import Slot
 
 Path = tuple[str | int, ...]
+MOST = 1_000  # problems that are looked at: each unknown key is compared with the known ones
+SHOWN = 20  # wrong keys that one message names
 # Types of the errors that our own validators raise; their messages need no rewording.
 OWN_MESSAGES = ("value_error", "assertion_error")
 # Pydantic's error for a default that it cannot compute, because the field it depends on is wrong.
@@ -26,9 +29,12 @@ def validate[Model: BaseModel](
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         lines = []
-        for path, problem in _problems(error, tree, Shape.of(kind)).items():
+        problems = _problems(error, tree, Shape.of(kind))
+        for path, problem in islice(problems.items(), SHOWN):
             where = place(path)
-            lines.append(f"{_dotted(prefix, path)}: {problem}" + (f" ({where})" if where else ""))
+            lines.append(f"{_dotted(prefix, path):.200}: {problem}" + (f" ({where})" if where else ""))
+        if len(problems) > SHOWN:
+            lines.append(f"and {len(problems) - SHOWN:,} keys more")
         raise ConfigError("\n".join(lines)) from error
 
 
@@ -42,7 +48,7 @@ def _problems(error: ValidationError, tree: Any, shape: Shape) -> dict[Path, str
     """Return one problem per key. Each alternative of a union reports its own: an error of our own validators
     is preferred, and a key is left out if a key inside it has a problem."""
     problems: dict[Path, str] = {}
-    for item in error.errors():
+    for item in error.errors(include_url=False)[:MOST]:
         if item["type"] == FOLLOWS:
             continue
         loc = item["loc"]
@@ -66,7 +72,9 @@ def _words(item: Any, path: Path, shape: Shape) -> str:
         return f"unknown key; {nearest(str(path[-1]), parent.keys if parent else [])}"
     if here is None or item["type"] in OWN_MESSAGES:
         return item["msg"].removeprefix("Value error, ")
-    return f"got {item['input']!r}, expected {here.describe()}"
+    limit = item.get("ctx", {}).get("le")
+    more = f" and <= {limit}" if limit == LARGEST else ""
+    return f"got {item['input']!r:.100}, expected {here.describe()}{more}"
 
 
 def _existing(tree: Any, loc: Path) -> Path:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_troll.terminal import shown
+
 if TYPE_CHECKING:
     from megatron_troll.convert.plan import Conversion, Options
     from megatron_troll.parallel.groups import Group
@@ -146,7 +148,7 @@ def _verify(conversion: "Conversion", arguments: Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{shown(text)}\n")
     sys.stdout.flush()
 
 

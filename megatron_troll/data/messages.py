@@ -53,4 +53,4 @@ def demonstration_messages(value: Any, field: str) -> tuple[Message, ...]:
 def _refuse_other_keys(turn: dict[str, Any], known: set[str], name: str) -> None:
     other = sorted(turn.keys() - known)
     if other:
-        raise Malformed(f"{name} has keys that are not read: {', '.join(other)}")
+        raise Malformed(f"{name} has keys that are not read: {', '.join(other):.200}")

@@ -4,12 +4,11 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedTokenizerBase
-
 from megatron_troll.config import Data, PromptFiles
-from megatron_troll.data.chat import tokenized
+from megatron_troll.data.chat import encoded
 from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
 from megatron_troll.data.schemas import detect, to_prompt
+from megatron_troll.data.template import ChatTemplate
 from megatron_troll.types import Message, Prompt
 
 Problem = Callable[[Prompt], str | None]
@@ -87,17 +86,15 @@ class PromptSet:
         return "\n".join(lines + [f"  {name}: {counts}" for name, counts in self.counts.items()])
 
 
-def load_prompts(
-    config: Data, seed: int, tokenizer: PreTrainedTokenizerBase, problem: Problem = no_problem
-) -> PromptSet:
+def load_prompts(config: Data, seed: int, template: ChatTemplate, problem: Problem = no_problem) -> PromptSet:
     """Read the files of `config`. An integer `held_out` is split off by a hash of `seed` and each prompt's
     text, so it does not depend on the order of files or rows. See read_prompts. Raises DataError."""
-    prompts, counts = read_prompts(config.files, config, tokenizer, "data", problem)
+    prompts, counts = read_prompts(config.files, config, template, "data", problem)
     if isinstance(config.held_out, int):
         train, held_out = split(prompts, config.held_out, seed)
         read = {"files": counts}
     else:
-        held_out, held_counts = read_prompts(config.held_out, config, tokenizer, "data", problem)
+        held_out, held_counts = read_prompts(config.held_out, config, template, "data", problem)
         train, read = prompts, {"files": counts, "held-out files": held_counts}
     check_disjoint(train, held_out)
     return PromptSet(tuple(train), tuple(held_out), read)
@@ -106,7 +103,7 @@ def load_prompts(
 def read_prompts(
     files: Sequence[str],
     config: PromptFiles,
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     key: str,
     problem: Problem = no_problem,
 ) -> tuple[list[Prompt], Counts]:
@@ -115,7 +112,7 @@ def read_prompts(
     says to skip it; `key` is the key of `config` in the configuration, for messages. `problem` says why no
     answer to a prompt can be judged, None if it can: such a row is malformed."""
     reader = _Reader(config, key, problem)
-    prompts = [prompt for path in files for prompt in reader.prompts(path, tokenizer)]
+    prompts = [prompt for path in files for prompt in reader.prompts(path, template)]
     if not prompts:
         raise DataError(f"{', '.join(files)}: no usable prompt; {reader.counts}")
     return prompts, reader.counts
@@ -133,7 +130,7 @@ class _Reader:
     answers: dict[tuple[Message, ...], str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
 
-    def prompts(self, path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
+    def prompts(self, path: str, template: ChatTemplate) -> Iterator[Prompt]:
         """The prompts of a file that are new and not too long; TOGETHER of them are tokenized at a time."""
         self.schema = None if self.config.schema_ == "auto" else self.config.schema_
         fresh: list[tuple[Prompt, Row]] = []
@@ -142,15 +139,15 @@ class _Reader:
                 prompt = self._read(row)
             except Malformed as error:
                 if self.config.malformed == "error":
-                    yield from self._fitting(fresh, tokenizer)  # Errors of earlier rows come first.
+                    yield from self._fitting(fresh, template)  # Errors of earlier rows come first.
                 self._skip_malformed(row, error)
                 continue
             if prompt is not None:
                 fresh.append((prompt, row))
             if len(fresh) == TOGETHER:
-                yield from self._fitting(fresh, tokenizer)
+                yield from self._fitting(fresh, template)
                 fresh = []
-        yield from self._fitting(fresh, tokenizer)
+        yield from self._fitting(fresh, template)
 
     def _read(self, row: Row) -> Prompt | None:
         """The prompt of a row; None for a duplicate. Raises Malformed."""
@@ -184,21 +181,19 @@ class _Reader:
         self.counts.malformed += 1
         self.counts.first_malformed = self.counts.first_malformed or f"{row.where}: {error}"
 
-    def _fitting(
-        self, fresh: Sequence[tuple[Prompt, Row]], tokenizer: PreTrainedTokenizerBase
-    ) -> Iterator[Prompt]:
-        """The prompts with their ids, without those that are too long."""
-        if not fresh:
-            return
-        prompts = tokenized([prompt for prompt, _ in fresh], tokenizer, [row.where for _, row in fresh])
-        for prompt, (_, row) in zip(prompts, fresh):
-            if len(prompt.ids) <= self.config.max_prompt_tokens:
-                yield prompt
+    def _fitting(self, fresh: Sequence[tuple[Prompt, Row]], template: ChatTemplate) -> Iterator[Prompt]:
+        """The prompts with their ids, without those that are malformed or too long."""
+        every = encoded([prompt for prompt, _ in fresh], template, self.config.max_prompt_tokens)
+        for (prompt, row), found in zip(fresh, every, strict=True):
+            if isinstance(found, Malformed):
+                self._skip_malformed(row, found)
+            elif isinstance(found, Prompt):
+                yield found
             elif self.config.overlong_prompts == "skip":
                 self.counts.overlong += 1
             else:
                 raise DataError(
-                    f"{row.where}: prompt {prompt.id!r} has {len(prompt.ids)} tokens, over {self.key}."
+                    f"{row.where}: prompt {prompt.id!r:.80} has {found}, over {self.key}."
                     f"max_prompt_tokens={self.config.max_prompt_tokens} ({self.key}.overlong_prompts=skip "
                     "skips and counts it)"
                 )

@@ -25,8 +25,8 @@ def detect(record: Record) -> str:
     if "prompt" in record and "reward_model" in record:
         return "dapo"
     raise Malformed(
-        f"no known schema has the fields {sorted(record)}; expected 'messages' and 'answer', 'prompt' and "
-        "'reward_model' (DAPO), or 'question' and 'answer' (GSM8K)"
+        f"no known schema has the fields {sorted(record)!s:.200}; expected 'messages' and 'answer', "
+        "'prompt' and 'reward_model' (DAPO), or 'question' and 'answer' (GSM8K)"
     )
 
 
@@ -86,7 +86,8 @@ def _id(name: Any, messages: tuple[Message, ...]) -> str:
 
 def _need(record: Record, field: str) -> Any:
     if record.get(field) is None:
-        raise Malformed(f"field {field!r} is missing (fields: {', '.join(map(str, record)) or 'none'})")
+        fields = ", ".join(map(str, record)) or "none"
+        raise Malformed(f"field {field!r} is missing (fields: {fields:.200})")
     return record[field]
 
 

@@ -1,7 +1,5 @@
-"""Tokenizers in Hugging Face format, and the ids of stop tokens."""
+"""Tokenizers in Hugging Face format."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -20,27 +18,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
     if not tokenizer.chat_template:
         raise DataError(f"{folder}: the tokenizer has no chat template")
+    try:
+        tokenizer.get_chat_template()
+    except ValueError as error:  # several templates, none of them the default
+        raise DataError(f"{folder}: {error}") from error
     return tokenizer
-
-
-def stop_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    stop: Sequence[str] = (),
-    key: str = "rollout.sampling.stop",
-) -> tuple[int, ...]:
-    """Sorted ids of the stop tokens: the tokenizer's end of sequence, those of the folder's
-    generation_config.json, and the tokens of `stop`, which the configuration has at `key`. Raises DataError
-    if a stop text is not one token, or there is no stop token at all."""
-    ids = {_single_token(text, tokenizer, key) for text in stop} | set(_generation_eos(Path(folder)))
-    if isinstance(tokenizer.eos_token_id, int):
-        ids.add(tokenizer.eos_token_id)
-    if not ids:
-        raise DataError(
-            f"{folder}: nothing ends a response: neither the tokenizer nor generation_config.json names "
-            f"an end of sequence, and {key} is empty"
-        )
-    return tuple(sorted(ids))
 
 
 def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -62,27 +44,3 @@ def check_reasoning_tags(tokenizer: PreTrainedTokenizerBase) -> None:
             'cannot be found. Give it "special": false in tokenizer.json and tokenizer_config.json, or set '
             "reward.reasoning=keep"
         )
-
-
-def _single_token(text: str, tokenizer: PreTrainedTokenizerBase, key: str) -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1 or tokenizer.decode(ids) != text:
-        raise DataError(
-            f"{key}: {text!r} is not one token of the tokenizer (it encodes to {ids}); "
-            "sampling can only stop at single tokens"
-        )
-    return ids[0]
-
-
-def _generation_eos(folder: Path) -> list[int]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return []
-    try:
-        eos = json.loads(path.read_bytes()).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read as a JSON object: {error}") from error
-    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(isinstance(item, int) for item in ids):
-        raise DataError(f"{path}: eos_token_id must be an id or a list of ids, got {eos!r}")
-    return ids

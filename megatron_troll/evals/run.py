@@ -76,7 +76,7 @@ class SetEvaluation:
         task, one = self.task, self.one
         config = task.config.model_copy(update={"rollout": one.rollout})
         folder, shown = Path(config.policy.path), one.prompts[:SHOWN]
-        return rollout.build(Setup(config, self.model, folder, task.tokenizer, one.stop_ids, shown))
+        return rollout.build(Setup(config, self.model, folder, task.tokenizer, one.stops.ids, shown))
 
     def _batch(self, requests: Sequence[Request], engine: Engine, scorer: Scorer) -> Answers:
         asked, world, say = self.one.config, self.session.groups.world, self.session.progress.say

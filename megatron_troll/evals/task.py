@@ -8,7 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_troll.checks import check_length, world_size
 from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
 from megatron_troll.data.prompts import Counts, read_prompts
-from megatron_troll.data.tokenizer import check_reasoning_tags, stop_ids
+from megatron_troll.data.stops import StopTokens, stop_tokens
+from megatron_troll.data.template import ChatTemplate
+from megatron_troll.data.tokenizer import check_reasoning_tags
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.rewards import reward as verifiers
 from megatron_troll.task import shape_of, tokenizer_of
@@ -26,7 +28,7 @@ class DataSet:
     rollout: RolloutConfig
     prompts: tuple[Prompt, ...]
     counts: Counts
-    stop_ids: tuple[int, ...]
+    stops: StopTokens
 
     def __str__(self) -> str:
         return f"{self.name}: {len(self.prompts):,} prompts x {self.config.samples} ({self.counts})"
@@ -43,7 +45,8 @@ class EvalTask:
     at_once: int
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.sets))
+        remarks = dict.fromkeys(one.stops.remark for one in self.sets)
+        return "\n".join(filter(None, (*map(str, self.sets), *remarks)))
 
     @property
     def batches(self) -> int:
@@ -76,7 +79,7 @@ def prepare(config: Config) -> EvalTask:
     tokenizer = tokenizer_of(config.policy, shape)
     if any(reward.reasoning == "drop" for reward in rewards.values()):
         check_reasoning_tags(tokenizer)
-    sets = tuple(_data_set(config, name, rewards[name], tokenizer) for name in config.eval)
+    sets = tuple(_data_set(config, name, rewards[name], tokenizer, shape.vocab) for name in config.eval)
     layout = config.policy.layout
     replicas = world_size(config) // (layout.tp * layout.pp * layout.cp)
     return EvalTask(config, shape, tokenizer, sets, config.rollout.max_sequences * replicas)
@@ -92,10 +95,13 @@ def _reward(config: Config, name: str) -> RewardConfig:
         raise ConfigError("\n".join(at + line for line in str(error).splitlines())) from error
 
 
-def _data_set(config: Config, name: str, reward: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> DataSet:
+def _data_set(
+    config: Config, name: str, reward: RewardConfig, tokenizer: PreTrainedTokenizerBase, vocab: int
+) -> DataSet:
     one, key = config.eval[name], f"eval.{name}"
+    template = _template(config, name, tokenizer)
     judging = partial(verifiers.problem, verifiers.build(reward))
-    prompts, counts = read_prompts(one.files, one, tokenizer, key, judging)
+    prompts, counts = read_prompts(one.files, one, template, key, judging)
     return DataSet(
         name=name,
         config=one,
@@ -104,5 +110,17 @@ def _data_set(config: Config, name: str, reward: RewardConfig, tokenizer: PreTra
         rollout=config.rollout.model_copy(update={"sampling": one.sampling, "top_k": 0}),
         prompts=tuple(prompts[: one.prompts]),
         counts=counts,
-        stop_ids=stop_ids(tokenizer, config.policy.path, one.sampling.stop, f"{key}.sampling.stop"),
+        stops=stop_tokens(template, config.policy.path, vocab, one.sampling.stop, f"{key}.sampling.stop"),
     )
+
+
+def _template(config: Config, name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The chat template with the data set's own arguments, otherwise those of training."""
+    own, data = config.eval[name].template_arguments, config.data
+    if own is None:
+        template = ChatTemplate(tokenizer, data.template_arguments if data else {})
+        template.check("data.template_arguments")
+    else:
+        template = ChatTemplate(tokenizer, own)
+        template.check(f"eval.{name}.template_arguments")
+    return template

@@ -1,5 +1,6 @@
 """Ranks of one command on this machine, as plain subprocesses that start and end together."""
 
+import codecs
 import os
 import queue
 import signal
@@ -211,10 +212,10 @@ def _shown(ranks: Sequence[Rank]) -> Iterator[None]:
     def follow(rank: Rank) -> None:
         with open(rank.stderr, "rb") as file:
             file.seek(rank.start)
-            last = False
+            last, decoder = False, codecs.getincrementaldecoder("utf-8")("replace")
             while not last:
                 last = done.wait(0.2)
-                sys.stderr.buffer.write(file.read())
+                sys.stderr.write(decoder.decode(file.read(), final=last))
                 sys.stderr.flush()
 
     threads = [threading.Thread(target=follow, args=(rank,)) for rank in ranks]

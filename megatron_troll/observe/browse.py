@@ -13,6 +13,7 @@ from rich.text import Text
 from megatron_troll.observe.rollouts import Sample, read_step, stored_steps
 from megatron_troll.observe.run_folder import RunFolderError
 from megatron_troll.system import write_atomic
+from megatron_troll.terminal import shown
 
 SORTS: dict[str, Callable[[Sample], float]] = {
     "reward": lambda sample: sample.reward,
@@ -41,12 +42,12 @@ def browse(
     steps = stored_steps(root)
     step = steps[-1] if step is None else step
     samples = ordered(list(read_step(root, step)), sort)
-    console.print(Text(f"{root}, step {step} of {steps[0]}-{steps[-1]}: {len(samples):,} rollouts"))
+    console.print(Text(shown(f"{root}, step {step} of {steps[0]}-{steps[-1]}: {len(samples):,} rollouts")))
     prompt = None
     for sample in samples[:limit]:
         if sample.prompt != prompt:
             prompt = sample.prompt
-            console.print(Text(f"\n{sample.question}\nexpected: {sample.answer}", style="bold"))
+            console.print(Text(shown(f"\n{sample.question}\nexpected: {sample.answer}"), style="bold"))
         console.print(_facts(sample))
         console.print(Padding(shaded(sample), (0, 0, 0, 2), expand=False))
 
@@ -56,9 +57,10 @@ def _facts(sample: Sample) -> Text:
     least = min(range(len(sample.logp)), key=sample.logp.__getitem__, default=None)
     worst = "" if least is None else f", least {sample.tokens[least]!r} {sample.logp[least]:.2f}"
     reward = Text(f"reward {sample.reward:g}", style="bold")
-    rest = f", adv. {sample.advantage:.2f}, {sample.finish}, {len(sample.tokens)} tokens"
+    rest = f", adv. {sample.advantage:.2f}, {shown(sample.finish)}, {len(sample.tokens)} tokens"
     logp = f", logp {sample.mean_logp:.3f}"
-    return Text.assemble(f"{sample.prompt}#{sample.sample}: ", reward, Text(rest + logp + worst, style="dim"))
+    name = shown(f"{sample.prompt}#{sample.sample}: ")
+    return Text.assemble(name, reward, Text(rest + logp + worst, style="dim"))
 
 
 def shaded(sample: Sample) -> Text:
@@ -66,7 +68,7 @@ def shaded(sample: Sample) -> Text:
     text = Text()
     for token, logp, keep in zip(sample.tokens, sample.logp, sample.mask, strict=True):
         style = next((style for bound, style in SHADES if -logp <= bound), "reverse")  # reverse: NaN
-        text.append(token, style=style if keep else "dim")
+        text.append(shown(token), style=style if keep else "dim")
     return text
 
 

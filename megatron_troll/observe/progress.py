@@ -11,6 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_troll.terminal import shown
+
 # Rows of the panel: label, field of metrics.jsonl, format, unit.
 SHOWN = (
     ("success", "success", "{:.3f}", ""),
@@ -89,7 +91,7 @@ class LogLines(Silent):
         self.say(" | ".join(parts))
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class LivePanel:
@@ -128,7 +130,7 @@ class LivePanel:
         self._metrics |= metrics
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(shown(text), markup=False, highlight=False)
 
     def _panel(self) -> Panel:
         head = Table.grid(padding=(0, 2))

@@ -2,13 +2,23 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.system import write_atomic
 from megatron_troll.types import Rollout
+
+# What reading a damaged file of rollouts raises: gzip, zlib, UTF-8, JSON, a sample with other fields.
+DAMAGE = (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError)
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("step", "sample"), int),
+    **dict.fromkeys(("reward", "advantage"), int | float),
+    **dict.fromkeys(("tokens", "logp", "mask"), list),
+}
 
 
 @dataclass(frozen=True)
@@ -98,11 +108,43 @@ def read_step(root: Path, step: int) -> Iterator[Sample]:
             f"{root} holds no rollouts of step {step}; it has steps {steps[0]} to {steps[-1]}."
         )
     for path in paths:
+        yield from _samples(path)
+
+
+def _samples(path: Path) -> Iterator[Sample]:
+    """The samples of a file. Raises RunFolderError if it is damaged."""
+    whole = 0
+    if not path.is_file():
+        raise RunFolderError(f"{path}: not a file")
+    try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in file:
-                yield Sample(**json.loads(line))
+                sample = Sample(**json.loads(line))
+                _check(sample)
+                whole += 1
+                yield sample
+    except DAMAGE as error:
+        what = str(error) or type(error).__name__
+        raise RunFolderError(f"{path}: damaged after line {whole}: {what:.200}") from error
+
+
+def _check(sample: Sample) -> None:
+    """Raise TypeError or ValueError for a sample that no store has written."""
+    for one in fields(Sample):
+        value, kind = getattr(sample, one.name), FIELDS.get(one.name, str)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{one.name} is {value!r:.60}")
+    for name, kind in (("tokens", str), ("logp", int | float), ("mask", int)):
+        if not all(isinstance(value, kind) for value in getattr(sample, name)):
+            raise TypeError(f"{name} holds something else than {kind}")
+    if not len(sample.tokens) == len(sample.logp) == len(sample.mask):
+        raise ValueError("tokens, logp and mask differ in length")
 
 
 def step_of(path: Path) -> int:
-    """Step number in a file name: 12 for `step_000012.0-of-4.jsonl.gz`."""
-    return int(path.name.split(".")[0].removeprefix("step_"))
+    """Step number in a file name: 12 for `step_000012.0-of-4.jsonl.gz`. Raises RunFolderError for another
+    name."""
+    digits = path.name.split(".")[0].removeprefix("step_")
+    if not digits.isdecimal() or not digits.isascii():
+        raise RunFolderError(f"{path}: not a name of a rollout file, step_N.P-of-Q.jsonl.gz: remove it")
+    return int(digits)

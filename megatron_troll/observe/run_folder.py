@@ -36,6 +36,7 @@ CHANGEABLE = (
     "serve.*",
 )
 ABSENT = "(absent)"
+CONTINUE = "Continue it with resume=true"
 
 
 class RunFolderError(RuntimeError):
@@ -62,12 +63,13 @@ class RunFolder(RunPaths):
             self.stopped.unlink(missing_ok=True)
             yield
 
-    def check(self, config_yaml: str, resume: bool) -> None:
-        """Raise RunFolderError if `open` would raise it now. Writes nothing."""
+    def check(self, config_yaml: str, resume: bool, again: str = CONTINUE) -> None:
+        """Raise RunFolderError if `open` would raise it now; `again` says how a run that is there goes on.
+        Writes nothing."""
         if (self.root / "lock").exists():
             with open(self.root / "lock", "r+") as lock:
                 self._lock(lock)
-        self._check(config_yaml, resume)
+        self._check(config_yaml, resume, again)
 
     def holds_run(self) -> bool:
         """Whether results, checkpoints or rollouts would be lost or mixed if another run started here."""
@@ -101,7 +103,7 @@ class RunFolder(RunPaths):
                 "Set `runs` to a file system that supports POSIX locks."
             ) from error
 
-    def _check(self, config_yaml: str, resume: bool) -> None:
+    def _check(self, config_yaml: str, resume: bool, again: str = CONTINUE) -> None:
         if not self.holds_run():
             return
         changed = config_differences(self.config, config_yaml) if self.config.exists() else {}
@@ -117,8 +119,8 @@ class RunFolder(RunPaths):
             )
         if not resume:
             raise RunFolderError(
-                f"{self.root} already holds a run of this config. "
-                "Continue it with resume=true, choose another `name`, or delete the folder."
+                f"{self.root} already holds a run of this config. {again}, choose another `name`, or delete "
+                "the folder."
             )
         if self.saved.exists() and not steps(self.checkpoints):
             step = self.saved.read_text().strip()

@@ -130,8 +130,9 @@ class Run:
         summary = Summary(state.before, state.after, state.seconds, self.task.config.seed, said)
         config = self.task.config
         if self.rollout_model is not None and config.models.rollout is not None and config.checkpoint.export:
-            export(self.rollout_model.model, self.session.folder.hf_rollout, config.models.rollout.path)
-        self.session.complete(self.policy.model, summary)
+            folder, path = self.session.folder.hf_rollout, config.models.rollout.path
+            export(self.rollout_model.model, folder, path, ends=self.task.stops.exported)
+        self.session.complete(self.policy.model, summary, self.task.stops.exported)
 
 
 @contextmanager

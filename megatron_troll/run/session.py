@@ -73,10 +73,11 @@ class Session:
         self.world.first(lambda: self.trackers and self.trackers.log(step, metrics))
         self.progress.step(step, metrics, self.pace.eta(step, seconds))
 
-    def complete(self, model: MegatronModel, summary: Summary) -> None:
-        """Export the model, write the summary and the report. Blocks on all ranks."""
+    def complete(self, model: MegatronModel, summary: Summary, ends: Sequence[int]) -> None:
+        """Export the model with the ids `ends` as its ends of sequence, write the summary and the report.
+        Blocks on all ranks."""
         if self.config.checkpoint.export:
-            export(model, self.folder.hf, self.config.policy.path)
+            export(model, self.folder.hf, self.config.policy.path, ends=ends)
 
         def write() -> None:
             # The plotting libraries take a second to import: only the rank that plots waits for them.

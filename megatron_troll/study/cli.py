@@ -9,6 +9,7 @@ from shlex import quote
 from typing import Any
 
 from megatron_troll.config import ConfigError
+from megatron_troll.terminal import shown
 
 FAILED, REFUSED = 1, 2
 KINDS = ("run", "report", "kl")
@@ -114,7 +115,7 @@ def kl_command(arguments: Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{shown(text)}\n")
     sys.stdout.flush()
 
 

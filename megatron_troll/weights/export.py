@@ -1,6 +1,6 @@
 """Hugging Face tensors from a Megatron model: a stream, and a folder written from it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +46,11 @@ def save(
     folder: str | Path,
     source_folder: str | Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    ends: Sequence[int] = (),
 ) -> None:
     """Write `model` to `folder` in Hugging Face format: safetensors in files of at most `max_shard_bytes`
-    (one tensor at least), their index, and the config, tokenizer and carried tensors of `source_folder`.
+    (one tensor at least), their index, and the config, tokenizer and carried tensors of `source_folder`;
+    `ends`, if any, become the ends of sequence of its generation_config.json.
     Rank 0 writes; an earlier export at `folder` is replaced once the new one is on disk. Rank 0 holds one
     file in memory. Blocks until it is done on every rank.
 
@@ -58,7 +60,7 @@ def save(
     model.groups.world.first(lambda: check_target(target, source))
 
     def write(tensors: Iterator[tuple[str, Tensor]]) -> None:
-        with FolderWriter(target, source, max_shard_bytes) as writer:
+        with FolderWriter(target, source, max_shard_bytes, ends) as writer:
             for name, tensor in tensors:
                 writer.add(name, tensor)
             carried = carried_by(source, table_of(model.shape))

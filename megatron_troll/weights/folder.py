@@ -15,9 +15,9 @@ from megatron_troll.weights.folder_source import INDEX
 from megatron_troll.weights.quantised import SETTINGS, described, settings_of
 from megatron_troll.weights.tensor_file import TensorFileWriter
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 COMPANIONS = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -47,9 +47,11 @@ def check_target(folder: Path, source_folder: Path) -> None:
 
 class FolderWriter:
     """Collects tensors on the host into safetensors files of at most `max_bytes` (one tensor at least)
-    under a temporary name; leaving the context without an error puts the folder in place."""
+    under a temporary name; leaving the context without an error puts the folder in place. `ends`: token ids
+    that end a sequence, for its generation_config.json."""
 
-    def __init__(self, folder: Path, source_folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, source_folder: Path, max_bytes: int, ends: Sequence[int] = ()) -> None:
+        self.ends = ends
         self.folder, self.source_folder, self.max_bytes = folder, source_folder, max_bytes
         self.part = folder.with_name(f".{folder.name}.part")
         self._pending: dict[str, Tensor] = {}
@@ -97,6 +99,7 @@ class FolderWriter:
             (self.part / str(i)).rename(self.part / file_name(i, len(self._files)))
         write_index(self.part, self._files, sum(self._dtypes.values()))
         write_companions(self.part, self.source_folder, self._dtypes)
+        write_ends(self.part, self.ends)
         for path in (*self.part.iterdir(), self.part):
             flush(path)
         self._put_in_place()
@@ -141,3 +144,13 @@ def write_companions(folder: Path, source_folder: Path, dtypes: Mapping[torch.dt
     for name in COMPANIONS:
         if (source_folder / name).is_file():
             shutil.copyfile(source_folder / name, folder / name)
+
+
+def write_ends(folder: Path, ends: Sequence[int]) -> None:
+    """Name the token ids `ends`, if any, as the ends of sequence in the folder's generation_config.json."""
+    if not ends:
+        return
+    path = folder / GENERATION_CONFIG
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    config["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -12,7 +12,9 @@ from megatron_troll import rollout
 from megatron_troll.config import Config
 from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import VOCAB_SIZE, write_base
-from megatron_troll.data.tokenizer import load_tokenizer, stop_ids
+from megatron_troll.data.stops import stop_tokens
+from megatron_troll.data.template import ChatTemplate
+from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.objectives.compose import compose
 from megatron_troll.objectives.slots import Policy
@@ -58,8 +60,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answered(config: Config, base: Path) -> list[Rollout]:
     """Two rollouts of the page's engine."""
     tokenizer = load_tokenizer(base)
-    engine = rollout.build(Setup(config, None, base, tokenizer, stop_ids(tokenizer, base)))  # pyright: ignore[reportArgumentType]
-    return engine.generate(requests_for(tokenized([PROMPT], tokenizer), 2), config.rollout.sampling, 1)
+    template = ChatTemplate(tokenizer)
+    stops = stop_tokens(template, base, VOCAB_SIZE).ids
+    engine = rollout.build(Setup(config, None, base, tokenizer, stops))  # pyright: ignore[reportArgumentType]
+    return engine.generate(requests_for(tokenized([PROMPT], template), 2), config.rollout.sampling, 1)
 
 
 def test_the_engine_answers(configs: dict[str, Config], base: Path) -> None:

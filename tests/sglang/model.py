@@ -4,7 +4,9 @@ from pathlib import Path
 
 from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import END, character_tokenizer
-from megatron_troll.data.tokenizer import load_tokenizer, stop_ids
+from megatron_troll.data.stops import stop_tokens
+from megatron_troll.data.template import ChatTemplate
+from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.types import Message, Prompt
 from tests.dist.tiny import DENSE, MOE, write_reference
 
@@ -14,7 +16,10 @@ VOCAB = 64
 CONFIG = MOE | {"vocab_size": VOCAB, "eos_token_id": END_ID}
 TEXTS = ("sort 3142", "add 17 and 25", "hello", "what is 9*9?", "abc", "x" * 40)
 PROMPTS = tuple(
-    tokenized([Prompt(f"p{i}", (Message("user", text),), "") for i, text in enumerate(TEXTS)], TOKENIZER)
+    tokenized(
+        [Prompt(f"p{i}", (Message("user", text),), "") for i, text in enumerate(TEXTS)],
+        ChatTemplate(TOKENIZER),
+    )
 )
 
 
@@ -27,4 +32,4 @@ def write_model(folder: Path, seed: int = 0, **changes: object) -> Path:
 
 
 def ends(folder: Path) -> tuple[int, ...]:
-    return stop_ids(load_tokenizer(folder), folder)
+    return stop_tokens(ChatTemplate(load_tokenizer(folder)), folder, VOCAB).ids

@@ -279,6 +279,31 @@ def test_a_model_folder_that_does_not_fit(config: Path, base: Path, change: dict
     assert said in refusal(config, f"models.policy.path={folder}")
 
 
+def test_a_token_that_ends_turns_only_is_a_stop_token_and_said(config: Path, base: Path) -> None:
+    """As in Base models, whose end of sequence is another token than that of the chat template."""
+    folder = Path(shutil.copytree(base, config.parent / "model"))
+    for name, change in (
+        ("generation_config.json", {"eos_token_id": 0}),
+        ("config.json", {"eos_token_id": 0}),
+        ("tokenizer_config.json", {"eos_token": "<pad>"}),
+    ):
+        told = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(told | change))
+    prepared = task(config, f"models.policy.path={folder}")
+    assert prepared.stop_ids == prepared.stops.exported == (0, 4)
+    assert "the chat template ends a turn with '<|end|>'" in str(prepared)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [4, 64]}')
+    said = refusal(config, f"models.policy.path={folder}")
+    assert said.startswith(
+        f"{folder}/generation_config.json: eos_token_id: no model of 64 tokens can sample 64"
+    )
+
+
+def test_an_argument_that_the_chat_template_does_not_read_is_refused(config: Path) -> None:
+    said = refusal(config, "data.template_arguments={enable_thinking: false}")
+    assert said.startswith("data.template_arguments.enable_thinking: the chat template reads no")
+
+
 def test_wandb_that_is_not_installed_is_said_with_the_fix(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +316,7 @@ def test_a_warm_start_needs_demonstrations_that_fit(config: Path) -> None:
     chats = config.parent / "chats.jsonl"
     turns = [{"role": "user", "content": "sort 21"}, {"role": "assistant", "content": "12"}]
     chats.write_text(json.dumps({"messages": turns}) + "\n")
-    (example,) = demonstrations(task(config, f"sft.files=[{chats}]"))
+    (example,) = demonstrations(task(config, f"sft.files=[{chats}]")).examples
     assert example.mask.tolist() == [0.0] * 9 + [1.0] * 3
     with pytest.raises(PROBLEMS, match=r"sft: missing; `mtroll sft` needs sft\.files"):
         demonstrations(task(config))

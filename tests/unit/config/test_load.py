@@ -160,7 +160,7 @@ def test_an_override_in_error_is_quoted(base):
         ("train.packing=yes", "train.packing: got 'yes', expected true or false"),
         ("models.policy.optimizer.lr=-1", "expected a number > 0"),
         ("models.policy.optimizer.lr=.nan", "expected a number > 0"),
-        ("models.policy.optimizer.betas=[0.9, 1.5]", "betas.1: got 1.5, expected a number >= 0 and <= 1"),
+        ("models.policy.optimizer.betas=[0.9, 1.5]", "betas.1: got 1.5, expected a number >= 0 and < 1"),
         ("models.policy.dtype=fp8", "got 'fp8', expected one of fp32, bf16"),
         (
             "data.held_out=-1",
@@ -212,3 +212,119 @@ def test_dates_and_words_stay_text(tmp_path):
         tmp_path, "run.yaml", "name: 2024-01-01\nruns: off\nmodels: {policy: {path: p}}\ndata: {files: [f]}\n"
     )
     assert (load(path).name, load(path).runs) == ("2024-01-01", "off")
+
+
+def bomb(levels: int) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (bomb(9), "line 1: more than 10,000 values, aliases written out"),
+        ("\n".join(f"k{n}: 1" for n in range(20_000)), "line 5000: more than 10,000 values"),
+        ("\n".join(f"key{n}: 1" for n in range(100_000)), "more than 262,144 bytes; no configuration"),
+        ("a: &a {b: *a}", "line 1: this value contains itself, through an alias"),
+        ("name: x\na: &a\n  - 1\n  - [*a]", "line 2: this value contains itself, through an alias"),
+        ("name: x\na: " + "[" * 3000 + "]" * 3000, "line 2: more than 50 levels deep"),
+        ("{a: " * 60 + "1" + "}" * 60, "line 1: more than 50 levels deep"),
+        ("name: x\nseed: !!int abc", "line 2: 'abc' cannot be read as tag:yaml.org,2002:int"),
+        ("seed: !!bool maybe", "line 1: 'maybe' cannot be read as tag:yaml.org,2002:bool"),
+        ("seed: !!float x", "line 1: 'x' cannot be read as tag:yaml.org,2002:float"),
+        ("seed: !!timestamp x", "line 1: 'x' cannot be read as tag:yaml.org,2002:timestamp"),
+        ("seed: !!binary '*'", "line 1: a value of the YAML type tag:yaml.org,2002:binary"),
+        ("seed: !!python/object/apply:os.system [ls]", "got ['ls'], expected an integer"),
+        ("seed: !mine 1", "line 1: not valid YAML: could not determine a constructor for the tag"),
+        ("seed: " + "1" * 5000, "line 1: '1111"),
+        ('name: "a\\uD83D"', "line 1: 'a\\ud83d': half a character"),
+        ('"\\uD83D": 1', "line 1: '\\ud83d': half a character"),
+        ('models: {policy: {path: "a\\0b"}}', "line 1: 'a\\x00b': the character 0"),
+        ("extends: [base.yaml, base.yaml]", "line 1: extends: 'base.yaml' is given twice"),
+    ],
+)
+def test_a_hostile_document_is_refused_by_its_line(base: Path, tmp_path: Path, text: str, said: str) -> None:
+    message = refusal(write(tmp_path, "hostile.yaml", text))
+    assert said in message
+    assert len(message) < 4000
+
+
+def test_files_that_extend_each_other_manifold_are_read_once(tmp_path: Path) -> None:
+    write(tmp_path, "a0.yaml", BASE)
+    write(tmp_path, "b0.yaml", BASE)
+    for n in range(1, 30):
+        for name in "ab":
+            write(tmp_path, f"{name}{n}.yaml", f"extends: [a{n - 1}.yaml, b{n - 1}.yaml]")
+    assert load(tmp_path / "a29.yaml").name == "first"
+
+
+def test_files_extend_each_other_over_fifty_files(tmp_path: Path) -> None:
+    write(tmp_path, "f0.yaml", BASE)
+    for n in range(1, 60):
+        write(tmp_path, f"f{n}.yaml", f"extends: f{n - 1}.yaml")
+    assert load(tmp_path / "f49.yaml").name == "first"
+    assert "extended over more than 50 files" in refusal(tmp_path / "f59.yaml")
+
+
+def test_many_wrong_keys_are_named_on_one_screen(base: Path) -> None:
+    keys = ", ".join(f"k{n}: 1" for n in range(500))
+    lines = refusal(base, f"train={{{keys}}}").splitlines()
+    assert len(lines) == 21
+    assert lines[0].startswith("train.k0: unknown key; ")
+    assert lines[-1] == "and 480 keys more"
+
+
+def test_an_override_of_many_parts_is_refused(base: Path) -> None:
+    assert "expected key=value" in refusal(base, ".".join(["a"] * 3000) + "=1")
+
+
+@pytest.mark.parametrize(
+    "name", ["''", ".", "..", "/tmp/x", "a/b", "../x", "' a'", '"a\\nb"', '"a\\e[31m"', "x" * 201]
+)
+def test_a_run_is_named_like_one_folder(base: Path, name: str) -> None:
+    assert refusal(base, f"name={name}").startswith("name: got ")
+
+
+@pytest.mark.parametrize("name", ["a", "qwen3-30b_v1.2", "\u00fcber lang", "x" * 200, ".hidden"])
+def test_other_names_are_taken(base: Path, name: str) -> None:
+    assert load(base, [f"name={name}"]).name == name
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=4294967296", "seed: got 4294967296, expected an integer >= 0 and < 4294967296"),
+        ("seed=-1", "seed: got -1, expected an integer >= 0 and < 4294967296"),
+        (
+            "models.policy.optimizer.betas=[0.9, 1]",
+            "optimizer.betas.1: got 1, expected a number >= 0 and < 1",
+        ),
+        ("models.policy.optimizer.muon.momentum=1", "muon.momentum: got 1, expected a number >= 0 and < 1"),
+        ("models.policy.optimizer.lr=1e300", "optimizer.lr: got 1e+300, expected a number > 0 and <= 1e+30"),
+        ("models.policy.optimizer.eps=1e-300", "optimizer.eps: got 1e-300, expected a number >= 1e-30"),
+        (
+            "models.policy.optimizer.weight_decay=1e9",
+            "weight_decay: got 1000000000.0, expected",
+        ),
+        (
+            "observe.hang_timeout_s=1e10",
+            "got 10000000000.0, expected a number > 0 and <= 8640000",
+        ),
+        (
+            "reward.timeout_s=1e10",
+            "reward.timeout_s: got 10000000000.0, expected",
+        ),
+        ("rollout.sglang.deadline_s=1e10", "deadline_s: got 10000000000.0"),
+        ("launch.ranks=1000000", "launch.ranks: got 1000000, expected an integer >= 1 and <= 65536"),
+        ("launch.threads=1000000", "launch.threads: got 1000000, expected an integer >= 1 and <= 1024"),
+        ("train.steps=3000000000", "expected an integer >= 1 and <= 2147483647"),
+        (
+            "rollout.sampling.temperature=1e-30",
+            "got 1e-30, expected 0 (greedy) or a number >= 0.001",
+        ),
+        ("evaluation.temperature=1e9", "evaluation.temperature: got 1000000000.0, expected"),
+    ],
+)
+def test_values_that_would_fail_in_the_ranks_are_refused(base: Path, override: str, said: str) -> None:
+    assert said in refusal(base, override)

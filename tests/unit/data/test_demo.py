@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_troll.config import Data
+from megatron_troll.config import Data, WarmStart
 from megatron_troll.data.demo import write_demo
 from megatron_troll.data.demonstrations import load_demonstrations
 from megatron_troll.data.prompts import load_prompts
+from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import check_vocab, load_tokenizer
 
 
@@ -31,7 +32,7 @@ def lines(path) -> list[dict]:
 def test_the_sizes_and_the_answers(demo):
     tokenizer = load_tokenizer(demo / "base")
     data = Data(files=(str(demo / "data/train.jsonl"),), held_out=(str(demo / "data/held_out.jsonl"),))
-    prompts = load_prompts(data, 0, tokenizer)
+    prompts = load_prompts(data, 0, ChatTemplate(tokenizer))
     assert (len(prompts.train), len(prompts.held_out)) == (8000, 1024)
     for prompt in (*prompts.train, *prompts.held_out):
         word, digits = prompt.messages[0].content.split()
@@ -68,10 +69,10 @@ def test_the_same_seed_writes_the_same_bytes(demo, tmp_path):
 
 def test_a_demonstration_is_six_tokens_of_loss(demo):
     tokenizer = load_tokenizer(demo / "base")
-    demonstration = load_demonstrations([str(demo / "data/warm.jsonl")])[0]
-    ids, mask = demonstration.encode(tokenizer)
-    trained = ids[mask > 0].tolist()
-    assert tokenizer.decode(trained) == demonstration.messages[-1].content + "<|end|>"
+    config = WarmStart(files=(str(demo / "data/warm.jsonl"),))
+    example = load_demonstrations(config, ChatTemplate(tokenizer), 256).examples[0]
+    trained = example.response_ids[example.mask > 0].tolist()
+    assert tokenizer.decode(trained) == example.prompt.messages[-1].content + "<|end|>"
     assert len(trained) == 6
 
 

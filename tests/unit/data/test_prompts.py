@@ -9,6 +9,7 @@ import pytest
 from megatron_troll.config import Data
 from megatron_troll.data.prompts import load_prompts, read_prompts
 from megatron_troll.data.rows import DataError
+from megatron_troll.data.template import ChatTemplate
 
 
 def ours(number: int, text: str | None = None, answer: str = "1") -> dict:
@@ -27,7 +28,7 @@ def dapo(index, text: str, answer: str = "34") -> dict:
 
 
 def read(path, tokenizer, **config):
-    return read_prompts((path,), Data(files=(path,), **config), tokenizer, "data")
+    return read_prompts((path,), Data(files=(path,), **config), ChatTemplate(tokenizer), "data")
 
 
 def refusal(path, tokenizer, **config) -> str:
@@ -161,9 +162,8 @@ def test_too_long_prompts_are_refused_or_counted(write_jsonl, tokenizer):
 def test_a_prompt_that_the_template_refuses_is_named_by_its_line(write_jsonl, tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     path = write_jsonl("a.jsonl", ours(1))
-    assert (
-        refusal(path, tokenizer) == f"{path} line 1: the chat template refuses a chat of the roles user: no"
-    )
+    said = f"{path} line 1: the chat template refuses a chat of the roles user: no (data.malformed=skip"
+    assert refusal(path, tokenizer).startswith(said)
 
 
 def test_nothing_usable_is_an_error(write_jsonl, tokenizer):
@@ -176,29 +176,33 @@ def test_the_held_out_prompts_do_not_depend_on_the_order_of_the_file(write_jsonl
     shuffled = random.Random(0).sample(records, 50)
     held = []
     for name, rows in (("a.jsonl", records), ("b.jsonl", shuffled)):
-        prompts = load_prompts(Data(files=(write_jsonl(name, *rows),), held_out=10), 3, tokenizer)
+        prompts = load_prompts(
+            Data(files=(write_jsonl(name, *rows),), held_out=10), 3, ChatTemplate(tokenizer)
+        )
         assert (len(prompts.train), len(prompts.held_out)) == (40, 10)
         assert not {p.id for p in prompts.train} & {p.id for p in prompts.held_out}
         held.append({prompt.id for prompt in prompts.held_out})
     assert held[0] == held[1]
-    other = load_prompts(Data(files=(write_jsonl("a.jsonl", *records),), held_out=10), 4, tokenizer)
+    other = load_prompts(
+        Data(files=(write_jsonl("a.jsonl", *records),), held_out=10), 4, ChatTemplate(tokenizer)
+    )
     assert {prompt.id for prompt in other.held_out} != held[0]
 
 
 def test_holding_out_everything_is_refused(write_jsonl, tokenizer):
     path = write_jsonl("a.jsonl", ours(1), ours(2))
     with pytest.raises(DataError, match=r"data\.held_out=2 leaves nothing to train on: there are 2 prompts"):
-        load_prompts(Data(files=(path,), held_out=2), 0, tokenizer)
+        load_prompts(Data(files=(path,), held_out=2), 0, ChatTemplate(tokenizer))
 
 
 def test_held_out_files_must_not_overlap_the_training_files(write_jsonl, tokenizer):
     train = write_jsonl("train.jsonl", ours(1), ours(2))
     held = write_jsonl("held.jsonl", ours(3))
-    prompts = load_prompts(Data(files=(train,), held_out=(held,)), 0, tokenizer)
+    prompts = load_prompts(Data(files=(train,), held_out=(held,)), 0, ChatTemplate(tokenizer))
     assert str(prompts).splitlines()[0] == "2 training prompts, 1 held out"
     same_text = write_jsonl("same.jsonl", ours(9, text="sort 2"))
     with pytest.raises(DataError, match="held-out prompt 'p9' is also the training prompt 'p2': 'sort 2'"):
-        load_prompts(Data(files=(train,), held_out=(same_text,)), 0, tokenizer)
+        load_prompts(Data(files=(train,), held_out=(same_text,)), 0, ChatTemplate(tokenizer))
     same_id = write_jsonl("id.jsonl", ours(1, text="another"))
     with pytest.raises(DataError, match="held-out prompt 'p1' is also the training prompt 'p1'"):
-        load_prompts(Data(files=(train,), held_out=(same_id,)), 0, tokenizer)
+        load_prompts(Data(files=(train,), held_out=(same_id,)), 0, ChatTemplate(tokenizer))

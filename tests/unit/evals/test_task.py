@@ -41,8 +41,21 @@ def test_each_data_set_has_its_own_prompts_decoding_and_reward(config: Path) -> 
     assert (len(easy.prompts), [prompt.id for prompt in hard.prompts]) == (10, ["0", "1", "2"])
     assert (easy.reward.name, hard.reward.fields) == ("exact", {"pattern": r"\d+", "ignore": ""})
     assert (easy.rollout.sampling.temperature, hard.rollout.sampling.temperature) == (1.0, 0.5)
-    assert len(hard.stop_ids) == len(easy.stop_ids) + 1
+    assert len(hard.stops.ids) == len(easy.stops.ids) + 1
     assert str(hard) == "hard: 3 prompts x 4 (10 rows)"
+
+
+def test_each_data_set_has_its_own_arguments_of_the_chat_template(config: Path, base: Path) -> None:
+    template = base / "chat_template.jinja"
+    text = template.read_text()
+    template.write_text(text + "{% if enable_thinking is false %}no{% endif %}")
+    try:
+        shared = "data={files: [none.jsonl], template_arguments: {enable_thinking: false}}"
+        own = "eval.hard.template_arguments={enable_thinking: true}"
+        easy, hard = task(config, shared, own).sets
+    finally:
+        template.write_text(text)
+    assert len(easy.prompts[0].ids) == len(hard.prompts[0].ids) + 2
 
 
 def test_the_resolved_configuration_holds_every_default(config: Path) -> None:
@@ -81,6 +94,10 @@ def test_every_replica_decodes_a_full_batch(config: Path, ranks: int, at_once: i
         ),
         ("eval.hard.reward.pattern='('", "eval.hard.reward.pattern: '(' is not a regular expression"),
         ("eval.hard.reward.name=exat", "eval.hard.reward.name: unknown method 'exat'; did you mean 'exact'?"),
+        (
+            "eval.hard.template_arguments={enable_thinkng: true}",
+            "eval.hard.template_arguments.enable_thinkng: the chat template reads no 'enable_thinkng'",
+        ),
         ("reward.name=exat", "reward.name: unknown method 'exat'"),
         ("models.policy.path=nowhere", "nowhere/config.json not found"),
         ("models.policy.init=pretrained", "no model.safetensors.index.json or model.safetensors"),

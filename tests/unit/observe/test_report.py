@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from megatron_troll.observe.report import report
+from megatron_troll.observe.run_folder import RunFolderError
 from megatron_troll.observe.runs import NoMetricsError, differing_keys, read_runs
 
 CONFIG = "seed: 0\nobjective: {{trust_region: {{name: troll, bound: {bound}}}}}\n"
@@ -77,7 +78,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     root = make_run(tmp_path / "one", 0.05)
     with open(root / "metrics.jsonl", "a") as file:
         file.write("oops\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 6: not JSON"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 6: not JSON"):
         read_runs([root])
 
 

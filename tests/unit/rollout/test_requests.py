@@ -4,13 +4,14 @@ import pytest
 
 from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import character_tokenizer
+from megatron_troll.data.template import ChatTemplate
 from megatron_troll.rollout.engine import requests_for
 from megatron_troll.types import Message, Prompt
 
 
 def prompt(name: str) -> Prompt:
     made = Prompt(name, (Message("user", f"sort {name}"),), answer="")
-    return tokenized([made], character_tokenizer())[0]
+    return tokenized([made], ChatTemplate(character_tokenizer()))[0]
 
 
 def test_a_prompt_that_comes_again_draws_other_samples() -> None:

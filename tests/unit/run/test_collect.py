@@ -14,6 +14,7 @@ from megatron_troll.config import RewardConfig, RolloutConfig, Sampling
 from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import write_base
 from megatron_troll.data.order import PromptOrder
+from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.rewards.score import Scorer
@@ -81,7 +82,7 @@ def run(tokenizer: Any) -> Callable[..., Any]:
 
     def make(kinds: Sequence[str], prompts: int, refill: int) -> Any:
         chats = [Prompt(f"{kind}-{i}", (Message("user", f"sort {i}"),), "12") for i, kind in enumerate(kinds)]
-        train = tokenized(chats, tokenizer)
+        train = tokenized(chats, ChatTemplate(tokenizer))
         config = RolloutConfig(prompts=prompts, samples=SAMPLES, refill=refill)
         return SimpleNamespace(
             task=SimpleNamespace(
