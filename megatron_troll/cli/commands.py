@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
-from megatron_troll.config import Config, ConfigError, RunPaths
-from megatron_troll.config.load import dump, load
+from megatron_troll.config import Config, ConfigError
+from megatron_troll.config.load import dump
 from megatron_troll.launch.local import launch
+from megatron_troll.observe.opened import load_opened
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.system import Interrupts, watched
 
@@ -246,8 +247,7 @@ def _reported(job: Job) -> Iterator[None]:
 
 
 def _load(arguments: Namespace) -> Config:
-    path = Path(arguments.config)
-    return load(RunPaths(path).config if path.is_dir() else path, arguments.overrides)
+    return load_opened(arguments.config, arguments.overrides)
 
 
 def _say_next(config: Config) -> None:

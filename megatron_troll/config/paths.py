@@ -22,6 +22,10 @@ class RunPaths:
         return self.root / "config.yaml"
 
     @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 

@@ -363,13 +363,32 @@ class Observe(Node):
     )
 
 
+MadeWith = Literal[
+    "data", "held_out", "tokenizer", "template", "stop_tokens", "reference", "rewards", "methods"
+]
+
+
+class Resume(Node):
+    """Continue a run, as `resume: true` does, although something that it was made with has changed."""
+
+    accept: tuple[MadeWith, ...] = Field(
+        default=(),
+        description="parts that may differ from what the checkpoint was made with: data (training prompts), "
+        "held_out (held-out prompts), tokenizer (its files), template (of chats), stop_tokens, reference "
+        "(its weights), rewards (your reward's code), methods (code of your methods and your engine)",
+    )
+
+
 class Config(Node):
     """A run."""
 
     name: str = Field(description="the run folder is runs/<name>")
     runs: str = Field(default="runs", description="folder of the run folders")
     seed: Natural = Field(default=0, description="of prompt order, sampling and random weights")
-    resume: bool = Field(default=False, description="continue from the newest checkpoint of the run folder")
+    resume: bool | Resume = Field(
+        default=False,
+        description="continue from the newest checkpoint of the run folder; a mapping continues too",
+    )
     models: Models
     data: Data | None = Field(default=None, description="not needed by `mtroll eval`")
     rollout: RolloutConfig = RolloutConfig()
@@ -383,6 +402,11 @@ class Config(Node):
     observe: Observe = Observe()
     launch: Launch = Launch()
     serve: Serve = Serve()
+
+    @property
+    def accepted(self) -> tuple[MadeWith, ...]:
+        """What may differ from what the checkpoint that is continued was made with."""
+        return self.resume.accept if isinstance(self.resume, Resume) else ()
 
     @property
     def policy(self) -> Model:

@@ -55,7 +55,7 @@ class RunFolder(RunPaths):
         or `resume` is false. Neither file is touched then.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / "lock", "a+") as lock:
+        with open(self.lock, "a+") as lock:
             self._take(lock)
             self._check(config_yaml, resume)
             write_atomic(self.config, config_yaml)
@@ -64,10 +64,14 @@ class RunFolder(RunPaths):
 
     def check(self, config_yaml: str, resume: bool) -> None:
         """Raise RunFolderError if `open` would raise it now. Writes nothing."""
-        if (self.root / "lock").exists():
-            with open(self.root / "lock", "r+") as lock:
+        if self.lock.exists():
+            with open(self.lock, "r+") as lock:
                 self._lock(lock)
         self._check(config_yaml, resume)
+
+    def was_opened(self) -> bool:
+        """Whether a run has written here, or had only begun to."""
+        return self.lock.exists() or self.holds_run()
 
     def holds_run(self) -> bool:
         """Whether results, checkpoints or rollouts would be lost or mixed if another run started here."""
@@ -78,6 +82,13 @@ class RunFolder(RunPaths):
         return figures or any(
             folder.is_dir() and any(folder.iterdir()) for folder in (self.checkpoints, self.rollouts)
         )
+
+    def lost(self, step: int) -> str:
+        """A remark for a run that continues from `step`, if a later step was saved and is gone; else ""."""
+        if not self.saved.is_file() or not (text := self.saved.read_bytes().strip()).isdigit():
+            return ""
+        later = int(text)
+        return f" (step {later} was saved too, and its checkpoint is gone)" if later > step else ""
 
     def _take(self, lock: IO[str]) -> None:
         self._lock(lock)

@@ -68,10 +68,14 @@ class Run:
         """Load the newest checkpoint if `resume` is set and one exists; otherwise start at step 0. Blocks."""
         # Only one rank looks: a network file system may show other ranks an older state.
         there = self.session.world.first(lambda: self.checkpoints.latest() is not None)
+        folder, say = self.session.folder, self.session.progress.say
         if not (self.task.config.resume and there):
+            if self.task.config.resume:
+                say(f"nothing to resume in {folder.root}: starting at step 0")
             self.session.begin_at(0)
             return TrainState()
         state = TrainState(**self.checkpoints.load())
+        say(f"continuing from step {state.step} of {folder.root}{folder.lost(state.step)}")
         self.order.seek(state.position)
         prompts = {prompt.id: prompt for prompt in self.task.prompts.train}
         self.pending.read(self.checkpoints.path(state.step), prompts)
