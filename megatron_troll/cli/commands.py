@@ -49,7 +49,12 @@ class Job[Prep: Prepared]:
 
 
 def train(arguments: Namespace) -> int:
-    with started(arguments, "train", _task) as job:
+    def check(task: "Task") -> None:
+        from megatron_troll.run.made_with import continued
+
+        continued(task)
+
+    with started(arguments, "train", _task, check) as job:
         if job.task is not None:
             from megatron_troll import loop
 
@@ -195,9 +200,9 @@ def started[Prep: Prepared](
         job = Job[Prep](Interrupts())
         try:
             task = prepare(_load(arguments))
+            folder, config = RunFolder.of(task.config), task.config
+            folder.check(dump(config), bool(config.resume), config.accepted)
             check(task)
-            folder = RunFolder.of(task.config)
-            folder.check(dump(task.config), task.config.resume)
             folder.logs.mkdir(parents=True, exist_ok=True)
         except (*PROBLEMS, RunFolderError) as error:
             job.code = _refuse(error)

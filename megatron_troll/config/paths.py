@@ -49,6 +49,11 @@ class RunPaths:
         return self.root / "saved"
 
     @property
+    def changes(self) -> Path:
+        """File of what was changed on purpose between the checkpoints of the run; missing if nothing was."""
+        return self.root / "changes.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "eval.json"
 

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from megatron_troll.config import RunPaths
+from megatron_troll.config import MadeWith, RunPaths
 from megatron_troll.mcore.checkpoint_folder import steps
 from megatron_troll.system import write_atomic
 
@@ -35,6 +35,23 @@ CHANGEABLE = (
     "launch.*",
     "serve.*",
 )
+# Keys that may change together with what a run is made with, if `resume.accept` names it.
+ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
+    "data": (
+        "data.files",
+        "data.schema",
+        "data.malformed",
+        "data.overlong_prompts",
+        "data.max_prompt_tokens",
+    ),
+    "held_out": ("data.held_out",),
+    "tokenizer": ("models.policy.path", "models.rollout.path"),
+    "template": ("data.template_arguments", "data.template_arguments.*"),
+    "stop_tokens": ("rollout.sampling.stop",),
+    "reference": ("models.reference.path",),
+    "rewards": ("reward.*",),
+    "methods": (),
+}
 ABSENT = "(absent)"
 
 
@@ -47,27 +64,27 @@ class RunFolder(RunPaths):
     """The folder of one run. Any rank may hold one; only rank 0 opens it."""
 
     @contextmanager
-    def open(self, config_yaml: str, resume: bool) -> Iterator[None]:
+    def open(self, config_yaml: str, resume: bool, accepted: Sequence[MadeWith] = ()) -> Iterator[None]:
         """Lock the folder until the block ends, write `config_yaml` into it, and delete its `stopped` file.
 
         Raises RunFolderError if another process has the lock, or if the folder holds a run and that run has
-        another config (except for keys in CHANGEABLE), is a finished evaluation or has lost its checkpoints,
-        or `resume` is false. Neither file is touched then.
+        another config (except for keys in CHANGEABLE and those that go with what is `accepted`), is a
+        finished evaluation or has lost its checkpoints, or `resume` is false. Neither file is touched then.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.lock, "a+") as lock:
             self._take(lock)
-            self._check(config_yaml, resume)
+            self._check(config_yaml, resume, accepted)
             write_atomic(self.config, config_yaml)
             self.stopped.unlink(missing_ok=True)
             yield
 
-    def check(self, config_yaml: str, resume: bool) -> None:
+    def check(self, config_yaml: str, resume: bool, accepted: Sequence[MadeWith] = ()) -> None:
         """Raise RunFolderError if `open` would raise it now. Writes nothing."""
         if self.lock.exists():
             with open(self.lock, "r+") as lock:
                 self._lock(lock)
-        self._check(config_yaml, resume)
+        self._check(config_yaml, resume, accepted)
 
     def was_opened(self) -> bool:
         """Whether a run has written here, or had only begun to."""
@@ -112,15 +129,17 @@ class RunFolder(RunPaths):
                 "Set `runs` to a file system that supports POSIX locks."
             ) from error
 
-    def _check(self, config_yaml: str, resume: bool) -> None:
+    def _check(self, config_yaml: str, resume: bool, accepted: Sequence[MadeWith]) -> None:
         if not self.holds_run():
             return
         changed = config_differences(self.config, config_yaml) if self.config.exists() else {}
-        if changed:
+        let_through = {key for key in changed if _goes_with(key, accepted)}
+        if changed.keys() - let_through:
+            changed = {key: pair for key, pair in changed.items() if key not in let_through}
             lines = "\n".join(f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items())
             raise RunFolderError(
                 f"{self.root} holds a run of another config. These keys differ:\n{lines}\n"
-                "Choose another `name`, set them back, or delete the folder."
+                f"Choose another `name`, set them back, or delete the folder.{_advice(changed)}"
             )
         if self.evaluation.exists():
             raise RunFolderError(
@@ -141,13 +160,31 @@ class RunFolder(RunPaths):
 
 def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in the file, value now), for changed keys that a resumed run may not change."""
-    before, after = flatten(yaml.safe_load(old.read_text()) or {}), flatten(yaml.safe_load(new_yaml) or {})
+    before, after = flat_config(old.read_text()), flat_config(new_yaml)
     return {
         key: (before.get(key, ABSENT), after.get(key, ABSENT))
         for key in sorted(before.keys() | after.keys())
         if before.get(key, ABSENT) != after.get(key, ABSENT)
         and not any(fnmatchcase(key, pattern) for pattern in CHANGEABLE)
     }
+
+
+def flat_config(config_yaml: str) -> dict[str, Any]:
+    """The dotted keys of a configuration and their values."""
+    return flatten(yaml.safe_load(config_yaml) or {})
+
+
+def _goes_with(key: str, parts: Iterable[MadeWith]) -> bool:
+    return any(fnmatchcase(key, pattern) for part in parts for pattern in ACCEPTABLE[part])
+
+
+def _advice(changed: Iterable[str]) -> str:
+    """A sentence about `resume.accept`, if that could let all these keys through; else ""."""
+    named = [next((part for part in ACCEPTABLE if _goes_with(key, [part])), None) for key in changed]
+    if None in named:
+        return ""
+    parts = ", ".join(dict.fromkeys(map(str, named)))
+    return f" To continue with the new values: resume.accept=[{parts}]."
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

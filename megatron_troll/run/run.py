@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from megatron_troll.checks import data_of
 from megatron_troll.data.order import PromptOrder
@@ -17,6 +18,7 @@ from megatron_troll.observe.trackers import Summary
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine
 from megatron_troll.run.evaluation import Evaluator, open_engine, open_judged
+from megatron_troll.run.made_with import Continued, continued, note
 from megatron_troll.run.queue import RolloutQueue
 from megatron_troll.run.session import Session, open_session
 from megatron_troll.system import Interrupts, write_atomic
@@ -28,6 +30,9 @@ from megatron_troll.training.reference import open_reference
 from megatron_troll.training.rollout_model import RolloutModel, open_rollout_model
 from megatron_troll.training.trainer import Learner, PolicyTrainer
 from megatron_troll.weights.export import save as export
+
+# Parts of what a run is made with (made_with.py) that rollouts and their rewards come from.
+SAMPLED_WITH = {"data", "tokenizer", "template", "stop_tokens", "rewards", "methods"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class TrainState:
 @dataclass(frozen=True)
 class Run:
     """Everything the loop works with. `policy` is the trained model; `engine` samples from its weights as of
-    the last `sync`, or from those of the `rollout_model` if there is one."""
+    the last `sync`, or from those of the `rollout_model` if there is one. `made_with`: on rank 0 only."""
 
     task: Task
     session: Session
@@ -63,6 +68,7 @@ class Run:
     store: RolloutStore
     checkpoints: Checkpoints
     pending: RolloutQueue
+    made_with: Continued | None = None
 
     def resume(self) -> TrainState:
         """Load the newest checkpoint if `resume` is set and one exists; otherwise start at step 0. Blocks."""
@@ -78,9 +84,19 @@ class Run:
         say(f"continuing from step {state.step} of {folder.root}{folder.lost(state.step)}")
         self.order.seek(state.position)
         prompts = {prompt.id: prompt for prompt in self.task.prompts.train}
-        self.pending.read(self.checkpoints.path(state.step), prompts)
+        if self._redraws():
+            say("batches that were sampled before the change are left out, and their prompts not asked again")
+            self.engine.forget(self.task.config.train.steps)
+        else:
+            self.pending.read(self.checkpoints.path(state.step), prompts)
         self.session.begin_at(state.step + 1)
         return state
+
+    def _redraws(self) -> bool:
+        """Whether batches sampled before an accepted change belong to what has changed. Blocks."""
+        return self.session.world.first(
+            lambda: self.made_with is not None and bool({*self.made_with.changed} & SAMPLED_WITH)
+        )
 
     def save(self, state: TrainState, score: float | None = None) -> None:
         """Save a checkpoint of `state`; `score` is the held-out success of exactly this policy, if known.
@@ -88,9 +104,15 @@ class Run:
         kept answers. Blocks; with checkpoint.asynchronous writing continues in the background."""
         state = replace(state, position=self.pending.position(state.position))
         with self.session.phases("checkpoint"):
-            self.checkpoints.save(state.step, asdict(state), score, self.pending.write)
+            self.checkpoints.save(state.step, asdict(state), score, self._attach)
             self._note_saved()
             self.engine.forget(self.session.world.first(lambda: self.checkpoints.latest() or 0))
+
+    def _attach(self, checkpoint: Path) -> None:
+        """Write what only rank 0 has into a checkpoint."""
+        self.pending.write(checkpoint)
+        if self.made_with is not None:
+            self.made_with.provenance.write(checkpoint)
 
     def _finish_saving(self) -> None:
         self.checkpoints.finish()
@@ -131,6 +153,8 @@ class Run:
         self._finish_saving()
         self.engine.forget(state.step)
         said = remarks(self.task.config.objective, self.task.objective)
+        if self.made_with is not None:
+            said = (*said, *self.made_with.provenance.remarks)
         summary = Summary(state.before, state.after, state.seconds, self.task.config.seed, said)
         config = self.task.config
         if self.rollout_model is not None and config.models.rollout is not None and config.checkpoint.export:
@@ -145,6 +169,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
     with ExitStack() as stack:
         session = stack.enter_context(open_session(config, config.train.steps, interrupts))
         scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
+        made_with = open_made_with(task, session)
         session.progress.say(head_gradient(task.objective))
         policy = open_policy(
             config.policy,
@@ -180,7 +205,23 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy, critic, rollout_model),
             pending=RolloutQueue(config.rollout.staleness, config.train.steps),
+            made_with=made_with,
         )
+
+
+def open_made_with(task: Task, session: Session) -> Continued | None:
+    """What the run is made with, compared to the checkpoint that it continues; None except on rank 0. Raises
+    RunFolderError on every rank if that differs. Blocks."""
+    found: list[Continued] = []
+
+    def compare() -> None:
+        found.append(continued(task))
+        note(session.folder, found[0].provenance)
+
+    session.world.first(compare)
+    for line in (line for each in found for line in each.said):
+        session.progress.say(line)
+    return found[0] if found else None
 
 
 def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:

@@ -147,7 +147,7 @@ def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator
 
 def _take_folder(stack: ExitStack, folder: RunFolder, config: Config, groups: Groups) -> None:
     def take() -> None:
-        stack.enter_context(folder.open(dump(config), config.resume))
+        stack.enter_context(folder.open(dump(config), bool(config.resume), config.accepted))
 
     groups.world.first(take)
 
