@@ -181,8 +181,8 @@ def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
 def masked_line(step: int, masked: int, updates: int) -> str:
     """A warning about updates that no optimizer took."""
     return (
-        f"step {step}: {masked} of {updates} updates not taken, because every token of them is masked: answers "
-        "cut at rollout.sampling.max_tokens (reward.overlong.mode=mask), or aborted by the engine"
+        f"step {step}: {masked} of {updates} updates not taken, because every token of them is masked: "
+        "answers cut at rollout.sampling.max_tokens (reward.overlong.mode=mask), or aborted by the engine"
     )
 
 

@@ -4,12 +4,17 @@ ask a run to stop."""
 import ctypes
 import os
 import signal
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
+from zipfile import BadZipFile
+
+# Raised by json and numpy for a file that is not as it was written.
+DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

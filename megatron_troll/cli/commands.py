@@ -15,6 +15,7 @@ from rich.console import Console
 from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import dump
 from megatron_troll.launch.local import launch
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.observe.opened import load_opened
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.system import Interrupts, watched
@@ -51,7 +52,10 @@ class Job[Prep: Prepared]:
 def train(arguments: Namespace) -> int:
     def check(task: "Task") -> None:
         from megatron_troll.run.made_with import continued
+        from megatron_troll.weights.folder import check_target
 
+        if task.config.checkpoint.export:
+            check_target(RunFolder.of(task.config).hf, Path(task.config.policy.path))
         continued(task)
 
     with started(arguments, "train", _task, check) as job:
@@ -204,7 +208,7 @@ def started[Prep: Prepared](
             folder.check(dump(config), bool(config.resume), config.accepted)
             check(task)
             folder.logs.mkdir(parents=True, exist_ok=True)
-        except (*PROBLEMS, RunFolderError) as error:
+        except (*PROBLEMS, RunFolderError, CheckpointError) as error:
             job.code = _refuse(error)
         else:
             _say(str(task))
@@ -237,7 +241,6 @@ def _launch(arguments: Namespace, name: str, config: Config) -> int:
 def _reported(job: Job) -> Iterator[None]:
     """Turn the errors that a run ends with into a message and an exit code."""
     from megatron_troll.data.rows import DataError
-    from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.rewards.pool import RewardError
     from megatron_troll.rollout.engine import EngineError
     from megatron_troll.training.trainer import Unhealthy

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_troll.mcore import checkpoint_folder as folders
 from megatron_troll.mcore import checkpoint_tensors as tensors
 from megatron_troll.mcore.checkpoint_folder import TENSORS, CheckpointError
+from megatron_troll.mcore.checkpoint_manifest import check, damaged
 from megatron_troll.mcore.checkpoint_pickle import vet
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import described
@@ -148,7 +149,7 @@ class Checkpoints:
         for name, trained in self.trainables.items():
             tensors.restore(trained, loaded[name], manifest["models"][name]["counters"])
         if manifest["layouts"] == self._layouts():
-            self._everywhere(lambda: tensors.restore_rng(_rng_file(path, self._world.rank).read_text()))
+            self._everywhere(lambda: _restore_rng(_rng_file(path, self._world.rank)))
         self._at = manifest["step"]
         return manifest["state"]
 
@@ -190,6 +191,7 @@ class Checkpoints:
 
     def _check(self, path: Path, manifest: dict[str, Any]) -> None:
         """Check on rank 0 that the checkpoint can be read, runs no code, and belongs to these models."""
+        check(path, manifest)
         folders.refuse_newer(path, manifest)
         vet(path / TENSORS)
         self._check_models(path, manifest)
@@ -299,6 +301,13 @@ def layout_of(trained: Trainable) -> dict[str, int]:
 
 def _rng_file(path: Path, rank: int) -> Path:
     return path / f"rng_{rank:05d}.json"
+
+
+def _restore_rng(file: Path) -> None:
+    try:
+        tensors.restore_rng(file.read_text())
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise damaged(file, f"holds no states of random generators ({error})") from None
 
 
 def _reason(error: BaseException) -> str:

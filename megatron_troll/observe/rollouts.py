@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.system import write_atomic
 from megatron_troll.types import Rollout
+
+NAME = re.compile(r"step_([0-9]{6,})\.[0-9]+-of-[0-9]+\.jsonl\.gz")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class RolloutStore:
 
 def stored_steps(root: Path) -> list[int]:
     """Steps of the run that have rollouts, ascending. Raises RunFolderError when there is none."""
-    steps = sorted({step_of(path) for path in RunFolder(root).rollouts.glob("step_*.jsonl.gz")})
+    named = (step_of(path) for path in RunFolder(root).rollouts.glob("step_*.jsonl.gz"))
+    steps = sorted({step for step in named if step is not None})
     if not steps:
         raise RunFolderError(
             f"{root} holds no rollouts in {RunFolder(root).rollouts}. "
@@ -103,6 +107,8 @@ def read_step(root: Path, step: int) -> Iterator[Sample]:
                 yield Sample(**json.loads(line))
 
 
-def step_of(path: Path) -> int:
-    """Step number in a file name: 12 for `step_000012.0-of-4.jsonl.gz`."""
-    return int(path.name.split(".")[0].removeprefix("step_"))
+def step_of(path: Path) -> int | None:
+    """Step number in the name of a file of rollouts: 12 for `step_000012.0-of-4.jsonl.gz`; None for another
+    name, which a run does not write."""
+    named = NAME.fullmatch(path.name)
+    return int(named.group(1)) if named else None

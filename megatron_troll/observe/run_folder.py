@@ -71,8 +71,9 @@ class RunFolder(RunPaths):
         another config (except for keys in CHANGEABLE and those that go with what is `accepted`), is a
         finished evaluation or has lost its checkpoints, or `resume` is false. Neither file is touched then.
         """
+        self._refuse_kinds()
         self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.lock, "a+") as lock:
+        with open(self.lock, "a+", errors="replace") as lock:
             self._take(lock)
             self._check(config_yaml, resume, accepted)
             write_atomic(self.config, config_yaml)
@@ -81,8 +82,9 @@ class RunFolder(RunPaths):
 
     def check(self, config_yaml: str, resume: bool, accepted: Sequence[MadeWith] = ()) -> None:
         """Raise RunFolderError if `open` would raise it now. Writes nothing."""
+        self._refuse_kinds()
         if self.lock.exists():
-            with open(self.lock, "r+") as lock:
+            with open(self.lock, "r+", errors="replace") as lock:
                 self._lock(lock)
         self._check(config_yaml, resume, accepted)
 
@@ -129,10 +131,38 @@ class RunFolder(RunPaths):
                 "Set `runs` to a file system that supports POSIX locks."
             ) from error
 
+    def _refuse_kinds(self) -> None:
+        """Raise RunFolderError for a folder where the run has a file, or the reverse."""
+        files = (
+            self.lock,
+            self.config,
+            self.metrics,
+            self.discarded_metrics,
+            self.summary,
+            self.changes,
+            self.saved,
+            self.stopped,
+        )
+        folders = (
+            self.root,
+            self.checkpoints,
+            self.rollouts,
+            self.rollouts / "discarded",
+            self.tensorboard,
+            self.heartbeat,
+            self.logs,
+        )
+        for path in files:
+            if path.exists() and not path.is_file():
+                raise RunFolderError(f"{path} is no file, and the run has a file there: move it away")
+        for path in folders:
+            if path.exists() and not path.is_dir():
+                raise RunFolderError(f"{path} is no folder, and the run has a folder there: move it away")
+
     def _check(self, config_yaml: str, resume: bool, accepted: Sequence[MadeWith]) -> None:
         if not self.holds_run():
             return
-        changed = config_differences(self.config, config_yaml) if self.config.exists() else {}
+        changed = config_differences(self.config, config_yaml)
         let_through = {key for key in changed if _goes_with(key, accepted)}
         if changed.keys() - let_through:
             changed = {key: pair for key, pair in changed.items() if key not in let_through}
@@ -151,7 +181,7 @@ class RunFolder(RunPaths):
                 "Continue it with resume=true, choose another `name`, or delete the folder."
             )
         if self.saved.exists() and not steps(self.checkpoints):
-            step = self.saved.read_text().strip()
+            step = self.saved.read_text(errors="replace").strip()
             raise RunFolderError(
                 f"{self.checkpoints} holds no checkpoint any longer, and step {step} was saved there. "
                 f"Restore one, choose another `name`, or delete {self.saved} to start from step 0."
@@ -159,8 +189,17 @@ class RunFolder(RunPaths):
 
 
 def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (value in the file, value now), for changed keys that a resumed run may not change."""
-    before, after = flat_config(old.read_text()), flat_config(new_yaml)
+    """Dotted key -> (value in the file, value now), for changed keys that a resumed run may not change.
+    Raises RunFolderError if the file is missing or damaged."""
+    try:
+        before = flat_config(old.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunFolderError(
+            f"{old} cannot be read, so that its run cannot be compared to this one: {reason}. "
+            "Restore it, choose another `name`, or delete the folder."
+        ) from None
+    after = flat_config(new_yaml)
     return {
         key: (before.get(key, ABSENT), after.get(key, ABSENT))
         for key in sorted(before.keys() | after.keys())
@@ -170,8 +209,12 @@ def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
 
 
 def flat_config(config_yaml: str) -> dict[str, Any]:
-    """The dotted keys of a configuration and their values."""
-    return flatten(yaml.safe_load(config_yaml) or {})
+    """The dotted keys of a configuration and their values. Raises ValueError if it is no mapping, YAMLError
+    if it is no YAML."""
+    tree = yaml.safe_load(config_yaml)
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no mapping of keys to values")
+    return flatten(tree)
 
 
 def _goes_with(key: str, parts: Iterable[MadeWith]) -> bool:

@@ -10,18 +10,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast, get_args
-from zipfile import BadZipFile
+from typing import Any, TypedDict, cast, get_args
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from megatron_troll.checks import data_of
 from megatron_troll.config import MadeWith
 from megatron_troll.config.load import dump
 from megatron_troll.mcore.checkpoint_folder import path_of, steps
+from megatron_troll.mcore.checkpoint_manifest import damaged, resumable
 from megatron_troll.observe.run_folder import ACCEPTABLE, RunFolder, RunFolderError, flat_config
 from megatron_troll.run import digest
-from megatron_troll.system import write_atomic
+from megatron_troll.run.state import read_state
+from megatron_troll.system import DAMAGED, write_atomic
 from megatron_troll.task import Task
 from megatron_troll.weights.folder import COMPANIONS
 
@@ -55,6 +57,21 @@ class Part:
         return (self.count, self.hash, self.settings) == (other.count, other.hash, other.settings)
 
 
+class Change(TypedDict):
+    """A change of a part between two checkpoints, that the user accepted after `step`."""
+
+    step: int
+    part: str
+    what: str
+
+
+class _Content(TypedDict):
+    """The content of made_with.json."""
+
+    parts: dict[str, Part]
+    changes: list[Change]
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What a run is made with, on the rank that writes checkpoints. trained: uint64 hashes of the texts of
@@ -64,7 +81,7 @@ class Provenance:
     parts: dict[str, Part]
     trained: np.ndarray
     earlier: np.ndarray
-    changes: tuple[dict[str, Any], ...] = ()
+    changes: tuple[Change, ...] = ()
 
     @classmethod
     def of(cls, task: Task) -> "Provenance":
@@ -101,33 +118,37 @@ class Continued:
 
 
 def read(checkpoint: Path) -> Provenance | None:
-    """The record of a checkpoint; None if it was written without. Raises RunFolderError if it is damaged."""
+    """The record of a checkpoint; None if it was written without. Raises CheckpointError if it is damaged."""
     if not (checkpoint / RECORD).exists() and not (checkpoint / TRAINED_ON).exists():
         return None
     try:
-        content = json.loads((checkpoint / RECORD).read_text())
-        parts = {name: Part(**part) for name, part in content["parts"].items()}
-        changes = tuple(dict(change) for change in content["changes"])
+        content = TypeAdapter(_Content).validate_json((checkpoint / RECORD).read_bytes())
+    except (OSError, ValueError) as error:
+        raise damaged(checkpoint / RECORD, f"cannot be read ({str(error).splitlines()[0]})") from None
+    try:
         with np.load(checkpoint / TRAINED_ON, allow_pickle=False) as file:
-            return Provenance(parts, file["trained"], file["earlier"], changes)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, BadZipFile) as error:
-        raise RunFolderError(
-            f"{checkpoint / RECORD} or {TRAINED_ON} beside it is damaged ({type(error).__name__}: {error}): "
-            f"restore them, or delete {checkpoint} to continue from the checkpoint before it"
-        ) from None
+            trained, earlier = (
+                file[name].astype(np.uint64, casting="safe") for name in ("trained", "earlier")
+            )
+    except DAMAGED as error:
+        raise damaged(checkpoint / TRAINED_ON, f"cannot be read ({type(error).__name__}: {error})") from None
+    return Provenance(content["parts"], trained.ravel(), earlier.ravel(), tuple(content["changes"]))
 
 
 def continued(task: Task) -> Continued:
     """Compare what `task` is made with to the newest checkpoint of its run folder, if it continues one.
 
-    Raises RunFolderError if something has changed that `resume.accept` does not name, or if held-out prompts
-    have been trained on; OSError if a file cannot be read. Writes nothing.
+    Raises CheckpointError if that cannot be continued; RunFolderError if something has changed that
+    `resume.accept` does not name, or if held-out prompts have been trained on; OSError if a file cannot be
+    read. Writes nothing.
     """
     now, folder = Provenance.of(task), RunFolder.of(task.config)
-    found = steps(folder.checkpoints) if task.config.resume else []
-    if not found:
+    if not (task.config.resume and steps(folder.checkpoints)):
         return Continued(now)
-    checkpoint = path_of(folder.checkpoints, found[-1])
+    manifest = resumable(folder.checkpoints)
+    step = manifest["step"]
+    checkpoint = path_of(folder.checkpoints, step)
+    read_state(checkpoint, manifest)
     before = read(checkpoint)
     if before is None:
         return Continued(
@@ -137,7 +158,7 @@ def continued(task: Task) -> Continued:
                 "tokenizer, reference and rewards are not compared",
             ),
         )
-    return _compared(before, now, task, found[-1])
+    return _compared(before, now, task, step)
 
 
 def _compared(before: Provenance, now: Provenance, task: Task, step: int) -> Continued:
@@ -158,7 +179,7 @@ def _compared(before: Provenance, now: Provenance, task: Task, step: int) -> Con
     if "data" in differing:
         earlier = np.union1d(before.earlier, before.trained)
     _refuse_trained(task, np.union1d(before.earlier, before.trained), step)
-    new = [{"step": step, "part": name, "what": what} for name, what in differing.items()]
+    new = [Change(step=step, part=name, what=what) for name, what in differing.items()]
     said = tuple(f"WARNING: {name} has changed since step {step}: {what}" for name, what in differing.items())
     provenance = replace(now, earlier=earlier, changes=(*before.changes, *new))
     return Continued(provenance, said, tuple(differing))

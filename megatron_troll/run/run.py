@@ -21,6 +21,7 @@ from megatron_troll.run.evaluation import Evaluator, open_engine, open_judged
 from megatron_troll.run.made_with import Continued, continued, note
 from megatron_troll.run.queue import RolloutQueue
 from megatron_troll.run.session import Session, open_session
+from megatron_troll.run.state import TrainState
 from megatron_troll.system import Interrupts, write_atomic
 from megatron_troll.task import Task
 from megatron_troll.training.build import open_policy
@@ -33,21 +34,6 @@ from megatron_troll.weights.export import save as export
 
 # Parts of what a run is made with (made_with.py) that rollouts and their rewards come from.
 SAMPLED_WITH = {"data", "tokenizer", "template", "stop_tokens", "rewards", "methods"}
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """State of a run: rollout batches trained on, prompts used, seconds spent, consecutive batches with
-    skipped updates, held-out success before training and at the last evaluation, and the rollout model's
-    distillation weight for the next batch (None: the configured one)."""
-
-    step: int = 0
-    position: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    before: float | None = None
-    after: float | None = None
-    distill_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,16 +66,17 @@ class Run:
                 say(f"nothing to resume in {folder.root}: starting at step 0")
             self.session.begin_at(0)
             return TrainState()
-        state = TrainState(**self.checkpoints.load())
+        state = TrainState(**self.checkpoints.load())  # read_state has checked the fields
         say(f"continuing from step {state.step} of {folder.root}{folder.lost(state.step)}")
         self.order.seek(state.position)
         prompts = {prompt.id: prompt for prompt in self.task.prompts.train}
         if self._redraws():
-            say("batches that were sampled before the change are left out, and their prompts not asked again")
+            say("answers that were sampled before the change and not yet trained on are left out")
             self.engine.forget(self.task.config.train.steps)
         else:
             self.pending.read(self.checkpoints.path(state.step), prompts)
-        self.session.begin_at(state.step + 1)
+        # A run that was asked to stop before its first evaluation has no row of step 0 yet.
+        self.session.begin_at(0 if state.before is None and state.step == 0 else state.step + 1)
         return state
 
     def _redraws(self) -> bool:

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,8 @@ from megatron_troll.weights.export import save as export
 
 @dataclass
 class Session:
-    """One rank's view of a running job. `trackers` exists on rank 0 only."""
+    """One rank's view of a running job. `trackers` exists on rank 0 only; `losses` says there what the run's
+    records lack."""
 
     config: Config
     folder: RunFolder
@@ -40,6 +41,7 @@ class Session:
     pace: Pace
     started: float
     trackers: Together | None = field(default=None)
+    losses: tuple[str, ...] = ()
 
     @property
     def world(self) -> Group:
@@ -53,10 +55,12 @@ class Session:
 
     def begin_at(self, step: int) -> None:
         """Start to log at `step`: metrics that are already there from this step on are set aside, and the
-        trackers are opened. Blocks."""
+        trackers are opened. Rows that are lost are said. Blocks."""
 
         def begin() -> None:
-            rewind(self.folder, step - 1)
+            self.losses = rewind(self.folder, step - 1).remarks(self.folder)
+            for line in self.losses:
+                self.progress.say(f"WARNING: {line}")
             self.trackers = open_trackers(
                 self.folder, self.config.observe, self.config.model_dump(by_alias=True), step
             )
@@ -82,7 +86,8 @@ class Session:
             # The plotting libraries take a second to import: only the rank that plots waits for them.
             from megatron_troll.observe.report import report
 
-            write_summary(self.folder.summary, summary)
+            told = (*summary.remarks, *self.losses)
+            write_summary(self.folder.summary, replace(summary, remarks=told))
             report([self.folder.root], self.folder.report)
 
         self.world.first(write)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from megatron_troll.config.load import load
-from megatron_troll.observe.run_folder import RunFolderError
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.run import digest
 from megatron_troll.run.made_with import TRAINED_ON, Continued, Provenance, continued, note, read
 from megatron_troll.task import Task, prepare
 from tests.unit.demo_task import line
+from tests.unit.run.stored import store
 
 CONFIG = """
 name: first
@@ -66,14 +68,21 @@ class Place:
         return self.folder / "runs" / "first" / "checkpoints" / f"step_{step:06d}"
 
     def save(self, step: int, provenance: Provenance) -> None:
-        self.checkpoint(step).mkdir(parents=True)
-        provenance.write(self.checkpoint(step))
+        store(self.checkpoint(step).parent, step, provenance.write)
 
     def resume(self, *overrides: str) -> Continued:
         return continued(self.task("resume=true", *overrides))
 
+    def resize(self, name: str, content: bytes) -> None:
+        """Replace a file of the checkpoint, whose manifest then has its size."""
+        (self.checkpoint(2) / name).write_bytes(content)
+        path = self.checkpoint(2) / "checkpoint.json"
+        manifest = json.loads(path.read_text())
+        manifest["files"][name] = len(content)
+        path.write_text(json.dumps(manifest))
+
     def refusal(self, *overrides: str) -> str:
-        with pytest.raises(RunFolderError) as caught:
+        with pytest.raises((RunFolderError, CheckpointError)) as caught:
             self.resume(*overrides)
         return str(caught.value)
 
@@ -215,8 +224,6 @@ def test_an_accepted_change_stays_in_the_record_and_is_not_asked_about_again(pla
     (remark,) = found.provenance.remarks
     assert remark.startswith("after step 2, data was changed on purpose: 10 training prompts (hash ")
     task = place.task("resume=true")
-    from megatron_troll.observe.run_folder import RunFolder
-
     note(RunFolder.of(task.config), found.provenance)
     (change,) = json.loads((place.folder / "runs/first/changes.json").read_text())
     assert (change["step"], change["part"]) == (2, "data")
@@ -228,8 +235,8 @@ def test_settings_that_went_with_an_accepted_change_are_in_the_record(place: Pla
 
 
 def test_a_checkpoint_of_an_earlier_release_continues_and_says_so(place: Place) -> None:
-    for path in place.checkpoint(2).iterdir():
-        path.unlink()
+    shutil.rmtree(place.checkpoint(2))
+    store(place.checkpoint(2).parent, 2)
     place.write("prompts.jsonl", "".join(map(line, range(5))).encode())
     found = place.resume()
     assert found.changed == ()
@@ -248,16 +255,16 @@ def test_a_new_run_and_one_without_a_checkpoint_have_nothing_to_compare(place: P
     "damage", [b"", b"{}", b'{"parts": []}', b'{"parts": {"data": 3}}', b"\xff\xfe", b"[1]"]
 )
 def test_a_damaged_record_is_refused_by_its_path(place: Place, damage: bytes) -> None:
-    (place.checkpoint(2) / "made_with.json").write_bytes(damage)
-    assert "step_000002/made_with.json" in place.refusal()
+    place.resize("made_with.json", damage)
+    assert "step_000002/made_with.json cannot be read (" in place.refusal()
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"\x93NUMPY"])
 def test_a_damaged_list_of_prompts_is_refused_by_its_path(place: Place, damage: bytes) -> None:
-    (place.checkpoint(2) / TRAINED_ON).write_bytes(damage)
-    assert "step_000002/made_with.json" in place.refusal()
+    place.resize(TRAINED_ON, damage)
+    assert f"step_000002/{TRAINED_ON} cannot be read (" in place.refusal()
     (place.checkpoint(2) / TRAINED_ON).unlink()
-    assert "damaged" in place.refusal()
+    assert f"step_000002/{TRAINED_ON} is missing: the checkpoint is damaged" in place.refusal()
 
 
 def test_a_record_reads_back_as_it_was_written(place: Place) -> None:
