@@ -4,14 +4,18 @@ ask a run to stop."""
 import ctypes
 import os
 import signal
+import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from zipfile import BadZipFile
+
+# The variable with the descriptor to which a rank writes its last words.
+LAST_WORDS = "MTROLL_LAST_WORDS"
 
 # Raised by json and numpy for a file that is not as it was written.
 DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, BadZipFile, zlib.error)
@@ -26,6 +30,17 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def last_words(text: str) -> None:
+    """Say on stderr why this process ends, and in memory to the launcher, if it has one: the log of a rank
+    lies in the run folder, whose disk may be full."""
+    with suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    if LAST_WORDS in os.environ:
+        with suppress(OSError):
+            os.write(int(os.environ[LAST_WORDS]), f"{text}\n".encode(errors="replace"))
 
 
 def flush(path: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import os
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
@@ -17,8 +19,9 @@ from megatron_troll.config.load import dump
 from megatron_troll.launch.local import launch
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.observe.opened import load_opened
+from megatron_troll.observe.progress import show
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
-from megatron_troll.system import Interrupts, watched
+from megatron_troll.system import Interrupts, last_words, watched
 
 if TYPE_CHECKING:
     from megatron_troll.evals.task import EvalTask
@@ -212,9 +215,14 @@ def started[Prep: Prepared](
             job.code = _refuse(error)
         else:
             _say(str(task))
-            job.code = _launch(arguments, name, task.config)
+            try:
+                job.code = _launch(arguments, name, task.config)
+            except OSError as error:
+                sys.stderr.write(f"the ranks cannot be started: {error}\n")
+                job.code = FAILED
         yield job
         return
+    sys.excepthook = _tell_bug
     with watched() as interrupts:
         # Imported inside: the import takes seconds, in which a request to stop must be remembered.
         from megatron_troll.task import PROBLEMS
@@ -248,10 +256,16 @@ def _reported(job: Job) -> Iterator[None]:
     try:
         yield
     except (RunFolderError, ConfigError, DataError) as error:
-        job.code = _refuse(error)
+        last_words(str(error))
+        job.code = REFUSED
     except (CheckpointError, EngineError, RewardError, Unhealthy, OSError) as error:
-        sys.stderr.write(f"{error}\n")
+        last_words(str(error))
         job.code = FAILED
+
+
+def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show an error that is a bug where a full disk cannot hide it."""
+    last_words("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def _load(arguments: Namespace) -> Config:
@@ -274,7 +288,7 @@ def _say_next(config: Config) -> None:
 
 
 def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    show(Console(), text)
 
 
 def _refuse(error: Exception) -> int:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_troll.config import Config
+from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import load, read
 from megatron_troll.observe.run_folder import RunFolder
 
@@ -27,6 +27,8 @@ def _place(file: Path) -> list[str]:
         return []
     root = folder.root if folder.root.name not in ("", "..") else folder.root.resolve()
     said = read(file).plain()
+    if not said:
+        raise ConfigError(f"{file}: it is empty, and should hold the configuration of its run: restore it")
     before = Path(str(said.get("runs", "runs"))) / str(said.get("name", ""))
     if before.resolve() == root.resolve():
         return []

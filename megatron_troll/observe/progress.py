@@ -1,7 +1,9 @@
 """Progress display: a live panel on a terminal, otherwise one line per step; only on rank 0."""
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol, Self
 
 from rich.console import Console, Group
@@ -89,7 +91,22 @@ class LogLines(Silent):
         self.say(" | ".join(parts))
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        show(self._console, text)
+
+
+def show(console: Console, text: str) -> None:
+    """Print a line, never wrapped. If it cannot be written, because the reader of a pipe has gone (`mtroll
+    train ... | head`) or a disk is full, this is said on stderr, and the rest of stdout is dropped: a run does
+    not end for want of a reader, and metrics.jsonl has its figures."""
+    try:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    except OSError as error:
+        # What Python still holds back would fail again when the process ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        with suppress(OSError):
+            sys.stderr.write(f"nothing is printed any longer: {error}\n")
 
 
 class LivePanel:

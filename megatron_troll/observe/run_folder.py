@@ -142,6 +142,8 @@ class RunFolder(RunPaths):
             self.changes,
             self.saved,
             self.stopped,
+            self.report,
+            self.curves,
         )
         folders = (
             self.root,

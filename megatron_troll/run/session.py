@@ -85,10 +85,14 @@ class Session:
         def write() -> None:
             # The plotting libraries take a second to import: only the rank that plots waits for them.
             from megatron_troll.observe.report import report
+            from megatron_troll.observe.runs import NoMetricsError
 
             told = (*summary.remarks, *self.losses)
             write_summary(self.folder.summary, replace(summary, remarks=told))
-            report([self.folder.root], self.folder.report)
+            try:
+                report([self.folder.root], self.folder.report)
+            except NoMetricsError as error:
+                self.progress.say(f"no report: {error}")
 
         self.world.first(write)
 

@@ -101,7 +101,11 @@ def join(seat: Seat, logs: Path, interface: str | None) -> dict[str, str]:
 def blame(logs: Path, failure: Failure) -> None:
     """Write a file per failing rank; names sort by time, and the job ends by printing the first one."""
     name = f"{time.time_ns():020d}_rank_{failure.rank.number}"
-    write_atomic(logs / FAILED / name, f"{failure} (on {socket.gethostname()}; {failure.rank.stderr})\n")
+    told = f"{failure} (on {socket.gethostname()}; {failure.rank.stderr})\n"
+    try:
+        write_atomic(logs / FAILED / name, told)
+    except OSError as error:
+        sys.stderr.write(f"{told}{error}\n")
 
 
 if __name__ == "__main__":
