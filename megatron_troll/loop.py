@@ -146,7 +146,7 @@ def rescued(run: Run, state: TrainState) -> Iterator[None]:
                 run.save(state)
                 run.checkpoints.finish()
             except (CheckpointError, OSError) as second:
-                raise CheckpointError(f"{error}\n{second}") from error
+                raise CheckpointError(f"{error}\n{second}\n{run.usable()}") from error
             run.session.progress.say(f"step {state.step} is saved: continue with resume=true")
         raise
 

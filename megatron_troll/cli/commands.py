@@ -19,7 +19,7 @@ from megatron_troll.config.load import dump
 from megatron_troll.launch.local import launch
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.observe.opened import load_opened
-from megatron_troll.observe.progress import show
+from megatron_troll.observe.progress import Terminal, show
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.system import Interrupts, last_words, watched
 
@@ -288,7 +288,7 @@ def _say_next(config: Config) -> None:
 
 
 def _say(text: str) -> None:
-    show(Console(), text)
+    show(Terminal(), text)
 
 
 def _refuse(error: Exception) -> int:

@@ -45,6 +45,14 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(name.group(1)) for name in names if name)
 
 
+def room(folder: Path) -> str:
+    """The room on the disk of `folder` in words: bytes, and files where their number is limited."""
+    disk = os.statvfs(folder)
+    space = f"{disk.f_bavail * disk.f_frsize / 2**30:.1f} GiB"
+    files = f" and {disk.f_favail} files" if disk.f_files else ""
+    return f"{space}{files} are free there"
+
+
 def draft(folder: Path, step: int) -> Path:
     """Create a new folder to write a checkpoint into. Removes unfinished ones of killed runs."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,9 @@ from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import load, read
 from megatron_troll.observe.run_folder import RunFolder
 
+# The last key that a run writes into its config.yaml.
+LAST = next(reversed(Config.model_fields))
+
 
 def load_opened(given: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file, or of the run folder `given` (its config.yaml names it too).
@@ -27,8 +30,10 @@ def _place(file: Path) -> list[str]:
         return []
     root = folder.root if folder.root.name not in ("", "..") else folder.root.resolve()
     said = read(file).plain()
-    if not said:
-        raise ConfigError(f"{file}: it is empty, and should hold the configuration of its run: restore it")
+    if LAST not in said or not file.read_bytes().endswith(b"\n"):
+        raise ConfigError(
+            f"{file}: it is cut short, and should hold the configuration of its run: restore it"
+        )
     before = Path(str(said.get("runs", "runs"))) / str(said.get("name", ""))
     if before.resolve() == root.resolve():
         return []

@@ -1,6 +1,5 @@
 """Progress display: a live panel on a terminal, otherwise one line per step; only on rank 0."""
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -12,6 +11,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from megatron_troll.system import drop
 
 # Rows of the panel: label, field of metrics.jsonl, format, unit.
 SHOWN = (
@@ -94,17 +95,21 @@ class LogLines(Silent):
         show(self._console, text)
 
 
+class Terminal(Console):
+    """A console that reports a pipe without a reader like any other failure; rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 def show(console: Console, text: str) -> None:
     """Print a line, never wrapped. If it cannot be written, because the reader of a pipe has gone (`mtroll
-    train ... | head`) or a disk is full, this is said on stderr, and the rest of stdout is dropped: a run does
-    not end for want of a reader, and metrics.jsonl has its figures."""
+    train ... | head`) or a disk is full, this is said on stderr, and the rest of stdout is dropped: a run
+    does not end for want of a reader, and metrics.jsonl has its figures."""
     try:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     except OSError as error:
-        # What Python still holds back would fail again when the process ends.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        drop(sys.stdout)
         with suppress(OSError):
             sys.stderr.write(f"nothing is printed any longer: {error}\n")
 

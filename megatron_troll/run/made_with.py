@@ -23,7 +23,7 @@ from megatron_troll.mcore.checkpoint_manifest import damaged, resumable
 from megatron_troll.observe.run_folder import ACCEPTABLE, RunFolder, RunFolderError, flat_config
 from megatron_troll.run import digest
 from megatron_troll.run.state import read_state
-from megatron_troll.system import DAMAGED, write_atomic
+from megatron_troll.system import DAMAGED, naming, write_atomic
 from megatron_troll.task import Task
 from megatron_troll.weights.folder import COMPANIONS
 
@@ -96,8 +96,9 @@ class Provenance:
         """Add this record to a checkpoint that is being written."""
         parts = {name: asdict(part) for name, part in self.parts.items()}
         content = {"parts": parts, "changes": self.changes}
-        (checkpoint / RECORD).write_text(json.dumps(content, indent=1))
-        np.savez(checkpoint / TRAINED_ON, allow_pickle=False, trained=self.trained, earlier=self.earlier)
+        with naming(checkpoint):
+            (checkpoint / RECORD).write_text(json.dumps(content, indent=1))
+            np.savez(checkpoint / TRAINED_ON, allow_pickle=False, trained=self.trained, earlier=self.earlier)
 
     @property
     def remarks(self) -> tuple[str, ...]:

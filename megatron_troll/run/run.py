@@ -101,6 +101,13 @@ class Run:
         if self.made_with is not None:
             self.made_with.provenance.write(checkpoint)
 
+    def usable(self) -> str:
+        """One line about the checkpoint from which the run can be continued."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return f"no checkpoint is in {self.checkpoints.folder}: the steps so far are lost"
+        return f"the newest whole checkpoint is {self.checkpoints.path(latest)}: continue with resume=true"
+
     def _finish_saving(self) -> None:
         self.checkpoints.finish()
         self._note_saved()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from megatron_troll.config import Config
 from megatron_troll.config.load import dump
@@ -16,7 +15,7 @@ from megatron_troll.mcore import parallel
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.hang import Watchdog
 from megatron_troll.observe.phases import Pace, Phases
-from megatron_troll.observe.progress import Progress, Silent, open_progress
+from megatron_troll.observe.progress import Progress, Silent, Terminal, open_progress
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.observe.trackers import Summary, Together, open_trackers, write_summary
@@ -132,7 +131,7 @@ def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator
         folder = RunFolder.of(config)
         _take_folder(stack, folder, config, groups)
         first = groups.world.rank == 0
-        progress: Progress = open_progress(Console(), steps, config.name) if first else Silent()
+        progress: Progress = open_progress(Terminal(), steps, config.name) if first else Silent()
         watchdog = Watchdog(
             folder.heartbeat, groups.world.rank, groups.world.size, config.observe.hang_timeout_s
         )
