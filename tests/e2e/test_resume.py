@@ -65,8 +65,8 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(story: Story) -> None:
     [("on-two-stages", "{tp: 1, ep: 1, pp: 2}"), ("on-one-rank", "{tp: 1, ep: 1}")],
 )
 def test_a_run_continues_on_another_layout(story: Story, finished: Workplace, name: str, layout: str) -> None:
-    """Tokens are drawn by keys: the next step draws the same rollouts on any layout, and learns the same. A copy
-    of a run is the place of its run."""
+    """Tokens are drawn by keys: the next step draws the same rollouts on any layout, and learns the same. The
+    copy of a run is the place of its run."""
     shutil.copytree(finished.run("again"), finished.run(name))
     kept = max(int(path.name[5:]) for path in (finished.run(name) / "checkpoints").glob("step_??????"))
     changes = [f"train.steps={kept + 1}", f"models.policy.layout={layout}", "launch.ranks=null"]
