@@ -28,6 +28,7 @@ from megatron_troll.config.node import (
     nearest,
 )
 from megatron_troll.config.paths import RunPaths
+from megatron_troll.config.resume import MadeWith, Resume
 from megatron_troll.config.serving import Mamba, Serve, SGLang
 from megatron_troll.config.tree import (
     Config,
@@ -35,7 +36,6 @@ from megatron_troll.config.tree import (
     CriticOptimizer,
     Data,
     EvalSet,
-    MadeWith,
     Model,
     Models,
     ObjectiveConfig,
@@ -44,7 +44,6 @@ from megatron_troll.config.tree import (
     Overlong,
     PromptFiles,
     ReferenceConfig,
-    Resume,
     RewardConfig,
     RolloutConfig,
     RolloutModelConfig,

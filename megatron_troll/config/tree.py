@@ -27,6 +27,7 @@ from megatron_troll.config.node import (
     PositiveFloat,
     Slot,
 )
+from megatron_troll.config.resume import MadeWith, Resume
 from megatron_troll.config.serving import Launch, Serve, SGLang
 
 
@@ -363,32 +364,13 @@ class Observe(Node):
     )
 
 
-MadeWith = Literal[
-    "data", "held_out", "tokenizer", "template", "stop_tokens", "reference", "rewards", "methods"
-]
-
-
-class Resume(Node):
-    """Continue a run, as `resume: true` does, although something that it was made with has changed."""
-
-    accept: tuple[MadeWith, ...] = Field(
-        default=(),
-        description="parts that may differ from what the checkpoint was made with: data (training prompts), "
-        "held_out (held-out prompts), tokenizer (its files), template (of chats), stop_tokens, reference "
-        "(its weights), rewards (your reward's code), methods (code of your methods and your engine)",
-    )
-
-
 class Config(Node):
     """A run."""
 
     name: str = Field(description="the run folder is runs/<name>")
     runs: str = Field(default="runs", description="folder of the run folders")
     seed: Natural = Field(default=0, description="of prompt order, sampling and random weights")
-    resume: bool | Resume = Field(
-        default=False,
-        description="continue from the newest checkpoint of the run folder; a mapping continues too",
-    )
+    resume: bool | Resume = Field(default=False, description="continue from the run's newest checkpoint")
     models: Models
     data: Data | None = Field(default=None, description="not needed by `mtroll eval`")
     rollout: RolloutConfig = RolloutConfig()
@@ -405,7 +387,7 @@ class Config(Node):
 
     @property
     def accepted(self) -> tuple[MadeWith, ...]:
-        """What may differ from what the checkpoint that is continued was made with."""
+        """Parts that may differ from those the continued checkpoint was made with."""
         return self.resume.accept if isinstance(self.resume, Resume) else ()
 
     @property

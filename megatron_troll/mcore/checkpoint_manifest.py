@@ -1,4 +1,4 @@
-"""What the manifest of a checkpoint (checkpoint.json) and Megatron's own small file must say to be read."""
+"""Checks of the manifest of a checkpoint (checkpoint.json) and of Megatron's own small file beside it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run is made with: a fingerprint in every checkpoint, compared when a run continues from it.
+"""The fingerprint of all that a run is made with: kept in its checkpoints, compared when it continues.
 
 A checkpoint holds `made_with.json` (the parts, and the changes that were accepted) and `trained_on.npz` (a
 hash of each training prompt's text). Checkpoints without them are from earlier releases.
@@ -74,7 +74,7 @@ class _Content(TypedDict):
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a run is made with, on the rank that writes checkpoints. trained: uint64 hashes of the texts of
+    """The fingerprint of a run, on the rank that writes checkpoints. trained: uint64 hashes of the texts of
     the training prompts, in order; earlier: those of prompts trained on before a change of the data; changes:
     what was accepted, oldest first."""
 

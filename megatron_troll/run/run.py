@@ -204,7 +204,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
 
 
 def open_made_with(task: Task, session: Session) -> Continued | None:
-    """What the run is made with, compared to the checkpoint that it continues; None except on rank 0. Raises
+    """The fingerprint of the run, compared to the checkpoint that it continues; None except on rank 0. Raises
     RunFolderError on every rank if that differs. Blocks."""
     found: list[Continued] = []
 
