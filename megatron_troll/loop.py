@@ -75,6 +75,7 @@ def train_step(run: Run, state: TrainState) -> TrainState:
         **synced,
         "lr": run.policy.lr,
         "skipped_updates": learned.skipped,
+        "masked_updates": learned.masked,
         "staleness": step - 1 - waited.trained,
         **ages(rollouts, step),
     }
@@ -89,6 +90,8 @@ def train_step(run: Run, state: TrainState) -> TrainState:
     with rescued(run, state):
         run.session.log(step, metrics, seconds)
         alarm(run, step, metrics)
+        if learned.masked:
+            run.session.progress.say(masked_line(step, learned.masked, config.train.updates))
         guard(run, learned, rollouts, state)
         if failure is not None:
             raise failure
@@ -143,7 +146,7 @@ def rescued(run: Run, state: TrainState) -> Iterator[None]:
                 run.save(state)
                 run.checkpoints.finish()
             except (CheckpointError, OSError) as second:
-                raise CheckpointError(f"{error}\n{second}") from error
+                raise CheckpointError(f"{error}\n{second}\n{run.usable()}") from error
             run.session.progress.say(f"step {state.step} is saved: continue with resume=true")
         raise
 
@@ -173,6 +176,14 @@ def alarm(run: Run, step: int, metrics: dict[str, float]) -> None:
             f"step {step}: {outside:.3f} of the probability has left the old policy's support; raise the "
             "trust region's k, lower its delta, or read the new policy at its own support (support: own)"
         )
+
+
+def masked_line(step: int, masked: int, updates: int) -> str:
+    """A warning about updates that no optimizer took."""
+    return (
+        f"step {step}: {masked} of {updates} updates not taken, because every token of them is masked: "
+        "answers cut at rollout.sampling.max_tokens (reward.overlong.mode=mask), or aborted by the engine"
+    )
 
 
 def guard(run: Run, learned: UpdateResult, rollouts: Sequence[Rollout], state: TrainState) -> None:

@@ -63,6 +63,10 @@ def supervised_step(
     """Take one optimizer step on `chosen` and log it."""
     began = time.perf_counter()
     batches = batcher.supervised(chosen)
+    if not batches:
+        session.progress.say(f"step {step}: not taken, because every token of its demonstrations is masked")
+        session.log(step, {"masked_updates": 1}, time.perf_counter() - began)
+        return
     with session.phases("forward_backward"):
         gradients = trainer.accumulate(batches, [NOTHING] * len(batches), [None] * len(batches))
     with session.phases("optimizer"):

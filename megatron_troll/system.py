@@ -5,23 +5,72 @@ import ctypes
 import os
 import signal
 import socket
+import sys
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
+from zipfile import BadZipFile
+
+# The variable with the descriptor to which a rank writes its last words.
+LAST_WORDS = "MTROLL_LAST_WORDS"
+
+# Raised by json and numpy for a file that is not as it was written.
+DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace `path` in one step: readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with naming(path), open(part, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)  # on a full disk it would take the last room
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add `path` to an OSError of the block that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def last_words(text: str) -> None:
+    """Say on stderr why this process ends, and in memory to the launcher, if it has one: the log of a rank
+    lies in the run folder, whose disk may be full. The launcher keeps what is said first, the cause of what
+    may follow."""
+    try:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    except OSError:
+        drop(sys.stderr)
+    if LAST_WORDS in os.environ:
+        descriptor = int(os.environ[LAST_WORDS])
+        with suppress(OSError):
+            if os.fstat(descriptor).st_size == 0:
+                os.write(descriptor, f"{text}\n".encode(errors="replace"))
+
+
+def drop(stream: TextIO) -> None:
+    """Let whatever is written to `stream` go nowhere. What Python still holds back of it would fail again
+    when the process ends, whose exit code would then be 120."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def flush(path: Path) -> None:

@@ -3,21 +3,25 @@
 import json
 import os
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
-from megatron_troll.config import Config, ConfigError, RunPaths
-from megatron_troll.config.load import dump, load
+from megatron_troll.config import Config, ConfigError
+from megatron_troll.config.load import dump
 from megatron_troll.launch.local import launch
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.observe.opened import load_opened
+from megatron_troll.observe.progress import Terminal, show
 from megatron_troll.observe.run_folder import CONTINUE, RunFolder, RunFolderError
-from megatron_troll.system import Interrupts, watched
-from megatron_troll.terminal import shown
+from megatron_troll.system import Interrupts, last_words, watched
 
 if TYPE_CHECKING:
     from megatron_troll.evals.task import EvalTask
@@ -51,7 +55,15 @@ class Job[Prep: Prepared]:
 
 
 def train(arguments: Namespace) -> int:
-    with started(arguments, "train", _task) as job:
+    def check(task: "Task") -> None:
+        from megatron_troll.run.made_with import continued
+        from megatron_troll.weights.folder import check_target
+
+        if task.config.checkpoint.export:
+            check_target(RunFolder.of(task.config).hf, Path(task.config.policy.path))
+        continued(task)
+
+    with started(arguments, "train", _task, check) as job:
         if job.task is not None:
             from megatron_troll import loop
 
@@ -208,17 +220,22 @@ def started[Prep: Prepared](
         job = Job[Prep](Interrupts())
         try:
             task = prepare(_load(arguments))
+            folder, config = RunFolder.of(task.config), task.config
+            folder.check(dump(config), bool(config.resume), config.accepted, AGAIN.get(name, CONTINUE))
             checked = str(check(task))
-            folder = RunFolder.of(task.config)
-            folder.check(dump(task.config), task.config.resume, AGAIN.get(name, CONTINUE))
             folder.logs.mkdir(parents=True, exist_ok=True)
-        except (*PROBLEMS, RunFolderError) as error:
+        except (*PROBLEMS, RunFolderError, CheckpointError) as error:
             job.code = _refuse(error)
         else:
             _say("\n".join(filter(None, (str(task), checked))))
-            job.code = _launch(arguments, name, task.config)
+            try:
+                job.code = _launch(arguments, name, task.config)
+            except OSError as error:
+                sys.stderr.write(f"the ranks cannot be started: {error}\n")
+                job.code = FAILED
         yield job
         return
+    sys.excepthook = _tell_bug
     with watched() as interrupts:
         # Imported inside: the import takes seconds, in which a request to stop must be remembered.
         from megatron_troll.task import PROBLEMS
@@ -245,7 +262,6 @@ def _launch(arguments: Namespace, name: str, config: Config) -> int:
 def _reported(job: Job) -> Iterator[None]:
     """Turn the errors that a run ends with into a message and an exit code."""
     from megatron_troll.data.rows import DataError
-    from megatron_troll.mcore.checkpoint_folder import CheckpointError
     from megatron_troll.rewards.pool import RewardError
     from megatron_troll.rollout.engine import EngineError
     from megatron_troll.training.trainer import Unhealthy
@@ -253,15 +269,20 @@ def _reported(job: Job) -> Iterator[None]:
     try:
         yield
     except (RunFolderError, ConfigError, DataError) as error:
-        job.code = _refuse(error)
+        last_words(str(error))
+        job.code = REFUSED
     except (CheckpointError, EngineError, RewardError, Unhealthy, OSError) as error:
-        sys.stderr.write(f"{error}\n")
+        last_words(str(error))
         job.code = FAILED
 
 
+def _tell_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show an error that is a bug where a full disk cannot hide it."""
+    last_words("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
 def _load(arguments: Namespace) -> Config:
-    path = Path(arguments.config)
-    return load(RunPaths(path).config if path.is_dir() else path, arguments.overrides)
+    return load_opened(arguments.config, arguments.overrides)
 
 
 def _say_next(config: Config) -> None:
@@ -281,7 +302,7 @@ def _say_next(config: Config) -> None:
 
 
 def _say(text: str) -> None:
-    Console().print(shown(text), markup=False, highlight=False, soft_wrap=True)
+    show(Terminal(), text)
 
 
 def _refuse(error: Exception) -> int:

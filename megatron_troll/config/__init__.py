@@ -29,6 +29,7 @@ from megatron_troll.config.node import (
     nearest,
 )
 from megatron_troll.config.paths import RunPaths
+from megatron_troll.config.resume import MadeWith, Resume
 from megatron_troll.config.serving import Mamba, Serve, SGLang
 from megatron_troll.config.tree import (
     Config,
@@ -63,6 +64,7 @@ __all__ = [
     "Fraction",
     "Layout",
     "LearningRateSchedule",
+    "MadeWith",
     "Mamba",
     "MoE",
     "Model",
@@ -81,6 +83,7 @@ __all__ = [
     "PrecisionAware",
     "PromptFiles",
     "ReferenceConfig",
+    "Resume",
     "RewardConfig",
     "RolloutConfig",
     "RolloutModelConfig",

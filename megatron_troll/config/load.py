@@ -18,7 +18,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     `extends` names a preset, a path relative to the file (it ends with .yaml), or a list of either, later
     ones winning. Mappings merge; a slot whose `name` changes loses the fields of its previous method, and one
-    that is given only fields keeps its default method. Raises ConfigError.
+    that is given only fields keeps its default method; `true` keeps a mapping that stands for it
+    (`resume=true`). Raises ConfigError.
     """
     return assemble([read(Path(path))], overrides)
 
@@ -38,12 +39,15 @@ def overlay(parts: Iterable[YamlValue]) -> YamlValue:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML; `load` reads it back to an equal Config."""
-    return render(config.model_dump(by_alias=True))
+    """The resolved configuration as YAML; `load` reads it back to an equal Config, except that `resume` is
+    true or false: what one start accepts, later starts do not."""
+    return render(config.model_copy(update={"resume": bool(config.resume)}).model_dump(by_alias=True))
 
 
 def merge(base: YamlValue, over: YamlValue, shape: Shape | None) -> YamlValue:
     """Merge `over` on top of `base`; `shape` is what the tree allows here."""
+    if over.value is True and isinstance(base.value, dict) and shape is not None and shape.is_switch:
+        return base
     if not isinstance(base.value, dict) or not isinstance(over.value, dict):
         return over
     kept = base.value

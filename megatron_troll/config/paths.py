@@ -22,6 +22,10 @@ class RunPaths:
         return self.root / "config.yaml"
 
     @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -43,6 +47,11 @@ class RunPaths:
         """File with the step of the newest checkpoint; if all checkpoints are lost, it shows that there were
         some."""
         return self.root / "saved"
+
+    @property
+    def changes(self) -> Path:
+        """File of what was changed on purpose between the checkpoints of the run; missing if nothing was."""
+        return self.root / "changes.json"
 
     @property
     def evaluation(self) -> Path:

@@ -45,6 +45,12 @@ class Shape:
         return self._object().get("additionalProperties") is True and "name" in self.keys
 
     @property
+    def is_switch(self) -> bool:
+        """Whether true, false and a mapping, which means true, are allowed here."""
+        options = [self._follow(option).get("type") for option in self.node.get("anyOf", [])]
+        return {"boolean", "object"} <= set(options)
+
+    @property
     def default_name(self) -> str | None:
         """The method that a slot holds if the configuration names none."""
         return (self.node.get("default") or {}).get("name")

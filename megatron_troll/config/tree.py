@@ -29,6 +29,7 @@ from megatron_troll.config.node import (
     Seconds,
     Slot,
 )
+from megatron_troll.config.resume import MadeWith, Resume
 from megatron_troll.config.serving import Launch, Serve, SGLang
 
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]
@@ -417,7 +418,7 @@ class Config(Node):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="of prompt order, sampling and random weights"
     )
-    resume: bool = Field(default=False, description="continue from the newest checkpoint of the run folder")
+    resume: bool | Resume = Field(default=False, description="continue from the run's newest checkpoint")
     models: Models
     data: Data | None = Field(default=None, description="not needed by `mtroll eval`")
     rollout: RolloutConfig = RolloutConfig()
@@ -431,6 +432,11 @@ class Config(Node):
     observe: Observe = Observe()
     launch: Launch = Launch()
     serve: Serve = Serve()
+
+    @property
+    def accepted(self) -> tuple[MadeWith, ...]:
+        """Parts that may differ from those the continued checkpoint was made with."""
+        return self.resume.accept if isinstance(self.resume, Resume) else ()
 
     @property
     def policy(self) -> Model:

@@ -16,27 +16,38 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_troll.launch.slurm.network import interface_with
-from megatron_troll.system import ASKING, end_with_parent
+from megatron_troll.system import ASKING, LAST_WORDS, end_with_parent
 
 GRACE_S = 15.0
 TAIL_LINES = 40
+LAST_WORDS_BYTES = 100_000
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One process in its own session, and the file to which its stderr is appended from byte `start`."""
+    """One process in its own session, the file to which its stderr is appended from byte `start`, and the
+    descriptor of a file in memory for its last words."""
 
     number: int
     process: subprocess.Popen[bytes]
     stderr: Path
     start: int
+    words: int
 
     def said(self) -> list[str]:
         """The non-empty lines of the rank's stderr since this launch."""
-        with open(self.stderr, "rb") as file:
-            file.seek(self.start)
-            return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        try:
+            with open(self.stderr, "rb") as file:
+                file.seek(self.start)
+                return _lines(file.read())
+        except OSError:  # the run folder is gone
+            return []
+
+    def last_words(self) -> list[str]:
+        """The lines in which the rank said why it ended (system.last_words): on a full disk they are nowhere
+        else."""
+        return _lines(os.pread(self.words, LAST_WORDS_BYTES, 0))
 
     def kill(self) -> None:
         """Kill the rank and every process it started."""
@@ -64,9 +75,13 @@ class Failure:
 
     def __str__(self) -> str:
         """One line: which rank failed, how, and the last line of its stderr."""
-        said = self.rank.said()
+        said = self.rank.last_words() or self.rank.said()
         last = said[-1].strip() if said else f"it wrote nothing to {self.rank.stderr}"
         return f"rank {self.rank.number} failed ({self.reason}): {last}"
+
+
+def _lines(text: bytes) -> list[str]:
+    return [line for line in text.decode(errors="replace").splitlines() if line.strip()]
 
 
 def launch(argv: Sequence[str], ranks: int, threads: int, log_dir: Path, grace_s: float = GRACE_S) -> int:
@@ -136,18 +151,20 @@ def free_port() -> int:
 def _spawn(argv: Sequence[str], env: dict[str, str], number: int, log_dir: Path) -> Rank:
     """Start a rank in its own session: a Ctrl-C at the terminal reaches it only through this process."""
     errors = log_dir / f"rank_{number}.err"
+    words = os.memfd_create(f"rank_{number}")
     with open(errors, "ab") as stderr, open(log_dir / f"rank_{number}.out", "ab") as stdout:
         start = stderr.tell()
         process = subprocess.Popen(
             argv,
-            env=env,
+            env={**env, LAST_WORDS: str(words)},
+            pass_fds=(words,),
             stdin=subprocess.DEVNULL,
             stdout=None if number == 0 else stdout,
             stderr=stderr,
             start_new_session=True,
             preexec_fn=_before_its_program,
         )
-    return Rank(number, process, errors, start)
+    return Rank(number, process, errors, start, words)
 
 
 def _before_its_program() -> None:
@@ -234,4 +251,6 @@ def _tell(failure: Failure) -> None:
     rank, said = failure.rank, failure.rank.said()
     if rank.number != 0 and said:
         sys.stderr.write(f"The end of {rank.stderr}:\n" + "\n".join(said[-TAIL_LINES:]) + "\n")
+    for line in [line for line in rank.last_words() if line not in said]:
+        sys.stderr.write(f"{line}\n")
     sys.stderr.write(f"{failure}\n")

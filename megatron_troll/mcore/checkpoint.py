@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_troll.mcore import checkpoint_folder as folders
 from megatron_troll.mcore import checkpoint_tensors as tensors
 from megatron_troll.mcore.checkpoint_folder import TENSORS, CheckpointError
+from megatron_troll.mcore.checkpoint_manifest import check, damaged
 from megatron_troll.mcore.checkpoint_pickle import vet
 from megatron_troll.mcore.checkpoint_sums import SumsError, check_sums, summing
 from megatron_troll.mcore.optimizer import Trainable
@@ -37,6 +38,9 @@ from megatron_troll.system import end_with_parent, spared
 
 VERSIONED = (folders.MEGATRON, "torch")
 # Raised by Megatron only on the rank that failed; torch's CheckpointException is raised on every rank.
+HELPER_ENDED = "the process that collects what Megatron's writer has written ended, as when it is killed"
+WRITER_ENDED = "the process that writes ended without a result, as when it is killed or memory runs out"
+NO_RESULT = "results_queue should not be empty"  # Megatron's words for it
 LOCAL_FAILURES = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
 
 
@@ -102,7 +106,8 @@ class Checkpoints:
             return
         manifest = self._manifest(step, json.loads(json.dumps(state)), score)
         self._draft = self._once(lambda: self._new_draft(step))
-        self._once(lambda: attach(self._draft))
+        with self._saving():
+            self._once(lambda: attach(self._draft))
         with self._saving(), spared():
             own_results_queue()
             self._everywhere(
@@ -154,7 +159,7 @@ class Checkpoints:
         for name, trained in self.trainables.items():
             tensors.restore(trained, loaded[name], manifest["models"][name]["counters"])
         if manifest["layouts"] == self._layouts():
-            self._everywhere(lambda: tensors.restore_rng(_rng_file(path, self._world.rank).read_text()))
+            self._everywhere(lambda: _restore_rng(_rng_file(path, self._world.rank)))
         self._at = manifest["step"]
         return manifest["state"]
 
@@ -196,6 +201,7 @@ class Checkpoints:
 
     def _check(self, path: Path, manifest: dict[str, Any]) -> None:
         """Check on rank 0 that the checkpoint can be read, runs no code, and belongs to these models."""
+        check(path, manifest)
         folders.refuse_newer(path, manifest)
         vet(path / TENSORS)
         self._check_models(path, manifest)
@@ -277,6 +283,9 @@ class Checkpoints:
             raise self._failed(self._world.broadcast_object(_reason(error), 0)) from error
         except CheckpointError as error:
             raise self._failed(str(error)) from error
+        except (ConnectionError, EOFError) as error:
+            filesystem_async._results_queue = None  # the next save starts another one
+            raise self._failed(f"rank {self._world.rank}: {HELPER_ENDED} ({_reason(error)})") from error
         except LOCAL_FAILURES as error:
             # No collective here: other ranks may be anywhere. This process ends, and then theirs fail too.
             raise self._failed(f"rank {self._world.rank}: {_reason(error)}") from error
@@ -284,9 +293,8 @@ class Checkpoints:
     def _failed(self, reason: str) -> CheckpointError:
         if self._world.rank == 0:
             shutil.rmtree(self._draft, ignore_errors=True)
-        free = shutil.disk_usage(self.folder).free / 2**30
         return CheckpointError(
-            f"saving {self._draft} failed: {reason} ({free:.1f} GiB are free there). Steps that are still "
+            f"saving {self._draft} failed: {reason} ({folders.room(self.folder)}). Steps that are still "
             f"usable: {self.steps() or 'none'}"
         )
 
@@ -324,10 +332,21 @@ def _rng_file(path: Path, rank: int) -> Path:
     return path / f"rng_{rank:05d}.json"
 
 
+def _restore_rng(file: Path) -> None:
+    try:
+        tensors.restore_rng(file.read_text())
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise damaged(file, f"holds no states of random generators ({error})") from None
+
+
 def _reason(error: BaseException) -> str:
     if not isinstance(error, CheckpointException):
         return f"{type(error).__name__}: {error}"
-    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+    return "; ".join(f"rank {rank}: {_cause(cause)}" for rank, (cause, _) in error.failures.items())
+
+
+def _cause(cause: BaseException) -> str:
+    return f"{WRITER_ENDED} ({cause})" if NO_RESULT in str(cause) else str(cause)
 
 
 def own_results_queue() -> None:

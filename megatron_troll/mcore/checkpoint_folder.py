@@ -54,6 +54,14 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(name.group(1)) for name in names if name)
 
 
+def room(folder: Path) -> str:
+    """The room on the disk of `folder` in words: bytes, and files where their number is limited."""
+    disk = os.statvfs(folder)
+    space = f"{disk.f_bavail * disk.f_frsize / 2**30:.1f} GiB"
+    files = f" and {disk.f_favail} files" if disk.f_files else ""
+    return f"{space}{files} are free there"
+
+
 def draft(folder: Path, step: int) -> Path:
     """Create a new folder to write a checkpoint into. Removes unfinished ones of killed runs."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,20 +132,33 @@ def read(folder: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def verified(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files all have their full size. Raises CheckpointError."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise CheckpointError(f"{path / MANIFEST} is not the manifest of a checkpoint: it names no format")
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path} has format {manifest['format']!r}, this version reads {FORMAT}")
+    step = manifest.get("step")
+    if not isinstance(step, int) or path_of(path.parent, step) != path:
+        raise CheckpointError(f"{path / MANIFEST} is of step {step!r}, not of the one that names its folder")
+    sizes = manifest.get("files")
+    if not isinstance(sizes, dict) or not all(map(_is_count, sizes.values())):
+        raise CheckpointError(f"{path / MANIFEST} does not list the files of the checkpoint: it is damaged")
     summed(path, manifest)
-    for name, size in manifest["files"].items():
+    for name, size in sizes.items():
         file = path / name
         there = file.stat().st_size if file.is_file() else None
         if there != size:
             state = "is missing" if there is None else f"has {there} bytes instead of {size}"
             raise CheckpointError(f"{file} {state}: the checkpoint is damaged")
     return manifest
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def summed(path: Path, manifest: dict[str, Any]) -> dict[str, str] | None:
@@ -197,9 +218,10 @@ def _score(folder: Path, step: int) -> float | None:
     """Score of a step; None also if the manifest is damaged: retention must not stop a run because of an old
     checkpoint."""
     try:
-        return verified(path_of(folder, step))["score"]
+        score = verified(path_of(folder, step)).get("score")
     except CheckpointError:
         return None
+    return score if isinstance(score, int | float) else None
 
 
 def _unfinished_name(folder: Path, step: int) -> Path:

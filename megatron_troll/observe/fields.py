@@ -54,6 +54,11 @@ RUN = (
     Field("grad_norm", "", "global gradient norm before clipping, mean over the updates"),
     Field("lr", "", "learning rate of the last update"),
     Field("skipped_updates", "updates", "updates skipped because of NaN or Inf"),
+    Field(
+        "masked_updates",
+        "updates",
+        "updates that no optimizer took, because no token of them carries loss (all of them masked)",
+    ),
     Field("staleness", "rollout batches", "batches trained on between sampling and training this one"),
     Field(
         "version_age",

@@ -16,12 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_troll.system import write_atomic
+from megatron_troll.system import last_words, write_atomic
 
 EXIT_HANG = 75
 POLLS_PER_HEARTBEAT = 10
@@ -130,7 +130,8 @@ class Watchdog:
         try:
             self._write()
         except OSError as error:
-            sys.stderr.write(f"watchdog: no heartbeat written in {self._folder}: {error}\n")
+            with suppress(OSError):  # the rank's log may lie on the same disk
+                sys.stderr.write(f"watchdog: no heartbeat written in {self._folder}: {error}\n")
 
     def _alarmed(self) -> bool:
         """Whether another rank of this run has raised the alarm. An alarm left by an earlier run is older
@@ -142,11 +143,11 @@ class Watchdog:
 
     def _raise_alarm(self) -> None:
         """Raise the alarm, give the others three polls to see it and report, then print them all and exit."""
-        write_atomic(alarm_path(self._folder), f"rank {self._rank}\n")
+        with suppress(OSError):  # every rank then raises its own alarm
+            write_atomic(alarm_path(self._folder), f"rank {self._rank}\n")
         self._say_where()
         time.sleep(3 * self._poll)
-        sys.stderr.write(hang_table(self._folder, self._world, self._timeout, time.time()))
-        sys.stderr.flush()
+        last_words(hang_table(self._folder, self._world, self._timeout, time.time()).rstrip())
         os._exit(EXIT_HANG)
 
     def _follow(self) -> None:
@@ -176,10 +177,11 @@ def hang_table(folder: Path, world: int, timeout_s: float, now: float) -> str:
 
 
 def read_heartbeat(folder: Path, rank: int) -> Heartbeat | None:
-    """Read a rank's heartbeat file; None if the rank has not written one."""
+    """Read a rank's heartbeat file; None if the rank has not written one, or an earlier run left a damaged
+    one there."""
     try:
         return Heartbeat(**json.loads(heartbeat_path(folder, rank).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 

@@ -1,7 +1,8 @@
 """Progress display: a live panel on a terminal, otherwise one line per step; only on rank 0."""
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol, Self
 
 from rich.console import Console, Group
@@ -11,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_troll.system import drop
 from megatron_troll.terminal import shown
 
 # Rows of the panel: label, field of metrics.jsonl, format, unit.
@@ -91,7 +93,26 @@ class LogLines(Silent):
         self.say(" | ".join(parts))
 
     def say(self, text: str) -> None:
-        self._console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
+        show(self._console, text)
+
+
+class Terminal(Console):
+    """A console that reports a pipe without a reader like any other failure; rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+def show(console: Console, text: str) -> None:
+    """Print a line, never wrapped, its control characters shown. If it cannot be written, because the reader
+    of a pipe has gone (`mtroll train ... | head`) or a disk is full, this is said on stderr, and the rest of
+    stdout is dropped: a run does not end because nobody reads it, and metrics.jsonl has its figures."""
+    try:
+        console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
+    except OSError as error:
+        drop(sys.stdout)
+        with suppress(OSError):
+            sys.stderr.write(f"nothing is printed any longer: {error}\n")
 
 
 class LivePanel:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +20,7 @@ FIELDS: dict[str, Any] = {
     **dict.fromkeys(("reward", "advantage"), int | float),
     **dict.fromkeys(("tokens", "logp", "mask"), list),
 }
+NAME = re.compile(r"step_([0-9]{6,})\.[0-9]+-of-[0-9]+\.jsonl\.gz")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class RolloutStore:
 
 def stored_steps(root: Path) -> list[int]:
     """Steps of the run that have rollouts, ascending. Raises RunFolderError when there is none."""
-    steps = sorted({step_of(path) for path in RunFolder(root).rollouts.glob("step_*.jsonl.gz")})
+    named = (step_of(path) for path in RunFolder(root).rollouts.glob("step_*.jsonl.gz"))
+    steps = sorted({step for step in named if step is not None})
     if not steps:
         raise RunFolderError(
             f"{root} holds no rollouts in {RunFolder(root).rollouts}. "
@@ -141,10 +144,8 @@ def _check(sample: Sample) -> None:
         raise ValueError("tokens, logp and mask differ in length")
 
 
-def step_of(path: Path) -> int:
-    """Step number in a file name: 12 for `step_000012.0-of-4.jsonl.gz`. Raises RunFolderError for another
-    name."""
-    digits = path.name.split(".")[0].removeprefix("step_")
-    if not digits.isdecimal() or not digits.isascii():
-        raise RunFolderError(f"{path}: not a name of a rollout file, step_N.P-of-Q.jsonl.gz: remove it")
-    return int(digits)
+def step_of(path: Path) -> int | None:
+    """Step number in the name of a file of rollouts: 12 for `step_000012.0-of-4.jsonl.gz`; None for another
+    name, which a run does not write."""
+    named = NAME.fullmatch(path.name)
+    return int(named.group(1)) if named else None

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from megatron_troll.config import RunPaths
+from megatron_troll.config import MadeWith, RunPaths
 from megatron_troll.mcore.checkpoint_folder import steps
 from megatron_troll.system import write_atomic
 
@@ -35,6 +35,23 @@ CHANGEABLE = (
     "launch.*",
     "serve.*",
 )
+# Keys that may change together with what a run is made with, if `resume.accept` names it.
+ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
+    "data": (
+        "data.files",
+        "data.schema",
+        "data.malformed",
+        "data.overlong_prompts",
+        "data.max_prompt_tokens",
+    ),
+    "held_out": ("data.held_out",),
+    "tokenizer": ("models.policy.path", "models.rollout.path"),
+    "template": ("data.template_arguments", "data.template_arguments.*"),
+    "stop_tokens": ("rollout.sampling.stop",),
+    "reference": ("models.reference.path",),
+    "rewards": ("reward.*",),
+    "methods": (),
+}
 ABSENT = "(absent)"
 CONTINUE = "Continue it with resume=true"
 
@@ -48,28 +65,36 @@ class RunFolder(RunPaths):
     """The folder of one run. Any rank may hold one; only rank 0 opens it."""
 
     @contextmanager
-    def open(self, config_yaml: str, resume: bool) -> Iterator[None]:
+    def open(self, config_yaml: str, resume: bool, accepted: Sequence[MadeWith] = ()) -> Iterator[None]:
         """Lock the folder until the block ends, write `config_yaml` into it, and delete its `stopped` file.
 
         Raises RunFolderError if another process has the lock, or if the folder holds a run and that run has
-        another config (except for keys in CHANGEABLE), is a finished evaluation or has lost its checkpoints,
-        or `resume` is false. Neither file is touched then.
+        another config (except for keys in CHANGEABLE and those that go with what is `accepted`), is a
+        finished evaluation or has lost its checkpoints, or `resume` is false. Neither file is touched then.
         """
+        self._refuse_kinds()
         self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / "lock", "a+") as lock:
+        with open(self.lock, "a+", errors="replace") as lock:
             self._take(lock)
-            self._check(config_yaml, resume)
+            self._check(config_yaml, resume, accepted)
             write_atomic(self.config, config_yaml)
             self.stopped.unlink(missing_ok=True)
             yield
 
-    def check(self, config_yaml: str, resume: bool, again: str = CONTINUE) -> None:
+    def check(
+        self, config_yaml: str, resume: bool, accepted: Sequence[MadeWith] = (), again: str = CONTINUE
+    ) -> None:
         """Raise RunFolderError if `open` would raise it now; `again` says how a run that is there goes on.
         Writes nothing."""
-        if (self.root / "lock").exists():
-            with open(self.root / "lock", "r+") as lock:
+        self._refuse_kinds()
+        if self.lock.exists():
+            with open(self.lock, "r+", errors="replace") as lock:
                 self._lock(lock)
-        self._check(config_yaml, resume, again)
+        self._check(config_yaml, resume, accepted, again)
+
+    def was_opened(self) -> bool:
+        """Whether a run has written here, or had only begun to."""
+        return self.lock.exists() or self.holds_run()
 
     def holds_run(self) -> bool:
         """Whether results, checkpoints or rollouts would be lost or mixed if another run started here."""
@@ -80,6 +105,13 @@ class RunFolder(RunPaths):
         return figures or any(
             folder.is_dir() and any(folder.iterdir()) for folder in (self.checkpoints, self.rollouts)
         )
+
+    def lost(self, step: int) -> str:
+        """A remark for a run that continues from `step`, if a later step was saved and is gone; else ""."""
+        if not self.saved.is_file() or not (text := self.saved.read_bytes().strip()).isdigit():
+            return ""
+        later = int(text)
+        return f" (step {later} was saved too, and its checkpoint is gone)" if later > step else ""
 
     def _take(self, lock: IO[str]) -> None:
         self._lock(lock)
@@ -103,15 +135,49 @@ class RunFolder(RunPaths):
                 "Set `runs` to a file system that supports POSIX locks."
             ) from error
 
-    def _check(self, config_yaml: str, resume: bool, again: str = CONTINUE) -> None:
+    def _refuse_kinds(self) -> None:
+        """Raise RunFolderError for a folder where the run has a file, or the reverse."""
+        files = (
+            self.lock,
+            self.config,
+            self.metrics,
+            self.discarded_metrics,
+            self.summary,
+            self.changes,
+            self.saved,
+            self.stopped,
+            self.report,
+            self.curves,
+        )
+        folders = (
+            self.root,
+            self.checkpoints,
+            self.rollouts,
+            self.rollouts / "discarded",
+            self.tensorboard,
+            self.heartbeat,
+            self.logs,
+        )
+        for path in files:
+            if path.exists() and not path.is_file():
+                raise RunFolderError(f"{path} is no file, and the run has a file there: move it away")
+        for path in folders:
+            if path.exists() and not path.is_dir():
+                raise RunFolderError(f"{path} is no folder, and the run has a folder there: move it away")
+
+    def _check(
+        self, config_yaml: str, resume: bool, accepted: Sequence[MadeWith], again: str = CONTINUE
+    ) -> None:
         if not self.holds_run():
             return
-        changed = config_differences(self.config, config_yaml) if self.config.exists() else {}
-        if changed:
+        changed = config_differences(self.config, config_yaml)
+        let_through = {key for key in changed if _goes_with(key, accepted)}
+        if changed.keys() - let_through:
+            changed = {key: pair for key, pair in changed.items() if key not in let_through}
             lines = "\n".join(f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items())
             raise RunFolderError(
                 f"{self.root} holds a run of another config. These keys differ:\n{lines}\n"
-                "Choose another `name`, set them back, or delete the folder."
+                f"Choose another `name`, set them back, or delete the folder.{_advice(changed)}"
             )
         if self.evaluation.exists():
             raise RunFolderError(
@@ -123,7 +189,7 @@ class RunFolder(RunPaths):
                 "the folder."
             )
         if self.saved.exists() and not steps(self.checkpoints):
-            step = self.saved.read_text().strip()
+            step = self.saved.read_text(errors="replace").strip()
             raise RunFolderError(
                 f"{self.checkpoints} holds no checkpoint any longer, and step {step} was saved there. "
                 f"Restore one, choose another `name`, or delete {self.saved} to start from step 0."
@@ -131,14 +197,45 @@ class RunFolder(RunPaths):
 
 
 def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (value in the file, value now), for changed keys that a resumed run may not change."""
-    before, after = flatten(yaml.safe_load(old.read_text()) or {}), flatten(yaml.safe_load(new_yaml) or {})
+    """Dotted key -> (value in the file, value now), for changed keys that a resumed run may not change.
+    Raises RunFolderError if the file is missing or damaged."""
+    try:
+        before = flat_config(old.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunFolderError(
+            f"{old} cannot be read, so that its run cannot be compared to this one: {reason}. "
+            "Restore it, choose another `name`, or delete the folder."
+        ) from None
+    after = flat_config(new_yaml)
     return {
         key: (before.get(key, ABSENT), after.get(key, ABSENT))
         for key in sorted(before.keys() | after.keys())
         if before.get(key, ABSENT) != after.get(key, ABSENT)
         and not any(fnmatchcase(key, pattern) for pattern in CHANGEABLE)
     }
+
+
+def flat_config(config_yaml: str) -> dict[str, Any]:
+    """The dotted keys of a configuration and their values. Raises ValueError if it is no mapping, YAMLError
+    if it is no YAML."""
+    tree = yaml.safe_load(config_yaml)
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no mapping of keys to values")
+    return flatten(tree)
+
+
+def _goes_with(key: str, parts: Iterable[MadeWith]) -> bool:
+    return any(fnmatchcase(key, pattern) for part in parts for pattern in ACCEPTABLE[part])
+
+
+def _advice(changed: Iterable[str]) -> str:
+    """A sentence about `resume.accept`, if that could let all these keys through; else ""."""
+    named = [next((part for part in ACCEPTABLE if _goes_with(key, [part])), None) for key in changed]
+    if None in named:
+        return ""
+    parts = ", ".join(dict.fromkeys(map(str, named)))
+    return f" To continue with the new values: resume.accept=[{parts}]."
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_troll.config import Observe
 from megatron_troll.observe.run_folder import RunFolder
-from megatron_troll.system import write_atomic
+from megatron_troll.system import naming, write_atomic
 
 PACKAGES = ("torch", "megatron-core", "transformers", "megatron-troll")
 
@@ -30,13 +30,15 @@ class JsonLines:
     null."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = open(path, "a")  # noqa: SIM115 - held until close
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -46,12 +48,14 @@ class TensorBoard:
     """Writes event files. On a resumed run, the viewer drops earlier records of step `start` or later."""
 
     def __init__(self, folder: Path, start: int) -> None:
+        self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=start or None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with naming(self._folder):
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

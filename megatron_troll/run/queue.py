@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_troll.data.rows import DataError
+from megatron_troll.mcore.checkpoint_manifest import damaged
 from megatron_troll.rewards.batch import ScoredBatch
 from megatron_troll.rollout import archive
+from megatron_troll.system import DAMAGED
 from megatron_troll.types import Prompt, Rollout
 
 
@@ -124,20 +127,35 @@ class RolloutQueue:
 
     def read(self, folder: Path, prompts: Mapping[str, Prompt]) -> None:
         """Replace all batches by those that `write` stored. Raises DataError for a prompt that is not in
-        `prompts`."""
+        `prompts`, CheckpointError for a damaged file."""
         self.batches.clear()
         for file in sorted(folder.glob("pending_*.batch.json")):
-            rest = json.loads(file.read_text())
-            sampled = ScoredBatch(
-                rollouts=archive.read(folder / file.name.removesuffix(".batch.json"), prompts),
-                reward=np.array(rest["reward"], dtype=np.float32),
-                timeouts=rest["timeouts"],
-                crashes=rest["crashes"],
-                errors=rest["errors"],
-                unclosed=rest["unclosed"],
-            )
-            kept = np.array(rest["kept"], dtype=bool)
-            trained_on = [rollout for rollout, keep in zip(sampled.rollouts, kept) if keep]
-            rollouts = [replace(rollout, group=group) for rollout, group in zip(trained_on, rest["groups"])]
-            batch = RolloutBatch(sampled, kept, rollouts, rest["rounds"])
-            self.batches.append(BatchFuture(rest["trained"], 0, lambda batch=batch: batch, batch))
+            try:
+                self.batches.append(_stored(file, prompts))
+            except DataError:
+                raise
+            except DAMAGED as error:
+                name = file.name.removesuffix(".batch.json")
+                problem = f"or .json or .npz of {name} beside it cannot be read"
+                raise damaged(file, f"{problem} ({type(error).__name__}: {error})") from None
+
+
+def _stored(file: Path, prompts: Mapping[str, Prompt]) -> BatchFuture:
+    rest = json.loads(file.read_text())
+    sampled = ScoredBatch(
+        rollouts=archive.read(file.with_name(file.name.removesuffix(".batch.json")), prompts),
+        reward=np.array(rest["reward"], dtype=np.float32),
+        timeouts=rest["timeouts"],
+        crashes=rest["crashes"],
+        # Older checkpoints count neither.
+        errors=rest.get("errors", 0),
+        unclosed=rest.get("unclosed", 0),
+    )
+    kept = np.array(rest["kept"], dtype=bool)
+    if not len(sampled.rollouts) == len(sampled.reward) == len(kept):
+        raise ValueError(f"{len(sampled.rollouts)} rollouts, {len(sampled.reward)} rewards")
+    trained_on = [rollout for rollout, keep in zip(sampled.rollouts, kept) if keep]
+    numbered = zip(trained_on, rest["groups"], strict=True)
+    rollouts = [replace(rollout, group=int(group)) for rollout, group in numbered]
+    batch = RolloutBatch(sampled, kept, rollouts, int(rest["rounds"]))
+    return BatchFuture(int(rest["trained"]), 0, lambda: batch, batch)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from megatron_troll.checks import data_of
 from megatron_troll.data.order import PromptOrder
@@ -17,8 +18,10 @@ from megatron_troll.observe.trackers import Summary
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Engine
 from megatron_troll.run.evaluation import Evaluator, open_engine, open_judged
+from megatron_troll.run.made_with import Continued, continued, note
 from megatron_troll.run.queue import RolloutQueue
 from megatron_troll.run.session import Session, open_session
+from megatron_troll.run.state import TrainState
 from megatron_troll.system import Interrupts, write_atomic
 from megatron_troll.task import Task
 from megatron_troll.training.build import open_policy
@@ -29,26 +32,14 @@ from megatron_troll.training.rollout_model import RolloutModel, open_rollout_mod
 from megatron_troll.training.trainer import Learner, PolicyTrainer
 from megatron_troll.weights.export import save as export
 
-
-@dataclass(frozen=True)
-class TrainState:
-    """State of a run: rollout batches trained on, prompts used, seconds spent, consecutive batches with
-    skipped updates, held-out success before training and at the last evaluation, and the rollout model's
-    distillation weight for the next batch (None: the configured one)."""
-
-    step: int = 0
-    position: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    before: float | None = None
-    after: float | None = None
-    distill_weight: float | None = None
+# Parts of what a run is made with (made_with.py) that rollouts and their rewards come from.
+SAMPLED_WITH = {"data", "tokenizer", "template", "stop_tokens", "rewards", "methods"}
 
 
 @dataclass(frozen=True)
 class Run:
     """Everything the loop works with. `policy` is the trained model; `engine` samples from its weights as of
-    the last `sync`, or from those of the `rollout_model` if there is one."""
+    the last `sync`, or from those of the `rollout_model` if there is one. `made_with`: on rank 0 only."""
 
     task: Task
     session: Session
@@ -63,20 +54,36 @@ class Run:
     store: RolloutStore
     checkpoints: Checkpoints
     pending: RolloutQueue
+    made_with: Continued | None = None
 
     def resume(self) -> TrainState:
         """Load the newest checkpoint if `resume` is set and one exists; otherwise start at step 0. Blocks."""
         # Only one rank looks: a network file system may show other ranks an older state.
         there = self.session.world.first(lambda: self.checkpoints.latest() is not None)
+        folder, say = self.session.folder, self.session.progress.say
         if not (self.task.config.resume and there):
+            if self.task.config.resume:
+                say(f"nothing to resume in {folder.root}: starting at step 0")
             self.session.begin_at(0)
             return TrainState()
-        state = TrainState(**self.checkpoints.load())
+        state = TrainState(**self.checkpoints.load())  # read_state has checked the fields
+        say(f"continuing from step {state.step} of {folder.root}{folder.lost(state.step)}")
         self.order.seek(state.position)
         prompts = {prompt.id: prompt for prompt in self.task.prompts.train}
-        self.pending.read(self.checkpoints.path(state.step), prompts)
-        self.session.begin_at(state.step + 1)
+        if self._redraws():
+            say("answers that were sampled before the change and not yet trained on are left out")
+            self.engine.forget(self.task.config.train.steps)
+        else:
+            self.pending.read(self.checkpoints.path(state.step), prompts)
+        # A run that was asked to stop before its first evaluation has no row of step 0 yet.
+        self.session.begin_at(0 if state.before is None and state.step == 0 else state.step + 1)
         return state
+
+    def _redraws(self) -> bool:
+        """Whether batches sampled before an accepted change belong to what has changed. Blocks."""
+        return self.session.world.first(
+            lambda: self.made_with is not None and bool({*self.made_with.changed} & SAMPLED_WITH)
+        )
 
     def save(self, state: TrainState, score: float | None = None) -> None:
         """Save a checkpoint of `state`; `score` is the held-out success of exactly this policy, if known.
@@ -84,9 +91,22 @@ class Run:
         kept answers. Blocks; with checkpoint.asynchronous writing continues in the background."""
         state = replace(state, position=self.pending.position(state.position))
         with self.session.phases("checkpoint"):
-            self.checkpoints.save(state.step, asdict(state), score, self.pending.write)
+            self.checkpoints.save(state.step, asdict(state), score, self._attach)
             self._note_saved()
             self.engine.forget(self.session.world.first(lambda: self.checkpoints.latest() or 0))
+
+    def _attach(self, checkpoint: Path) -> None:
+        """Write what only rank 0 has into a checkpoint."""
+        self.pending.write(checkpoint)
+        if self.made_with is not None:
+            self.made_with.provenance.write(checkpoint)
+
+    def usable(self) -> str:
+        """One line about the checkpoint from which the run can be continued."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return f"no checkpoint is in {self.checkpoints.folder}: the steps so far are lost"
+        return f"the newest whole checkpoint is {self.checkpoints.path(latest)}: continue with resume=true"
 
     def _finish_saving(self) -> None:
         self.checkpoints.finish()
@@ -127,6 +147,8 @@ class Run:
         self._finish_saving()
         self.engine.forget(state.step)
         said = remarks(self.task.config.objective, self.task.objective)
+        if self.made_with is not None:
+            said = (*said, *self.made_with.provenance.remarks)
         summary = Summary(state.before, state.after, state.seconds, self.task.config.seed, said)
         config = self.task.config
         if self.rollout_model is not None and config.models.rollout is not None and config.checkpoint.export:
@@ -142,6 +164,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
     with ExitStack() as stack:
         session = stack.enter_context(open_session(config, config.train.steps, interrupts))
         scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
+        made_with = open_made_with(task, session)
         session.progress.say(head_gradient(task.objective))
         policy = open_policy(
             config.policy,
@@ -177,7 +200,23 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy, critic, rollout_model),
             pending=RolloutQueue(config.rollout.staleness, config.train.steps),
+            made_with=made_with,
         )
+
+
+def open_made_with(task: Task, session: Session) -> Continued | None:
+    """The fingerprint of the run, compared to the checkpoint that it continues; None except on rank 0. Raises
+    RunFolderError on every rank if that differs. Blocks."""
+    found: list[Continued] = []
+
+    def compare() -> None:
+        found.append(continued(task))
+        note(session.folder, found[0].provenance)
+
+    session.world.first(compare)
+    for line in (line for each in found for line in each.said):
+        session.progress.say(line)
+    return found[0] if found else None
 
 
 def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:

@@ -4,11 +4,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from megatron_troll.config import Config
 from megatron_troll.config.load import dump
@@ -16,7 +15,7 @@ from megatron_troll.mcore import parallel
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.hang import Watchdog
 from megatron_troll.observe.phases import Pace, Phases
-from megatron_troll.observe.progress import Progress, Silent, open_progress
+from megatron_troll.observe.progress import Progress, Silent, Terminal, open_progress
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.observe.trackers import Summary, Together, open_trackers, write_summary
@@ -28,7 +27,8 @@ from megatron_troll.weights.export import save as export
 
 @dataclass
 class Session:
-    """One rank's view of a running job. `trackers` exists on rank 0 only."""
+    """One rank's view of a running job. `trackers` exists on rank 0 only; `losses` says there what the run's
+    records lack."""
 
     config: Config
     folder: RunFolder
@@ -40,6 +40,7 @@ class Session:
     pace: Pace
     started: float
     trackers: Together | None = field(default=None)
+    losses: tuple[str, ...] = ()
 
     @property
     def world(self) -> Group:
@@ -53,10 +54,12 @@ class Session:
 
     def begin_at(self, step: int) -> None:
         """Start to log at `step`: metrics that are already there from this step on are set aside, and the
-        trackers are opened. Blocks."""
+        trackers are opened. Rows that are lost are said. Blocks."""
 
         def begin() -> None:
-            rewind(self.folder, step - 1)
+            self.losses = rewind(self.folder, step - 1).remarks(self.folder)
+            for line in self.losses:
+                self.progress.say(f"WARNING: {line}")
             self.trackers = open_trackers(
                 self.folder, self.config.observe, self.config.model_dump(by_alias=True), step
             )
@@ -82,9 +85,14 @@ class Session:
         def write() -> None:
             # The plotting libraries take a second to import: only the rank that plots waits for them.
             from megatron_troll.observe.report import report
+            from megatron_troll.observe.runs import NoMetricsError
 
-            write_summary(self.folder.summary, summary)
-            report([self.folder.root], self.folder.report)
+            told = (*summary.remarks, *self.losses)
+            write_summary(self.folder.summary, replace(summary, remarks=told))
+            try:
+                report([self.folder.root], self.folder.report)
+            except NoMetricsError as error:
+                self.progress.say(f"no report: {error}")
 
         self.world.first(write)
 
@@ -124,7 +132,7 @@ def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator
         folder = RunFolder.of(config)
         _take_folder(stack, folder, config, groups)
         first = groups.world.rank == 0
-        progress: Progress = open_progress(Console(), steps, config.name) if first else Silent()
+        progress: Progress = open_progress(Terminal(), steps, config.name) if first else Silent()
         watchdog = Watchdog(
             folder.heartbeat, groups.world.rank, groups.world.size, config.observe.hang_timeout_s
         )
@@ -148,7 +156,7 @@ def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator
 
 def _take_folder(stack: ExitStack, folder: RunFolder, config: Config, groups: Groups) -> None:
     def take() -> None:
-        stack.enter_context(folder.open(dump(config), config.resume))
+        stack.enter_context(folder.open(dump(config), bool(config.resume), config.accepted))
 
     groups.world.first(take)
 

@@ -98,13 +98,13 @@ def report_command(arguments: Namespace) -> int:
 
 
 def kl_command(arguments: Namespace) -> int:
-    from megatron_troll.config.load import load
+    from megatron_troll.observe.opened import load_opened
     from megatron_troll.study.kl_report import analyse, write
     from megatron_troll.study.pool import draw_pool
     from megatron_troll.task import PROBLEMS, prepare
 
     try:
-        pool = draw_pool(prepare(load(arguments.config, arguments.overrides)))
+        pool = draw_pool(prepare(load_opened(arguments.config, arguments.overrides)))
     except PROBLEMS as error:
         return _refuse(error)
     words = ["mtroll study kl", arguments.config, *map(quote, arguments.overrides)]

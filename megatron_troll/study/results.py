@@ -74,6 +74,7 @@ def result_of(plan: StudyPlan, cell: Cell) -> RunResult:
     first, rows = run.rows[0], run.rows[1:]
     responses = config.rollout.prompts * config.rollout.samples
     skipped = int(sum(row["skipped_updates"] for row in rows))
+    masked = int(sum(row.get("masked_updates", 0) for row in rows))
     ended = datetime.fromtimestamp(folder.summary.stat().st_mtime, UTC)
     return RunResult(
         setting=cell.setting,
@@ -84,7 +85,7 @@ def result_of(plan: StudyPlan, cell: Cell) -> RunResult:
         entropy=tuple(_rounded(row.get("entropy")) for row in rows),
         responses=responses * len(rows),
         tokens=round(sum(row["response_length"] for row in rows) * responses),
-        updates=config.train.updates * len(rows) - skipped,
+        updates=config.train.updates * len(rows) - skipped - masked,
         skipped=skipped,
         seconds=round(run.summary["seconds"], 1),
         date=f"{ended:%Y-%m-%d}",

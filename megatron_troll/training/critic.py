@@ -48,7 +48,7 @@ class Critic:
             return values(model, hidden).cpu().numpy()
 
         with self.phases("critic"):
-            found = infer(model, batches, read)
+            found = infer(model, batches, read) if batches else []
         mine = [placed(batch, each) for batch, each in zip(batches, found)]
         # All tensor-parallel ranks have the same values: one sends them.
         share = mine if model.groups.tp.rank == 0 else []
@@ -64,9 +64,11 @@ class Critic:
         self, rollouts: Sequence[Rollout], targets: Sequence[np.ndarray], step: int
     ) -> dict[str, float]:
         """Take one critic step for each optimizer step of the policy, towards `targets` [T] of each rollout.
-        Returns metrics; a step with NaN or Inf is skipped and counted. Blocks on all ranks."""
+        Returns metrics; a step with NaN or Inf is skipped and counted, one without a token that carries loss
+        is not taken. Blocks on all ranks."""
         with self.phases("critic"):
-            rows = [self._step(update) for update in self.batcher.updates(rollouts, targets, step)]
+            updates = self.batcher.updates(rollouts, targets, step)
+            rows = [self._step(update) for update in updates if update]
         taken = [row for row in rows if row]
         metrics = {name: float(np.mean([row[name] for row in taken])) for row in taken[:1] for name in row}
         return metrics | {"critic_skipped": float(len(rows) - len(taken))}

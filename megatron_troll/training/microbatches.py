@@ -34,7 +34,9 @@ class MicroBatcher:
         self, rollouts: Sequence[Rollout], advantages: Advantages, step: int
     ) -> list[list[MicroBatch]]:
         """This rank's micro-batches of every optimizer step. `step` seeds the plan, so that models of any
-        layout use the same responses in the same steps."""
+        layout use the same responses in the same steps. A step in which no token on any rank carries loss is
+        [] on every rank: without gradients, an optimizer would still decay weights and follow its momentum.
+        """
         train, sampling = self.config.train, self.config.rollout.sampling
         seed = int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0])
         schedule = UpdateSchedule(train.updates, train.epochs, seed)
@@ -49,7 +51,8 @@ class MicroBatcher:
         return [batch for update in updates[: train.updates // train.epochs] for batch in update]
 
     def supervised(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """This rank's micro-batches of one optimizer step on all `rollouts`, a mean over their tokens."""
+        """This rank's micro-batches of one optimizer step on all `rollouts`, a mean over their tokens; [] on
+        every rank if none carries loss."""
         (update,) = self._cut(
             rollouts, [0.0] * len(rollouts), UpdateSchedule(1, 1, seed=0), "token-mean", temperature=1.0
         )
@@ -81,7 +84,10 @@ class MicroBatcher:
             return counted.to(device())
 
         return [
-            [batch(update, chosen) for chosen in update.ranks[groups.dp.rank]] for update in arranged.steps
+            [batch(update, chosen) for chosen in update.ranks[groups.dp.rank]]
+            if carries_loss(rollouts, update)
+            else []
+            for update in arranged.steps
         ]
 
     def _form(self, temperature: float) -> Form:
@@ -93,6 +99,11 @@ class MicroBatcher:
             temperature=temperature,
             routing=routing_of(self.model) if self.replay else None,
         )
+
+
+def carries_loss(rollouts: Sequence[Rollout], update: PlannedStep) -> bool:
+    """Whether any token of an optimizer step carries loss, on whichever rank."""
+    return any(bool((rollouts[i].mask > 0).any()) for i in update.responses)
 
 
 def routing_of(model: MegatronModel) -> Routing:

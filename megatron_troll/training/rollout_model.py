@@ -63,14 +63,16 @@ class RolloutModel:
         self, rollouts: Sequence[Rollout], advantages: Advantages, step: int, weight: float | None
     ) -> DistillResult:
         """Take one optimizer step for each of the policy's. `weight` of the distillation; None: the
-        configured one. A step with NaN or Inf is skipped and counted. Blocks on all ranks."""
+        configured one. A step with NaN or Inf is skipped and counted, one without a token that carries loss
+        is not taken. Blocks on all ranks."""
         weight = self.distill.weight if weight is None else weight
         if not all(finite(rollout, 0) for rollout in rollouts):
             return DistillResult({"rollout_model_skipped": float(self.batcher.config.train.updates)}, weight)
         with self.phases("rollout_model"):
-            updates = self.batcher.updates(rollouts, advantages, step)
+            planned = self.batcher.updates(rollouts, advantages, step)
+            updates = [update for update in planned if update]
             learner = with_weight(self.trainer, weight)
-            records = self._records([batch for update in updates for batch in update])
+            records = self._records([batch for update in updates for batch in update]) if updates else []
             rows = [_step(learner, *parts) for parts in zip(updates, split(records, updates))]
         taken = [row for row in rows if row]
         metrics = combine(taken) | {

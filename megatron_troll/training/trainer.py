@@ -279,11 +279,13 @@ def rollouts_of(batch: MicroBatch, marked: Tensor) -> list[int]:
 @dataclass(frozen=True)
 class UpdateResult:
     """Result of training on a rollout batch: metrics over its updates (means; max and min for names that end
-    in these), the number of updates skipped for NaN or Inf, and the rollouts at fault if they are known."""
+    in these), the number of updates skipped for NaN or Inf, the rollouts at fault if they are known, and the
+    number of updates without a token that carries loss."""
 
     metrics: dict[str, float]
     skipped: int
     broken: tuple[int, ...]
+    masked: int = 0
 
 
 @dataclass(frozen=True)
@@ -300,12 +302,16 @@ class Learner:
         unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.batcher.topk))
         if unusable:
             return UpdateResult({}, self.batcher.config.train.updates, unusable)
-        updates = self.batcher.updates(rollouts, advantages, step)
+        planned = self.batcher.updates(rollouts, advantages, step)
+        updates = [update for update in planned if update]
+        masked = len(planned) - len(updates)
+        if not updates:
+            return UpdateResult({}, 0, (), masked)
         every = [batch for update in updates for batch in update]
         with self.phases("old_policy"):
             old = self.trainer.old_readings(every)
         if old.broken:
-            return UpdateResult({}, len(updates), old.broken)
+            return UpdateResult({}, len(updates), old.broken, masked)
         kept = self._references(every)
         rows = [self.trainer.mismatch(every, old.readings)]
         broken: set[int] = set()
@@ -320,7 +326,7 @@ class Learner:
                     continue
             rows.append({"loss": gradients.loss, "grad_norm": grad_norm, **gradients.metrics})
         skipped = len(updates) + 1 - len(rows)
-        return UpdateResult(combine(rows), skipped, tuple(sorted(broken)))
+        return UpdateResult(combine(rows), skipped, tuple(sorted(broken)), masked)
 
     def _references(self, batches: Sequence[MicroBatch]) -> Sequence[ReferenceOutputs | None]:
         if self.trainer.reference is None:

@@ -91,6 +91,30 @@ def test_a_killed_rank_leaves_no_process(alone: Run, tmp_path: Path) -> None:
     wait_for(lambda: not any(Path(f"/proc/{helper}").exists() for helper in helpers))
 
 
+def test_a_writers_helper_that_is_killed_is_named_and_replaced(
+    alone: Run, ranks1: RankPool, tmp_path: Path
+) -> None:
+    ((said, saved),) = ranks1.run(save_without_helper, alone, str(tmp_path))
+    assert "step_000002" in said
+    assert "rank 0: the process that collects what Megatron's writer has written ended, as when it is" in said
+    assert "Steps that are still usable: [1]" in said
+    assert saved == [1, 3]
+
+
+def save_without_helper(run: Run, folder: str) -> tuple[str, list[int]]:
+    """The error of a save whose helper process was killed, and the steps after one more save."""
+    with training(run) as trained:
+        checkpoints = Checkpoints(folder, {"policy": trained})
+        checkpoints.save(1, {})
+        for child in children_of(os.getpid()):
+            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+                os.kill(child, signal.SIGKILL)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.save(2, {})
+        checkpoints.save(3, {})
+        return str(caught.value), checkpoints.steps()
+
+
 def children_of(parent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 

@@ -75,16 +75,40 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(story: Story) -> None:
     [("on-two-stages", "{tp: 1, ep: 1, pp: 2}"), ("on-one-rank", "{tp: 1, ep: 1}")],
 )
 def test_a_run_continues_on_another_layout(story: Story, finished: Workplace, name: str, layout: str) -> None:
-    """Tokens are drawn by keys: the next step draws the same rollouts on any layout, and learns the same."""
+    """Tokens are drawn by keys: the next step draws the same rollouts on any layout, and learns the same. The
+    copy of a run is the place of its run."""
     shutil.copytree(finished.run("again"), finished.run(name))
     kept = max(int(path.name[5:]) for path in (finished.run(name) / "checkpoints").glob("step_??????"))
     changes = [f"train.steps={kept + 1}", f"models.policy.layout={layout}", "launch.ranks=null"]
-    succeed(finished.mtroll("train", f"runs/{name}", "resume=true", f"name={name}", *changes))
+    done = succeed(finished.mtroll("train", f"runs/{name}", "resume=true", *changes))
+    assert f"continuing from step {kept} of runs/{name}\n" in done.out
     here, there = finished.metrics(name)[kept + 1], finished.metrics("finished")[kept + 1]
     for figure in ("grad_norm", "entropy", "kl_before", "success"):
         assert here[figure] == pytest.approx(there[figure], rel=1e-5), figure
     # A mean of terms that nearly cancel.
     assert here["loss"] == pytest.approx(there["loss"], abs=1e-6)
+
+
+def test_prompts_that_changed_under_their_path_are_refused_or_accepted_by_name(
+    story: Story, finished: Workplace
+) -> None:
+    train = finished.run("demo") / "data" / "train.jsonl"
+    shutil.copytree(finished.run("again"), finished.run("changed"))
+    whole = train.read_text()
+    train.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    try:
+        refused = finished.mtroll("train", "runs/changed", "resume=true")
+        accepted = ("resume.accept=[data]", "train.steps=3", "checkpoint.export=false")
+        done = succeed(finished.mtroll("train", "runs/changed", *accepted))
+    finally:
+        train.write_text(whole)
+    assert refused.code == 2
+    assert "  data: 64 training prompts (hash " in "\n".join(refused.err)
+    assert f"{train.relative_to(finished.root)} has changed" in "\n".join(refused.err)
+    assert "WARNING: data has changed since step " in done.out
+    (remark,) = json.loads((finished.run("changed") / "summary.json").read_text())["remarks"]
+    assert "data was changed on purpose: 64 training prompts" in remark
+    assert (finished.run("changed") / "changes.json").exists()
 
 
 def test_all_figures_are_those_of_the_run_that_nothing_happened_to(story: Story, finished: Workplace) -> None:

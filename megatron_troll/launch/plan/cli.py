@@ -4,10 +4,9 @@ import argparse
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 
-from megatron_troll.config import ConfigError, RunPaths
-from megatron_troll.config.load import load
+from megatron_troll.config import ConfigError
+from megatron_troll.observe.opened import load_opened
 
 DOES_NOT_FIT, REFUSED = 1, 2
 
@@ -29,9 +28,8 @@ def run(arguments: Namespace) -> int:
     from megatron_troll.launch.plan.build import plan
     from megatron_troll.launch.plan.table import tables
 
-    path = Path(arguments.config)
     try:
-        planned = plan(load(RunPaths(path).config if path.is_dir() else path, arguments.overrides))
+        planned = plan(load_opened(arguments.config, arguments.overrides))
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED

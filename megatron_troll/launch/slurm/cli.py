@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_troll.config import ConfigError
-from megatron_troll.config.load import load
+from megatron_troll.observe.opened import load_opened
 from megatron_troll.system import write_atomic
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
     """Add the `launch` command and its options."""
     about = "write a job script for `mtroll train` on a cluster"
     parser = commands.add_parser("launch", help=about, description=about)
-    parser.add_argument("config", help="YAML file; the job reads it by the same path")
+    parser.add_argument("config", help="YAML file or run folder; the job reads it by the same path")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--slurm", action="store_true", required=True, help="write a Slurm script")
     parser.add_argument("--output", default=None, help="path of the script; default: NAME.sbatch")
@@ -97,7 +97,7 @@ def run(arguments: Namespace) -> int:
     from megatron_troll.launch.slurm.script import check_memory, write
 
     try:
-        config, allocation = load(arguments.config, arguments.overrides), allocation_of(arguments)
+        config, allocation = load_opened(arguments.config, arguments.overrides), allocation_of(arguments)
         script = write(config, arguments.config, arguments.overrides, allocation)
         said = check_memory(config, allocation)
     except ConfigError as error:

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from megatron_troll.system import address_towards, write_atomic
 
 MEETING = "meeting.json"
 FAILED = "failed"
+EXIT_CODE = "exit_code"
 MEETING_TIMEOUT_S = 600.0
 
 
@@ -99,9 +101,22 @@ def join(seat: Seat, logs: Path, interface: str | None) -> dict[str, str]:
 
 
 def blame(logs: Path, failure: Failure) -> None:
-    """Write a file per failing rank; names sort by time, and the job ends by printing the first one."""
+    """Write a file per failing rank; names sort by time, and the job ends by printing the first one, with the
+    exit code of the first."""
     name = f"{time.time_ns():020d}_rank_{failure.rank.number}"
-    write_atomic(logs / FAILED / name, f"{failure} (on {socket.gethostname()}; {failure.rank.stderr})\n")
+    told = f"{failure} (on {socket.gethostname()}; {failure.rank.stderr})\n"
+    try:
+        write_atomic(logs / FAILED / name, told)
+        write_first(logs / EXIT_CODE, f"{failure.exit_code}\n")
+    except OSError as error:
+        sys.stderr.write(f"{told}{error}\n")
+
+
+def write_first(path: Path, text: str) -> None:
+    """Write a file unless another process has: srun's own exit code is that of a task that Slurm ended
+    because the first one failed."""
+    with suppress(FileExistsError), open(path, "x") as file:
+        file.write(text)
 
 
 if __name__ == "__main__":

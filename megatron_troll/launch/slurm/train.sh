@@ -46,19 +46,23 @@ signal() {
   done
 }
 
-# Runs a step to its end, through signals, and leaves its exit code in `code`.
+# Runs a step to its end, through signals, and leaves in `code` the exit code of the task that failed first, which
+# wrote it into the folder $1. srun's own code may be that of a task that Slurm ended because of it (143).
 step() {
+  local first_code=$1/exit_code
+  shift
   srun --kill-on-bad-exit=1 "${container[@]}" "$@" &
   local step=$!
   code=0
   while kill -0 "$step" 2>/dev/null; do
     if wait "$step"; then code=0; else code=$?; fi
   done
+  if ((code)) && [[ -s $first_code ]]; then code=$(<"$first_code"); fi
 }
 task=("$python" -P -m megatron_troll.launch.slurm.task "${network[@]}")
 
 # The nodes first, a task each.
-step --nodes="$all" --ntasks="$all" --ntasks-per-node=1 "${task[@]}" "$logs/preflight" \
+step "$logs/preflight" --nodes="$all" --ntasks="$all" --ntasks-per-node=1 "${task[@]}" "$logs/preflight" \
   preflight --serve-nodes "$first" "${command[@]:1}"
 if [[ $asked ]]; then code=1; fi
 
@@ -77,7 +81,7 @@ fi
 
 # Then the ranks. Servers end with them.
 if ((code == 0)); then
-  step --job-name=ranks --relative="$first" --nodes="$nodes" --ntasks="$ranks" "${task[@]}" "$logs" "${command[@]}"
+  step "$logs" --job-name=ranks --relative="$first" --nodes="$nodes" --ntasks="$ranks" "${task[@]}" "$logs" "${command[@]}"
 fi
 trap '' USR1 TERM
 if [[ $servers ]]; then

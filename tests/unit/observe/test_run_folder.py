@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.observe.rewind import rewind
+from megatron_troll.observe.rewind import Rewound, ranges, rewind
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.system import write_atomic
 
@@ -161,7 +161,7 @@ def test_rewind_sets_later_steps_aside(folder: RunFolder) -> None:
     for step in (2, 3):
         (folder.rollouts / f"step_{step:06d}.0-of-1.jsonl.gz").write_bytes(b"x")
 
-    assert rewind(folder, step=2) == 3
+    assert rewind(folder, step=2) == Rewound(later=3)
 
     assert folder.metrics.read_text() == "".join(rows[:3])
     assert folder.discarded_metrics.read_text() == "".join(rows[3:]) + cut + "\n"
@@ -171,6 +171,106 @@ def test_rewind_sets_later_steps_aside(folder: RunFolder) -> None:
 
 def test_rewind_of_a_run_that_is_not_ahead_changes_nothing(folder: RunFolder) -> None:
     finished(folder)
-    assert rewind(folder, step=1) == 0
-    assert folder.metrics.read_text() == '{"step": 1}\n'
+    folder.metrics.write_text('{"step": 0}\n{"step": 1}\n')
+    assert rewind(folder, step=1) == Rewound()
+    assert folder.metrics.read_text() == '{"step": 0}\n{"step": 1}\n'
     assert not folder.discarded_metrics.exists()
+
+
+@pytest.mark.parametrize(
+    ("damaged", "lost", "moved"),
+    [
+        (b'{"step": 1}\n{"step": 2}\n', (0,), 0),
+        (b'{"step": 0}\n{"step": 1\n{"step": 2}\n', (1,), 1),
+        (b'{"step": 0}\n\xff\xfe\n{"step": 2}\n', (1,), 1),
+        (b'{"step": 0}\n{"step": 2}\n{"step": 2}\n', (1,), 1),
+        (b'{"step": 0}\n{"stop": 1}\n{"step": 2}\n', (1,), 1),
+        (b'{"step": 0}\n{"step": "1"}\n{"step": 2}\n', (1,), 1),
+        (b'{"step": 0}\n[1]\n' + b"[" * 100_000 + b"\n", (1, 2), 2),
+        (b"", (0, 1, 2), 0),
+    ],
+)
+def test_rows_that_are_lost_are_said_and_damaged_lines_kept_aside(
+    folder: RunFolder, damaged: bytes, lost: tuple[int, ...], moved: int
+) -> None:
+    finished(folder)
+    folder.metrics.write_bytes(damaged)
+    found = rewind(folder, step=2)
+    assert found == Rewound(later=0, damaged=moved, missing=lost)
+    rows = [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()]
+    assert rows == [step for step in range(3) if step not in lost]
+    aside = folder.discarded_metrics.read_bytes() if folder.discarded_metrics.exists() else b""
+    assert aside.count(b"\n") == moved
+    assert any("has lost the rows of steps" in line for line in found.remarks(folder))
+    assert rewind(folder, step=2) == Rewound(missing=lost)
+
+
+def test_rows_in_another_order_are_put_in_order(folder: RunFolder) -> None:
+    finished(folder)
+    folder.metrics.write_bytes(b'{"step": 2}\n{"step": 0}\n{"step": 1}\n')
+    assert rewind(folder, step=2) == Rewound()
+    assert folder.metrics.read_bytes() == b'{"step": 0}\n{"step": 1}\n{"step": 2}\n'
+
+
+def test_steps_are_told_as_ranges() -> None:
+    assert ranges([0, 3, 4, 5, 9]) == "0, 3-5, 9"
+
+
+@pytest.mark.parametrize(
+    "name", ["step_x.0-of-1.jsonl.gz", "step_000009 (copy).0-of-1.jsonl.gz", "step_.jsonl.gz"]
+)
+def test_files_among_the_rollouts_that_no_run_wrote_stay(folder: RunFolder, name: str) -> None:
+    finished(folder)
+    write_atomic(folder.rollouts / name, "x")
+    rewind(folder, step=1)
+    assert [path.name for path in folder.rollouts.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["lock", "config.yaml", "metrics.jsonl", "saved", "stopped", "summary.json"])
+def test_a_folder_in_place_of_a_file_is_refused_by_its_path(folder: RunFolder, name: str) -> None:
+    finished(folder)
+    (folder.root / name).unlink(missing_ok=True)
+    (folder.root / name).mkdir()
+    for attempt in (folder.check, lambda *given: folder.open(*given).__enter__()):
+        with pytest.raises(RunFolderError, match=f"runs/demo/{name} is no file"):
+            attempt(CONFIG, True)
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "rollouts", "rollouts/discarded", "tensorboard", "logs"])
+def test_a_file_in_place_of_a_folder_is_refused_by_its_path(folder: RunFolder, name: str) -> None:
+    write_atomic(folder.root / name, "x")
+    for attempt in (folder.check, lambda *given: folder.open(*given).__enter__()):
+        with pytest.raises(
+            RunFolderError, match="is no folder, and the run has a folder there: move it away"
+        ):
+            attempt(CONFIG, True)
+
+
+@pytest.mark.parametrize(
+    "damage", [None, b"", b"\xff\xfe", b"[1, 2]", b"a: [", b"a: &a [*a", b"12", b"a: !!python/x y"]
+)
+def test_a_config_that_is_lost_or_damaged_is_refused_by_its_path(
+    folder: RunFolder, damage: bytes | None
+) -> None:
+    finished(folder)
+    folder.config.unlink()
+    if damage is not None:
+        folder.config.write_bytes(damage)
+    with pytest.raises(RunFolderError, match=r"runs/demo/config.yaml cannot be read, .* Restore it"):
+        folder.check(CONFIG, resume=True)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"x", b"-3", b"1e9"])
+def test_a_damaged_note_of_what_was_saved_changes_nothing(folder: RunFolder, damage: bytes) -> None:
+    finished(folder)
+    (folder.checkpoints / "step_000020").mkdir(parents=True)
+    folder.saved.write_bytes(damage)
+    folder.check(CONFIG, resume=True)
+    assert folder.lost(20) == ""
+
+
+def test_a_newer_checkpoint_that_is_gone_is_said(folder: RunFolder) -> None:
+    finished(folder)
+    folder.saved.write_text("30\n")
+    assert folder.lost(20) == " (step 30 was saved too, and its checkpoint is gone)"
+    assert folder.lost(30) == ""

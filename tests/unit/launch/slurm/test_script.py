@@ -202,3 +202,30 @@ def test_servers_that_nobody_asks_or_nobody_starts_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_servers(config(*overrides), Allocation(nodes=1, serve_nodes=serve_nodes))
+
+
+@pytest.mark.parametrize(("written", "code"), [("echo 75 >$1/exit_code", 75), (":", 143)])
+def test_the_job_ends_with_the_code_of_the_rank_that_failed_first(
+    written: str, code: int, tmp_path: Path
+) -> None:
+    """Slurm ends the other tasks, and srun's code is theirs."""
+    ranks = (
+        f'say() {{ mkdir -p "$1/failed"; {written}; echo "rank 1 failed" >"$1/failed/1_rank_1"; exit 143; }}'
+    )
+    arguments = 'for a; do case $a in */preflight) exit 0 ;; */attempt_0) say "$a" ;; esac; done'
+    programs = {"srun": f"{ranks}\n{arguments}", "squeue": ":", "scontrol": "echo ' JobState=RUNNING'"}
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = write(config(), "c.yaml", [], Allocation(nodes=1, gpus=0, tasks=2))
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == "rank 1 failed"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.launch.slurm.task import Seat, join, tasks_of_nodes
+from megatron_troll.launch.slurm.task import Seat, join, tasks_of_nodes, write_first
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -57,4 +57,11 @@ def test_a_rank_that_fails_leaves_its_reason(tmp_path: Path) -> None:
     (reason,) = (tmp_path / "failed").iterdir()
     assert reason.name.endswith("_rank_0")
     assert reason.read_text().startswith("rank 0 failed (exit code 2): nothing")
+    assert (tmp_path / "exit_code").read_text() == "2\n"
     assert json.loads((tmp_path / "meeting.json").read_text())["address"] == "127.0.0.1"
+
+
+def test_the_exit_code_of_the_first_failure_stays(tmp_path: Path) -> None:
+    write_first(tmp_path / "exit_code", "75\n")
+    write_first(tmp_path / "exit_code", "143\n")
+    assert (tmp_path / "exit_code").read_text() == "75\n"
