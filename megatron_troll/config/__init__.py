@@ -8,13 +8,20 @@ from megatron_troll.config.methods import (
     known_methods,
     line_of,
 )
-from megatron_troll.config.model_options import (
+from megatron_troll.config.models import (
+    CriticConfig,
+    CriticOptimizer,
     Distill,
     Layout,
     LearningRateSchedule,
+    Model,
+    Models,
     MoE,
     Muon,
+    Optimizer,
     PrecisionAware,
+    ReferenceConfig,
+    RolloutModelConfig,
 )
 from megatron_troll.config.node import (
     ConfigError,
@@ -28,26 +35,28 @@ from megatron_troll.config.node import (
     Slot,
     nearest,
 )
-from megatron_troll.config.paths import RunPaths
-from megatron_troll.config.resume import MadeWith, Resume
-from megatron_troll.config.serving import Mamba, Serve, SGLang
+from megatron_troll.config.paths import (
+    RunPaths,
+)
+from megatron_troll.config.resume import (
+    MadeWith,
+    Resume,
+)
+from megatron_troll.config.serving import (
+    Mamba,
+    Serve,
+    SGLang,
+)
 from megatron_troll.config.tree import (
     Config,
-    CriticConfig,
-    CriticOptimizer,
     Data,
     EvalSet,
-    Model,
-    Models,
     ObjectiveConfig,
     Observe,
-    Optimizer,
     Overlong,
     PromptFiles,
-    ReferenceConfig,
     RewardConfig,
     RolloutConfig,
-    RolloutModelConfig,
     Sampling,
     Train,
     WarmStart,

@@ -8,17 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from megatron_troll.config.model_options import (
-    Distill,
-    Layout,
-    LearningRateSchedule,
-    MoE,
-    Muon,
-    PrecisionAware,
-    RecomputeModule,
+from megatron_troll.config.models import (
+    Model,
+    Models,
 )
 from megatron_troll.config.node import (
-    DecayRate,
     Files,
     Fraction,
     Natural,
@@ -32,8 +26,6 @@ from megatron_troll.config.node import (
 from megatron_troll.config.resume import MadeWith, Resume
 from megatron_troll.config.serving import Launch, Serve, SGLang
 
-LearningRate = Annotated[float, Field(gt=0, le=1e30)]
-Decay = Annotated[float, Field(ge=0, le=100)]
 COLDEST = 1e-3
 LONGEST_NAME = 200  # bytes; a file system takes 255, and logs and studies add to it
 
@@ -47,111 +39,6 @@ def _not_too_cold(temperature: float) -> float:
 
 
 Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_not_too_cold)]
-
-
-class Optimizer(Node):
-    """AdamW on Megatron's (distributed) optimizer, or Muon for matrices and AdamW for everything else."""
-
-    name: Literal["adamw", "muon"] = Field(
-        default="adamw",
-        description="muon: q, k, v, gate, up and each expert are matrices of their own; embeddings, head, "
-        "norms and whatever else is a vector stay with AdamW",
-    )
-    muon: Muon = Muon()
-    lr: LearningRate = Field(default=1e-6, description="learning rate after the warm-up")
-    betas: tuple[DecayRate, DecayRate] = Field(default=(0.9, 0.99), description="Adam's decay rates")
-    eps: Annotated[float, Field(ge=1e-30, le=1)] = Field(default=1e-8, description="Adam's epsilon")
-    weight_decay: Decay = Field(default=0.0, description="decoupled weight decay")
-    grad_norm: Annotated[float, Field(ge=0, le=1e9)] = Field(
-        default=1.0, description="clip the global gradient norm to this; 0 never clips"
-    )
-    distributed: bool = Field(default=True, description="shard its state over data-parallel ranks (ZeRO 1)")
-    overlap_grad_reduce: bool = Field(
-        default=False,
-        description="sum gradients over data-parallel ranks while the backward pass goes on, in buckets of "
-        "40 million numbers; false: at its end",
-    )
-    precision_aware: PrecisionAware | None = Field(
-        default=None,
-        description="state in less memory (needs Transformer Engine); default: all of it in fp32",
-    )
-    offload: Fraction = Field(
-        default=0.0, description="share of the state that is kept, and updated, in host memory (needs CUDA)"
-    )
-    schedule: LearningRateSchedule = LearningRateSchedule()
-
-
-class Model(Node):
-    """One model: its source, its layout over ranks, and its training."""
-
-    path: str = Field(
-        description="Hugging Face folder: config.json, tokenizer and, if pretrained, safetensors"
-    )
-    init: Literal["pretrained", "random"] = Field(
-        default="pretrained", description="weights of the folder, or new random ones by its config.json"
-    )
-    dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="of the weights in the forward pass")
-    spec: Literal["auto", "local", "te"] = Field(
-        default="auto",
-        description="layers: te is Transformer Engine, auto selects it if CUDA and the package exist",
-    )
-    layout: Layout = Layout()
-    optimizer: Optimizer = Optimizer()
-    moe: MoE = MoE()
-    recompute: Literal["none", "selective", "full"] = Field(
-        default="none",
-        description="activations to compute again in the backward pass instead of keeping them: of "
-        "`recompute_modules`, or of whole layers",
-    )
-    recompute_modules: tuple[RecomputeModule, ...] = Field(
-        default=("core_attn",),
-        description="for recompute selective: core attention, the activation function of experts (moe_act, "
-        "Transformer Engine only), experts with their routing (moe), a dense feed-forward (mlp)",
-    )
-
-
-class ReferenceConfig(Node):
-    """A frozen model that the policy is kept near. Everything but its weights is the policy's: shape, dtype,
-    layout."""
-
-    path: str = Field(description="Hugging Face folder with safetensors")
-
-
-class CriticOptimizer(Optimizer):
-    """The critic's optimizer, with its own default rates."""
-
-    lr: LearningRate = Field(default=1e-5, description="learning rate after the warm-up")
-    weight_decay: Decay = Field(default=0.01, description="decoupled weight decay")
-
-
-class CriticConfig(Model):
-    """The model for PPO's advantages: the body of a language model with a value head that starts at zero."""
-
-    optimizer: CriticOptimizer = CriticOptimizer()  # pyright: ignore[reportIncompatibleVariableOverride]
-
-
-class RolloutModelConfig(Model):
-    """The model that generates the rollouts in the policy's place, usually a smaller one (Jackpot, arXiv
-    2602.06107). It learns from the same batches: by PPO with the clip's defaults on its own samples, and by
-    distillation of the policy."""
-
-    distill: Distill = Distill()
-
-
-class Models(Node):
-    """The models of a run, each with its own weights; only the policy is required."""
-
-    policy: Model
-    reference: ReferenceConfig | None = Field(default=None, description="for objective.kl")
-    critic: CriticConfig | None = Field(default=None, description="for objective.advantage gae")
-    rollout: RolloutModelConfig | None = Field(
-        default=None, description="generates the rollouts; null: the policy"
-    )
-
-    @property
-    def drawing(self) -> Model:
-        """The model that generates the rollouts."""
-        return self.policy if self.rollout is None else self.rollout
 
 
 class PromptFiles(Node):
