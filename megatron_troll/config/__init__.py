@@ -28,19 +28,18 @@ from megatron_troll.config.node import (
     Slot,
     nearest,
 )
+from megatron_troll.config.optimizer import CriticOptimizer, Optimizer
 from megatron_troll.config.paths import RunPaths
 from megatron_troll.config.serving import Mamba, Serve, SGLang
 from megatron_troll.config.tree import (
     Config,
     CriticConfig,
-    CriticOptimizer,
     Data,
     EvalSet,
     Model,
     Models,
     ObjectiveConfig,
     Observe,
-    Optimizer,
     Overlong,
     PromptFiles,
     ReferenceConfig,

@@ -6,20 +6,17 @@ of their slots next to their formulas (objectives/), rewards next to their code 
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_troll.config.model_options import (
     Distill,
     Layout,
-    LearningRateSchedule,
     MoE,
-    Muon,
-    PrecisionAware,
     RecomputeModule,
 )
 from megatron_troll.config.node import (
-    DecayRate,
     Files,
+    FolderName,
     Fraction,
     Natural,
     Node,
@@ -28,56 +25,10 @@ from megatron_troll.config.node import (
     PositiveFloat,
     Seconds,
     Slot,
+    Temperature,
 )
+from megatron_troll.config.optimizer import CriticOptimizer, Optimizer
 from megatron_troll.config.serving import Launch, Serve, SGLang
-
-LearningRate = Annotated[float, Field(gt=0, le=1e30)]
-Decay = Annotated[float, Field(ge=0, le=100)]
-COLDEST = 1e-3
-LONGEST_NAME = 200  # bytes; a file system takes 255, and logs and studies add to it
-
-
-def _not_too_cold(temperature: float) -> float:
-    if 0 < temperature < COLDEST:
-        raise ValueError(
-            f"got {temperature!r}, expected 0 (greedy) or a number >= {COLDEST}: logits overflow below"
-        )
-    return temperature
-
-
-Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_not_too_cold)]
-
-
-class Optimizer(Node):
-    """AdamW on Megatron's (distributed) optimizer, or Muon for matrices and AdamW for everything else."""
-
-    name: Literal["adamw", "muon"] = Field(
-        default="adamw",
-        description="muon: q, k, v, gate, up and each expert are matrices of their own; embeddings, head, "
-        "norms and whatever else is a vector stay with AdamW",
-    )
-    muon: Muon = Muon()
-    lr: LearningRate = Field(default=1e-6, description="learning rate after the warm-up")
-    betas: tuple[DecayRate, DecayRate] = Field(default=(0.9, 0.99), description="Adam's decay rates")
-    eps: Annotated[float, Field(ge=1e-30, le=1)] = Field(default=1e-8, description="Adam's epsilon")
-    weight_decay: Decay = Field(default=0.0, description="decoupled weight decay")
-    grad_norm: Annotated[float, Field(ge=0, le=1e9)] = Field(
-        default=1.0, description="clip the global gradient norm to this; 0 never clips"
-    )
-    distributed: bool = Field(default=True, description="shard its state over data-parallel ranks (ZeRO 1)")
-    overlap_grad_reduce: bool = Field(
-        default=False,
-        description="sum gradients over data-parallel ranks while the backward pass goes on, in buckets of "
-        "40 million numbers; false: at its end",
-    )
-    precision_aware: PrecisionAware | None = Field(
-        default=None,
-        description="state in less memory (needs Transformer Engine); default: all of it in fp32",
-    )
-    offload: Fraction = Field(
-        default=0.0, description="share of the state that is kept, and updated, in host memory (needs CUDA)"
-    )
-    schedule: LearningRateSchedule = LearningRateSchedule()
 
 
 class Model(Node):
@@ -114,13 +65,6 @@ class ReferenceConfig(Node):
     layout."""
 
     path: str = Field(description="Hugging Face folder with safetensors")
-
-
-class CriticOptimizer(Optimizer):
-    """The critic's optimizer, with its own default rates."""
-
-    lr: LearningRate = Field(default=1e-5, description="learning rate after the warm-up")
-    weight_decay: Decay = Field(default=0.01, description="decoupled weight decay")
 
 
 class CriticConfig(Model):
@@ -392,22 +336,10 @@ class Observe(Node):
     )
 
 
-def _one_folder(name: str) -> str:
-    """The name, if it is one of a folder inside `runs`. Raises ValueError."""
-    if name in ("", ".", "..") or "/" in name or not name.isprintable() or name != name.strip():
-        raise ValueError(
-            f"got {name!r:.100}, expected the name of one folder inside `runs`: "
-            "no separators, not '.' or '..'"
-        )
-    if len(name.encode()) > LONGEST_NAME:
-        raise ValueError(f"got {len(name.encode())} bytes, expected at most {LONGEST_NAME}")
-    return name
-
-
 class Config(Node):
     """A run."""
 
-    name: Annotated[str, AfterValidator(_one_folder)] = Field(description="the run folder is runs/<name>")
+    name: FolderName = Field(description="the run folder is runs/<name>")
     runs: Annotated[str, Field(min_length=1)] = Field(default="runs", description="folder of the run folders")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="of prompt order, sampling and random weights"
