@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 LARGEST = 2**31 - 1  # of every count; larger ones overflow in what a run hands them to
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -17,6 +17,34 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0, le=8_640_000)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Files = Annotated[tuple[str, ...], Field(min_length=1)]
+COLDEST = 1e-3
+LONGEST_NAME = 200  # bytes; a file system takes 255, and logs and studies add to it
+
+
+def _not_too_cold(temperature: float) -> float:
+    if 0 < temperature < COLDEST:
+        raise ValueError(
+            f"got {temperature!r}, expected 0 (greedy) or a number >= {COLDEST}: logits overflow below"
+        )
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_not_too_cold)]
+
+
+def _one_folder(name: str) -> str:
+    """The name, if it is one of a folder inside `runs`. Raises ValueError."""
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or name != name.strip():
+        raise ValueError(
+            f"got {name!r:.100}, expected the name of one folder inside `runs`: "
+            "no separators, not '.' or '..'"
+        )
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"got {len(name.encode())} bytes, expected at most {LONGEST_NAME}")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_one_folder)]
 
 
 class Node(BaseModel):

@@ -6,7 +6,7 @@ of their slots next to their formulas (objectives/), rewards next to their code 
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_troll.config.models import (
     Model,
@@ -14,6 +14,7 @@ from megatron_troll.config.models import (
 )
 from megatron_troll.config.node import (
     Files,
+    FolderName,
     Fraction,
     Natural,
     Node,
@@ -22,23 +23,10 @@ from megatron_troll.config.node import (
     PositiveFloat,
     Seconds,
     Slot,
+    Temperature,
 )
 from megatron_troll.config.resume import MadeWith, Resume
 from megatron_troll.config.serving import Launch, Serve, SGLang
-
-COLDEST = 1e-3
-LONGEST_NAME = 200  # bytes; a file system takes 255, and logs and studies add to it
-
-
-def _not_too_cold(temperature: float) -> float:
-    if 0 < temperature < COLDEST:
-        raise ValueError(
-            f"got {temperature!r}, expected 0 (greedy) or a number >= {COLDEST}: logits overflow below"
-        )
-    return temperature
-
-
-Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_not_too_cold)]
 
 
 class PromptFiles(Node):
@@ -285,22 +273,10 @@ class Observe(Node):
     )
 
 
-def _one_folder(name: str) -> str:
-    """The name, if it is one of a folder inside `runs`. Raises ValueError."""
-    if name in ("", ".", "..") or "/" in name or not name.isprintable() or name != name.strip():
-        raise ValueError(
-            f"got {name!r:.100}, expected the name of one folder inside `runs`: "
-            "no separators, not '.' or '..'"
-        )
-    if len(name.encode()) > LONGEST_NAME:
-        raise ValueError(f"got {len(name.encode())} bytes, expected at most {LONGEST_NAME}")
-    return name
-
-
 class Config(Node):
     """A run."""
 
-    name: Annotated[str, AfterValidator(_one_folder)] = Field(description="the run folder is runs/<name>")
+    name: FolderName = Field(description="the run folder is runs/<name>")
     runs: Annotated[str, Field(min_length=1)] = Field(default="runs", description="folder of the run folders")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="of prompt order, sampling and random weights"

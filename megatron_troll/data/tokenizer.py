@@ -6,6 +6,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_troll.data.rows import DataError
 
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError)
+
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder; no code of the folder is run. Raises DataError if it is missing or has
@@ -14,8 +16,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{folder}: no such folder; expected a model in Hugging Face format")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    except Exception as error:  # tokenizers raises no narrower class for a damaged tokenizer.json
+        if type(error) is not Exception and not isinstance(error, DAMAGE):
+            raise
+        raise DataError(
+            f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error!s:.500}"
+        ) from error
     if not tokenizer.chat_template:
         raise DataError(f"{folder}: the tokenizer has no chat template")
     try:

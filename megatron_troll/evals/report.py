@@ -6,12 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from megatron_troll.config import Config
 from megatron_troll.evals.estimators import CONFIDENCE, RESAMPLES
 from megatron_troll.evals.results import EvalResult
 from megatron_troll.observe.trackers import versions
 from megatron_troll.system import write_atomic
+from megatron_troll.terminal import shown
 
 
 def write(path: Path, config: Config, results: Sequence[EvalResult]) -> None:
@@ -30,19 +32,20 @@ def table(results: Sequence[EvalResult]) -> Table:
     """Table with one row per figure; the caption says why a requested figure is missing."""
     missing = [f"{one.name}: no maj@k, {one.no_majority}" for one in results if one.no_majority]
     interval = f"{CONFIDENCE:.0%} interval"
-    shown = Table(
+    listed = Table(
         *("data set", "prompts", "figure", "value", interval),
         box=None,
-        caption="\n".join(missing) or None,
+        caption=Text(shown("\n".join(missing))) if missing else None,
         caption_justify="left",
     )
     for column in (1, 3, 4):
-        shown.columns[column].justify = "right"
+        listed.columns[column].justify = "right"
     for result in results:
         size = f"{result.prompts:,} x {result.samples}"
         for i, (name, value, around) in enumerate(_rows(result)):
-            shown.add_row(*((result.name, size) if i == 0 else ("", "")), name, value, around)
-    return shown
+            first = (Text(shown(result.name)), size) if i == 0 else ("", "")
+            listed.add_row(*first, name, value, around)
+    return listed
 
 
 def _rows(result: EvalResult) -> Iterator[tuple[str, str, str]]:

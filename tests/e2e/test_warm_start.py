@@ -31,8 +31,7 @@ def test_an_interrupted_warm_start_ends_well_and_is_started_again(demo: Workplac
     again = demo.mtroll("sft", "warm.yaml", "name=cut-short", "sft.steps=100000")
     assert again.code == 2
     assert again.err[-1].endswith(
-        "holds a run of this config. A warm start is not continued, choose another `name`, or delete the "
-        "folder."
+        "A warm start is not continued, choose another `name`, or delete the folder."
     )
 
 

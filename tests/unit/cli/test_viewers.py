@@ -136,7 +136,7 @@ def test_a_damaged_rollout_is_named(
     assert not (run / "page.html").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"text", gzip.compress(b"{}\n" * 999)[:-20], b"\x1f\x8b\x08\x00"])
+@pytest.mark.parametrize("content", [b"", b"text", gzip.compress(b"{}\n" * 999, mtime=0)[:-20], b"\x1f\x8b\x08\x00"])
 def test_a_damaged_archive_is_named(run: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
     (run / "rollouts" / "step_000001.0-of-1.jsonl.gz").write_bytes(content)
     if content:
@@ -145,9 +145,9 @@ def test_a_damaged_archive_is_named(run: Path, capsys: pytest.CaptureFixture[str
         assert main(["rollouts", str(run)]) == 0
 
 
-def test_a_rollout_file_of_an_odd_name_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rollout_file_of_an_odd_name_is_not_one_of_the_run(run: Path) -> None:
     (run / "rollouts" / "step_x.jsonl.gz").write_bytes(b"")
-    assert "step_x.jsonl.gz: not a name of a rollout file" in refused(capsys, "rollouts", run)
+    assert main(["rollouts", str(run)]) == 0
 
 
 def test_control_characters_of_an_answer_are_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

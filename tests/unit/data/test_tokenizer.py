@@ -33,6 +33,13 @@ def test_folders_without_a_usable_tokenizer(folder, tmp_path):
     with pytest.raises(DataError, match="no chat template"):
         load_tokenizer(folder)
     (folder / "chat_template.json").unlink(missing_ok=True)
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match="the tokenizer cannot be loaded"):
-        load_tokenizer(folder)
+    for broken in (
+        "{",
+        "{}",
+        "[]",
+        '{"model": {}}',
+        '{"version": "1.0", "model": {"type": "BPE", "vocab": 1}}',
+    ):
+        (folder / "tokenizer.json").write_text(broken)
+        with pytest.raises(DataError, match="the tokenizer cannot be loaded"):
+            load_tokenizer(folder)
