@@ -133,8 +133,8 @@ class RolloutQueue:
                 reward=np.array(rest["reward"], dtype=np.float32),
                 timeouts=rest["timeouts"],
                 crashes=rest["crashes"],
-                errors=rest["errors"],
-                unclosed=rest["unclosed"],
+                errors=rest.get("errors", 0),  # not counted by runs of earlier versions
+                unclosed=rest.get("unclosed", 0),
             )
             kept = np.array(rest["kept"], dtype=bool)
             trained_on = [rollout for rollout, keep in zip(sampled.rollouts, kept) if keep]
