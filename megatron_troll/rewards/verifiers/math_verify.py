@@ -25,6 +25,7 @@ GIVES_UP = (ArithmeticError, AttributeError, NotImplementedError, RecursionError
 DIGITS = 15
 # Gold answers that need no parse to be known as mathematics: sums, lists and pairs of simple terms. A parse
 # takes milliseconds, and a file may hold 100,000.
+SHORT = 200
 NUMBER = r"\d+(?:\.\d+)?"
 SIGN = r"\\pi|\\sqrt\{\d+\}|\\d?frac\{-?\d+\}\{\d+\}|[a-z](?:\^\{\d+\}|\^\d)?"
 TERM = rf"-?(?:{NUMBER}|(?:\d+)?(?:{SIGN}))"
@@ -43,7 +44,7 @@ class MathVerify(Reward):
         logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def check(self, prompt: Prompt) -> None:
-        if PLAIN.fullmatch(prompt.answer):
+        if len(prompt.answer) < SHORT and PLAIN.fullmatch(prompt.answer):
             return
         gold = self._gold(prompt.answer)
         if not gold.is_text:
