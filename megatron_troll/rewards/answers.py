@@ -72,7 +72,7 @@ def _last_line(text: str) -> Stated | None:
     if last is None:
         return None
     content = last[1].strip(" \t*_")
-    if not content:
+    if not content or content.endswith(":"):
         below = text[last.end() :].strip()
         display = DISPLAY.match(below)
         content = display[1] if display else below.partition("\n")[0]

@@ -40,6 +40,14 @@ STARTS = re.compile(rf"^(?:{SPACE}|\\\\|[:;])+")
 PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("_", "_"))
 MARKS = '*`"'
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?P<gap>\\[,;:! ]|~| |\{,\}|,\\!)\d{3}(?:(?P=gap)\d{3})*(?![\d])")
+COUNT = re.compile(
+    r"(?<=\d)[ ~]*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion)\b\s*\}?", re.IGNORECASE
+)
+COUNTS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+# A number with words behind it, such as 100 dollars: math-verify knows a few of them only.
+COUNTED = re.compile(
+    r"(-?[\d.,]+) +(?!(?:or|and|not|to|times|plus|minus|percent|over)\b)[A-Za-z]{3,}(?: +[A-Za-z]+)*"
+)
 POWER = re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![\w.])")
 ROOT = re.compile(r"√\s*(\d+|\w|\([^()]*\))")
 BETWEEN = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<=[\d}\s)\]])\b(?:and|or)\b(?=[\s\\({\[-])")
@@ -105,6 +113,8 @@ def read(answer: str) -> Notation:
     latex = CURRENCY.sub(r"\1", latex)
     latex, unit = read_unit(latex)
     latex = bare(BETWEEN.sub(", ", latex))
+    if counted := COUNTED.fullmatch(latex):
+        latex = counted[1]
     latex, base = read_base(latex)
     return Notation(latex, unit, base, *_words(latex))
 
@@ -118,6 +128,7 @@ def signs(text: str) -> str:
     text = re.sub(r"\^\s*\{?\s*(?:\\(?:text|mathrm)\s*\{o\}|\{o\})\s*\}?", r"^\\circ", text)
     text = THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     text = re.sub(r"(?<=\d)\{,\}(?=\d)", ",", text)
+    text = COUNT.sub(lambda count: rf"\times 10^{{{COUNTS[count[1].lower()]}}}", text)
     return POWER.sub(r"\1\\times 10^{\2}", text)
 
 

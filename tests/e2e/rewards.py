@@ -40,6 +40,15 @@ class Checksum(Reward):
         return zlib.crc32(text.encode()) / 2**32
 
 
+class Broken(Overlap):
+    """Raises on some answers."""
+
+    def __call__(self, text: str, prompt: Prompt) -> float:
+        if prompt.answer[:1] in "02468":
+            raise RuntimeError("the verifier has a bug")
+        return super().__call__(text, prompt)
+
+
 class Sleepy(Overlap):
     """Never returns on rank 1."""
 

@@ -25,6 +25,14 @@ def test_steps_with_nan_are_skipped_kept_and_in_the_end_fatal(warm: Workplace) -
         assert f"at fault: {batch[culprit]['sample']}" in done.out
 
 
+def test_a_verifier_that_raises_costs_answers_and_not_the_run(warm: Workplace) -> None:
+    done = warm.mtroll("train", "tiny.yaml", "name=raises", "reward.name=tests.e2e.rewards:Broken")
+    assert done.code == 0, done.err
+    assert "RuntimeError: the verifier has a bug" in done.out
+    assert "answers failed and count as wrong" in done.out
+    assert sum(row.get("reward_errors", 0) for row in warm.metrics("raises")) > 0
+
+
 def test_a_hang_says_which_rank_waits_where(warm: Workplace) -> None:
     changes = ["name=hung", "reward.name=tests.e2e.rewards:Sleepy", "observe.hang_timeout_s=6"]
     done = warm.mtroll("train", "tiny.yaml", *changes)

@@ -9,6 +9,7 @@ that equal nothing. It learns of a test only the arguments of calls. Standard li
 sandbox.
 """
 
+import ast
 import builtins
 import functools
 import importlib.machinery
@@ -106,7 +107,7 @@ class Judge(Peer):
     def permit(self, action, values):
         target = values[0]
         own = getattr(type(target), "__module__", None) == TEST
-        function = isinstance(target, types.FunctionType | types.MethodType) and target.__module__ == TEST
+        function = isinstance(target, (types.FunctionType, types.MethodType)) and target.__module__ == TEST
         public = all(not name.startswith("_") for name in values[1:2] if isinstance(name, str))
         if not ((action == "call" and function) or (own and public)):
             raise Gone
@@ -116,7 +117,7 @@ def renew(before, after):
     """Give a mutable argument the contents that it has after a call."""
     if type(before) is type(after) and type(before) in MUTABLE:
         before.clear()
-        (before.extend if isinstance(before, list | bytearray) else before.update)(after)
+        (before.extend if isinstance(before, (list, bytearray)) else before.update)(after)
 
 
 class Remote:
@@ -254,18 +255,28 @@ def defined(module, channel):
                 yield name, channel.reference(value)
 
 
+def compares_with(test):
+    """Names of OWN that a test uses. A module cannot be called: a function of its name is the answer's."""
+    used = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
+    calls = [node.func for node in ast.walk(test) if isinstance(node, ast.Call)]
+    called = {function.id for function in calls if isinstance(function, ast.Name)}
+    return {name for name in used & set(OWN) if OWN[name][1] is not None or name not in called}
+
+
 def judge(descriptor):
     """Run the test of stdin on the answer, once it is loaded, and write the word that proves a pass."""
     peer = Judge(descriptor)
     names = peer.channel.receive()
     test, passed = json.load(sys.stdin)
+    tree = ast.parse(test)
+    own = compares_with(tree)
     known = {"__name__": TEST, "__builtins__": builtins}
     for name, value in names.items():
-        if name in OWN:
+        if name in own:
             known[name] = imported(*OWN[name])
         elif not hasattr(builtins, name) and not name.startswith("__"):
             known[name] = peer.channel.decode(value)
-    exec(compile(test, "test.py", "exec"), known)
+    exec(compile(tree, "test.py", "exec"), known)
     sys.stdout.write("\n" + passed)
     sys.stdout.flush()
     os._exit(0)

@@ -23,8 +23,14 @@ NO_LIMIT = 0
 GIVES_UP = (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError)
 # Digits that math-verify compares of numbers that are not decimals.
 DIGITS = 15
-NUMBER = r"-?\d+(?:\.\d+)?"
-PLAIN = re.compile(rf"{NUMBER}|-?\\frac\{{{NUMBER}\}}\{{{NUMBER}\}}|(?:{NUMBER})?\\(?:pi|sqrt\{{\d+\}})")
+# Gold answers that need no parse to be known as mathematics: sums, lists and pairs of simple terms. A parse
+# takes milliseconds, and a file may hold 100,000.
+SHORT = 200
+NUMBER = r"\d+(?:\.\d+)?"
+SIGN = r"\\pi|\\sqrt\{\d+\}|\\d?frac\{-?\d+\}\{\d+\}|[a-z](?:\^\{\d+\}|\^\d)?"
+TERM = rf"-?(?:{NUMBER}|(?:\d+)?(?:{SIGN}))"
+TERMS = rf"{TERM}(?: ?[-+=,] ?{TERM})*"
+PLAIN = re.compile(rf"{TERMS}|[(\[]{TERMS}[)\]]")
 
 
 class MathVerify(Reward):
@@ -38,18 +44,18 @@ class MathVerify(Reward):
         logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def check(self, prompt: Prompt) -> None:
-        if PLAIN.fullmatch(prompt.answer):
+        if len(prompt.answer) < SHORT and PLAIN.fullmatch(prompt.answer):
             return
         gold = self._gold(prompt.answer)
-        if not gold.is_text and not _parse_stated(gold):
-            raise ValueError(f"the answer {prompt.answer!r:.80} is not mathematics")
+        if not gold.is_text:
+            _parsed_gold(gold, prompt.answer)
 
     def __call__(self, text: str, prompt: Prompt) -> float:
         gold = self._gold(prompt.answer)
         answer = self._answer(text)
         if isinstance(answer, Notation):
             return float(self._same(gold, answer))
-        return float(answer is not None and self._equal(_parse_stated(gold), _parse(answer)))
+        return float(answer is not None and self._equal(_parsed_gold(gold), _parse(answer)))
 
     def vote(self, text: str) -> str | None:
         """The first parse of the answer, as SymPy prints it: for x = 3 only the 3, numbers rounded to
@@ -103,8 +109,8 @@ class MathVerify(Reward):
             return _same_digits(gold, answer)
         if gold.unequal != answer.unequal or (gold.bracket + answer.bracket) in ("({", "{("):
             return False
-        golds, answers = _parse_stated(gold), _parse_stated(answer)
-        if answer.inequality and golds and isinstance(golds[0], sympy.Expr):
+        golds, answers = _parsed_gold(gold), _parse_stated(answer)
+        if answer.inequality and isinstance(golds[0], sympy.Expr):
             return False
         return self._equal(golds, answers) and self._consistent(answers)
 
@@ -131,6 +137,14 @@ def _parse_stated(answer: Notation) -> list[Any]:
     """Possible parses, the likeliest first; [] if there is none. The library swallows errors inside SymPy:
     such an answer has no parse."""
     return _parse(rf"\boxed{{{answer.latex}}}")
+
+
+def _parsed_gold(gold: Notation, written: str | None = None) -> list[Any]:
+    """Parses of a gold answer, which must have one. Raises ValueError."""
+    found = _parse_stated(gold)
+    if not found:
+        raise ValueError(f"the answer {written or gold.latex!r:.80} is not mathematics")
+    return found
 
 
 def _parse(text: str) -> list[Any]:

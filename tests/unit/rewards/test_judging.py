@@ -143,6 +143,8 @@ DEPTH = "def depth(n):\n    return 0 if n is None else 1 + depth(n.left)\n"
             "assert x[8] is True",
         ),
         ("import math\ndef f(r): return math.pi * r", "assert abs(f(1) - math.pi) < 1e-9"),
+        ("def bisect(x): return 9", "assert bisect(3) == 9"),
+        ("np = 5\ndef f(x): return x * x", NINE),
         ("LIMIT = 7\ndef f(): return LIMIT", "assert f() == LIMIT == 7"),
         (TREE + DEPTH, "assert depth(Node(1, Node(2))) == 2\nassert Node(1).left is None"),
         (DEPTH, TREE + "assert depth(Node(1, Node(2))) == 2"),

@@ -1,13 +1,15 @@
 """Each verifier on answers right and wrong."""
 
+import random
 import threading
 
 import pytest
 
 from megatron_troll.config import ConfigError, RewardConfig
+from megatron_troll.rewards.answers import last_boxed
 from megatron_troll.rewards.reward import Votes, build, resolve
 from megatron_troll.rewards.verifiers.code import Code
-from megatron_troll.rewards.verifiers.math_verify import last_boxed
+from megatron_troll.rewards.verifiers.math_verify import PLAIN, _parsed_gold
 from megatron_troll.types import Prompt
 
 PLUGINS = "tests.unit.rewards.plugin_rewards"
@@ -75,6 +77,19 @@ def test_math_verify(text, answer, expected):
     assert reward(text, answer, "math_verify") == expected
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_gold_answers_that_are_not_parsed_when_read_are_mathematics(seed):
+    """Random ones of the pattern that is taken for plain."""
+    draw = random.Random(seed)
+    terms = ["7", "-1.5", "2\\pi", "3\\sqrt{2}", "-\\frac{1}{2}", "2\\dfrac{-3}{4}", "x", "4x^2", "n^{12}"]
+    joined = draw.choice(terms)
+    for _ in range(draw.randrange(4)):
+        joined += draw.choice(["+", " - ", ", ", "=", ","]) + draw.choice(terms)
+    answer = draw.choice(["{}", "({})", "[{}]"]).format(joined)
+    assert PLAIN.fullmatch(answer)
+    assert _parsed_gold(build(RewardConfig(name="math_verify"))._gold(answer))
+
+
 def test_math_verify_can_ask_for_a_box():
     assert reward("the answer is 34", "34", "math_verify", boxed=True) == 0.0
     assert reward(r"\boxed{34}", "34", "math_verify", boxed=True) == 1.0
@@ -127,9 +142,13 @@ def test_an_answer_that_fell_into_a_loop_earns_nothing(text):
         (r"\boxed{FF_{16}}", "FF_{16}", 1.0),
         (r"\boxed{11_2}", "3", 1.0),
         ("Answer:\n\\[ 34 \\]", "34", 1.0),
+        ("Answer: 100 dollars", "100", 1.0),
+        ("Answer: 100 times", "7", 0.0),
+        (r"\boxed{5 \text{ million}}", "5", 0.0),
+        (r"\boxed{5 \text{ million}}", "5,000,000", 1.0),
+        ("Answer: the number of ways is:\n\n$$34$$", "34", 1.0),
         ("Let me check the answer: it is even.\nSo \\boxed{34} holds.", "34", 1.0),
         (r"\boxed{" + "(" * 300 + "34" + ")" * 300 + "}", "34", 0.0),
-        (r"\boxed{" + "3" * 5000 + "}", "3" * 5000, 0.0),
     ],
 )
 def test_math_verify_beside_the_known_answers(text, answer, expected):
@@ -137,7 +156,7 @@ def test_math_verify_beside_the_known_answers(text, answer, expected):
 
 
 @pytest.mark.parametrize(
-    "answer", [r"\text{}", r"\boxed{5", "}", "$", " ", r"\boxed{}", "(" * 300 + "1" + ")" * 300]
+    "answer", [r"\text{}", r"\boxed{5", "}", "$", " ", r"\boxed{}", "(" * 300 + "1" + ")" * 300, "3" * 5000]
 )
 def test_a_gold_answer_that_is_no_mathematics_is_refused(answer):
     with pytest.raises(ValueError, match="is not mathematics"):
