@@ -184,10 +184,9 @@ def _check_values(config: dict[str, Any], moe: bool, hybrid: bool, where: str) -
     for key in sizes:
         if key in config and not (type(config[key]) is int and config[key] > 0):
             raise ConfigError(f"{where}: {key} {config[key]!r} must be a whole number above 0")
-        if config.get(key, 0) > LARGEST.get(key, LARGEST_SIZE):
-            raise ConfigError(
-                f"{where}: {key} {str(config[key])[:40]} is above {LARGEST.get(key, LARGEST_SIZE)}: is it a typo?"
-            )
+        most = LARGEST.get(key, LARGEST_SIZE)
+        if config.get(key, 0) > most:
+            raise ConfigError(f"{where}: {key} {str(config[key])[:40]} is above {most}: is it a typo?")
     for key in ("rms_norm_eps", "initializer_range"):
         if not _positive(config.get(key, 1.0)):
             raise ConfigError(f"{where}: {key} {config[key]!r} must be a number above 0")
