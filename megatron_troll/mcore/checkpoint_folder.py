@@ -179,7 +179,7 @@ def summed(path: Path, manifest: dict[str, Any]) -> dict[str, str] | None:
 
 
 def advice(folder: Path, step: int) -> str:
-    """What to do about a checkpoint that is damaged."""
+    """A sentence on how to go on without a checkpoint that is damaged."""
     return f"Restore the file, or {_usable(folder, [other for other in steps(folder) if other != step])}"
 
 

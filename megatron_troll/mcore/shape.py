@@ -35,6 +35,9 @@ HYBRID_SIZES = (
     "linear_conv_kernel_dim",
     "full_attention_interval",
 )
+# Every layer and expert is an entry of a table.
+LARGEST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
+LARGEST_SIZE = 2**31 - 1
 # Of dense models; hidden_size / num_attention_heads in qwen3_moe, and required in qwen3_next.
 DEFAULT_HEAD_DIM = 128
 
@@ -181,6 +184,9 @@ def _check_values(config: dict[str, Any], moe: bool, hybrid: bool, where: str) -
     for key in sizes:
         if key in config and not (type(config[key]) is int and config[key] > 0):
             raise ConfigError(f"{where}: {key} {config[key]!r} must be a whole number above 0")
+        most = LARGEST.get(key, LARGEST_SIZE)
+        if config.get(key, 0) > most:
+            raise ConfigError(f"{where}: {key} {str(config[key])[:40]} is above {most}: is it a typo?")
     for key in ("rms_norm_eps", "initializer_range"):
         if not _positive(config.get(key, 1.0)):
             raise ConfigError(f"{where}: {key} {config[key]!r} must be a number above 0")

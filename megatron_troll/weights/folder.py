@@ -127,7 +127,7 @@ def write_index(folder: Path, files: Sequence[Sequence[str]], total_bytes: int) 
 
 
 def left_out_of(source_folder: Path) -> list[str]:
-    """What `write_companions` leaves out of the files of `source_folder`, as remarks."""
+    """Remarks on the keys that `write_companions` leaves out of the files of `source_folder`."""
     settings = settings_of(source_folder)
     return [f"config.json is without its quantisation ({described(settings)})"] if settings else []
 

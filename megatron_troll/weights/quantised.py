@@ -36,7 +36,7 @@ TOOLS = {
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """What the folder's files say of quantisation; {} if nothing."""
+    """The settings of quantisation in a folder's files; {} if there are none."""
     config = _json(folder / CONFIG)
     found = next((config[key] for key in SETTINGS if isinstance(config.get(key), dict)), {})
     return found or _json(folder / MODELOPT_CONFIG)

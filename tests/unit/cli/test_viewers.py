@@ -136,7 +136,9 @@ def test_a_damaged_rollout_is_named(
     assert not (run / "page.html").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"text", gzip.compress(b"{}\n" * 999, mtime=0)[:-20], b"\x1f\x8b\x08\x00"])
+@pytest.mark.parametrize(
+    "content", [b"", b"text", gzip.compress(b"{}\n" * 999, mtime=0)[:-20], b"\x1f\x8b\x08\x00"]
+)
 def test_a_damaged_archive_is_named(run: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
     (run / "rollouts" / "step_000001.0-of-1.jsonl.gz").write_bytes(content)
     if content:
