@@ -20,7 +20,17 @@ from zipfile import BadZipFile
 LAST_WORDS = "MTROLL_LAST_WORDS"
 
 # Raised by json and numpy for a file that is not as it was written.
-DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, BadZipFile, zlib.error)
+DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    EOFError,
+    RuntimeError,
+    BadZipFile,
+    zlib.error,
+)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

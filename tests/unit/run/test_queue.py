@@ -1,11 +1,13 @@
 """Which batch a step trains on, and that nothing sampled is lost or used twice."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.rewards.batch import ScoredBatch
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.run.queue import BatchFuture, RolloutBatch, RolloutQueue
@@ -118,3 +120,26 @@ def test_a_batch_that_fails_stays_in_the_queue() -> None:
         pending.next(1, failing)
     assert len(pending.batches) == 2
     assert pending.position(now=POSITIONS * 3) == POSITIONS
+
+
+@pytest.mark.parametrize("name", ["pending_000.batch.json", "pending_000.json", "pending_000.npz"])
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff\xfe", b"PK\x03\x04", b"[" * 100_000])
+def test_a_damaged_batch_is_refused_by_its_name(name: str, damage: bytes, tmp_path: Path) -> None:
+    before = RolloutQueue(2, last=8)
+    train(before, range(1, 5), [])
+    before.write(tmp_path)
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(CheckpointError, match=r"pending_000\.batch\.json or \.json or \.npz of pending_000"):
+        RolloutQueue(2, last=8).read(tmp_path, PROMPTS)
+
+
+@pytest.mark.parametrize("key", ["reward", "kept", "groups"])
+def test_a_batch_with_fewer_figures_than_rollouts_is_refused(key: str, tmp_path: Path) -> None:
+    before = RolloutQueue(2, last=8)
+    train(before, range(1, 5), [])
+    before.write(tmp_path)
+    file = tmp_path / "pending_000.batch.json"
+    rest = json.loads(file.read_text())
+    file.write_text(json.dumps(rest | {key: rest[key][:-1]}))
+    with pytest.raises(CheckpointError, match="the checkpoint is damaged"):
+        RolloutQueue(2, last=8).read(tmp_path, PROMPTS)
