@@ -57,7 +57,7 @@ SETTLE_S = 5.0
 
 @dataclass(frozen=True)
 class Trial:
-    """What was done to a run, and what became of it. `codes`: exit codes of the commands; `left`: processes,
+    """One change to a run and its outcome. `codes`: exit codes of the commands; `left`: processes,
     shared memory and folders that remained; `said`: the last lines of a command that failed."""
 
     kind: str
@@ -111,7 +111,7 @@ class Bench:
         )
 
     def ended_like_plain(self, name: str) -> str | None:
-        """How a finished run differs from the plain one; None if it does not."""
+        """The difference of a finished run from the plain one; None if there is none."""
         if metrics(self.run(name)) != metrics(self.run("plain")):
             return "other metrics"
         for step in range(1, STEPS + 1):

@@ -34,8 +34,8 @@ def expert_dtype(experts: int) -> type[np.unsignedinteger]:
 
 
 def unrecorded(experts: int) -> int:
-    """What a record holds in place of every expert of a token whose routing is not known: a replay leaves the
-    choice to the router."""
+    """The value in place of every expert of a token whose routing is not known: a replay leaves the choice to
+    the router."""
     return int(np.iinfo(expert_dtype(experts)).max)
 
 

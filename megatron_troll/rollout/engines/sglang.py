@@ -113,8 +113,8 @@ class SGLangEngine(Engine):
 
     @property
     def _pause(self) -> Pause:
-        """What a sync does to the requests in flight. After a retraction the record of experts is that of a
-        second reading; an aborted answer keeps that of its first part."""
+        """Treatment of the requests in flight by a sync. After a retraction the record of experts is that of
+        a second reading; an aborted answer keeps that of its first part."""
         return "abort" if self.setup.config.train.replay == "rollout" else "retract"
 
     def _question(self, request: Request, sampling: Sampling, round: int) -> NamedRequest:

@@ -90,7 +90,9 @@ def run(tokenizer: Any) -> Callable[..., Any]:
                 prompts=SimpleNamespace(train=train),
                 tokenizer=tokenizer,
             ),
-            session=SimpleNamespace(phases=lambda name: nullcontext(), groups=Groups()),
+            session=SimpleNamespace(
+                phases=lambda name: nullcontext(), groups=Groups(), progress=SimpleNamespace(say=print)
+            ),
             engine=Fake(),
             scorer=Scorer(RewardConfig(name="exact")),
             order=PromptOrder(len(train), seed=0, shuffle=False),
