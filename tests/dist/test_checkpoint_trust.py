@@ -20,7 +20,8 @@ from megatron_troll.mcore.checkpoint_pickle import COMMON_OBJECT, read_index
 from megatron_troll.mcore.checkpoint_sums import sums_of, write_sums
 from tests.dist.checkpoint_run import Run
 from tests.dist.harness import RankPool
-from tests.dist.test_checkpoint_faults import load_filled, refused, save_filled
+from tests.dist.test_checkpoint_damage import refused
+from tests.dist.test_checkpoint_faults import load_filled, save_filled
 from tests.dist.tiny import MOE, reference
 
 
