@@ -14,8 +14,10 @@ signal to every process of a job, such as a preemption, ends the program, and th
 Neither mode limits the total memory (the job's cgroup does) or protects against bugs of the kernel.
 """
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +38,7 @@ Kind = Literal["namespaces", "limits"]
 LIBRARIES = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 GRACE_S = 5.0
+FOLDER = "mtroll-answer-"
 
 
 class Limits(Node):
@@ -72,7 +75,9 @@ class Sandbox:
     python: str = sys.executable
 
     def probe(self) -> None:
-        """Raises SandboxError if this kind of sandbox does not work on this machine."""
+        """Raises SandboxError if this kind of sandbox does not work on this machine. Removes what a killed
+        trainer left."""
+        remove_abandoned()
         finished = self.run("print(40 + 2)", "", 10.0)
         if finished.output != "42\n":
             raise SandboxError(f"a trial program ended with code {finished.code} and no output")
@@ -89,7 +94,8 @@ class Sandbox:
     ) -> Iterator["Running"]:
         """Start main.py of `files` (text by path), in a folder that holds only these; it ends with the block.
         It inherits the file descriptor. Raises SandboxError if it could not be confined."""
-        with tempfile.TemporaryDirectory(prefix="mtroll-answer-") as name:
+        with tempfile.TemporaryDirectory(prefix=FOLDER) as name, open(Path(name) / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             folder = Path(name)
             for part in ("box", "root"):
                 (folder / part).mkdir()
@@ -141,6 +147,17 @@ class Sandbox:
     def _patience(self, wall_s: float) -> float:
         """Seconds to wait. With `limits`, jail.py enforces the time limit, because it has to clean up."""
         return wall_s if self.kind == "namespaces" else wall_s + GRACE_S
+
+
+def remove_abandoned() -> None:
+    """Remove the folders of programs whose trainer was killed before it could."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/lock"):
+        try:
+            with open(lock, "r+") as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent)
+        except OSError:
+            continue  # in use, or another user's
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Programs that misbehave, as real processes: each is contained and leaves nothing behind."""
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -163,6 +164,17 @@ def test_nothing_outlives_the_one_who_asked(kind, folders):
     asking.wait()
     assert gone(marker)
     assert eventually(lambda: not list(folders.iterdir()))
+
+
+def test_the_folder_of_a_killed_trainer_is_removed_at_the_next_start(folders, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(folders))
+    for name in ("abandoned", "in-use"):
+        (folders / f"mtroll-answer-{name}").mkdir()
+        (folders / f"mtroll-answer-{name}" / "lock").touch()
+    with open(folders / "mtroll-answer-in-use" / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        Sandbox("namespaces", SMALL).probe()
+    assert [path.name for path in folders.iterdir()] == ["mtroll-answer-in-use"]
 
 
 @both
