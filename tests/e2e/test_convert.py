@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_troll.mcore.checkpoint_sums import read_sums, sums_of, write_sums
 from megatron_troll.weights.source import FolderSource
 from megatron_troll.weights.torch_dist import SavedTensors
 from tests.e2e.workplace import Done, Workplace, finish, succeed, two_steps, untimed
@@ -43,6 +44,11 @@ def test_weights_that_changed_do_not_verify(finished: Workplace) -> None:
     with open(finished.root / "changed" / "tensors" / chunk.file, "r+b") as file:
         file.seek(chunk.offset + chunk.length // 2)
         file.write(bytes(1000))
+    done = finished.mtroll(*words, "--verify")
+    assert done.code == 2
+    assert f"{chunk.file}: not as changed/SHA256SUMS says" in done.err[-1]
+    listed = read_sums(finished.root / "changed") or {}
+    write_sums(finished.root / "changed", sums_of(finished.root / "changed", listed))
     done = finished.mtroll(*words, "--verify")
     assert done.code == 1
     assert "NOT the same model" in done.out
