@@ -1,5 +1,6 @@
 """`mtroll convert` as a user types it: a run's checkpoint, ranks of torchrun, training from the result."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,12 @@ def torchrun(place: Workplace, *arguments: str) -> Done:
         *arguments,
     ]
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=place.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *words],
+        cwd=place.root,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     return finish(process)
 
