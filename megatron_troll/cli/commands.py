@@ -209,11 +209,11 @@ def started[Prep: Prepared](
     arguments: Namespace,
     name: str,
     prepare: Callable[[Config], Prep],
-    check: Callable[[Prep], object] = lambda task: "",
+    check: Callable[[Prep], object] = lambda task: None,
 ) -> Iterator[Job[Prep]]:
     """Validate the configuration of a command. On a rank, run the block with the task and report errors that
     a user can act on by a message and an exit code. Otherwise start the ranks, which get here again, and wait
-    for them; `check` is further validation before they start, and what it returns is said."""
+    for them; `check` is further validation before they start, and what it returns, if anything, is said."""
     if "RANK" not in os.environ:
         from megatron_troll.task import PROBLEMS
 
@@ -222,12 +222,12 @@ def started[Prep: Prepared](
             task = prepare(_load(arguments))
             folder, config = RunFolder.of(task.config), task.config
             folder.check(dump(config), bool(config.resume), config.accepted, AGAIN.get(name, CONTINUE))
-            checked = str(check(task))
+            checked = check(task)
             folder.logs.mkdir(parents=True, exist_ok=True)
         except (*PROBLEMS, RunFolderError, CheckpointError) as error:
             job.code = _refuse(error)
         else:
-            _say("\n".join(filter(None, (str(task), checked))))
+            _say(str(task) if checked is None else f"{task}\n{checked}")
             try:
                 job.code = _launch(arguments, name, task.config)
             except OSError as error:

@@ -52,6 +52,8 @@ ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
     "rewards": ("reward.*",),
     "methods": (),
 }
+# Keys that runs of earlier versions lack, with the values at which they continue.
+ADDED: dict[str, Any] = {"data.template_arguments": {}, "reward.reasoning": "drop"}
 ABSENT = "(absent)"
 CONTINUE = "Continue it with resume=true"
 
@@ -208,6 +210,7 @@ def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
             "Restore it, choose another `name`, or delete the folder."
         ) from None
     after = flat_config(new_yaml)
+    before = {key: value for key, value in ADDED.items() if key in after} | before
     return {
         key: (before.get(key, ABSENT), after.get(key, ABSENT))
         for key in sorted(before.keys() | after.keys())

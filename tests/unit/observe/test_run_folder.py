@@ -274,3 +274,14 @@ def test_a_newer_checkpoint_that_is_gone_is_said(folder: RunFolder) -> None:
     folder.saved.write_text("30\n")
     assert folder.lost(20) == " (step 30 was saved too, and its checkpoint is gone)"
     assert folder.lost(30) == ""
+
+
+def test_a_run_of_a_version_without_a_key_continues_at_the_value_it_had(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).open(CONFIG, resume=False):
+        RunFolder(tmp_path).metrics.write_text("{}\n")
+    added = "reward: {name: exact, reasoning: VALUE}\ndata: {template_arguments: {}}\n"
+    plain = CONFIG + "reward: {name: exact}\n"
+    RunFolder(tmp_path).config.write_text(plain)
+    RunFolder(tmp_path).check(CONFIG + added.replace("VALUE", "drop"), resume=True)
+    with pytest.raises(RunFolderError, match=r"reward\.reasoning: drop there, keep now"):
+        RunFolder(tmp_path).check(CONFIG + added.replace("VALUE", "keep"), resume=True)
