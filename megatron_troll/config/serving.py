@@ -131,11 +131,6 @@ class Serve(Node):
     start_timeout_s: Seconds = Field(default=900.0, description="time until every server must be healthy")
     restarts: Natural = Field(default=3, description="times that a server that died is started again")
 
-    @property
-    def prefix_cache(self) -> bool:
-        """Whether requests share the KV cache of what they begin with, which `flags` can turn off."""
-        return not any(self.flags.get(name) for name in ("disable-radix-cache", "disable_radix_cache"))
-
 
 class Launch(Node):
     """The ranks that `mtroll` starts itself when no launcher (srun, torchrun) has started it; GPU memory."""

@@ -52,7 +52,7 @@ def with_experts(rollout: Rollout, generator: np.random.Generator) -> Rollout:
     tokens = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
     order = generator.random((tokens, LAYERS, EXPERTS)).argsort(-1)[..., :CHOSEN]
     experts = np.sort(order, -1).astype(np.uint8)
-    # As after a prefix cache: the engine did not sample with what it recorded of the prompt's last token.
+    # A token whose routing is not known.
     experts[len(rollout.prompt_ids) - 1] = UNRECORDED
     return replace(rollout, experts=experts)
 

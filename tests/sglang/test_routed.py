@@ -1,5 +1,6 @@
 """The experts that a real server says it chose are those of Hugging Face's routers on the same tokens."""
 
+import secrets
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,8 +51,9 @@ def undecided_server(farm: Farm, tmp_path: Path) -> Iterator[RealServer]:
 def test_replay_gives_the_servers_log_probs_but_for_what_it_leaves_out(
     undecided_server: RealServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Siblings that share the prefix cache, some of them retracted while they are sampled."""
-    url, length = undecided_server.url, 200
+    """Siblings that share the prefix cache, some of them retracted while they are sampled. The first token of
+    an answer is sampled by a forward of its own, whose record is that of the first sibling."""
+    url, length = undecided_server.url, 110
     with ThreadPoolExecutor(12) as pool:
         calm = list(pool.map(lambda i: ask(url, [*PROMPT, 5 + i % 3], 40, 1.0), range(12)))
         futures = [pool.submit(ask, url, [*PROMPT, 5 + i % 3], length, 1.0) for i in range(12)]
@@ -67,7 +69,7 @@ def test_replay_gives_the_servers_log_probs_but_for_what_it_leaves_out(
     for i, part in enumerate((*calm, *disturbed)):
         if left_out[i].all():
             continue
-        assert np.flatnonzero(left_out[i]).tolist() == [len(PROMPT)]
+        assert not left_out[i].any()
         worst = max(worst, gaps(model, [*PROMPT, 5 + i % 12 % 3], part)[1:].max())
     assert worst < 1e-4
     share = np.concatenate(left_out).mean()
@@ -95,7 +97,7 @@ def ask(url: str, ids: list[int], length: int, temperature: float = 0.0) -> Part
     question = GenerationRequest(
         ids, length, Sampling(temperature=temperature), (VOCAB - 1,), 4, VOCAB, seed=1, routed=ROUTED
     )
-    body = question.body("routed-")
+    body = question.body(f"routed-{secrets.token_hex(4)}")
     body["sampling_params"]["ignore_eos"] = True
     reply = httpx.post(f"{url}/generate", json=body, timeout=60, trust_env=False).raise_for_status()
     return part_of(reply.json(), question)
@@ -103,9 +105,8 @@ def ask(url: str, ids: list[int], length: int, temperature: float = 0.0) -> Part
 
 def check(part: Part, prompt: list[int]) -> None:
     assert part.experts is not None
-    read, where = [*prompt, *part.ids.tolist()][:-1], known(part)
-    assert np.flatnonzero(~where).tolist() == [len(prompt) - 1]
-    np.testing.assert_array_equal(part.experts[where], chosen(read)[where])
+    read = [*prompt, *part.ids.tolist()][:-1]
+    np.testing.assert_array_equal(part.experts, chosen(read))
 
 
 @torch.no_grad()

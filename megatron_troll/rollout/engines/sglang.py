@@ -121,8 +121,7 @@ class SGLangEngine(Engine):
         shape = self.setup.model.shape
         vocab, routed = shape.vocab, None
         if self.setup.config.train.replay == "rollout":
-            cached = self.setup.config.serve.prefix_cache
-            routed = Routed(shape.layers, shape.experts_per_token, shape.experts, cached)
+            routed = Routed(shape.layers, shape.experts_per_token, shape.experts)
         ask = GenerationRequest(
             ids=request.prompt_ids.tolist(),
             max_tokens=sampling.max_tokens,

@@ -89,7 +89,6 @@ def _identity(setup: Setup) -> Identity:
         text,
         ids,
         setup.rollout.sampling.logprob_temperature,
-        setup.config.serve.prefix_cache or setup.config.train.replay != "rollout",
     )
 
 

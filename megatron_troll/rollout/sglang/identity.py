@@ -20,8 +20,7 @@ LAW_TOLERANCE = 1e-3
 @dataclass(frozen=True)
 class Identity:
     """Properties that a server must match: the model in `folder`, with this shape. `text` is tokenized by
-    both sides; `ids` are a prompt; `temperature` is that of the run's samples. prefix_cache: false if the run
-    relies on answers that share no KV cache."""
+    both sides; `ids` are a prompt; `temperature` is that of the run's samples."""
 
     folder: Path
     shape: ModelShape
@@ -29,7 +28,6 @@ class Identity:
     text: str
     ids: Sequence[int]
     temperature: float
-    prefix_cache: bool = True
 
     @property
     def _remedy(self) -> str:
@@ -47,11 +45,6 @@ class Identity:
             raise BadReply(f"{url}/server_info names no model_path: {str(started)[:200]}; is it SGLang?")
         self._check_family(url, info)
         _check_sampling(url, info, started)
-        if not self.prefix_cache and not started.get("disable_radix_cache"):
-            raise WrongServer(
-                f"{url} shares the KV cache of prefixes, although serve.flags turns it off: start it with "
-                "--disable-radix-cache, or remove that flag from serve.flags"
-            )
         self._check_sizes(url, Path(started["model_path"]))
         await self._check_tokenizer(http, url)
         if self.temperature != 1.0:

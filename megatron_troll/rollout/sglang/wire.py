@@ -19,14 +19,11 @@ from megatron_troll.types import FinishReason, TokenTopK
 
 @dataclass(frozen=True)
 class Routed:
-    """Contents of an experts record at each token: `per_token` of `experts`, in each of `layers`.
-    prefix_cache: whether the server lets answers share the KV cache, and so the record, of what they begin
-    with."""
+    """Contents of an experts record at each token: `per_token` of `experts`, in each of `layers`."""
 
     layers: int
     per_token: int
     experts: int
-    prefix_cache: bool = True
 
 
 FINISHED: tuple[FinishReason, ...] = ("stop", "length", "abort")
@@ -142,17 +139,11 @@ def part_of(reply: Any, ask: GenerationRequest) -> Part:
 
 
 def _sampled_with(meta: Mapping[str, Any], prompt: int, sampled: int, routed: Routed) -> np.ndarray:
-    """The experts record of an answer, `unrecorded` where the server did not sample with what it recorded.
-
-    The first token of an answer is sampled by a forward of its own over the last token of the prompt, whose
-    record under a prefix cache is that of the first answer to the same prompt. After a retraction the server
-    reads everything again, and records the second reading.
-    """
+    """The experts record of an answer, `unrecorded` throughout if the server retracted it: it then read
+    everything again, and recorded the second reading."""
     experts = experts_of(meta, prompt + sampled - 1, routed)
     if meta.get("num_retractions"):
         experts[:] = unrecorded(routed.experts)
-    elif routed.prefix_cache:
-        experts[prompt - 1] = unrecorded(routed.experts)
     return experts
 
 

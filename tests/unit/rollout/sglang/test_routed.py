@@ -2,7 +2,6 @@
 
 import base64
 import copy
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,10 +77,6 @@ def answered(routed: Routed, **meta: Any) -> np.ndarray:
     return (experts != unrecorded(routed.experts)).all((1, 2))
 
 
-def test_under_a_prefix_cache_the_record_of_the_first_token_is_not_its_own() -> None:
-    assert np.flatnonzero(~answered(ROUTED)).tolist() == [len(PROMPT) - 1]
-    assert answered(replace(ROUTED, prefix_cache=False)).all()
-
-
 def test_a_retracted_answer_has_no_record_of_its_sampling() -> None:
-    assert not answered(replace(ROUTED, prefix_cache=False), num_retractions=1).any()
+    assert answered(ROUTED).all()
+    assert not answered(ROUTED, num_retractions=1).any()
