@@ -3,7 +3,7 @@
 import fcntl
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -210,13 +210,18 @@ def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
             "Restore it, choose another `name`, or delete the folder."
         ) from None
     after = flat_config(new_yaml)
-    before = {key: value for key, value in ADDED.items() if key in after} | before
+    before = with_added(before, after)
     return {
         key: (before.get(key, ABSENT), after.get(key, ABSENT))
         for key in sorted(before.keys() | after.keys())
         if before.get(key, ABSENT) != after.get(key, ABSENT)
         and not any(fnmatchcase(key, pattern) for pattern in CHANGEABLE)
     }
+
+
+def with_added(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted keys `before`, with those of `after` that a run of an earlier version lacks (ADDED)."""
+    return {key: value for key, value in ADDED.items() if key in after} | dict(before)
 
 
 def flat_config(config_yaml: str) -> dict[str, Any]:

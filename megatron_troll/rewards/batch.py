@@ -45,10 +45,7 @@ def together(parts: Sequence[ScoredBatch]) -> ScoredBatch:
     return ScoredBatch(
         rollouts=[rollout for part in parts for rollout in part.rollouts],
         reward=np.concatenate([part.reward for part in parts]),
-        timeouts=sum(part.timeouts for part in parts),
-        crashes=sum(part.crashes for part in parts),
-        errors=sum(part.errors for part in parts),
-        unclosed=sum(part.unclosed for part in parts),
+        **_counts(parts),
     )
 
 
@@ -66,11 +63,16 @@ def judge(
     return ScoredBatch(
         rollouts=[r if k else replace(r, mask=np.zeros_like(r.mask)) for r, k in zip(rollouts, keep)],
         reward=reward,
-        timeouts=sum(share.timeouts for share in shares),
-        crashes=sum(share.crashes for share in shares),
-        errors=sum(share.errors for share in shares),
-        unclosed=sum(share.unclosed for share in shares),
+        **_counts(shares),
     )
+
+
+def _counts(parts: Sequence[ScoredBatch | Scores]) -> dict[str, int]:
+    """The counts of several parts, added up."""
+    return {
+        name: sum(getattr(part, name) for part in parts)
+        for name in ("timeouts", "crashes", "errors", "unclosed")
+    }
 
 
 def extract(

@@ -20,7 +20,7 @@ from megatron_troll.config import MadeWith
 from megatron_troll.config.load import dump
 from megatron_troll.mcore.checkpoint_folder import path_of, steps
 from megatron_troll.mcore.checkpoint_manifest import damaged, resumable
-from megatron_troll.observe.run_folder import ACCEPTABLE, RunFolder, RunFolderError, flat_config
+from megatron_troll.observe.run_folder import ACCEPTABLE, RunFolder, RunFolderError, flat_config, with_added
 from megatron_troll.run import digest
 from megatron_troll.run.state import read_state
 from megatron_troll.system import DAMAGED, naming, write_atomic
@@ -53,8 +53,10 @@ class Part:
     files: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def equals(self, other: "Part") -> bool:
-        return (self.count, self.hash, self.settings) == (other.count, other.hash, other.settings)
+    def continues(self, before: "Part") -> bool:
+        """Whether this is the part of an earlier checkpoint, maybe of a version with fewer settings."""
+        settings = with_added(before.settings, self.settings)
+        return (self.count, self.hash, self.settings) == (before.count, before.hash, settings)
 
 
 class Change(TypedDict):
@@ -167,7 +169,7 @@ def _compared(before: Provenance, now: Provenance, task: Task, step: int) -> Con
     differing = {
         name: told(name, before, now)
         for name in names
-        if not before.parts.get(name, Part()).equals(now.parts.get(name, Part()))
+        if not now.parts.get(name, Part()).continues(before.parts.get(name, Part()))
     }
     if refused := [name for name in differing if name not in task.config.accepted]:
         lines = "\n".join(f"  {name}: {differing[name]}" for name in refused)

@@ -13,7 +13,7 @@ from megatron_troll.config.load import load
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.run import digest
-from megatron_troll.run.made_with import TRAINED_ON, Continued, Provenance, continued, note, read
+from megatron_troll.run.made_with import RECORD, TRAINED_ON, Continued, Provenance, continued, note, read
 from megatron_troll.task import Task, prepare
 from tests.unit.demo_task import line
 from tests.unit.run.stored import store
@@ -243,6 +243,14 @@ def test_a_checkpoint_of_an_earlier_release_continues_and_says_so(place: Place) 
     assert found.changed == ()
     assert "step_000002 does not say what it was made with, as an earlier release wrote it" in found.said[0]
     assert found.provenance.parts["data"].count == 5
+
+
+def test_a_setting_that_came_after_a_checkpoint_is_no_change(place: Place) -> None:
+    record = place.checkpoint(2) / RECORD
+    content = json.loads(record.read_text())
+    assert content["parts"]["rewards"]["settings"].pop("reward.reasoning") == "drop"
+    place.resize(RECORD, json.dumps(content).encode())
+    assert place.resume().said == ()
 
 
 def test_a_new_run_and_one_without_a_checkpoint_have_nothing_to_compare(place: Place) -> None:
