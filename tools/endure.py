@@ -149,6 +149,7 @@ def kill(bench: Bench, chance: random.Random, number: int) -> Trial:
         time.sleep(0.05)
     victim = strike(process, target, chance)
     codes.append(process.wait(LIMIT_S))
+    wait_for_ranks(bench)
     done = bench.command("train", "run.yaml", f"name={name}", "resume=true")
     codes.append(done.returncode)
     trouble = last_lines(done) if done.returncode else bench.ended_like_plain(name)
@@ -177,7 +178,8 @@ def strike(process: subprocess.Popen[bytes], target: str, chance: random.Random)
         "helper": helpers and [chance.choice(helpers)],
         "all": [psutil.Process(process.pid), *children],
     }[target]
-    for victim in victims or [psutil.Process(process.pid)]:
+    victims = victims or [psutil.Process(process.pid)]
+    for victim in victims:
         try:
             victim.kill()
         except psutil.NoSuchProcess:
@@ -246,6 +248,13 @@ def remains(bench: Bench) -> list[str]:
         time.sleep(0.2)
     found += [str(path) for path in Path("/dev/shm").glob("*")]
     return found + [str(path) for path in Path(tempfile.gettempdir()).glob("mtroll-*")]
+
+
+def wait_for_ranks(bench: Bench) -> None:
+    """Wait until the ranks of a killed launcher have saved and ended, as they do when it dies."""
+    end = time.monotonic() + LIMIT_S
+    while working_in(bench.root) and time.monotonic() < end:
+        time.sleep(0.2)
 
 
 def working_in(root: Path) -> list[psutil.Process]:

@@ -99,7 +99,8 @@ def _on_cpu(serve: Serve, kv_cache: str) -> Flags:
     return ON_CPU
 
 
-def _has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def _has_amx() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.is_file() and "amx_tile" in cpuinfo.read_text().split()
 
 
