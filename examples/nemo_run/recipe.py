@@ -111,7 +111,7 @@ def _on_one_node(recipe: Recipe) -> run.Script:
     if allocation.nodes > 1:
         raise ConfigError(f"--nodes {allocation.nodes}: this executor starts ranks on one node")
     ranks = f"launch.ranks={allocation.world}"
-    words = [allocation.python, "-m", "megatron_troll.cli", "train", recipe.path, *recipe.overrides]
+    words = [allocation.python, "-P", "-m", "megatron_troll.cli", "train", recipe.path, *recipe.overrides]
     # exec: what nemo-run signals is the command, which saves and stops.
     return _script(recipe, f"exec {join([*words, ranks, 'resume=true'])}\n")
 
