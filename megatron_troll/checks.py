@@ -1,7 +1,6 @@
 """Checks that refuse a configuration before compute is spent."""
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +19,7 @@ from megatron_troll.config import (
     Sampling,
 )
 from megatron_troll.data.tokenizer import load_tokenizer
-from megatron_troll.mcore.layout import check_layout, check_world, smallest_world, uses_te
+from megatron_troll.mcore.layout import check_layout, check_world, uses_te, world_size
 from megatron_troll.mcore.options import check_machine, check_muon_layout, check_options
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.objectives.objective import Objective
@@ -57,13 +56,6 @@ def data_of(config: Config) -> Data:
     if config.data is None:
         raise ConfigError("data: missing; training needs data.files, prompts to answer")
     return config.data
-
-
-def world_size(config: Config) -> int:
-    """Number of ranks of this run: those that srun or torchrun started, or that `mtroll` will start."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return config.launch.ranks or smallest_world(config.policy.layout)
 
 
 def check_length(tokens: dict[str, int], shape: ModelShape) -> None:

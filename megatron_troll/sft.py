@@ -25,10 +25,11 @@ NOTHING = HeadOutputs(None, None, None)
 def warm_start(task: Task, interrupts: Interrupts) -> bool:
     """Train on `config.sft` and export to runs/<name>/hf. Returns whether it reached the last step; an
     interrupted warm start is not resumed but run again. Runs on every rank."""
-    config, sft, examples = task.config, sft_of(task.config), demonstrations(task).examples
-    order = PromptOrder(len(examples), config.seed)
+    config, sft, shown = task.config, sft_of(task.config), demonstrations(task)
+    examples, order = shown.examples, PromptOrder(len(shown.examples), config.seed)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(config, sft.steps, interrupts))
+        session.progress.say(f"{task}\n{shown}")
         scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
         beat = session.watchdog.beat
         policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps, beat)

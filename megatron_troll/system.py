@@ -16,6 +16,9 @@ from types import FrameType
 from typing import TextIO
 from zipfile import BadZipFile
 
+# Exit codes of a command: it failed after it had begun, or refused before anything was done.
+FAILED, REFUSED = 1, 2
+
 # The variable with the descriptor to which a rank writes its last words.
 LAST_WORDS = "MTROLL_LAST_WORDS"
 

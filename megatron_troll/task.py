@@ -6,7 +6,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll import rollout
-from megatron_troll.checks import check_methods, check_model, check_models, check_observe, data_of, world_size
+from megatron_troll.checks import check_methods, check_model, check_models, check_observe, data_of
 from megatron_troll.config import Config, ConfigError, Model, WarmStart
 from megatron_troll.data.demonstrations import Demonstrations, load_demonstrations
 from megatron_troll.data.prompts import PromptSet, load_prompts
@@ -14,6 +14,7 @@ from megatron_troll.data.rows import DataError
 from megatron_troll.data.stops import StopTokens, stop_tokens
 from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import check_reasoning_tags, check_vocab, load_tokenizer
+from megatron_troll.mcore.layout import world_size
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.mcore.version import check_version
 from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve

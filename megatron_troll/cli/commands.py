@@ -1,5 +1,6 @@
 """The functions of the commands. Heavy imports are inside: reward workers import this module again."""
 
+import gc
 import json
 import os
 import sys
@@ -16,24 +17,25 @@ from rich.console import Console
 
 from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import dump
+from megatron_troll.data.rows import DataError
 from megatron_troll.launch.local import launch
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.mcore.layout import world_size
 from megatron_troll.observe.opened import load_opened
 from megatron_troll.observe.progress import Terminal, show
 from megatron_troll.observe.run_folder import CONTINUE, RunFolder, RunFolderError
-from megatron_troll.system import Interrupts, last_words, watched
+from megatron_troll.system import FAILED, REFUSED, Interrupts, last_words, watched
 
 if TYPE_CHECKING:
     from megatron_troll.evals.task import EvalTask
     from megatron_troll.task import Task
 
-FAILED, REFUSED = 1, 2
 # Commands whose runs are not continued, and the sentence about a folder that holds one.
 AGAIN = {"sft": "A warm start is not continued", "eval": "An evaluation is not continued"}
 
 
 class Prepared(Protocol):
-    """A validated configuration, with everything it names read; its str() is printed to the terminal."""
+    """A validated configuration, with everything it names read."""
 
     @property
     def config(self) -> Config: ...
@@ -55,15 +57,15 @@ class Job[Prep: Prepared]:
 
 
 def train(arguments: Namespace) -> int:
-    def check(task: "Task") -> None:
-        from megatron_troll.run.made_with import continued
+    def prepare(config: Config) -> "Task":
         from megatron_troll.weights.folder import check_target
 
-        if task.config.checkpoint.export:
-            check_target(RunFolder.of(task.config).hf, Path(task.config.policy.path))
-        continued(task)
+        task = _task(config)
+        if config.checkpoint.export:
+            check_target(RunFolder.of(config).hf, Path(config.policy.path))
+        return task
 
-    with started(arguments, "train", _task, check) as job:
+    with started(arguments, "train", prepare) as job:
         if job.task is not None:
             from megatron_troll import loop
 
@@ -73,12 +75,13 @@ def train(arguments: Namespace) -> int:
 
 
 def sft(arguments: Namespace) -> int:
-    def check(task: "Task") -> object:
-        from megatron_troll.task import demonstrations
+    def prepare(config: Config) -> "Task":
+        from megatron_troll.task import sft_of
 
-        return demonstrations(task)
+        sft_of(config)
+        return _task(config)
 
-    with started(arguments, "sft", _task, check) as job:
+    with started(arguments, "sft", prepare) as job:
         if job.task is not None:
             from megatron_troll.sft import warm_start
 
@@ -206,36 +209,16 @@ def _task(config: Config) -> "Task":
 
 @contextmanager
 def started[Prep: Prepared](
-    arguments: Namespace,
-    name: str,
-    prepare: Callable[[Config], Prep],
-    check: Callable[[Prep], object] = lambda task: None,
+    arguments: Namespace, name: str, prepare: Callable[[Config], Prep]
 ) -> Iterator[Job[Prep]]:
-    """Validate the configuration of a command. On a rank, run the block with the task and report errors that
-    a user can act on by a message and an exit code. Otherwise start the ranks, which get here again, and wait
-    for them; `check` is further validation before they start, and what it returns, if anything, is said."""
+    """Read and check, on a rank, what the configuration of a command names; run the block with it, and report
+    errors that a user can act on by a message and an exit code. In any other process, start the ranks, which
+    get here again, and wait for them."""
     if "RANK" not in os.environ:
-        from megatron_troll.task import PROBLEMS
-
-        job = Job[Prep](Interrupts())
-        try:
-            task = prepare(_load(arguments))
-            folder, config = RunFolder.of(task.config), task.config
-            folder.check(dump(config), bool(config.resume), config.accepted, AGAIN.get(name, CONTINUE))
-            checked = check(task)
-            folder.logs.mkdir(parents=True, exist_ok=True)
-        except (*PROBLEMS, RunFolderError, CheckpointError) as error:
-            job.code = _refuse(error)
-        else:
-            _say(str(task) if checked is None else f"{task}\n{checked}")
-            try:
-                job.code = _launch(arguments, name, task.config)
-            except OSError as error:
-                sys.stderr.write(f"the ranks cannot be started: {error}\n")
-                job.code = FAILED
-        yield job
+        yield Job(Interrupts(), code=_start_ranks(arguments, name, prepare))
         return
     sys.excepthook = _tell_bug
+    gc.disable()  # imports and prompts are objects that stay: looking for garbage among them takes seconds
     with watched() as interrupts:
         # Imported inside: the import takes seconds, in which a request to stop must be remembered.
         from megatron_troll.task import PROBLEMS
@@ -244,24 +227,44 @@ def started[Prep: Prepared](
         try:
             job.task = prepare(_load(arguments))
         except PROBLEMS as error:
-            job.code = _refuse(error)
+            last_words(str(error))
+            job.code = REFUSED
+            yield job
+            return
+        from megatron_troll.mcore.cpu.eager import import_megatron
+
+        import_megatron()
+        gc.freeze()
+        gc.enable()
         with _reported(job):
             yield job
 
 
-def _launch(arguments: Namespace, name: str, config: Config) -> int:
-    from megatron_troll.checks import world_size
-
+def _start_ranks[Prep: Prepared](arguments: Namespace, name: str, prepare: Callable[[Config], Prep]) -> int:
+    """Run a command on ranks of this machine and return its exit code. The ranks check its inputs; only what
+    would let their logs into the folder of another run is refused here."""
+    try:
+        config = _load(arguments)
+        folder = RunFolder.of(config)
+        if folder.holds_run() and not config.resume:
+            # The reason to refuse it may be a default that only the methods know.
+            folder.check(dump(prepare(config).config), False, again=AGAIN.get(name, CONTINUE))
+        folder.check_free()
+    except (ConfigError, DataError, RunFolderError, OSError) as error:
+        return _refuse(error)
     ranks = world_size(config)
     argv = [sys.executable, "-P", "-m", "megatron_troll.cli", name, arguments.config, *arguments.overrides]
     threads = config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
-    return launch(argv, ranks, threads, RunFolder.of(config).logs)
+    try:
+        return launch(argv, ranks, threads, folder.logs)
+    except OSError as error:
+        sys.stderr.write(f"the ranks cannot be started: {error}\n")
+        return FAILED
 
 
 @contextmanager
 def _reported(job: Job) -> Iterator[None]:
     """Turn the errors that a run ends with into a message and an exit code."""
-    from megatron_troll.data.rows import DataError
     from megatron_troll.rewards.pool import RewardError
     from megatron_troll.rollout.engine import EngineError
     from megatron_troll.training.trainer import Unhealthy

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_troll.system import FAILED, REFUSED
 from megatron_troll.terminal import shown
 
 if TYPE_CHECKING:
     from megatron_troll.convert.plan import Conversion, Options
     from megatron_troll.parallel.groups import Group
 
-FAILED, REFUSED = 1, 2
 DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 

@@ -27,6 +27,7 @@ def evaluate(task: EvalTask, interrupts: Interrupts) -> list[EvalResult] | None:
     Ctrl-C or SIGTERM: an interrupted evaluation must be restarted. Runs on every rank."""
     config = task.config
     with open_session(config, task.batches, interrupts) as session:
+        session.progress.say(str(task))
         model = open_model(config.policy, task.shape, session.groups, config.seed, session.watchdog.beat)
         session.world.first(lambda: rewind(session.folder, 0))
         results: list[EvalResult] = []

@@ -5,12 +5,13 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.checks import check_length, world_size
+from megatron_troll.checks import check_length
 from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
 from megatron_troll.data.prompts import Counts, read_prompts
 from megatron_troll.data.stops import StopTokens, stop_tokens
 from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import check_reasoning_tags
+from megatron_troll.mcore.layout import world_size
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.rewards import reward as verifiers
 from megatron_troll.task import shape_of, tokenizer_of

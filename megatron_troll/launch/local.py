@@ -3,6 +3,7 @@
 import codecs
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_troll.launch.slurm.network import interface_with
-from megatron_troll.system import ASKING, LAST_WORDS, end_with_parent
+from megatron_troll.system import ASKING, LAST_WORDS, REFUSED, end_with_parent
 
 GRACE_S = 15.0
 TAIL_LINES = 40
@@ -57,10 +58,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class Failure:
-    """The rank that failed first. code: as Popen gives it (negative: killed by that signal)."""
+    """The rank that failed first of `ranks`. code: as Popen gives it (negative: killed by that signal)."""
 
     rank: Rank
     code: int
+    ranks: tuple[Rank, ...]
 
     @property
     def exit_code(self) -> int:
@@ -86,13 +88,18 @@ def _lines(text: bytes) -> list[str]:
 
 def launch(argv: Sequence[str], ranks: int, threads: int, log_dir: Path, grace_s: float = GRACE_S) -> int:
     """Run `argv` as a world of `ranks` processes of `threads` CPU threads and return the exit code of the
-    job. The last line of a failing rank's stderr is printed last. See `run_ranks`."""
-    port = free_port()
+    job. The last line of a failing rank's stderr is printed last. See `run_ranks`. A folder that was made for
+    the logs of ranks that then refused to begin is removed."""
+    port, new = free_port(), [path for path in (log_dir, log_dir.parent) if not path.exists()]
     environments = {rank: rank_environment(rank, ranks, port, threads) for rank in range(ranks)}
     failure = run_ranks(argv, environments, log_dir, grace_s)
     if failure is None:
         return 0
     _tell(failure)
+    if failure.code == REFUSED and new:
+        shutil.rmtree(log_dir)
+        with suppress(OSError):  # the folder above was there, or holds more
+            new[-1].rmdir()
     return failure.exit_code
 
 
@@ -211,7 +218,7 @@ def _wait(ranks: Sequence[Rank], grace_s: float) -> Failure | None:
             rank, code = ended.get(timeout=0.1)
             running.remove(rank)
             if code != 0 and failure is None:
-                failure = Failure(rank, code)
+                failure = Failure(rank, code, tuple(ranks))
                 now = time.monotonic()
                 due = [(now + grace_s, signal.SIGTERM), (now + 2 * grace_s, signal.SIGKILL)]
         if due and time.monotonic() > due[0][0]:
@@ -247,8 +254,13 @@ def _shown(ranks: Sequence[Rank]) -> Iterator[None]:
 
 
 def _tell(failure: Failure) -> None:
-    """Print the end of the failing rank's stderr, unless already shown, and one line that names the rank."""
+    """Print the end of the failing rank's stderr, unless already shown, and one line that names the rank. All
+    ranks refuse the same inputs with the same words: those are printed once and name no rank."""
     rank, said = failure.rank, failure.rank.said()
+    if failure.code == REFUSED:
+        shown = [line for other in failure.ranks if other.number == 0 for line in other.said()]
+        sys.stderr.writelines(f"{line}\n" for line in rank.last_words() if line not in shown)
+        return
     if rank.number != 0 and said:
         sys.stderr.write(f"The end of {rank.stderr}:\n" + "\n".join(said[-TAIL_LINES:]) + "\n")
     for line in [line for line in rank.last_words() if line not in said]:

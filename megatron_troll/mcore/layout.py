@@ -2,11 +2,10 @@
 
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 
-import torch
-
-from megatron_troll.config import ConfigError, Layout
+from megatron_troll.config import Config, ConfigError, Layout
 from megatron_troll.mcore.shape import ModelShape
 
 
@@ -15,6 +14,8 @@ def uses_te(spec: str) -> bool:
 
     Raises ConfigError for te if either is missing.
     """
+    import torch  # inside: it takes seconds, and a launcher needs none of it
+
     present = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if spec == "te" and not present:
         raise ConfigError("models.*.spec=te needs CUDA and transformer_engine; use spec=local or spec=auto")
@@ -94,3 +95,10 @@ def check_world(layout: Layout, world: int) -> None:
 def smallest_world(layout: Layout) -> int:
     """The fewest ranks that hold `layout`."""
     return math.lcm(layout.tp * layout.pp * layout.cp, layout.etp * layout.ep * layout.pp)
+
+
+def world_size(config: Config) -> int:
+    """Number of ranks of this run: those that srun or torchrun started, or that `mtroll` will start."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return config.launch.ranks or smallest_world(config.policy.layout)

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -67,18 +67,26 @@ class RunFolder(RunPaths):
     """The folder of one run. Any rank may hold one; only rank 0 opens it."""
 
     @contextmanager
-    def open(self, config_yaml: str, resume: bool, accepted: Sequence[MadeWith] = ()) -> Iterator[None]:
+    def open(
+        self,
+        config_yaml: str,
+        resume: bool,
+        accepted: Sequence[MadeWith] = (),
+        check: Callable[[], object] = lambda: None,
+    ) -> Iterator[None]:
         """Lock the folder until the block ends, write `config_yaml` into it, and delete its `stopped` file.
 
         Raises RunFolderError if another process has the lock, or if the folder holds a run and that run has
         another config (except for keys in CHANGEABLE and those that go with what is `accepted`), is a
-        finished evaluation or has lost its checkpoints, or `resume` is false. Neither file is touched then.
+        finished evaluation or has lost its checkpoints, or `resume` is false; and whatever `check`, called
+        with the lock, raises. Neither file is touched then.
         """
         self._refuse_kinds()
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.lock, "a+", errors="replace") as lock:
             self._take(lock)
             self._check(config_yaml, resume, accepted)
+            check()
             write_atomic(self.config, config_yaml)
             self.stopped.unlink(missing_ok=True)
             yield
@@ -88,11 +96,16 @@ class RunFolder(RunPaths):
     ) -> None:
         """Raise RunFolderError if `open` would raise it now; `again` says how a run that is there goes on.
         Writes nothing."""
+        self.check_free()
+        self._check(config_yaml, resume, accepted, again)
+
+    def check_free(self) -> None:
+        """Raise RunFolderError if another process has the lock, or a file is where the run has a folder.
+        Writes nothing."""
         self._refuse_kinds()
         if self.lock.exists():
             with open(self.lock, "r+", errors="replace") as lock:
                 self._lock(lock)
-        self._check(config_yaml, resume, accepted, again)
 
     def was_opened(self) -> bool:
         """Whether a run has written here, or had only begun to."""

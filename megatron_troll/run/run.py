@@ -1,7 +1,7 @@
 """The parts of a run, put together; its state, and how that is saved and resumed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -162,9 +162,14 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
     """Join the world, load the policy and build every part. Blocks on all ranks."""
     config = task.config
     with ExitStack() as stack:
-        session = stack.enter_context(open_session(config, config.train.steps, interrupts))
+        made_with: list[Continued] = []
+        opened = open_session(
+            config, config.train.steps, interrupts, lambda: made_with.append(continued(task))
+        )
+        session = stack.enter_context(opened)
+        session.progress.say(str(task))
+        say_made_with(session, made_with)
         scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
-        made_with = open_made_with(task, session)
         session.progress.say(head_gradient(task.objective))
         policy = open_policy(
             config.policy,
@@ -200,23 +205,16 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy, critic, rollout_model),
             pending=RolloutQueue(config.rollout.staleness, config.train.steps),
-            made_with=made_with,
+            made_with=next(iter(made_with), None),
         )
 
 
-def open_made_with(task: Task, session: Session) -> Continued | None:
-    """The fingerprint of the run, compared to the checkpoint that it continues; None except on rank 0. Raises
-    RunFolderError on every rank if that differs. Blocks."""
-    found: list[Continued] = []
-
-    def compare() -> None:
-        found.append(continued(task))
-        note(session.folder, found[0].provenance)
-
-    session.world.first(compare)
-    for line in (line for each in found for line in each.said):
-        session.progress.say(line)
-    return found[0] if found else None
+def say_made_with(session: Session, found: Sequence[Continued]) -> None:
+    """Say and note in the run folder which changes a run continues with. `found`: on rank 0 only. Blocks."""
+    for one in found:
+        for line in one.said:
+            session.progress.say(line)
+    session.world.first(lambda: [note(session.folder, one.provenance) for one in found])
 
 
 def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:

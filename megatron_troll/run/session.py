@@ -121,16 +121,20 @@ def write_broken(path: Path, rollouts: Sequence[Rollout], broken: Sequence[int])
 
 
 @contextmanager
-def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator[Session]:
+def open_session(
+    config: Config, steps: int, interrupts: Interrupts, check: Callable[[], object] = lambda: None
+) -> Iterator[Session]:
     """Join the world, lock the run folder, and run the watchdog until the block ends.
 
-    Raises RunFolderError on every rank if rank 0 cannot lock the folder.
+    Rank 0 calls `check` before it writes anything but the lock into the folder. An error of `check`, and the
+    RunFolderError of a folder that it cannot lock, are raised on every rank.
     """
     with ExitStack() as stack:
         groups = parallel.start(config.policy.layout, config.seed)
         stack.callback(parallel.stop)
         folder = RunFolder.of(config)
-        _take_folder(stack, folder, config, groups)
+        opened = folder.open(dump(config), bool(config.resume), config.accepted, check)
+        groups.world.first(lambda: stack.enter_context(opened))
         first = groups.world.rank == 0
         progress: Progress = open_progress(Terminal(), steps, config.name) if first else Silent()
         watchdog = Watchdog(
@@ -152,13 +156,6 @@ def open_session(config: Config, steps: int, interrupts: Interrupts) -> Iterator
         yield session
         if session.trackers is not None:
             session.trackers.close()
-
-
-def _take_folder(stack: ExitStack, folder: RunFolder, config: Config, groups: Groups) -> None:
-    def take() -> None:
-        stack.enter_context(folder.open(dump(config), bool(config.resume), config.accepted))
-
-    groups.world.first(take)
 
 
 def _synchronise() -> Callable[[], object]:

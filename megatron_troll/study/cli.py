@@ -9,9 +9,9 @@ from shlex import quote
 from typing import Any
 
 from megatron_troll.config import ConfigError
+from megatron_troll.system import FAILED, REFUSED
 from megatron_troll.terminal import shown
 
-FAILED, REFUSED = 1, 2
 KINDS = ("run", "report", "kl")
 K = "1,2,4,8,16,32,64,128,256"
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_troll.checks import smallest_world
 from megatron_troll.config import Layout
 from megatron_troll.config.load import load
+from megatron_troll.mcore.layout import smallest_world
 from megatron_troll.rollout.engine import Engine
 from megatron_troll.task import PROBLEMS, Task, demonstrations, prepare
 from tests.unit.demo_task import write_config

@@ -7,8 +7,9 @@ from argparse import Namespace
 
 from megatron_troll.config import ConfigError
 from megatron_troll.observe.opened import load_opened
+from megatron_troll.system import REFUSED
 
-DOES_NOT_FIT, REFUSED = 1, 2
+DOES_NOT_FIT = 1
 
 
 def add_to(commands: "argparse._SubParsersAction") -> None:

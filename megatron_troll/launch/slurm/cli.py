@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_troll.config import ConfigError
 from megatron_troll.observe.opened import load_opened
-from megatron_troll.system import write_atomic
+from megatron_troll.system import FAILED, REFUSED, write_atomic
 
 if TYPE_CHECKING:
     from megatron_troll.launch.slurm.script import Allocation
-
-FAILED, REFUSED = 1, 2
 
 
 def add_to(commands: "argparse._SubParsersAction") -> None:

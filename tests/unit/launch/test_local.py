@@ -207,3 +207,26 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     wait_until(lambda: all(read(tmp_path / f"saved_{rank}") for rank in (0, 1)))
     assert all(set(read(tmp_path / f"signals_{rank}").split()) == {"SIGTERM"} for rank in (0, 1))
     wait_until(lambda: not any(alive(int(read(tmp_path / f"ready_{rank}"))) for rank in (0, 1)))
+
+
+REFUSING = """
+from megatron_troll.system import last_words
+import os
+last_words("no such prompt file" if TWO or os.environ["RANK"] == "1" else "")
+raise SystemExit(2 if TWO or os.environ["RANK"] == "1" else 0)
+"""
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_refusal_is_said_once_and_leaves_no_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], both: bool
+) -> None:
+    assert run(REFUSING.replace("TWO", str(both)), tmp_path / "run", grace_s=10.0) == 2
+    assert capfd.readouterr().err.split("\n").count("no such prompt file") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_logs_of_a_run_that_was_there_stay(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    assert run(REFUSING.replace("TWO", "True"), tmp_path, grace_s=10.0) == 2
+    assert "no such prompt file" in read(tmp_path / "logs" / "rank_1.err")

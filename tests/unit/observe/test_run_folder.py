@@ -285,3 +285,17 @@ def test_a_run_of_a_version_without_a_key_continues_at_the_value_it_had(tmp_path
     RunFolder(tmp_path).check(CONFIG + added.replace("VALUE", "drop"), resume=True)
     with pytest.raises(RunFolderError, match=r"reward\.reasoning: drop there, keep now"):
         RunFolder(tmp_path).check(CONFIG + added.replace("VALUE", "keep"), resume=True)
+
+
+def test_what_a_check_refuses_leaves_the_folder_as_it_was(folder: RunFolder) -> None:
+    finished(folder)
+    write_atomic(folder.stopped, "1\n")
+
+    def refuse() -> None:
+        raise OSError("the data has changed")
+
+    longer = CONFIG.replace("30", "60")
+    with pytest.raises(OSError, match="the data has changed"), folder.open(longer, True, check=refuse):
+        pytest.fail("opened")
+    assert folder.config.read_text() == CONFIG
+    assert folder.stopped.exists()
