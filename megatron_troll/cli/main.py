@@ -35,7 +35,7 @@ class Parser(study.StudyParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done (or stopped on request, resumable), 1 failed, 2
     refused before anything was done."""
-    # Megatron-Core warns of every optional package that a CPU machine lacks; torch warns of what Megatron calls,
+    # Megatron-Core warns of every optional package that a CPU machine lacks; torch of what Megatron calls,
     # and of a CUDA toolkit without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for kind in (UserWarning, FutureWarning):
