@@ -8,7 +8,7 @@ from megatron_troll.mcore.optimizer import Trainable, trainable
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.weights.load import load
-from megatron_troll.weights.source import RandomSource, open_source
+from megatron_troll.weights.source import RandomSource, open_checked
 
 
 def open_policy(
@@ -30,7 +30,8 @@ def open_model(
     trained: bool = False,
 ) -> MegatronModel:
     """The model with its weights; it has gradient buffers only if `trained`. See MegatronModel for
-    `progress`."""
+    `progress`. Blocks on every rank."""
     built = build(model, shape, groups, trained=trained, progress=progress)
-    load(built, RandomSource(shape, seed) if model.init == "random" else open_source(model.path, shape))
+    random = model.init == "random"
+    load(built, RandomSource(shape, seed) if random else open_checked(model.path, shape, groups.world))
     return built

@@ -22,7 +22,7 @@ from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.types import MicroBatch, Rollout
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
-from megatron_troll.weights.source import RandomSource, open_source
+from megatron_troll.weights.source import RandomSource, open_checked
 from megatron_troll.weights.value import ValueSource, value_table
 
 
@@ -107,7 +107,9 @@ def open_critic(config: Config, policy: MegatronModel, phases: Phases) -> Critic
     # There is no LM head, and so no tied embedding.
     of_folder = read_shape(model.path)
     shape = replace(of_folder, tied=False)
-    body = RandomSource(shape, config.seed) if model.init == "random" else open_source(model.path, of_folder)
+    body = RandomSource(shape, config.seed)
+    if model.init != "random":
+        body = open_checked(model.path, of_folder, groups.world)
     built = build(model, shape, groups, kind=ValueModel, progress=policy.progress)
     load(built, ValueSource(body, shape.hidden), value_table(table_of(shape), shape.hidden))
     updates = config.train.steps * config.train.updates

@@ -11,7 +11,7 @@ from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.types import HeadOutputs, HeadRequest, MicroBatch, Support, TopK
 from megatron_troll.weights.load import load
-from megatron_troll.weights.source import open_source
+from megatron_troll.weights.source import open_checked
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Reference:
 
 def open_reference(model: Model, policy: MegatronModel, temperature: float, reads: HeadRequest) -> Reference:
     """The reference with the weights of `model`'s folder, in the shape and layout of `policy`, without
-    gradient buffers or optimizer."""
+    gradient buffers or optimizer. Blocks on every rank."""
     built = build(model, policy.shape, policy.groups, trained=False, progress=policy.progress)
-    load(built, open_source(model.path, policy.shape))
+    load(built, open_checked(model.path, policy.shape, policy.groups.world))
     for chunk in built.chunks:
         chunk.requires_grad_(False)
     built.train(False)

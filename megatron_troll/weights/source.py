@@ -1,20 +1,26 @@
 """Sources of full Hugging Face tensors, which are read one at a time by name."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_troll.config import ConfigError
 from megatron_troll.mcore.checkpoint_folder import CheckpointError, is_checkpoint
+from megatron_troll.mcore.checkpoint_sums import check_folder_sums
 from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.parallel.groups import Group
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder_source import FolderSource, holds_weights
 from megatron_troll.weights.table import Table
+
+if TYPE_CHECKING:
+    from megatron_troll.weights.checkpoint_source import CheckpointSource
 
 DECAY_RATES = (0.01, 16.0)
 
@@ -30,7 +36,7 @@ class Source(Protocol):
     def read(self, name: str, index: int | None = None) -> Tensor: ...
 
 
-def open_source(folder: str | Path, shape: ModelShape) -> Source:
+def open_source(folder: str | Path, shape: ModelShape) -> "FolderSource | CheckpointSource":
     """The weights of a folder in Hugging Face format, or of one that `mtroll convert hf2mcore` wrote.
 
     Raises FileNotFoundError or ConfigError if it has no weights or they cannot be read.
@@ -45,6 +51,16 @@ def open_source(folder: str | Path, shape: ModelShape) -> Source:
         return checkpoint_of(folder, shape)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
+
+
+def open_checked(folder: str | Path, shape: ModelShape, world: Group) -> Source:
+    """`open_source`, once the files are as the folder's SHA256SUMS says, if it has one. Each rank reads a
+    share of them; blocks. Raises SumsError on every rank too."""
+    folder = Path(folder)
+    source = open_source(folder, shape)
+    names = [os.path.relpath(file, folder) for file in source.files]
+    world.each(lambda: check_folder_sums(folder, names, world.rank, world.size))
+    return source
 
 
 class TensorSource:

@@ -10,10 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_troll.config import ConfigError
+from megatron_troll.mcore.checkpoint_sums import SumsError, sums_of, write_sums
 from megatron_troll.mcore.shape import shape_of
+from megatron_troll.parallel.groups import ALONE
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder_source import INDEX, SINGLE, FolderSource
-from megatron_troll.weights.source import RandomSource, TensorSource, Unstacked, check
+from megatron_troll.weights.source import RandomSource, TensorSource, Unstacked, check, open_checked
 from tests.dist.tiny import MOE, NEXT
 
 SHAPE = shape_of(MOE)
@@ -202,3 +204,17 @@ def test_a_superfluous_head_is_taken_only_where_it_is_tied(tensors: dict[str, Te
     check(TensorSource(tensors), tied, tied=True)
     with pytest.raises(ValueError, match=r"unused: lm_head\.weight"):
         check(TensorSource(tensors), tied, tied=False)
+
+
+def test_weights_that_are_not_as_they_were_summed_are_refused(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    file = tmp_path / SINGLE
+    save_file(tensors, file)
+    write_sums(tmp_path, sums_of(tmp_path, [SINGLE]))
+    assert open_checked(tmp_path, SHAPE, ALONE).shapes == RandomSource(SHAPE, 0).shapes
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(SumsError, match=f"{file}: not as .*SHA256SUMS says"):
+        open_checked(tmp_path, SHAPE, ALONE)
