@@ -70,12 +70,13 @@ def main() -> int:
     trials = [json.loads(line) for line in lines]
     end = time.monotonic() + 60 * arguments.minutes
     for kind, (_, run) in KINDS.items():
-        done = sum(trial["kind"] == kind for trial in trials)
-        for number in range(done, getattr(arguments, f"{kind}s")):
+        done = {trial["number"] for trial in trials if trial["kind"] == kind}
+        for number in sorted({*range(getattr(arguments, f"{kind}s"))} - done):
             if time.monotonic() > end:
                 break
             began = time.monotonic()
-            trial = asdict(run(bench, random.Random(f"{arguments.seed} {kind} {number}"), number))
+            chance = random.Random(f"{arguments.seed} {kind} {number}")
+            trial = {"kind": kind, "number": number, **asdict(run(bench, chance, number))}
             trials.append(trial)
             with open(bench.record, "a") as record:
                 record.write(json.dumps(trial) + "\n")

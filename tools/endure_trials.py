@@ -47,7 +47,7 @@ def kill(bench: Bench, chance: random.Random, number: int) -> Trial:
         done = bench.command("train", "run.yaml", f"name={name}", "resume=true")
         wrong = done.last if done.code else difference(bench.run(name), bench.run("plain"), ALL_STEPS)
     detail = f"{target}: {victims} processes after {moment:.1f} s"
-    return outcome(bench, "kill", detail, [*codes, done.code], before, wrong)
+    return outcome(bench, detail, [*codes, done.code], before, wrong)
 
 
 def kill_server(bench: Bench, chance: random.Random, number: int) -> Trial:
@@ -70,7 +70,7 @@ def kill_server(bench: Bench, chance: random.Random, number: int) -> Trial:
         second.send_signal(signal.SIGTERM)
         codes.append(second.wait(LIMIT_S))
         wrong = done.last if done.code else uncounted(bench.run("served"))
-    return outcome(bench, "server", f"killed {moment:.1f} s after step 0", codes, before, wrong)
+    return outcome(bench, f"killed {moment:.1f} s after step 0", codes, before, wrong)
 
 
 def uncounted(run: Path) -> str:
@@ -106,7 +106,7 @@ def disk(bench: Bench, chance: random.Random, number: int) -> Trial:
     if not wrong and "Traceback" in first.text:
         wrong = first.last
     detail = f"{limit} inodes" if few else f"{limit} bytes"
-    return outcome(bench, "disk", detail, [first.code, done.code], before, wrong)
+    return outcome(bench, detail, [first.code, done.code], before, wrong)
 
 
 def mount(folder: Path, options: str) -> None:
@@ -126,16 +126,14 @@ def damage(bench: Bench, chance: random.Random, number: int) -> Trial:
         there = snapshot(run)
         done = bench.command(*bench.continuing(name))
         if done.code:
-            return refusal(
-                bench, "damage", f"{how}: {file.relative_to(run)}", done, before, snapshot(run) == there
-            )
+            return refusal(bench, f"{how}: {file.relative_to(run)}", done, before, snapshot(run) == there)
         continued, after = bench.run("continued"), range(STOPPED_AFTER + 1, STEPS + 1)
         wrong = difference(run, continued, ALL_STEPS, done.text, file.name) or difference(
             run, continued, after
         )
         told = "told" if not wrong and difference(run, continued, ALL_STEPS) else "equal"
     detail = f"{how}: {file.relative_to(run)}"
-    return outcome(bench, "damage", detail, [done.code], before, wrong, told)
+    return outcome(bench, detail, [done.code], before, wrong, told)
 
 
 def change(file: Path, how: str, chance: random.Random) -> None:
@@ -179,8 +177,8 @@ def change_input(bench: Bench, chance: random.Random, number: int) -> Trial:
         done = accepted
         same = False
     elif done.code == 0:
-        return outcome(bench, "input", what, [0, accepted.code], before, "continued in silence")
-    return refusal(bench, "input", what, done, before, same)
+        return outcome(bench, what, [0, accepted.code], before, "continued in silence")
+    return refusal(bench, what, done, before, same)
 
 
 def alter(file: Path, what: str, chance: random.Random) -> None:
@@ -208,7 +206,6 @@ def alter(file: Path, what: str, chance: random.Random) -> None:
 
 def outcome(
     bench: Bench,
-    kind: str,
     detail: str,
     codes: list[int],
     before: list[str],
@@ -217,15 +214,15 @@ def outcome(
 ) -> Trial:
     """The trial of a run that went on. `before`: what remained before it."""
     left = sorted(set(remains(bench)) - set(before))
-    return Trial(kind, detail, "wrong" if wrong else right, codes, left, wrong)
+    return Trial(detail, "wrong" if wrong else right, codes, left, wrong)
 
 
-def refusal(bench: Bench, kind: str, detail: str, done: Done, before: list[str], unchanged: bool) -> Trial:
+def refusal(bench: Bench, detail: str, done: Done, before: list[str], unchanged: bool) -> Trial:
     """The trial of a run that did not go on."""
     right = unchanged and "Traceback" not in done.text
     said = done.last if unchanged else f"the run's files have changed; {done.last}"
     left = sorted(set(remains(bench)) - set(before))
-    return Trial(kind, detail, "refused" if right else "wrong", [done.code], left, said)
+    return Trial(detail, "refused" if right else "wrong", [done.code], left, said)
 
 
 @contextmanager
