@@ -16,6 +16,7 @@ import psutil
 
 from megatron_troll.observe.rollouts import read_step
 from megatron_troll.observe.run_folder import RunFolderError
+from megatron_troll.system import end_with_parent
 
 ROOT = Path(__file__).parents[1]
 STEPS, STOPPED_AFTER, PROMPTS, SAMPLES = 5, 3, 8, 4
@@ -113,7 +114,8 @@ class Bench:
         return ("train", "run.yaml", f"name={name}", "resume=true", *ONE_RANK)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start a command in a session of its own; what it says goes to FOLDER/output, which is made anew."""
+        """Start a command in a session of its own, that ends with this process; what it says goes to
+        FOLDER/output, which is made anew."""
         with open(self.root / "output", "w") as output:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", "megatron_troll.cli", *arguments],
@@ -123,6 +125,7 @@ class Bench:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=end_with_parent,
                 text=True,
             )
 
