@@ -1,4 +1,4 @@
-"""What tools/endure.py does to runs: one function for each kind of trial."""
+"""Trials of tools/endure.py: one function for each kind."""
 
 import json
 import random

@@ -26,8 +26,12 @@ except SystemExit as end:
         assert command in done.stdout
 
 
-def test_checks_need_no_megatron() -> None:
-    script = "import sys, megatron_troll.checks; print('megatron.core' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [("megatron_troll.checks", "megatron.core"), ("megatron_troll.cli.commands", "torch")],
+)
+def test_what_refuses_and_starts_ranks_imports_little(module: str, without: str) -> None:
+    script = f"import sys, {module}; print({without!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
