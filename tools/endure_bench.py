@@ -62,7 +62,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left."""
+    """The exit code and the output of a command."""
 
     code: int
     text: str

@@ -18,7 +18,7 @@ from rich.console import Console
 from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import dump
 from megatron_troll.data.rows import DataError
-from megatron_troll.launch.local import launch
+from megatron_troll.launch.local import discard_logs, launch
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.mcore.layout import world_size
 from megatron_troll.observe.opened import load_opened
@@ -256,10 +256,13 @@ def _start_ranks[Prep: Prepared](arguments: Namespace, name: str, prepare: Calla
     argv = [sys.executable, "-P", "-m", "megatron_troll.cli", name, arguments.config, *arguments.overrides]
     threads = config.launch.threads or max(1, (os.cpu_count() or 1) // ranks)
     try:
-        return launch(argv, ranks, threads, folder.logs)
+        code = launch(argv, ranks, threads, folder.logs)
     except OSError as error:
         sys.stderr.write(f"the ranks cannot be started: {error}\n")
         return FAILED
+    if code == REFUSED and not folder.was_opened():
+        discard_logs(folder.logs, ranks)
+    return code
 
 
 @contextmanager

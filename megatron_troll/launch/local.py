@@ -3,7 +3,6 @@
 import codecs
 import os
 import queue
-import shutil
 import signal
 import socket
 import subprocess
@@ -88,19 +87,30 @@ def _lines(text: bytes) -> list[str]:
 
 def launch(argv: Sequence[str], ranks: int, threads: int, log_dir: Path, grace_s: float = GRACE_S) -> int:
     """Run `argv` as a world of `ranks` processes of `threads` CPU threads and return the exit code of the
-    job. The last line of a failing rank's stderr is printed last. See `run_ranks`. A folder that was made for
-    the logs of ranks that then refused to begin is removed."""
-    port, new = free_port(), [path for path in (log_dir, log_dir.parent) if not path.exists()]
+    job. The last line of a failing rank's stderr is printed last. See `run_ranks`."""
+    port = free_port()
     environments = {rank: rank_environment(rank, ranks, port, threads) for rank in range(ranks)}
     failure = run_ranks(argv, environments, log_dir, grace_s)
     if failure is None:
         return 0
     _tell(failure)
-    if failure.code == REFUSED and new:
-        shutil.rmtree(log_dir)
-        with suppress(OSError):  # the folder above was there, or holds more
-            new[-1].rmdir()
     return failure.exit_code
+
+
+def discard_logs(log_dir: Path, ranks: int) -> None:
+    """Delete the logs of ranks that refused to begin, and their folder and the run's if nothing else is
+    there."""
+    for rank in range(ranks):
+        for path in _logs(log_dir, rank):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        log_dir.rmdir()
+        log_dir.parent.rmdir()
+
+
+def _logs(log_dir: Path, rank: int) -> tuple[Path, Path]:
+    """The files for stderr and stdout of a rank."""
+    return log_dir / f"rank_{rank}.err", log_dir / f"rank_{rank}.out"
 
 
 def run_ranks(
@@ -157,9 +167,9 @@ def free_port() -> int:
 
 def _spawn(argv: Sequence[str], env: dict[str, str], number: int, log_dir: Path) -> Rank:
     """Start a rank in its own session: a Ctrl-C at the terminal reaches it only through this process."""
-    errors = log_dir / f"rank_{number}.err"
+    errors, output = _logs(log_dir, number)
     words = os.memfd_create(f"rank_{number}")
-    with open(errors, "ab") as stderr, open(log_dir / f"rank_{number}.out", "ab") as stdout:
+    with open(errors, "ab") as stderr, open(output, "ab") as stdout:
         start = stderr.tell()
         process = subprocess.Popen(
             argv,

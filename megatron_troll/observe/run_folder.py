@@ -10,9 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from megatron_troll.config import MadeWith, RunPaths
+from megatron_troll.config.document import parse
 from megatron_troll.mcore.checkpoint_folder import steps
 from megatron_troll.system import write_atomic
 
@@ -216,7 +215,7 @@ def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
     Raises RunFolderError if the file is missing or damaged."""
     try:
         before = flat_config(old.read_text())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise RunFolderError(
             f"{old} cannot be read, so that its run cannot be compared to this one: {reason}. "
@@ -238,10 +237,10 @@ def with_added(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
 
 
 def flat_config(config_yaml: str) -> dict[str, Any]:
-    """The dotted keys of a configuration and their values. Raises ValueError if it is no mapping, YAMLError
-    if it is no YAML."""
-    tree = yaml.safe_load(config_yaml)
-    if not isinstance(tree, dict):
+    """The dotted keys of a configuration and their values, read as a configuration is: a text like 2026-11-28
+    is no date. Raises ValueError if it is no mapping or no YAML."""
+    tree = parse(config_yaml, "config.yaml").plain()
+    if not tree or not isinstance(tree, dict):
         raise ValueError("it holds no mapping of keys to values")
     return flatten(tree)
 

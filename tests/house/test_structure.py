@@ -85,10 +85,14 @@ def test_only_mcore_imports_megatron() -> None:
     assert len(importers("megatron", mcore)) > 5
 
 
-def test_one_module_asks_for_the_cpu_patches() -> None:
+def test_two_modules_ask_for_what_a_machine_without_a_gpu_needs() -> None:
+    """One imports Megatron without a compiler, the other patches it."""
     cpu = below(PACKAGE / "mcore" / "cpu")
     outside = [path for path in SOURCES if path not in cpu]
-    assert importers("megatron_troll.mcore.cpu", outside) == ["megatron_troll/mcore/parallel.py"]
+    assert importers("megatron_troll.mcore.cpu", outside) == [
+        "megatron_troll/cli/commands.py",
+        "megatron_troll/mcore/parallel.py",
+    ]
 
 
 def test_pure_maths_knows_no_process() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.launch.local import launch
+from megatron_troll.launch.local import discard_logs, launch
 
 LAUNCHER = """
 import sys
@@ -218,15 +218,19 @@ raise SystemExit(2 if TWO or os.environ["RANK"] == "1" else 0)
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_a_refusal_is_said_once_and_leaves_no_folder(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], both: bool
-) -> None:
+def test_a_refusal_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str], both: bool) -> None:
     assert run(REFUSING.replace("TWO", str(both)), tmp_path / "run", grace_s=10.0) == 2
     assert capfd.readouterr().err.split("\n").count("no such prompt file") == 1
-    assert not (tmp_path / "run").exists()
 
 
-def test_the_logs_of_a_run_that_was_there_stay(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    assert run(REFUSING.replace("TWO", "True"), tmp_path, grace_s=10.0) == 2
-    assert "no such prompt file" in read(tmp_path / "logs" / "rank_1.err")
+@pytest.mark.parametrize("other", [None, "logs/server_0.log", "config.yaml"])
+def test_discarded_logs_take_nothing_else_with_them(tmp_path: Path, other: str | None) -> None:
+    logs = tmp_path / "run" / "logs"
+    assert run(REFUSING.replace("TWO", "True"), tmp_path / "run", grace_s=10.0) == 2
+    assert "no such prompt file" in read(logs / "rank_1.err")
+    if other is not None:
+        (tmp_path / "run" / other).write_text("of another command")
+    discard_logs(logs, ranks=2)
+    left = [str(path.relative_to(tmp_path / "run")) for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == ([] if other is None else [other])
+    assert (tmp_path / "run").exists() == (other is not None)

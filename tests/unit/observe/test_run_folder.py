@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_troll.config.document import render
 from megatron_troll.observe.rewind import Rewound, ranges, rewind
-from megatron_troll.observe.run_folder import RunFolder, RunFolderError
+from megatron_troll.observe.run_folder import RunFolder, RunFolderError, flat_config
 from megatron_troll.system import write_atomic
 
 CONFIG = "name: demo\nresume: false\ntrain: {steps: 30, updates: 4}\nmodels: {policy: {layout: {tp: 2}}}\n"
@@ -299,3 +300,18 @@ def test_what_a_check_refuses_leaves_the_folder_as_it_was(folder: RunFolder) -> 
         pytest.fail("opened")
     assert folder.config.read_text() == CONFIG
     assert folder.stopped.exists()
+
+
+@pytest.mark.parametrize("value", ["2026-11-28", "2026-02-30", "=", "<<", "yes", "1_000"])
+def test_texts_that_older_yaml_reads_as_something_else_stay_texts(folder: RunFolder, value: str) -> None:
+    config = render({"name": "demo", "models": {"policy": {"path": value}}})
+    assert flat_config(config) == {"name": "demo", "models.policy.path": value}
+
+
+def test_yes_and_on_are_two_values(folder: RunFolder) -> None:
+    """YAML 1.1 reads both as true."""
+    stops = {name: render({"name": "demo", "stop": [name]}) for name in ("yes", "on")}
+    with folder.open(stops["yes"], resume=False):
+        folder.metrics.write_text('{"step": 1}\n')
+    with pytest.raises(RunFolderError, match=r"stop: \['yes'\] there, \['on'\] now"):
+        folder.check(stops["on"], resume=True)
