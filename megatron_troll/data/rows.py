@@ -64,7 +64,8 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 def _json_object(line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line, object_pairs_hook=_distinct)
+        # Decoded here: json.loads lets half a character (a lone surrogate) through as bytes.
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:
         raise Malformed(f"not valid JSON: {error.msg} at column {error.colno}") from error
     except UnicodeDecodeError as error:

@@ -54,7 +54,9 @@ def stop_tokens(
     if isinstance(template.tokenizer.eos_token_id, int):
         declared.add(template.tokenizer.eos_token_id)
     turn = template.end_of_turn
-    stops = StopTokens(frozenset(declared), turn, asked, _remark(template, declared, turn, folder))
+    stops = StopTokens(
+        frozenset(declared), turn, asked, _remark(template, declared, asked, turn, folder, key)
+    )
     if not stops.ids:
         raise DataError(
             f"{folder}: nothing ends a response: neither the tokenizer nor {GENERATION_CONFIG} names an end "
@@ -63,7 +65,20 @@ def stop_tokens(
     return stops
 
 
-def _remark(template: ChatTemplate, declared: set[int], turn: int | None, folder: str | Path) -> str:
+def _remark(
+    template: ChatTemplate,
+    declared: set[int],
+    asked: frozenset[int],
+    turn: int | None,
+    folder: str | Path,
+    key: str,
+) -> str:
+    ending = template.after_answer.strip()
+    if turn is None and ending and not (declared | asked) & set(template.encode(ending)):
+        return (
+            f"WARNING: the chat template ends a turn with {ending!r}, which is no special token, so that no "
+            f"answer stops there: make it special in the tokenizer, or name it in {key}"
+        )
     if turn is None or turn in declared:
         return ""
     named = ", ".join(repr(template.token(token)) for token in sorted(declared)) or "nothing"

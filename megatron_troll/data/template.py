@@ -120,13 +120,21 @@ class ChatTemplate:
     def end_of_turn(self) -> int | None:
         """The id of the special token that ends an assistant's turn, the first one after its text; None if
         the template writes none."""
-        chat = (Message("user", PROBE), Message("assistant", PROBE))
         try:
-            _, found, tail = self.text(chat, answer=False).rpartition(PROBE)
-            ids = self.encode(tail) if found else []
+            ids = self.encode(self.after_answer)
         except Malformed:
             return None
         return next((token for token in ids if token in self.special_ids), None)
+
+    @property
+    def after_answer(self) -> str:
+        """The text that the template writes after an assistant's; "" if it leaves that out."""
+        chat = (Message("user", PROBE), Message("assistant", PROBE))
+        try:
+            _, found, tail = self.text(chat, answer=False).rpartition(PROBE)
+        except Malformed:
+            return ""
+        return tail if found else ""
 
     @cached_property
     def special_ids(self) -> set[int]:

@@ -141,3 +141,11 @@ def test_a_record_of_five_megabytes_is_a_record(tmp_path):
     path.write_text(json.dumps({"question": "a" * 5_000_000, "answer": "#### 1"}) + "\n")
     (row,) = read_rows(path)
     assert len(row.value["question"]) == 5_000_000
+
+
+def test_half_a_character_as_bytes_is_malformed_too(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"answer": "a"}\n{"answer": "a\xed\xa0\x80b"}\n')
+    first, second = read_rows(file)
+    assert first.value == {"answer": "a"}
+    assert second.problem == "not valid UTF-8: invalid continuation byte at byte 14"

@@ -99,3 +99,11 @@ def test_a_broken_generation_config_is_named(folder, tokenizer):
         (folder / "generation_config.json").write_text(broken)
         with pytest.raises(DataError, match=r"generation_config\.json: cannot be read"):
             stop_tokens(ChatTemplate(tokenizer), folder, VOCAB)
+
+
+def test_a_turn_that_no_special_token_ends_is_said(folder, tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "a")
+    template = ChatTemplate(tokenizer)
+    remark = stop_tokens(template, folder, VOCAB).remark
+    assert remark.startswith("WARNING: the chat template ends a turn with 'a', which is no special token")
+    assert stop_tokens(template, folder, VOCAB, ("a",)).remark == ""
