@@ -14,6 +14,8 @@ from megatron_troll.types import Prompt
 # A larger file is hashed by its size and by so many blocks, spread evenly over it.
 WHOLE_BYTES = 64 * 2**20
 BLOCKS, BLOCK_BYTES = 256, 64 * 2**10
+# Folders of installed packages.
+INSTALLED = ("site-packages", "dist-packages")
 
 
 def short(parts: Iterable[bytes]) -> str:
@@ -69,13 +71,15 @@ def of_files(files: Mapping[str, str]) -> str:
 
 def sources(root: Path, module: str, own: Iterable[str] = ()) -> dict[str, Path]:
     """The Python files of `module` (dotted) and of whatever it imports, directly or not, that lies under
-    `root` too; by their paths relative to it. `own`: top-level packages that are left out. Nothing is
-    imported; a file that is not Python ends the search there."""
+    `root` too; by their paths relative to it. `own`: top-level packages that are left out. Where packages are
+    installed, the others there are not the module's own: only its package counts. Nothing is imported; a file
+    that is not Python ends the search there."""
     left_out, found, waiting = set(own), {}, [module]
+    package = module.split(".")[0] if root.name in INSTALLED else None
     while waiting:
         name = waiting.pop()
-        file = _file_of(root, name)
-        if file is None or name.split(".")[0] in left_out or str(file.relative_to(root)) in found:
+        file, top = _file_of(root, name), name.split(".")[0]
+        if file is None or top in left_out or top != (package or top) or str(file.relative_to(root)) in found:
             continue
         found[str(file.relative_to(root))] = file
         waiting += _imported(file, name)

@@ -14,6 +14,7 @@ from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.run import digest
 from megatron_troll.run.made_with import RECORD, TRAINED_ON, Continued, Provenance, continued, note, read
+from megatron_troll.system import write_atomic
 from megatron_troll.task import Task, prepare
 from tests.unit.demo_task import line
 from tests.unit.run.stored import store
@@ -299,3 +300,17 @@ def test_a_large_file_is_hashed_by_blocks_over_all_of_it(
     (tmp_path / "file").write_bytes(content[:-1])
     hashes.add(digest.of_file(tmp_path / "file"))
     assert len(hashes) == 5
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [("site-packages", {"mine/a.py", "mine/b.py"}), ("code", {"mine/a.py", "mine/b.py", "other.py"})],
+)
+def test_an_installed_plug_in_is_its_own_package_alone(
+    tmp_path: Path, folder: str, expected: set[str]
+) -> None:
+    root = tmp_path / folder
+    write_atomic(root / "mine" / "a.py", "import other\nfrom . import b\n")
+    write_atomic(root / "mine" / "b.py", "")
+    write_atomic(root / "other.py", "")
+    assert digest.sources(root, "mine.a").keys() == expected
