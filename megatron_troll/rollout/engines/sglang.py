@@ -16,7 +16,6 @@ from megatron_troll.rollout.sglang.generation import GenerationBatch
 from megatron_troll.rollout.sglang.http import WrongServer
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
-from megatron_troll.rollout.sglang.registry import weights_folder
 from megatron_troll.rollout.sglang.weights import RankZero
 from megatron_troll.rollout.sglang.wire import GenerationRequest, Routed
 from megatron_troll.types import Rollout
@@ -163,7 +162,4 @@ class SGLangEngine(Engine):
             )
 
     def _diagnosis(self, url: str) -> str:
-        folder = weights_folder(self.setup.config)
-        return diagnosis.told(
-            self._rank_zero, url, self.setup.folder, folder.with_name(f"{folder.name}-diagnosis")
-        )
+        return diagnosis.told(self._rank_zero, url, self.setup)

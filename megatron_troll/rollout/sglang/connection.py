@@ -96,11 +96,17 @@ def _transport(setup: Setup, background: Background, control: Control, versions:
     sync = setup.rollout.sglang.sync
     max_bytes = sync.bucket_mib * MIB
     if sync.via == "disk":
-        return Disk(background, control, weights_folder(setup.config), setup.folder, max_bytes)
+        return disk(setup, background, control, max_bytes)
     if sync.via == "tensor":
         return Shared(background, control, max_bytes)
     address = sync.address or _own_address(_discover(setup)())
     return Broadcast(background, control, max_bytes, address, versions.run, backend_for(device()))
+
+
+def disk(setup: Setup, background: Background, control: Control, max_bytes: int) -> Disk:
+    """The transport by folders of this run."""
+    run = str(RunPaths.of(setup.config).root.resolve())
+    return Disk(background, control, weights_folder(setup.config), setup.folder, max_bytes, run)
 
 
 def _own_address(servers: Sequence[str]) -> str:
