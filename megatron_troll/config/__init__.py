@@ -34,6 +34,7 @@ from megatron_troll.config.node import (
     Seconds,
     Slot,
     nearest,
+    server_url,
 )
 from megatron_troll.config.paths import (
     RunPaths,
@@ -110,4 +111,5 @@ __all__ = [
     "known_methods",
     "line_of",
     "nearest",
+    "server_url",
 ]

@@ -4,7 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_troll.config.node import Natural, Node, NonNegative, Positive, PositiveFloat, Seconds, Threads
+from megatron_troll.config.node import (
+    Natural,
+    Node,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Seconds,
+    ServerUrl,
+    Threads,
+)
 
 
 class WeightSync(Node):
@@ -41,10 +50,10 @@ class ProbeConfig(Node):
 class SGLang(Node):
     """The servers that `rollout.engine: sglang` uses."""
 
-    servers: tuple[str, ...] = Field(
+    servers: tuple[ServerUrl, ...] = Field(
         default=(), description="URLs; default: those that `mtroll serve` started for this run"
     )
-    router: str | None = Field(default=None, description="URL of a sglang-router to use instead")
+    router: ServerUrl | None = Field(default=None, description="URL of a sglang-router to use instead")
     api_key_file: str | None = Field(
         default=None, description="file of the servers' API key, readable by its owner only"
     )

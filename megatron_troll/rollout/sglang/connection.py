@@ -13,7 +13,7 @@ from megatron_troll.rollout.sglang.client import Client
 from megatron_troll.rollout.sglang.control import Control, each
 from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.rollout.sglang.identity import Identity
-from megatron_troll.rollout.sglang.registry import key_of, registered, weights_folder
+from megatron_troll.rollout.sglang.registry import Registry, key_of, weights_folder
 from megatron_troll.rollout.sglang.servers import Router, ServerPool
 from megatron_troll.rollout.sglang.transport import Disk, Shared, Transport
 from megatron_troll.rollout.sglang.wire import Versions
@@ -76,7 +76,7 @@ def open_connection(setup: Setup) -> Connection:
 
 def _discover(setup: Setup) -> Callable[[], Sequence[str]]:
     named, folder = setup.rollout.sglang.servers, RunPaths.of(setup.config).servers
-    return (lambda: named) if named else (lambda: registered(folder))
+    return (lambda: named) if named else Registry(folder).urls
 
 
 def _identity(setup: Setup) -> Identity:
