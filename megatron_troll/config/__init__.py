@@ -34,7 +34,6 @@ from megatron_troll.config.node import (
     Seconds,
     Slot,
     nearest,
-    server_url,
 )
 from megatron_troll.config.paths import (
     RunPaths,
@@ -111,5 +110,4 @@ __all__ = [
     "known_methods",
     "line_of",
     "nearest",
-    "server_url",
 ]

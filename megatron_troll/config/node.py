@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -45,20 +44,6 @@ def _one_folder(name: str) -> str:
     return name
 
 
-def server_url(url: str) -> str:
-    """The URL, if it is one of a server. Raises ValueError."""
-    wanted = f"got {url!r:.100}, expected a URL such as http://127.0.0.1:30000"
-    try:
-        place = urlsplit(url)
-        usable = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
-    except (ValueError, AttributeError):
-        raise ValueError(wanted) from None
-    if not usable or not url.isprintable() or " " in url:
-        raise ValueError(wanted)
-    return url
-
-
-ServerUrl = Annotated[str, AfterValidator(server_url)]
 FolderName = Annotated[str, AfterValidator(_one_folder)]
 
 

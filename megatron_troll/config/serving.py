@@ -4,16 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_troll.config.node import (
-    Natural,
-    Node,
-    NonNegative,
-    Positive,
-    PositiveFloat,
-    Seconds,
-    ServerUrl,
-    Threads,
-)
+from megatron_troll.config.node import Natural, Node, NonNegative, Positive, PositiveFloat, Seconds, Threads
 
 
 class WeightSync(Node):
@@ -50,10 +41,10 @@ class ProbeConfig(Node):
 class SGLang(Node):
     """The servers that `rollout.engine: sglang` uses."""
 
-    servers: tuple[ServerUrl, ...] = Field(
+    servers: tuple[str, ...] = Field(
         default=(), description="URLs; default: those that `mtroll serve` started for this run"
     )
-    router: ServerUrl | None = Field(default=None, description="URL of a sglang-router to use instead")
+    router: str | None = Field(default=None, description="URL of a sglang-router to use instead")
     api_key_file: str | None = Field(
         default=None, description="file of the servers' API key, readable by its owner only"
     )

@@ -92,6 +92,16 @@ class Http:
         await self._client.aclose()
 
 
+def is_server(url: str) -> bool:
+    """Whether `url` can be that of a server: a request to it can be sent."""
+    try:
+        place = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError):
+        return False
+    in_range = place.port is None or 0 < place.port < 2**16
+    return place.scheme in ("http", "https") and bool(place.host) and place.path == "/" and in_range
+
+
 def _content(reply: httpx.Response) -> Any:
     if not reply.content:
         return None

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_troll.config import Config, RunPaths, server_url
-from megatron_troll.rollout.sglang.http import read_key
+from megatron_troll.config import Config, RunPaths
+from megatron_troll.rollout.sglang.http import is_server, read_key
 from megatron_troll.system import write_atomic
 
 
@@ -59,11 +59,13 @@ class Registry:
     def _url(self, file: Path) -> str | None:
         try:
             entry = json.loads(file.read_text())
-            url = server_url(entry["url"])
+            url = str(entry["url"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            self._say(f"{file} is no registration ({type(error).__name__}) and not used: delete it")
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            entry, url = {}, ""
+        if not is_server(url):
+            self._say(f"{file} names no server, and is not used: delete it")
             return None
         if _gone(entry):
             self._say(
