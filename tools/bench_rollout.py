@@ -37,7 +37,7 @@ from megatron_troll.rollout.engine import Completion, Setup
 from megatron_troll.rollout.engines.sglang import SGLangEngine
 from megatron_troll.rollout.sglang.client import NamedRequest
 from megatron_troll.rollout.sglang.connection import Connection
-from megatron_troll.rollout.sglang.journal import Journal
+from megatron_troll.rollout.sglang.journal import Journal, Stored
 from megatron_troll.rollout.sglang.wire import GenerationRequest
 from megatron_troll.task import Task, prepare
 from megatron_troll.training.build import open_model
@@ -161,7 +161,7 @@ def stored(answers: dict[int, Completion]) -> dict[str, float]:
     """Bytes per token of a journal with every answer, and 8 K + 12 to compare with."""
     with tempfile.TemporaryDirectory() as folder:
         for i, answer in answers.items():
-            Journal(Path(folder)).add(1, str(i), answer)
+            Journal(Path(folder)).add(1, str(i), Stored("0" * 64, answer))
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     tokens = sum(len(answer.ids) for answer in answers.values())
     return {"per_token": round(size / tokens, 1), "per_token_of_8_K_plus_12": 8 * TOP_K + 12}

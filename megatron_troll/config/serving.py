@@ -17,7 +17,8 @@ class WeightSync(Node):
     )
     folder: str | None = Field(
         default=None,
-        description="for `disk`: the same path on trainer and servers; default: runs/<name>/weights",
+        description="for `disk`: the same path on trainer and servers; default: runs/<name>/weights. Each "
+        "sync writes a folder there and deletes those that this run wrote before, and nothing else",
     )
     address: str | None = Field(
         default=None,

@@ -26,8 +26,6 @@ def serve(config: Config, interrupts: Interrupts, say: Callable[[str], object]) 
         else:
             register(folder, plan.url, pid)
 
-    for plan in plans:
-        unregister(folder, plan.url)
     say(f"starting {len(plans)} SGLang servers; Ctrl-C stops them")
     Supervisor(config.serve.start_timeout_s, config.serve.restarts, announce, say).run(plans, interrupts)
 

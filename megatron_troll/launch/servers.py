@@ -143,7 +143,8 @@ class ServerSlot:
 @dataclass(frozen=True)
 class Supervisor:
     """Keeps servers running. `announce(plan, pid)` is called when a server becomes healthy, with None when it
-    no longer is; `say` receives progress messages. A server that dies is restarted up to `restarts` times."""
+    no longer is, and for each before the first start; `say` receives progress messages. A server that dies is
+    restarted up to `restarts` times."""
 
     start_timeout_s: float
     restarts: int
@@ -155,6 +156,8 @@ class Supervisor:
         does not become healthy in time or dies too often."""
         for plan in plans:
             _check_port(plan)
+        for plan in plans:  # what a killed command left; only now is it sure that its server is gone
+            self.announce(plan, None)
         deadline = time.monotonic() + self.start_timeout_s
         slots = [ServerSlot(plan, Process(plan)) for plan in plans]
         try:
@@ -183,7 +186,8 @@ class Supervisor:
     def _replace(self, slot: ServerSlot) -> None:
         """Start a new process in place of one that has ended."""
         plan, process = slot.plan, slot.process
-        self.announce(plan, None)
+        if slot.healthy:
+            self.announce(plan, None)
         process.end(0.0)
         ended = f"the server at {plan.url} ended with code {process.exit_code}"
         if not slot.healthy or slot.restarts == self.restarts:
@@ -194,7 +198,8 @@ class Supervisor:
 
     def _stop(self, slots: Sequence[ServerSlot]) -> None:
         for slot in slots:
-            self.announce(slot.plan, None)
+            if slot.healthy:  # otherwise another command may have registered one at the same address
+                self.announce(slot.plan, None)
             slot.process.popen.terminate()
         deadline = time.monotonic() + STOP_S
         for slot in slots:

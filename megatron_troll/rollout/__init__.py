@@ -1,7 +1,5 @@
 """Rollout engines, and how tokens are sampled."""
 
-from urllib.parse import urlsplit
-
 from megatron_troll.config import Config, ConfigError, RolloutConfig, SGLang, find_class, known_methods
 from megatron_troll.rollout.engine import Engine, Setup
 
@@ -33,13 +31,12 @@ def check_engine(config: RolloutConfig, cp: int) -> None:
 
 
 def _check_sglang(config: SGLang) -> None:
-    from megatron_troll.rollout.sglang.http import read_key
+    from megatron_troll.rollout.sglang.http import is_server, read_key
 
     if config.api_key_file is not None:
         read_key(config.api_key_file)
     for key, url in [("servers", url) for url in config.servers] + [("router", config.router)]:
-        place = urlsplit(url or "http://unset:1")
-        if place.scheme not in ("http", "https") or not place.hostname or place.path not in ("", "/"):
+        if url is not None and not is_server(url):
             raise ConfigError(
                 f"rollout.sglang.{key}: {url!r} is not the URL of a server, such as http://127.0.0.1:30000"
             )

@@ -12,11 +12,10 @@ from megatron_troll.rollout.sglang import weights
 from megatron_troll.rollout.sglang.client import NamedRequest
 from megatron_troll.rollout.sglang.connection import Connection, open_connection
 from megatron_troll.rollout.sglang.control import Pause
-from megatron_troll.rollout.sglang.generation import GenerationBatch
+from megatron_troll.rollout.sglang.generation import GenerationBatch, Origin, start_of
 from megatron_troll.rollout.sglang.http import WrongServer
 from megatron_troll.rollout.sglang.journal import Journal
 from megatron_troll.rollout.sglang.probe import TOP_K, Gap, gaps, sequences
-from megatron_troll.rollout.sglang.registry import weights_folder
 from megatron_troll.rollout.sglang.weights import RankZero
 from megatron_troll.rollout.sglang.wire import GenerationRequest, Routed
 from megatron_troll.types import Rollout
@@ -33,6 +32,7 @@ class SGLangEngine(Engine):
         """Waits until a server is healthy and serves the model."""
         super().__init__(setup)
         self._version: int | None = None
+        self._first_version: int | None = None
         self._resting = False
         keep = setup.rollout.sglang.buffer
         self._journal = Journal(RunPaths.of(setup.config).buffer) if keep else None
@@ -43,6 +43,7 @@ class SGLangEngine(Engine):
         self.connection: Connection | None = None
         self._rank_zero = RankZero(setup.model, None)
         self._open()
+        self._weights = self._rank_zero.first(lambda connection: start_of(setup))
 
     def _open(self) -> None:
         def connect() -> None:
@@ -60,6 +61,8 @@ class SGLangEngine(Engine):
             self._resting = False
         reached = weights.sync(self._rank_zero, version, self._pause)
         self._version = version
+        if self._first_version is None:
+            self._first_version = version
         return {"servers": float(len(reached)), **self._probe(reached)}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
@@ -77,7 +80,7 @@ class SGLangEngine(Engine):
         self, requests: Sequence[Request], sampling: Sampling, round: int, journal: Journal | None
     ) -> Callable[[], list[Rollout]]:
         questions = [self._question(request, sampling, round) for request in requests]
-        drawing = GenerationBatch(questions, round, journal)
+        drawing = GenerationBatch(questions, round, journal, Origin(self._weights, self._first_version == 0))
         self._rank_zero.first(drawing.begin)
 
         def finish() -> list[Rollout]:
@@ -163,7 +166,4 @@ class SGLangEngine(Engine):
             )
 
     def _diagnosis(self, url: str) -> str:
-        folder = weights_folder(self.setup.config)
-        return diagnosis.told(
-            self._rank_zero, url, self.setup.folder, folder.with_name(f"{folder.name}-diagnosis")
-        )
+        return diagnosis.told(self._rank_zero, url, self.setup)

@@ -13,7 +13,7 @@ from megatron_troll.rollout.sglang.client import Client
 from megatron_troll.rollout.sglang.control import Control, each
 from megatron_troll.rollout.sglang.http import Http
 from megatron_troll.rollout.sglang.identity import Identity
-from megatron_troll.rollout.sglang.registry import key_of, registered, weights_folder
+from megatron_troll.rollout.sglang.registry import Registry, key_of, weights_folder
 from megatron_troll.rollout.sglang.servers import Router, ServerPool
 from megatron_troll.rollout.sglang.transport import Disk, Shared, Transport
 from megatron_troll.rollout.sglang.wire import Versions
@@ -76,7 +76,7 @@ def open_connection(setup: Setup) -> Connection:
 
 def _discover(setup: Setup) -> Callable[[], Sequence[str]]:
     named, folder = setup.rollout.sglang.servers, RunPaths.of(setup.config).servers
-    return (lambda: named) if named else (lambda: registered(folder))
+    return (lambda: named) if named else Registry(folder).urls
 
 
 def _identity(setup: Setup) -> Identity:
@@ -96,11 +96,17 @@ def _transport(setup: Setup, background: Background, control: Control, versions:
     sync = setup.rollout.sglang.sync
     max_bytes = sync.bucket_mib * MIB
     if sync.via == "disk":
-        return Disk(background, control, weights_folder(setup.config), setup.folder, max_bytes)
+        return disk(setup, background, control, max_bytes)
     if sync.via == "tensor":
         return Shared(background, control, max_bytes)
     address = sync.address or _own_address(_discover(setup)())
     return Broadcast(background, control, max_bytes, address, versions.run, backend_for(device()))
+
+
+def disk(setup: Setup, background: Background, control: Control, max_bytes: int) -> Disk:
+    """The transport by folders of this run."""
+    run = str(RunPaths.of(setup.config).root.resolve())
+    return Disk(background, control, weights_folder(setup.config), setup.folder, max_bytes, run)
 
 
 def _own_address(servers: Sequence[str]) -> str:

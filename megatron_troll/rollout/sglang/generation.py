@@ -1,24 +1,55 @@
 """One batch of requests in flight, and the answers received so far."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from megatron_troll.rollout.engine import Completion
+from megatron_troll.rollout.engine import Completion, Setup
 from megatron_troll.rollout.sglang.client import NamedRequest
 from megatron_troll.rollout.sglang.connection import Connection
-from megatron_troll.rollout.sglang.journal import Journal
+from megatron_troll.rollout.sglang.journal import Journal, Stored
 from megatron_troll.rollout.sglang.servers import OutOfDate
+from megatron_troll.rollout.sglang.wire import GenerationRequest
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Identity of what answers come from. weights: the model's start, see `start_of`; unchecked: whether this
+    run began at step 0, with nothing compared to an earlier start: what that trained may be another model."""
+
+    weights: str
+    unchecked: bool
+
+    def hash(self, ask: GenerationRequest) -> str:
+        """Hash of a request and of the weights that the run started from."""
+        return hashlib.sha256(json.dumps([self.weights, ask.body("")], sort_keys=True).encode()).hexdigest()
+
+    def has(self, stored: Stored, ask: GenerationRequest) -> bool:
+        """Whether a stored answer is one to `ask`."""
+        trained = bool(stored.answer.versions.any())
+        return stored.asked == self.hash(ask) and not (self.unchecked and trained)
+
+
+def start_of(setup: Setup) -> str:
+    """Identity of the weights that the sampled model had at step 0: its settings, and size and time of the
+    files in its folder. Raises OSError."""
+    model = setup.config.models.drawing
+    files = sorted((*setup.folder.glob("*.safetensors*"), *setup.folder.glob("*.json")))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return json.dumps([str(setup.folder), model.init, setup.config.seed, stats])
 
 
 @dataclass
 class GenerationBatch:
-    """Rank 0's part of generating a batch. Answers that `journal` has for the round are reused, new ones are
-    added to it."""
+    """Rank 0's part of generating a batch. Answers that `journal` has for the round are reused if `origin`
+    says that they answer the questions, new ones are added to it."""
 
     questions: Sequence[NamedRequest]
     round: int
     journal: Journal | None
+    origin: Origin
     answers: dict[int, Completion] = field(default_factory=dict)
     _under_way: "Future[None] | None" = None
 
@@ -26,9 +57,9 @@ class GenerationBatch:
         """Send the requests without waiting for answers."""
         there = {} if self.journal is None else self.journal.read(self.round)
         self.answers = {
-            i: there[question.name]
+            i: there[question.name].answer
             for i, question in enumerate(self.questions)
-            if question.name in there and _width(there[question.name]) == question.ask.top_k
+            if question.name in there and self.origin.has(there[question.name], question.ask)
         }
         self._ask(connection)
 
@@ -51,13 +82,9 @@ class GenerationBatch:
             i = missing[place]
             self.answers[i] = answer
             if self.journal is not None:
-                self.journal.add(self.round, self.questions[i].name, answer)
+                stored = Stored(self.origin.hash(self.questions[i].ask), answer)
+                self.journal.add(self.round, self.questions[i].name, stored)
 
         self._under_way = connection.background.start(
             connection.client.generate([self.questions[i] for i in missing], answered)
         )
-
-
-def _width(answer: Completion) -> int:
-    """Number of top-K entries of a stored answer: rollout.top_k may have changed since."""
-    return 0 if answer.topk is None else answer.topk.ids.shape[1]

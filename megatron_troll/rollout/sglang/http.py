@@ -31,7 +31,7 @@ class Refused(EngineError):
 
 
 class WrongServer(EngineError):
-    """The server is not one that this run can sample from: another model, vocabulary, tokenizer or
+    """The server is not one that this run can sample from: no URL, another model, vocabulary, tokenizer or
     distribution, other weights, no record of its experts, or an API key that the run does not have."""
 
 
@@ -80,6 +80,8 @@ class Http:
         except httpx.TransportError as error:
             what = str(error) or type(error).__name__
             raise Unreachable(f"{url}{path}: {what}") from error
+        except httpx.InvalidURL as error:
+            raise WrongServer(f"{url} is no URL of a server: {error}") from error
         except httpx.DecodingError as error:
             raise BadReply(f"{url}{path}: {error}") from error
         if reply.is_success:
@@ -88,6 +90,16 @@ class Http:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+def is_server(url: str) -> bool:
+    """Whether `url` can be that of a server: a request to it can be sent."""
+    try:
+        place = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError):
+        return False
+    in_range = place.port is None or 0 < place.port < 2**16
+    return place.scheme in ("http", "https") and bool(place.host) and place.path == "/" and in_range
 
 
 def _content(reply: httpx.Response) -> Any:

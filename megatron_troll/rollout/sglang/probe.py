@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +16,10 @@ from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.objectives.divergence import topk as divergence
 from megatron_troll.parallel.vocab import gather_logits
-from megatron_troll.rollout.sglang.connection import Connection
+from megatron_troll.rollout.engine import Setup
+from megatron_troll.rollout.sglang.connection import Connection, disk
 from megatron_troll.rollout.sglang.http import Passing, UpdateRefused
-from megatron_troll.rollout.sglang.transport import Disk, Failed, Tensors
+from megatron_troll.rollout.sglang.transport import Failed, Tensors
 from megatron_troll.rollout.sglang.weights import RankZero, delivered
 from megatron_troll.types import NO_ID, MicroBatch, Prompt, Rollout, TokenTopK
 
@@ -112,14 +112,14 @@ def sequences(prompts: Sequence[np.ndarray], tokens: int) -> list[Probed]:
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
-def told(rank_zero: RankZero, url: str, source_folder: Path, folder: Path) -> str:
+def told(rank_zero: RankZero, url: str, setup: Setup) -> str:
     """Describe which weights of the server at `url` are wrong: they are compared, parameter by parameter,
-    with those it has after loading a fresh export from `folder`. The server loses its weight version by this.
+    with those it has after loading a fresh export. The server loses its weight version by this.
     Blocks on all ranks."""
 
     def load_afresh(connection: Connection, tensors: Tensors) -> Failed:
-        disk = Disk(connection.background, connection.control, folder, source_folder, max_bytes=2**30)
-        return disk.deliver(tensors, [url], "diagnosis")
+        afresh = disk(setup, connection.background, connection.control, max_bytes=2**30)
+        return afresh.deliver(tensors, [url], f"{connection.versions.run}.diagnosis")
 
     def sums(connection: Connection) -> dict[str, str]:
         return connection.background.run(connection.control.checksums(url))

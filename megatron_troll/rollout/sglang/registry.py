@@ -2,13 +2,17 @@
 the run's folder, where any machine that shares the folder adds its own."""
 
 import json
+import logging
 import os
 import secrets
+import socket
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_troll.config import Config, RunPaths
-from megatron_troll.rollout.sglang.http import read_key
+from megatron_troll.rollout.sglang.http import is_server, read_key
 from megatron_troll.system import write_atomic
 
 
@@ -39,20 +43,77 @@ def key_of(config: Config) -> str:
     return read_key(str(path))
 
 
-def registered(folder: Path) -> tuple[str, ...]:
-    """URLs of the servers in `folder`, sorted. A file that is being written or removed is skipped."""
-    urls = set()
-    for file in folder.glob("*.json"):
+@dataclass
+class Registry:
+    """Servers that `mtroll serve` registered in `folder`. What is wrong with a registration is said once."""
+
+    folder: Path
+    _said: set[str] = field(default_factory=set)
+
+    def urls(self) -> tuple[str, ...]:
+        """URLs of the servers, sorted, without those whose process is known to be gone: another user's
+        program may listen there now, and would be sent the key. One removed meanwhile is skipped."""
+        found = {url for file in sorted(self.folder.glob("*.json")) if (url := self._url(file)) is not None}
+        return tuple(sorted(found))
+
+    def _url(self, file: Path) -> str | None:
         try:
-            urls.add(str(json.loads(file.read_text())["url"]))
-        except (OSError, ValueError, LookupError):
-            continue
-    return tuple(sorted(urls))
+            entry = json.loads(file.read_text())
+            url = str(entry["url"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            entry, url = {}, ""
+        if not is_server(url):
+            self._say(f"{file} names no server, and is not used: delete it")
+            return None
+        if _gone(entry):
+            self._say(
+                f"{file}: process {entry['pid']} of this machine has ended, its server {url} is not used: "
+                "start `mtroll serve` again"
+            )
+            return None
+        return url
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logging.getLogger(__name__).warning("%s", what)
 
 
 def register(folder: Path, url: str, pid: int) -> None:
     """Add a server that runs as process `pid` of this machine."""
-    write_atomic(_file(folder, url), json.dumps({"url": url, "pid": pid}))
+    entry = {"url": url, "pid": pid, "host": _host(), "started": _started(pid)}
+    write_atomic(_file(folder, url), json.dumps(entry))
+
+
+def _gone(entry: dict[str, Any]) -> bool:
+    """Whether a registered process ended. False if it is one of another machine or container."""
+    pid, host = entry.get("pid"), entry.get("host")
+    if not isinstance(pid, int) or host is None or host != _host():
+        return False
+    started = _started(pid)
+    return started is None or started != entry.get("started")
+
+
+def _host() -> list[str] | None:
+    """Identity of the processes' numbers that this process sees: the machine since its start, and the
+    container. None if the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return [socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")]
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since the machine did; None if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The second field, a name in brackets, may have any characters; this is the 22nd.
+    return int(stat.rpartition(")")[2].split()[19])
 
 
 def unregister(folder: Path, url: str) -> None:

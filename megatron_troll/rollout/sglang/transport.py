@@ -26,6 +26,8 @@ from megatron_troll.weights.folder import FolderWriter
 
 Tensors = Iterator[tuple[str, Tensor]]
 Failed = dict[str, Passing]
+# File in a folder of weights with the name of the run that wrote it: two runs may share a folder.
+WRITTEN_BY = "written_by"
 
 
 class Transport(Protocol):
@@ -41,24 +43,34 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class Disk:
-    """Hugging Face folders under `folder`, which the servers can read; only the newest one is kept."""
+    """Hugging Face folders under `folder`, which the servers can read. Only the newest one that `run` wrote
+    is kept; all else in `folder`, such as the weights of other runs, is left alone."""
 
     background: Background
     control: Control
     folder: Path
     source_folder: Path
     max_bytes: int
+    run: str
 
     def deliver(self, tensors: Tensors, urls: Sequence[str], version: str) -> Failed:
         target = self.place(version)
         with FolderWriter(target, self.source_folder, self.max_bytes) as writer:
+            (writer.part / WRITTEN_BY).write_text(f"{self.run}\n")
             for name, tensor in tensors:
                 writer.add(name, tensor)
         failed = self.background.run(each(urls, lambda url: self.control.load(url, str(target), version)))
         for old in self.folder.iterdir():
-            if old != target:
+            if old != target and self._wrote(old):
                 shutil.rmtree(old)
         return failed
+
+    def _wrote(self, folder: Path) -> bool:
+        """Whether this run, or an earlier start of it, wrote `folder`, maybe not to its end."""
+        written_by = folder / WRITTEN_BY
+        if folder.is_symlink() or not written_by.is_file():
+            return False
+        return written_by.read_bytes() == f"{self.run}\n".encode()
 
     def place(self, version: str) -> Path:
         return self.folder.absolute() / version

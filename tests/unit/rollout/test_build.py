@@ -66,7 +66,13 @@ def test_context_parallelism_is_refused_for_inprocess_only() -> None:
     rollout.check(RolloutConfig(engine=f"{HERE}:Recorder"), cp=2)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://host:1", "http://", "http://host:1/v1"])
+# No request can have these.
+UNUSABLE = ("", "http://[::1", "http://host:70000", "http://host\x00:1")
+
+
+@pytest.mark.parametrize(
+    "url", [*("127.0.0.1:30000", "ftp://host:1", "http://", "http://host:1/v1"), *UNUSABLE]
+)
 def test_what_is_no_servers_url_is_refused(url: str) -> None:
     for named in (SGLang(servers=(url,)), SGLang(router=url)):
         with pytest.raises(ConfigError, match="is not the URL of a server, such as"):
