@@ -2,14 +2,18 @@
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_troll.config import Overlong, RewardConfig
 from megatron_troll.parallel.groups import Group
-from megatron_troll.rewards.batch import judge
+from megatron_troll.rewards.batch import extract, judge
 from megatron_troll.rewards.pool import RewardError
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.types import Prompt, Rollout
@@ -162,6 +166,50 @@ def test_errors_of_a_batch_are_counted_and_said_once():
     assert len(said) == 1
     assert "failed on p1#0: RuntimeError: the verifier has a bug" in said[0]
     assert said[0].endswith("2 of 3 answers failed and count as wrong")
+
+
+@dataclass(frozen=True)
+class Threads(Group):
+    """A group of two ranks that are threads of this process."""
+
+    gathered: list[Any] = field(default_factory=lambda: [None, None])
+    barrier_of: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        self.gathered[self.rank] = value
+        self.barrier_of.wait()
+        values = list(self.gathered)
+        self.barrier_of.wait()
+        return values
+
+
+@dataclass
+class Broken:
+    """A scorer whose verifier cannot be built on rank `on`."""
+
+    on: int
+    rank: int
+
+    def score(self, rollouts: Any) -> Any:
+        if self.rank == self.on:
+            raise RewardError("reward 'code' failed while it was built")
+        with Scorer(RewardConfig(name="exact")) as scorer:
+            return scorer.score(rollouts)
+
+    votes = score
+
+
+@pytest.mark.parametrize("act", [judge, extract])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_error_of_one_rank_ends_the_scoring_on_all(act, broken):
+    first = Threads(None, 0, 2)
+    ranks = [first, Threads(None, 1, 2, first.gathered, first.barrier_of)]
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [
+            threads.submit(act, Broken(broken, rank.rank), [rollout("12")] * 4, rank, print) for rank in ranks
+        ]
+        errors = [one.exception() for one in waiting]
+    assert [type(error) for error in errors] == [RewardError, RewardError]
 
 
 CLOSED = "<think>\nfirst guess 8\n</think>\n\n12"
