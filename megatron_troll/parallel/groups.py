@@ -88,8 +88,8 @@ class Group:
         return cast("T", result)
 
     def first[T](self, act: Callable[[], T]) -> T:
-        """Call `act` on rank 0; return its (picklable) result, or raise its error if in REPORTED, on every rank.
-        Blocks."""
+        """Call `act` on rank 0; return its (picklable) result, or raise its error if in REPORTED, on every
+        rank. Blocks."""
         return self.broadcast_object(self.each(lambda: act() if self.rank == 0 else None), 0)
 
     def any(self, flag: Tensor) -> bool:
