@@ -15,7 +15,7 @@ from megatron_troll.config import PositiveFloat
 from megatron_troll.rewards.blocks import extract
 from megatron_troll.rewards.judging import lint, sides, wire
 from megatron_troll.rewards.reward import Reward
-from megatron_troll.rewards.sandbox import Finished, Kind, Limits, Sandbox, SandboxError
+from megatron_troll.rewards.sandbox import Finished, Kind, Limits, Sandbox, SandboxError, starting
 from megatron_troll.types import Prompt
 
 # The sources of both sides, by their path in the sandbox; standard library only.
@@ -123,7 +123,8 @@ class _Test:
 def _judged(test: str, program: str, sandbox: Sandbox, wall_s: float) -> bool:
     """Whether the program passes assert lines. The judge proves it with a word that only it is given."""
     passed = secrets.token_hex(16)
-    here, there = socket.socketpair()
+    with starting():
+        here, there = socket.socketpair()
     with here, there:
         serving = _side("serve", here.fileno()) | {"answer.py": program}
         judging = _side("judge", there.fileno())

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_troll.config import ConfigError, RewardConfig
 from megatron_troll.rewards import sandbox
+from megatron_troll.rewards.pool import RewardError
 from megatron_troll.rewards.reward import build
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.types import Prompt, Rollout
@@ -155,6 +156,16 @@ def test_through_the_workers():
         scores = scorer.score([rollout(text, i) for i, text in enumerate(texts)])
     assert scores.reward.tolist() == [1, 0, 0]
     assert (scores.timeouts, scores.crashes) == (0, 0)
+
+
+@pytest.mark.parametrize("tests", [DOUBLE, SQUARE])
+def test_a_sandbox_that_cannot_be_set_up_is_no_fault_of_the_answer(tests):
+    name = "tests.unit.rewards.plugin_rewards:LosesItsFolder"
+    asked = Rollout(**(vars(rollout(answer("print(4)"))) | {"prompt": prompt(tests)}))
+    said = "the sandbox cannot be set up: .*No such file or directory: '/no/such/folder"
+    with Scorer(config(name=name, timeout_s=60.0), workers=1) as scorer:
+        with pytest.raises(RewardError, match=rf"failed on p#0:\n{said}"):
+            scorer.score([asked])
 
 
 def test_without_a_sandbox_nothing_is_built(monkeypatch):

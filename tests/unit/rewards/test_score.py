@@ -136,6 +136,7 @@ def test_a_verifier_that_can_never_be_built_ends_the_batch():
         ("recurse", "RecursionError: maximum recursion depth exceeded"),
         ("no memory", "MemoryError: "),
         ("leave", "SystemExit: 3"),
+        ("file", "FileNotFoundError: [Errno 2] No such file"),
         ("nan", "ValueError: the reward is nan, expected a finite float"),
         ("int", "ValueError: the reward is 1, expected a finite float"),
         ("none", "ValueError: the reward is None, expected a finite float"),
@@ -149,6 +150,14 @@ def test_an_answer_on_which_the_verifier_raises_earns_nothing_and_is_counted(tex
     assert scores.reward.tolist() == [1, 0, 1]
     assert scores.errors == 1
     assert scores.first_error.startswith(f"reward '{PLUGINS}:{plugin}' failed on p1#1: {said}")
+
+
+@pytest.mark.parametrize("plugin", ["Obeys", "ObeysHere"])
+def test_a_machine_that_fails_costs_no_answer_its_reward_but_ends_the_batch(plugin):
+    with Scorer(RewardConfig(name=f"{PLUGINS}:{plugin}"), workers=1) as scorer:
+        with pytest.raises(RewardError, match=rf"reward '{PLUGINS}:{plugin}' failed on p1#1:\nno space left"):
+            scorer.score([rollout(text, sample=index) for index, text in enumerate(["a", "machine", "b"])])
+        assert scorer.score([rollout("a")]).reward.tolist() == [1]
 
 
 def test_a_verifier_that_exits_is_tried_twice_then_counted():
