@@ -163,9 +163,9 @@ def test_a_sandbox_that_cannot_be_set_up_is_no_fault_of_the_answer(tests):
     name = "tests.unit.rewards.plugin_rewards:LosesItsFolder"
     asked = Rollout(**(vars(rollout(answer("print(4)"))) | {"prompt": prompt(tests)}))
     said = "the sandbox cannot be set up: .*No such file or directory: '/no/such/folder"
-    with Scorer(config(name=name, timeout_s=60.0), workers=1) as scorer:
-        with pytest.raises(RewardError, match=rf"failed on p#0:\n{said}"):
-            scorer.score([asked])
+    ends = pytest.raises(RewardError, match=rf"failed on p#0:\n{said}")
+    with Scorer(config(name=name, timeout_s=60.0), workers=1) as scorer, ends:
+        scorer.score([asked])
 
 
 def test_without_a_sandbox_nothing_is_built(monkeypatch):
