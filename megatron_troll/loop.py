@@ -10,6 +10,7 @@ import torch
 
 from megatron_troll.advantages import zero_variance
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.rewards.pool import RewardError
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.run.collect import begin
 from megatron_troll.run.queue import BatchFuture, RolloutBatch, ages
@@ -23,6 +24,9 @@ from megatron_troll.types import Rollout
 
 # Probability outside the old support above which KL on that support means little (ALGORITHMS 1.8).
 OUTSIDE_MASS_ALARM = 1e-2
+# Failures from outside that all ranks have, after which the policy is as good as before.
+Rescued = EngineError | RewardError | OSError
+RESCUED = (EngineError, RewardError, OSError)
 
 
 def train(task: Task, interrupts: Interrupts) -> bool:
@@ -123,24 +127,24 @@ def learn(
     return learned, replace(state, step=step, skipped=state.skipped + 1 if learned.skipped else 0)
 
 
-def evaluate(run: Run, step: int, metrics: dict[str, float]) -> EngineError | OSError | None:
+def evaluate(run: Run, step: int, metrics: dict[str, float]) -> Rescued | None:
     """Add the held-out success after `step` to `metrics`. Returns an error instead of raising it, so that the
     row is written first."""
     try:
         metrics |= run.sync(step)
         metrics["held_out_success"] = run.evaluator.success()
-    except (EngineError, OSError) as error:
+    except RESCUED as error:
         return error
     return None
 
 
 @contextmanager
 def rescued(run: Run, state: TrainState) -> Iterator[None]:
-    """Save `state` if an engine or disk error, which all ranks have, ends the run. If saving fails too, raise
+    """Save `state` if an error of RESCUED, which all ranks have, ends the run. If saving fails too, raise
     CheckpointError with both errors, which names the checkpoint to resume from."""
     try:
         yield
-    except (EngineError, OSError) as error:
+    except RESCUED as error:
         if state.step > 0:
             try:
                 run.save(state)

@@ -75,7 +75,7 @@ class Group:
         return box[0]
 
     def each[T](self, act: Callable[[], T]) -> T:
-        """Call `act` on every rank; each gets its own result. An error of a type in TOLD on any rank is
+        """Call `act` on every rank; each gets its own result. An error of a type in REPORTED on any rank is
         raised on all ranks; if several ranks fail, that of the lowest rank. Blocks."""
         result, error = None, None
         try:
@@ -88,8 +88,8 @@ class Group:
         return cast("T", result)
 
     def first[T](self, act: Callable[[], T]) -> T:
-        """Call `act` on rank 0; return its (picklable) result, or raise its error if in TOLD, on every rank.
-        Blocks."""
+        """Call `act` on rank 0; return its (picklable) result, or raise its error if in REPORTED, on every
+        rank. Blocks."""
         return self.broadcast_object(self.each(lambda: act() if self.rank == 0 else None), 0)
 
     def any(self, flag: Tensor) -> bool:

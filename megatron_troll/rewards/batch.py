@@ -53,8 +53,9 @@ def judge(
     scorer: Scorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
 ) -> ScoredBatch:
     """Score one share of the rollouts on each rank and gather all; every rank returns the same. `say` is told
-    of answers on which the verifier raised. Blocks."""
-    shares = world.all_gather_objects(scorer.score(rollouts[world.rank :: world.size]))
+    of answers on which the verifier raised. Blocks; raises RewardError on every rank if the verifier fails
+    on one."""
+    shares = _shares(world, lambda: scorer.score(rollouts[world.rank :: world.size]))
     reward = np.empty(len(rollouts), dtype=np.float32)
     keep = np.empty(len(rollouts), dtype=bool)
     for rank, share in enumerate(shares):
@@ -65,6 +66,11 @@ def judge(
         reward=reward,
         **_counts(shares),
     )
+
+
+def _shares[T](world: Group, act: Callable[[], T]) -> list[T]:
+    """Return the results of `act` of all ranks. An error of one rank is raised on all: none waits for it."""
+    return world.all_gather_objects(world.each(act))
 
 
 def _counts(parts: Sequence[ScoredBatch | Scores]) -> dict[str, int]:
@@ -80,7 +86,7 @@ def extract(
 ) -> list[str | None]:
     """The vote of each rollout (Scorer.votes), computed in shares and with `say` like `judge`. Blocks."""
     votes: list[str | None] = [None] * len(rollouts)
-    shares = world.all_gather_objects(scorer.votes(rollouts[world.rank :: world.size]))
+    shares = _shares(world, lambda: scorer.votes(rollouts[world.rank :: world.size]))
     for rank, share in enumerate(shares):
         votes[rank :: world.size] = share.votes
     _tell_errors(shares, len(rollouts), say)

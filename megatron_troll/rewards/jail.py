@@ -84,10 +84,9 @@ def under_supervision(spec: dict[str, Any]) -> int:
     processes that the answer leaves behind, and kills them."""
     check("prctl", LIBC.prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0))
     signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, spec["wall_s"])
     child = fork()
     if child:
-        code, orphaned = supervised(child)
+        code, orphaned = supervised(child, spec["wall_s"])
         end_descendants()
         if orphaned:
             delete(spec)
@@ -112,10 +111,14 @@ def fork() -> int:
     return child
 
 
-def supervised(child: int) -> tuple[int, bool]:
-    """Exit code of `child`, and whether the requesting process has died, so that nobody will read it."""
+def supervised(child: int, wall_s: float) -> tuple[int, bool]:
+    """Exit code of `child`, and whether the requesting process has died, so that nobody will read it. The
+    alarm rings in here only: elsewhere, Late would look like a failure of the sandbox."""
     try:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), False
+        signal.setitimer(signal.ITIMER_REAL, wall_s)
+        status = os.waitpid(child, 0)[1]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return os.waitstatus_to_exitcode(status), False
     except Late:
         return TIMED_OUT, False
     except Orphaned:

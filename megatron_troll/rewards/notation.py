@@ -5,9 +5,9 @@ values. What math-verify drops without a look (units, number bases, relations) i
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_troll.rewards.quantities import SPACE, TEXT, read_base, read_unit
+from megatron_troll.rewards.quantities import SPACE, TEXT, read_base, read_unit, read_words
 
 SIGNS = str.maketrans(
     {
@@ -63,8 +63,9 @@ DEEPEST, LONGEST = 40, 4000
 @dataclass(frozen=True)
 class Notation:
     """An answer with what math-verify does not compare. latex: what it parses; unit, base: None if the answer
-    has none; words: the answer in lower case and without its article if it is only letters, otherwise None;
-    is_text: it is meant as words, since it is written as text or has a word of four letters."""
+    has none; words: the answer in lower case and without its article if it is only letters, or a number that
+    its words change (7 remainder 3; latex is empty), otherwise None; is_text: it is meant as words, since it
+    is written as text, has a word of four letters, or is such a number."""
 
     latex: str
     unit: str | None
@@ -92,6 +93,13 @@ class Notation:
         found = CHOSEN.match(re.sub(TEXT, r"\1", self.latex))
         return self.choice or (found[1].upper() if found else None)
 
+    def beside(self, other: "Notation") -> "Notation":
+        """The answer with a letter behind its number as a unit, if `other` has a unit."""
+        if other.unit is None or self.unit is not None:
+            return self
+        latex, unit = read_unit(self.latex, letter=True)
+        return replace(self, latex=latex, unit=unit)
+
     @property
     def bracket(self) -> str:
         r"""The kind of brackets around the whole: "(" a tuple or an interval, "{" a set, "" neither."""
@@ -111,12 +119,21 @@ def read(answer: str) -> Notation:
     )
     latex = re.sub(r"^\w+\s*\\in(?![a-z])\s*", "", latex)
     latex = CURRENCY.sub(r"\1", latex)
+    latex, changed = read_words(latex)
+    if changed is not None:
+        return Notation("", None, None, changed, True)
     latex, unit = read_unit(latex)
     latex = bare(BETWEEN.sub(", ", latex))
     if counted := COUNTED.fullmatch(latex):
         latex = counted[1]
     latex, base = read_base(latex)
     return Notation(latex, unit, base, *_words(latex))
+
+
+def changed_by_words(line: str) -> bool:
+    """Whether a line is a number with words that make another of it, such as 2 thirds of the cake."""
+    latex = bare(signs(line))
+    return read_words(latex) != (latex, None)
 
 
 def signs(text: str) -> str:

@@ -14,7 +14,8 @@ ATTEMPTS = 2
 
 
 class RewardError(RuntimeError):
-    """A verifier cannot be built, or its processes cannot be kept alive; the message says why."""
+    """A verifier cannot be built, its processes cannot be kept alive, or the machine fails it; the message
+    says why."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class WorkerPool:
     def run(self, tasks: Sequence[ScoringTask]) -> Outcomes:
         """Run all tasks; blocks until each has an outcome. A worker over the time limit is killed and
         replaced; one that died (out of memory) is replaced and its task is retried once. Raises RewardError
-        if the verifier cannot be built."""
+        if the verifier cannot be built or the machine fails it."""
         batch = _Batch(tasks)
         try:
             while len(batch.outcomes) < len(tasks):
@@ -118,7 +119,7 @@ class WorkerPool:
         except (EOFError, OSError):
             return self._died(worker, batch)
         if isinstance(answer, Failed):
-            raise RewardError(f"{self._doing(worker, batch)}:\n{answer.traceback}")
+            raise RewardError(f"{self._doing(worker, batch)}:\n{answer.what}")
         if worker.task is None:
             worker.ready = True
         else:

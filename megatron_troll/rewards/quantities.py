@@ -11,17 +11,54 @@ TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|rm)\s*\{
 UNIT = re.compile(
     rf"([^A-Za-z]*?[\d}})])(?:{SPACE}|\\\\)*([A-Za-z](?:[A-Za-z0-9./^{{}}-]|{SPACE})*)", re.DOTALL
 )
-SHORT = {"sec": "second", "min": "minute", "hr": "hour", "hrs": "hour", "lb": "pound", "lbs": "pound"}
+SHORT = {"sec": "second", "min": "minute", "hr": "hour", "hrs": "hour", "lb": "pound", "lbs": "pound"} | {
+    "n": "newton",
+    "j": "joule",
+    "w": "watt",
+}
 LONGEST = 200  # an answer with a unit
 BASE = re.compile(r"(-?[0-9A-Fa-f]*\d[0-9A-Fa-f]*)_\{?(?:\\text\s*\{)?(\d+|[a-z]+)\}{0,2}")
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 
 
-def read_unit(latex: str) -> tuple[str, str | None]:
-    """The answer without its unit, and the unit in a normal form; a unit that is not known stays."""
+# What a word directly behind a number makes of it.
+PARTS = ("half", "third", "quarter", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+FACTORS = {
+    **{part: rf"\frac{{{{{{}}}}}}{{{{{number}}}}}" for number, part in enumerate(PARTS, 2)},
+    "fourth": r"\frac{{{}}}{{4}}",
+    "hundredth": r"\frac{{{}}}{{100}}",
+    "thousandth": r"\frac{{{}}}{{1000}}",
+    "dozen": r"{}\times 12",
+    "squared": "{}^2",
+    "cubed": "{}^3",
+    "factorial": "{}!",
+    "percent": r"{}\%",
+}
+COUNTED = re.compile(r"(-?[\d.,]*\d) +([A-Za-z]+)((?: +[\w.,'-]+)*)")
+# Words behind a number that make another of it, which is not calculated here.
+CHANGING = re.compile(r"\b(?:choose|remainder|below|less|fewer|more|mod|modulo|short)\b", re.IGNORECASE)
+
+
+def read_words(latex: str) -> tuple[str, str | None]:
+    """The answer with a word like `dozen` behind its number as LaTeX; and all of it, in lower case, if words
+    behind the number make another of it (7 remainder 3)."""
+    plain = re.sub(rf"{SPACE}+", " ", re.sub(TEXT, r" \1 ", latex[:LONGEST])).strip(" .")
+    found = COUNTED.fullmatch(plain.replace(" per cent", " percent"))
+    if found is None:
+        return latex, None
+    number, word, rest = found.groups()
+    singular = {"halves": "half"}.get(word.lower(), word.lower().removesuffix("s"))
+    if CHANGING.search(rest) or (singular not in FACTORS and CHANGING.search(word)):
+        return latex, plain.lower()
+    return (FACTORS[singular].format(number), None) if singular in FACTORS else (latex, None)
+
+
+def read_unit(latex: str, letter: bool = False) -> tuple[str, str | None]:
+    """The answer without its unit, and the unit in a normal form; a unit that is not known stays. A letter
+    behind a number may be a variable, unless it is text: it is read as a unit only with `letter`."""
     plain = re.sub(TEXT, r" \1 ", latex[:LONGEST])
     found = UNIT.fullmatch(plain)
-    if found is None or (plain == latex and len(found[2]) == 1):
+    if found is None or (plain == latex and len(found[2]) == 1 and not letter):
         return latex, None
     words = re.sub(rf"{SPACE}+", " ", found[2]).strip(" .").lower()
     half = re.sub(r"[. ]", "", words)

@@ -13,6 +13,10 @@ Wanted = Literal["reward", "vote"]
 Value = float | str | None
 
 
+class MachineError(RuntimeError):
+    """The machine failed a verifier (no space, no process), whatever the answer is; the message says how."""
+
+
 class Reward(Node):
     """A verifier; its fields are the keys that a configuration may set next to `reward.name`.
 
@@ -64,9 +68,12 @@ class Raised:
 
 
 def attempt(call: VerifierCall, verifier: Reward) -> Value | Raised:
-    """The value of one call, or Raised: whatever a verifier raises on one answer costs only that answer."""
+    """The value of one call, or Raised: whatever a verifier raises on one answer costs only that answer,
+    except MachineError, which is passed on."""
     try:
         return call.put_to(verifier)
+    except MachineError:
+        raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 (the border of plug-ins; counted and shown)
         return Raised(_summary(error))
 

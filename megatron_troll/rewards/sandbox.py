@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,6 +33,7 @@ from pydantic import Field
 
 from megatron_troll.config import Node, Positive
 from megatron_troll.rewards import jail
+from megatron_troll.rewards.reward import MachineError
 
 Kind = Literal["namespaces", "limits"]
 LIBRARIES = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives")
@@ -53,7 +54,7 @@ class Limits(Node):
     )
 
 
-class SandboxError(RuntimeError):
+class SandboxError(MachineError):
     """The sandbox could not be set up; the message says what failed."""
 
 
@@ -93,26 +94,33 @@ class Sandbox:
         self, files: Mapping[str, str], stdin: str, wall_s: float, descriptor: int | None = None
     ) -> Iterator["Running"]:
         """Start main.py of `files` (text by path), in a folder that holds only these; it ends with the block.
-        It inherits the file descriptor. Raises SandboxError if it could not be confined."""
-        with tempfile.TemporaryDirectory(prefix=FOLDER) as name, open(Path(name) / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        It inherits the file descriptor. Raises SandboxError if it could not be started or confined. Other
+        errors of files (with `limits`, a program may remove its own) are OSError."""
+        with starting():
+            temporary = tempfile.TemporaryDirectory(prefix=FOLDER)
+        with temporary as name, ExitStack() as held:
             folder = Path(name)
-            for part in ("box", "root"):
-                (folder / part).mkdir()
-            for path, text in files.items():
-                (folder / "box" / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / "box" / path).write_text(text, encoding="utf-8", errors="surrogatepass")
-            (folder / "stdin").write_text(stdin, encoding="utf-8", errors="surrogatepass")
-            (folder / "stdin").chmod(0o644)
-            (folder / "spec.json").write_text(json.dumps(self._spec(folder, wall_s)))
-            folder.chmod(0o711)
-            running = Running(folder, self._start(folder, descriptor), self._patience(wall_s))
+            with starting():
+                fcntl.flock(held.enter_context(open(folder / "lock", "w")), fcntl.LOCK_EX)
+                self._fill(folder, files, stdin, wall_s)
+                running = Running(folder, self._start(folder, descriptor), self._patience(wall_s))
             try:
                 yield running
             finally:
                 running.end(GRACE_S if self.kind == "limits" else 0.0)
             if problem := (folder / "errors").read_text(errors="replace").strip():
                 raise SandboxError(problem.splitlines()[-1])
+
+    def _fill(self, folder: Path, files: Mapping[str, str], stdin: str, wall_s: float) -> None:
+        for part in ("box", "root"):
+            (folder / part).mkdir()
+        for path, text in files.items():
+            (folder / "box" / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "box" / path).write_text(text, encoding="utf-8", errors="surrogatepass")
+        (folder / "stdin").write_text(stdin, encoding="utf-8", errors="surrogatepass")
+        (folder / "stdin").chmod(0o644)
+        (folder / "spec.json").write_text(json.dumps(self._spec(folder, wall_s)))
+        folder.chmod(0o711)
 
     def _spec(self, folder: Path, wall_s: float) -> dict[str, object]:
         return {
@@ -147,6 +155,15 @@ class Sandbox:
     def _patience(self, wall_s: float) -> float:
         """Seconds to wait. With `limits`, jail.py enforces the time limit, because it has to clean up."""
         return wall_s if self.kind == "namespaces" else wall_s + GRACE_S
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Raise SandboxError for an OSError of the block: no program has run yet that could have caused it."""
+    try:
+        yield
+    except OSError as error:
+        raise SandboxError(f"the sandbox cannot be set up: {error}") from error
 
 
 def remove_abandoned() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 
 from megatron_troll.config import RewardConfig
 from megatron_troll.rewards.answers import after_reasoning
-from megatron_troll.rewards.pool import Outcomes, ScoringTask, WorkerPool
-from megatron_troll.rewards.reward import VerifierCall, Votes, Wanted, attempt, build
+from megatron_troll.rewards.pool import Outcomes, RewardError, ScoringTask, WorkerPool
+from megatron_troll.rewards.reward import MachineError, VerifierCall, Votes, Wanted, attempt, build
 from megatron_troll.types import Rollout
 
 
@@ -51,7 +51,7 @@ class Scorer:
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Score all rollouts; blocks. Aborted rollouts, and with `overlong.mode: penalise` those cut at
         max_tokens, are not passed to the verifier, and neither are those whose reasoning is not closed.
-        Raises RewardError if the verifier cannot be built."""
+        Raises RewardError if the verifier cannot be built or the machine fails it."""
         overlong = self._config.overlong
         reward = np.zeros(len(rollouts), dtype=np.float32)
         keep = np.ones(len(rollouts), dtype=bool)
@@ -126,7 +126,10 @@ class Scorer:
     def _here(self, tasks: Sequence[ScoringTask]) -> Outcomes:
         outcomes = Outcomes()
         for index, task in enumerate(tasks):
-            outcomes.add(index, attempt(task.question, self._verifier))
+            try:
+                outcomes.add(index, attempt(task.question, self._verifier))
+            except MachineError as error:
+                raise RewardError(f"reward {self._config.name!r} failed on {task.name}:\n{error}") from error
             self._progress()
         return outcomes
 

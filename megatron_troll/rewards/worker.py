@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 from megatron_troll.config import RewardConfig
-from megatron_troll.rewards.reward import VerifierCall, attempt, build
+from megatron_troll.rewards.reward import MachineError, VerifierCall, attempt, build
 from megatron_troll.system import spared
 
 START_LIMIT_S = 120.0
@@ -20,13 +20,15 @@ class Ready:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker's last message: the exception with which its verifier could not be built."""
+    """A worker's last message: the exception with which its verifier could not be built, or with which the
+    machine failed."""
 
-    traceback: str
+    what: str
 
 
 def serve(connection: Connection, config: RewardConfig) -> None:
-    """Build the verifier, send Ready or Failed, then answer each VerifierCall by its value or Raised."""
+    """Build the verifier, send Ready or Failed, then answer each VerifierCall by its value or Raised.
+    Ends with Failed if the machine fails."""
     try:
         verifier = build(config)
     except Exception:
@@ -38,7 +40,12 @@ def serve(connection: Connection, config: RewardConfig) -> None:
             question: VerifierCall = connection.recv()
         except EOFError:
             return
-        connection.send(attempt(question, verifier))
+        try:
+            value = attempt(question, verifier)
+        except MachineError as error:
+            connection.send(Failed(str(error)))
+            return
+        connection.send(value)
 
 
 class Worker:

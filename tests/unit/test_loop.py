@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_troll.loop import alarm, due, rescued, shuffled
+from megatron_troll.loop import alarm, due, evaluate, rescued, shuffled
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
+from megatron_troll.rewards.pool import RewardError
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.run.run import TrainState
 
@@ -55,13 +56,27 @@ class Recorder:
         return "the newest whole checkpoint is step_000002"
 
 
-@pytest.mark.parametrize("error", [EngineError("no server"), OSError(28, "No space left on device")])
+FAILURES = [EngineError("no server"), RewardError("no worker"), OSError(28, "No space left on device")]
+
+
+@pytest.mark.parametrize("error", FAILURES)
 def test_what_was_learnt_is_saved_before_an_error_ends_the_run(error: Exception) -> None:
     run: Any = Recorder()
     with pytest.raises(type(error), match=str(error).replace("[", r"\[")), rescued(run, TrainState(step=3)):
         raise error
     assert run.saved == [3]
     assert run.said == ["step 3 is saved: continue with resume=true"]
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_an_evaluation_that_fails_is_told_after_its_row(error: Exception) -> None:
+    def fail() -> float:
+        raise error
+
+    run: Any = SimpleNamespace(sync=lambda step: {"sync_s": 1.0}, evaluator=SimpleNamespace(success=fail))
+    metrics: dict[str, float] = {}
+    assert evaluate(run, 3, metrics) is error
+    assert metrics == {"sync_s": 1.0}
 
 
 def test_before_the_first_step_there_is_nothing_to_save() -> None:

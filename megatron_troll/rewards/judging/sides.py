@@ -37,6 +37,10 @@ OWN = {name: (name, None) for name in SHARED} | {
         for name in ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple")
     },
 }
+NUMPY_ASSERTS = (
+    *("assert_allclose", "assert_almost_equal"),
+    *("assert_array_almost_equal", "assert_array_equal"),
+)
 MUTABLE = (list, dict, set, bytearray)
 UNARY = ("neg", "pos", "invert", "abs")
 BINARY = (
@@ -263,12 +267,45 @@ def compares_with(test):
     return {name for name in used & set(OWN) if OWN[name][1] is not None or name not in called}
 
 
+def comparable(actual, desired):
+    """Whether arrays can be equal: shapes are, or `desired` is one number for all of some elements. numpy
+    broadcasts: to it, [] is close to every number."""
+    import numpy
+
+    actual, desired = numpy.shape(actual), numpy.shape(desired)
+    return actual == desired or (desired == () and 0 not in actual)
+
+
+def compare_shapes(test):
+    """Make what numpy compares for `test`, if it uses numpy, false or an error unless `comparable`."""
+    if "np" not in test and "numpy" not in test and "allclose" not in test:
+        return
+    try:
+        import numpy
+    except ImportError:
+        return
+    close = numpy.allclose
+    numpy.allclose = lambda a, b, *rest, **named: comparable(a, b) and close(a, b, *rest, **named)
+    for name in NUMPY_ASSERTS if "testing" in test else ():
+        setattr(numpy.testing, name, strict(getattr(numpy.testing, name)))
+
+
+def strict(compare):
+    def method(actual, desired, *rest, **named):
+        if not comparable(actual, desired):
+            raise AssertionError("the shapes differ")
+        compare(actual, desired, *rest, **named)
+
+    return method
+
+
 def judge(descriptor):
     """Run the test of stdin on the answer, once it is loaded, and write the word that proves a pass."""
     peer = Judge(descriptor)
     names = peer.channel.receive()
     test, passed = json.load(sys.stdin)
     tree = ast.parse(test)
+    compare_shapes(test)
     own = compares_with(tree)
     known = {"__name__": TEST, "__builtins__": builtins}
     for name, value in names.items():

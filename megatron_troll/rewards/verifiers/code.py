@@ -1,6 +1,5 @@
 """1 if the program in the answer passes its tests, run in a sandbox (rewards/sandbox.py)."""
 
-import ast
 import inspect
 import json
 import secrets
@@ -14,9 +13,9 @@ from pydantic import Field, model_validator
 
 from megatron_troll.config import PositiveFloat
 from megatron_troll.rewards.blocks import extract
-from megatron_troll.rewards.judging import sides, wire
+from megatron_troll.rewards.judging import lint, sides, wire
 from megatron_troll.rewards.reward import Reward
-from megatron_troll.rewards.sandbox import Finished, Kind, Limits, Sandbox, SandboxError
+from megatron_troll.rewards.sandbox import Finished, Kind, Limits, Sandbox, SandboxError, starting
 from megatron_troll.types import Prompt
 
 # The sources of both sides, by their path in the sandbox; standard library only.
@@ -102,15 +101,17 @@ class _Test:
         self.runs = pair
 
     def check(self) -> None:
-        """Raise ValueError for assert lines that no answer can pass, or that every answer passes."""
+        """Raise ValueError for a test that no answer can pass, or that checks nothing."""
         if isinstance(self._test, dict):
+            if not self._test["output"].strip():
+                raise ValueError(f"a test checks nothing: its output is blank: {self._test!r:.80}")
             return
         try:
-            statements = ast.parse(self._test).body
+            found = lint.problem(self._test)
         except (SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"a test is not Python: {error}: {self._test!r:.80}") from error
-        if not statements:
-            raise ValueError(f"a test checks nothing: {self._test!r:.80}")
+        if found is not None:
+            raise ValueError(f"a test checks nothing: {found}: {self._test!r:.80}")
 
     def passes(self, program: str, sandbox: Sandbox, wall_s: float) -> bool:
         if isinstance(self._test, str):
@@ -122,7 +123,8 @@ class _Test:
 def _judged(test: str, program: str, sandbox: Sandbox, wall_s: float) -> bool:
     """Whether the program passes assert lines. The judge proves it with a word that only it is given."""
     passed = secrets.token_hex(16)
-    here, there = socket.socketpair()
+    with starting():
+        here, there = socket.socketpair()
     with here, there:
         serving = _side("serve", here.fileno()) | {"answer.py": program}
         judging = _side("judge", there.fileno())

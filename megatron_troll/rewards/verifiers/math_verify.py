@@ -94,7 +94,7 @@ class MathVerify(Reward):
             return notation.signs(text)
         return (
             notation.signs(found.text)
-            if found.by == "line" and _is_prose(found.text)
+            if found.by == "line" and _is_prose(found.text) and not notation.changed_by_words(found.text)
             else notation.read(found.text)
         )
 
@@ -103,6 +103,7 @@ class MathVerify(Reward):
             return answer.chosen == gold.choice
         if gold.is_text:
             return answer.words == gold.words
+        gold, answer = gold.beside(answer), answer.beside(gold)
         if gold.unit and answer.unit and gold.unit != answer.unit:
             return False
         if gold.base or answer.base:

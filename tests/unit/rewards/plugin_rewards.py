@@ -2,12 +2,14 @@
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import ClassVar
 
-from megatron_troll.rewards.reward import Reward
+from megatron_troll.rewards.reward import MachineError, Reward
+from megatron_troll.rewards.verifiers.code import Code
 
 
 class Length(Reward):
@@ -37,6 +39,8 @@ class Obeys(Reward):
             "raise": RuntimeError("the verifier has a bug"),
             "no memory": MemoryError(),
             "leave": SystemExit(3),
+            "file": FileNotFoundError(2, "No such file"),
+            "machine": MachineError("no space left"),
         }
         if text in errors:
             raise errors[text]
@@ -47,6 +51,14 @@ class ObeysHere(Obeys):
     """The same in the trainer's process."""
 
     cheap: ClassVar[bool] = True
+
+
+class LosesItsFolder(Code):
+    """Answers cost the machine the folder for temporary files."""
+
+    def __call__(self, text, prompt):
+        tempfile.tempdir = "/no/such/folder"
+        return super().__call__(text, prompt)
 
 
 def _die_once(marker: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_troll.config import ConfigError, RewardConfig
 from megatron_troll.rewards import sandbox
+from megatron_troll.rewards.pool import RewardError
 from megatron_troll.rewards.reward import build
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.types import Prompt, Rollout
@@ -101,6 +102,48 @@ def test_assert_lines_that_test_nothing_are_refused(judge, test):
         judge.check(prompt(["assert f(1)", test]))
 
 
+HUMAN_EVAL = "METADATA = {'author': 'x'}\n\n\ndef check(candidate):\n    assert candidate(1) == 2\n"
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        (HUMAN_EVAL, "it never calls check"),
+        ("class Tests:\n    def test_f(self):\n        assert f(1) == 2", "it has no assert"),
+        ("f(1) == 2", "it compares without assert"),
+        ("x = f(1)\nx == 2 and not f(3)", "it compares without assert"),
+        ("for x in (1, 2):\n    f(x) == x", "it compares without assert"),
+        ("x = 3", "it has no assert"),
+        ("g = lambda: f(1)", "it has no assert"),
+        ("assert True", "it has no assert"),
+        ("assert (f(1) == 2, 'f of 1')", "an assert of a tuple is always true"),
+        ({"input": "1", "output": ""}, "its output is blank"),
+        ({"input": "1", "output": " \n"}, "its output is blank"),
+    ],
+)
+def test_a_test_that_every_answer_passes_is_refused(judge, test, said):
+    with pytest.raises(ValueError, match=f"a test checks nothing: {said}: "):
+        judge.check(prompt(["assert f(1)", test]))
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        HUMAN_EVAL + "\ncheck(f)",
+        "f(1)",
+        "x = f(1)",
+        "f(1) == 2 or fail()",
+        "if f(1) != 2:\n    raise ValueError",
+        "try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass",
+        "for x, y in ((1, 2), (3, 4)):\n    assert f(x) == y",
+        "with g() as x:\n    assert x",
+        {"input": "", "output": "2"},
+    ],
+)
+def test_a_test_that_an_answer_can_fail_is_accepted(judge, test):
+    judge.check(prompt([test]))
+
+
 def rollout(text: str, sample: int = 0) -> Rollout:
     nothing = np.zeros(0)
     return Rollout(prompt(DOUBLE), 0, sample, *[nothing] * 5, None, text, "stop", nothing, 1.0)
@@ -113,6 +156,16 @@ def test_through_the_workers():
         scores = scorer.score([rollout(text, i) for i, text in enumerate(texts)])
     assert scores.reward.tolist() == [1, 0, 0]
     assert (scores.timeouts, scores.crashes) == (0, 0)
+
+
+@pytest.mark.parametrize("tests", [DOUBLE, SQUARE])
+def test_a_sandbox_that_cannot_be_set_up_is_no_fault_of_the_answer(tests):
+    name = "tests.unit.rewards.plugin_rewards:LosesItsFolder"
+    asked = Rollout(**(vars(rollout(answer("print(4)"))) | {"prompt": prompt(tests)}))
+    said = "the sandbox cannot be set up: .*No such file or directory: '/no/such/folder"
+    ends = pytest.raises(RewardError, match=rf"failed on p#0:\n{said}")
+    with Scorer(config(name=name, timeout_s=60.0), workers=1) as scorer, ends:
+        scorer.score([asked])
 
 
 def test_without_a_sandbox_nothing_is_built(monkeypatch):

@@ -88,6 +88,32 @@ def test_a_forged_comparison_earns_nothing(program, test):
     assert reward(program, test) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("returned", "gold", "right"),
+    [
+        ("[]", "0.5", False),
+        ("0.5", "[0.5, 0.5]", False),
+        ("[0.5]", "[0.5, 0.5]", False),
+        ("[[]]", "[]", False),
+        ("[0.5, 0.5]", "0.5", True),
+        ("[]", "[]", True),
+        ("np.float64(0.5)", "0.5", True),
+    ],
+)
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert np.allclose(f(), {}, atol=1e-3)",
+        "from numpy import allclose\nassert allclose(f(), {})",
+        "import numpy\nnumpy.testing.assert_allclose(f(), {})",
+        "from numpy.testing import assert_array_equal\nassert_array_equal(f(), {})",
+    ],
+)
+def test_numbers_of_another_shape_are_not_close(returned, gold, right, test):
+    program = f"import numpy as np\ndef f(): return {returned}"
+    assert reward(program, test.format(gold)) == float(right)
+
+
 POINT = (
     "from __future__ import annotations\nfrom dataclasses import dataclass, field\n@dataclass\nclass Point:\n"
     "    x: 'int'\n    y: 'list[Point]' = field(default_factory=list)\n"

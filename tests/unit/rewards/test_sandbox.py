@@ -267,6 +267,19 @@ def test_root_runs_answers_as_nobody():
         assert run(kind, "import os; print(os.getuid(), os.getgroups())").output == "65534 []\n"
 
 
+@pytest.mark.parametrize("wall_s", [1e-6, 0.001, 0.02, 0.1])
+@both
+def test_time_that_is_over_before_the_program_runs_is_no_failure_of_the_sandbox(kind, wall_s):
+    assert box(kind).run("print(1); import time; time.sleep(9)", "", wall_s).timed_out
+
+
+@both
+def test_a_machine_without_a_temporary_folder(kind, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    with pytest.raises(SandboxError, match=r"cannot be set up: .*No such file or directory: '/no/such"):
+        box(kind).run("print()", "", 5.0)
+
+
 def test_a_sandbox_that_cannot_be_set_up(monkeypatch):
     """Nothing runs, and the message says what failed."""
     monkeypatch.setattr(sandbox, "visible", lambda python: ["/no/such/folder"])

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_troll.config import Overlong, RewardConfig
 from megatron_troll.parallel.groups import Group
-from megatron_troll.rewards.batch import judge
+from megatron_troll.rewards.batch import extract, judge
 from megatron_troll.rewards.pool import RewardError
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.types import Prompt, Rollout
@@ -132,6 +136,7 @@ def test_a_verifier_that_can_never_be_built_ends_the_batch():
         ("recurse", "RecursionError: maximum recursion depth exceeded"),
         ("no memory", "MemoryError: "),
         ("leave", "SystemExit: 3"),
+        ("file", "FileNotFoundError: [Errno 2] No such file"),
         ("nan", "ValueError: the reward is nan, expected a finite float"),
         ("int", "ValueError: the reward is 1, expected a finite float"),
         ("none", "ValueError: the reward is None, expected a finite float"),
@@ -145,6 +150,14 @@ def test_an_answer_on_which_the_verifier_raises_earns_nothing_and_is_counted(tex
     assert scores.reward.tolist() == [1, 0, 1]
     assert scores.errors == 1
     assert scores.first_error.startswith(f"reward '{PLUGINS}:{plugin}' failed on p1#1: {said}")
+
+
+@pytest.mark.parametrize("plugin", ["Obeys", "ObeysHere"])
+def test_a_machine_that_fails_costs_no_answer_its_reward_but_ends_the_batch(plugin):
+    with Scorer(RewardConfig(name=f"{PLUGINS}:{plugin}"), workers=1) as scorer:
+        with pytest.raises(RewardError, match=rf"reward '{PLUGINS}:{plugin}' failed on p1#1:\nno space left"):
+            scorer.score([rollout(text, sample=index) for index, text in enumerate(["a", "machine", "b"])])
+        assert scorer.score([rollout("a")]).reward.tolist() == [1]
 
 
 def test_a_verifier_that_exits_is_tried_twice_then_counted():
@@ -162,6 +175,50 @@ def test_errors_of_a_batch_are_counted_and_said_once():
     assert len(said) == 1
     assert "failed on p1#0: RuntimeError: the verifier has a bug" in said[0]
     assert said[0].endswith("2 of 3 answers failed and count as wrong")
+
+
+@dataclass(frozen=True)
+class Threads(Group):
+    """A group of two ranks that are threads of this process."""
+
+    gathered: list[Any] = field(default_factory=lambda: [None, None])
+    barrier_of: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        self.gathered[self.rank] = value
+        self.barrier_of.wait()
+        values = list(self.gathered)
+        self.barrier_of.wait()
+        return values
+
+
+@dataclass
+class Broken:
+    """A scorer whose verifier cannot be built on rank `on`."""
+
+    on: int
+    rank: int
+
+    def score(self, rollouts: Any) -> Any:
+        if self.rank == self.on:
+            raise RewardError("reward 'code' failed while it was built")
+        with Scorer(RewardConfig(name="exact")) as scorer:
+            return scorer.score(rollouts)
+
+    votes = score
+
+
+@pytest.mark.parametrize("act", [judge, extract])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_error_of_one_rank_ends_the_scoring_on_all(act, broken):
+    first = Threads(None, 0, 2)
+    ranks = [first, Threads(None, 1, 2, first.gathered, first.barrier_of)]
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [
+            threads.submit(act, Broken(broken, rank.rank), [rollout("12")] * 4, rank, print) for rank in ranks
+        ]
+        errors = [one.exception() for one in waiting]
+    assert [type(error) for error in errors] == [RewardError, RewardError]
 
 
 CLOSED = "<think>\nfirst guess 8\n</think>\n\n12"

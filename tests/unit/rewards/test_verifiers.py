@@ -156,6 +156,62 @@ def test_math_verify_beside_the_known_answers(text, answer, expected):
 
 
 @pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("3 quarters", r"\frac{3}{4}", "3"),
+        (r"3\text{ quarters}", "0.75", "3"),
+        ("1 half", "0.5", "1"),
+        ("3 halves", "1.5", "3"),
+        ("2 thirds of the cake", "2/3", "2"),
+        ("3 squared", "9", "3"),
+        ("2 cubed", "8", "2"),
+        ("4 factorial", "24", "4"),
+        ("5 dozen", "60", "5"),
+        (r"5~\text{dozen eggs}", "60", "5"),
+        ("3 percent", "0.03", "4"),
+        (r"3\text{ per cent}", "3", "300"),
+        ("2 below zero", r"\text{2 below zero}", "2"),
+        ("5 degrees below zero", "5 degrees below zero", "5"),
+        ("5 choose two", "5 choose two", "5"),
+        ("7 remainder three", "7 Remainder three", "7"),
+        ("7 remainder 3", "7 remainder 3", "7"),
+        ("5 less than x", "5 less than x", "5"),
+        ("3 meters squared", "3", "9"),
+        ("36 apples", "36", "35"),
+    ],
+)
+def test_words_that_change_the_number_before_them(answer, right, wrong):
+    for text in (rf"\boxed{{{answer}}}", f"Answer: {answer}"):
+        assert reward(text, right, "math_verify") == 1.0
+        assert reward(text, wrong, "math_verify") == 0.0
+    assert reward(rf"\boxed{{{wrong}}}", answer, "math_verify") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    [
+        ("6 m", "6 cm", 0.0),
+        ("6 cm", "6 m", 0.0),
+        ("6m", r"6\text{ cm}", 0.0),
+        ("6 m", r"6\text{ m}", 1.0),
+        ("6 m", "6 meters", 1.0),
+        (r"6\text{ L}", "6 L", 1.0),
+        ("6 L", "6 liters", 1.0),
+        ("3 g", "3 kg", 0.0),
+        ("10 s", "10 ms", 0.0),
+        ("10 N", r"10\text{ N}", 1.0),
+        ("6", "6 cm", 1.0),
+        ("6 m", "6", 1.0),
+        ("6x", "6 cm", 0.0),
+        ("6x", "6x", 1.0),
+        ("2m", "2m", 1.0),
+    ],
+)
+def test_units_of_one_letter(answer, gold, expected):
+    assert reward(rf"\boxed{{{answer}}}", gold, "math_verify") == expected
+
+
+@pytest.mark.parametrize(
     "answer", [r"\text{}", r"\boxed{5", "}", "$", " ", r"\boxed{}", "(" * 300 + "1" + ")" * 300, "3" * 5000]
 )
 def test_a_gold_answer_that_is_no_mathematics_is_refused(answer):
