@@ -107,7 +107,7 @@ def _host() -> list[str] | None:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine did; None if there is no such process."""
+    """Return the start time of a process, in clock ticks since the machine started; None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
