@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from megatron_troll.observe import browse
-from megatron_troll.observe.rollouts import RolloutStore, read_step, stored_steps
+from megatron_troll.observe.rollouts import RolloutStore, read_step, step_of, stored_steps
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
 from megatron_troll.types import Message, Prompt, Rollout
 
@@ -149,3 +149,10 @@ def test_a_long_run_is_thinned_and_says_so(
     browse.html(run, tmp_path / "rollouts.html")
     data = page_data(tmp_path / "rollouts.html")
     assert (len(data["samples"]), data["total"]) == (2, 3)
+
+
+def test_an_emptied_file_is_damaged_and_holds_no_step_without_rollouts(run: Path) -> None:
+    emptied = sorted((run / "rollouts").glob("*.gz"))[0]
+    emptied.write_bytes(b"")
+    with pytest.raises(RunFolderError, match=f"{emptied.name}: damaged: it is empty"):
+        list(read_step(run, step_of(emptied) or 0))
