@@ -9,8 +9,8 @@ disk     a file system with too little room or too few inodes for the run; then 
          continued (needs root, or `unshare --map-root-user --mount python tools/endure.py ...`)
 damage   one file of a stopped run is truncated, emptied, deleted, has a bit flipped or a folder in its place
          (that of a checkpoint, in half of the trials); then the run is continued
-input    prompts, held-out prompts, template, tokenizer, reward or stop tokens of a stopped run are changed;
-         then it is continued
+input    prompts, held-out prompts, template, tokenizer or stop tokens of a stopped run are changed; then it
+         is continued
 
 FOLDER/endure.jsonl gets a line per trial, and the next call goes on after the last one. Outcomes:
 

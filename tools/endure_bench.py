@@ -113,16 +113,16 @@ class Bench:
         """The command that continues a copy of `stopped`."""
         return ("train", "run.yaml", f"name={name}", "resume=true", *ONE_RANK)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start a command in a session of its own, that ends with this process; what it says goes to
-        FOLDER/output, which is made anew."""
-        with open(self.root / "output", "w") as output:
+    def start(self, *arguments: str, output: str = "output") -> subprocess.Popen[str]:
+        """Start a command in a session of its own, that ends with this process; what it says goes to the file
+        `output` of FOLDER, which is made anew."""
+        with open(self.root / output, "w") as said:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", "megatron_troll.cli", *arguments],
                 cwd=self.root,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=said,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=end_with_parent,

@@ -46,7 +46,7 @@ def kill(bench: Bench, chance: random.Random, number: int) -> Trial:
         wait_for_ranks(bench)
         done = bench.command("train", "run.yaml", f"name={name}", "resume=true")
         wrong = done.last if done.code else difference(bench.run(name), bench.run("plain"), ALL_STEPS)
-    detail = f"{target}: {victims} processes after {moment:.1f} s"
+    detail = f"{victims}, after {moment:.1f} s"
     return outcome(bench, detail, [*codes, done.code], before, wrong)
 
 
@@ -55,7 +55,8 @@ def kill_server(bench: Bench, chance: random.Random, number: int) -> Trial:
     Rollouts depend on what a server batches together: they are counted, not compared."""
     before = remains(bench)
     with discarded(bench.run("served")):
-        first, process = bench.start("serve", "served.yaml"), bench.start("train", "served.yaml")
+        first = bench.start("serve", "served.yaml", output="output_serve_1")
+        process = bench.start("train", "served.yaml")
         while not (bench.run("served") / "metrics.jsonl").exists() and process.poll() is None:
             time.sleep(0.2)
         moment = chance.uniform(0.0, 20.0)
@@ -63,7 +64,7 @@ def kill_server(bench: Bench, chance: random.Random, number: int) -> Trial:
         for server in psutil.Process(first.pid).children(recursive=True):
             server.kill()
         codes = [first.wait(LIMIT_S)]
-        second = bench.start("serve", "served.yaml")
+        second = bench.start("serve", "served.yaml", output="output_serve_2")
         codes.append(process.wait(LIMIT_S))
         done = bench.command("train", "served.yaml", "resume=true")
         codes.append(done.code)
@@ -246,26 +247,26 @@ def sleep_while_running(process: "subprocess.Popen[str]", seconds: float) -> Non
         time.sleep(0.05)
 
 
-def strike(process: "subprocess.Popen[str]", target: str, chance: random.Random) -> int:
-    """Kill processes of a run that has not ended, and return how many."""
+def strike(process: "subprocess.Popen[str]", target: str, chance: random.Random) -> str:
+    """Kill processes of a run, and say which: the launcher where there is no rank or helper yet, none if the
+    run has ended."""
     if process.poll() is not None:
-        return 0
+        return "nothing, it had ended"
     launcher = psutil.Process(process.pid)
     children = launcher.children(recursive=True)
     ranks = [child for child in children if child.ppid() == process.pid]
     helpers = [child for child in children if child.ppid() != process.pid]
-    victims = {
-        "rank": ranks and [chance.choice(ranks)],
-        "launcher": [launcher],
-        "helper": helpers and [chance.choice(helpers)],
-        "all": [launcher, *children],
-    }[target] or [launcher]
+    choices = {"rank": ranks, "helper": helpers, "launcher": [launcher]}
+    victims = [launcher, *children]
+    if target != "all":
+        target = target if choices[target] else "launcher"
+        victims = [chance.choice(choices[target])]
     for victim in victims:
         try:
             victim.kill()
         except psutil.NoSuchProcess:
             continue
-    return len(victims)
+    return f"{target}, {len(victims)} processes"
 
 
 def wait_for_ranks(bench: Bench) -> None:

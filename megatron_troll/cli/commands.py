@@ -246,10 +246,10 @@ def _start_ranks[Prep: Prepared](arguments: Namespace, name: str, prepare: Calla
     try:
         config = _load(arguments)
         folder = RunFolder.of(config)
+        folder.check_free()
         if folder.holds_run() and not config.resume:
             # The reason to refuse it may be a default that only the methods know.
             folder.check(dump(prepare(config).config), False, again=AGAIN.get(name, CONTINUE))
-        folder.check_free()
     except (ConfigError, DataError, RunFolderError, OSError) as error:
         return _refuse(error)
     ranks = world_size(config)

@@ -73,11 +73,11 @@ def _remark(
     folder: str | Path,
     key: str,
 ) -> str:
-    ending = template.after_answer.strip()
-    if turn is None and ending and not (declared | asked) & set(template.encode(ending)):
+    ending, ids = template.after_answer
+    if turn is None and ending.strip() and not (declared | asked) & set(ids):
         return (
-            f"WARNING: the chat template ends a turn with {ending!r}, which is no special token, so that no "
-            f"answer stops there: make it special in the tokenizer, or name it in {key}"
+            f"WARNING: the chat template ends a turn with {ending.strip()!r}, which is no special token, so "
+            f"that no answer stops there: make it special in the tokenizer, or name it in {key}"
         )
     if turn is None or turn in declared:
         return ""

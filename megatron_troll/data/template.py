@@ -120,21 +120,18 @@ class ChatTemplate:
     def end_of_turn(self) -> int | None:
         """The id of the special token that ends an assistant's turn, the first one after its text; None if
         the template writes none."""
-        try:
-            ids = self.encode(self.after_answer)
-        except Malformed:
-            return None
-        return next((token for token in ids if token in self.special_ids), None)
+        return next((token for token in self.after_answer[1] if token in self.special_ids), None)
 
-    @property
-    def after_answer(self) -> str:
-        """The text that the template writes after an assistant's; "" if it leaves that out."""
+    @cached_property
+    def after_answer(self) -> tuple[str, list[int]]:
+        """The text that the template writes after an assistant's, and its ids; "" and [] if it writes none,
+        or what cannot be encoded."""
         chat = (Message("user", PROBE), Message("assistant", PROBE))
         try:
             _, found, tail = self.text(chat, answer=False).rpartition(PROBE)
+            return (tail, self.encode(tail)) if found else ("", [])
         except Malformed:
-            return ""
-        return tail if found else ""
+            return "", []
 
     @cached_property
     def special_ids(self) -> set[int]:

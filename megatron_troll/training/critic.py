@@ -107,9 +107,8 @@ def open_critic(config: Config, policy: MegatronModel, phases: Phases) -> Critic
     # There is no LM head, and so no tied embedding.
     of_folder = read_shape(model.path)
     shape = replace(of_folder, tied=False)
-    body = RandomSource(shape, config.seed)
-    if model.init != "random":
-        body = open_checked(model.path, of_folder, groups.world)
+    random = model.init == "random"
+    body = RandomSource(shape, config.seed) if random else open_checked(model.path, of_folder, groups.world)
     built = build(model, shape, groups, kind=ValueModel, progress=policy.progress)
     load(built, ValueSource(body, shape.hidden), value_table(table_of(shape), shape.hidden))
     updates = config.train.steps * config.train.updates

@@ -107,3 +107,9 @@ def test_a_turn_that_no_special_token_ends_is_said(folder, tokenizer):
     remark = stop_tokens(template, folder, VOCAB).remark
     assert remark.startswith("WARNING: the chat template ends a turn with 'a', which is no special token")
     assert stop_tokens(template, folder, VOCAB, ("a",)).remark == ""
+
+
+def test_an_ending_that_the_tokenizer_cannot_encode_is_no_end_of_turn(folder, tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "\N{SNOWMAN}")
+    template = ChatTemplate(tokenizer)
+    assert (template.end_of_turn, stop_tokens(template, folder, VOCAB).remark) == (None, "")
