@@ -119,9 +119,9 @@ def _samples(path: Path) -> Iterator[Sample]:
     whole = 0
     if not path.is_file():
         raise RunFolderError(f"{path}: not a file")
-    if path.stat().st_size == 0:  # gzip reads an empty file as one without lines
-        raise RunFolderError(f"{path}: damaged: it is empty")
     try:
+        if path.stat().st_size == 0:  # gzip reads an empty file as one without lines
+            raise EOFError("it is empty")
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in file:
                 sample = Sample(**json.loads(line))

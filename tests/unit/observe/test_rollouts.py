@@ -154,5 +154,5 @@ def test_a_long_run_is_thinned_and_says_so(
 def test_an_emptied_file_is_damaged_and_holds_no_step_without_rollouts(run: Path) -> None:
     emptied = sorted((run / "rollouts").glob("*.gz"))[0]
     emptied.write_bytes(b"")
-    with pytest.raises(RunFolderError, match=f"{emptied.name}: damaged: it is empty"):
+    with pytest.raises(RunFolderError, match=f"{emptied.name}: damaged after line 0: it is empty"):
         list(read_step(run, step_of(emptied) or 0))
