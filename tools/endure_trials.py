@@ -51,27 +51,26 @@ def kill(bench: Bench, chance: random.Random, number: int) -> Trial:
 
 
 def kill_server(bench: Bench, chance: random.Random, number: int) -> Trial:
-    """Kill the SGLang server of a run at a random moment, start another, and continue the run if it ended.
-    Rollouts depend on what a server batches together: they are counted, not compared."""
+    """Kill the SGLang server of a run at a random moment; `mtroll serve` starts another. Continue the run if
+    it ended. Rollouts depend on what a server batches together: they are counted, not compared."""
     before = remains(bench)
     with discarded(bench.run("served")):
-        first = bench.start("serve", "served.yaml", output="output_serve_1")
+        serve = bench.start("serve", "served.yaml", output="output_serve")
         process = bench.start("train", "served.yaml")
         while not (bench.run("served") / "metrics.jsonl").exists() and process.poll() is None:
             time.sleep(0.2)
         moment = chance.uniform(0.0, 20.0)
         sleep_while_running(process, moment)
-        for server in psutil.Process(first.pid).children(recursive=True):
-            server.kill()
-        codes = [first.wait(LIMIT_S)]
-        second = bench.start("serve", "served.yaml", output="output_serve_2")
-        codes.append(process.wait(LIMIT_S))
+        victims = psutil.Process(serve.pid).children(recursive=True)
+        for victim in victims:
+            victim.kill()
+        codes = [process.wait(LIMIT_S)]
         done = bench.command("train", "served.yaml", "resume=true")
-        codes.append(done.code)
-        second.send_signal(signal.SIGTERM)
-        codes.append(second.wait(LIMIT_S))
+        serve.send_signal(signal.SIGTERM)
+        codes += [done.code, serve.wait(LIMIT_S)]
         wrong = done.last if done.code else uncounted(bench.run("served"))
-    return outcome(bench, f"killed {moment:.1f} s after step 0", codes, before, wrong)
+    detail = f"{len(victims)} processes of the server, {moment:.1f} s after step 0"
+    return outcome(bench, detail, codes, before, wrong)
 
 
 def uncounted(run: Path) -> str:
