@@ -1,16 +1,20 @@
-"""Files that a kill cannot leave half written, processes that end with their parent, and the signals that
-ask a run to stop."""
+"""Files that a kill cannot leave half written, temporary folders that the next start removes, processes that
+end with their parent, and the signals that ask a run to stop."""
 
 import ctypes
+import fcntl
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -100,6 +104,67 @@ def address_towards(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
         return probe.getsockname()[0]
+
+
+TEMPORARY, SEGMENTS = "mtroll-", "segments"
+# A socket's path has at most 107 bytes, 49 of them for the names that multiprocessing and we add to TMPDIR.
+LONGEST_PARENT = 58
+
+
+def _temporary_parent() -> str:
+    """TMPDIR, or /tmp if sockets in a folder below TMPDIR would have too long a path."""
+    named = tempfile.gettempdir()
+    return named if len(os.fsencode(named)) <= LONGEST_PARENT else "/tmp"
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that lasts as long as the block or, if its process is killed, until `remove_abandoned`. It is
+    known by a locked file `lock`; its file `segments` may name shared memory to remove with it. Raises
+    OSError if it cannot be made."""
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=_temporary_parent()) as name:
+        folder = Path(name)
+        with open(folder / "unlocked", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.rename(lock.name, folder / "lock")
+            yield folder
+
+
+def work_in_temporary_folder() -> None:
+    """Give this process and those that it starts a `temporary_folder` for their temporary files."""
+    context = temporary_folder()
+    folder = context.__enter__()
+    folder.chmod(0o711)  # a sandbox runs programs as another user in a folder below
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    # After multiprocessing has removed its own folders, at -100.
+    Finalize(None, context.__exit__, (None, None, None), exitpriority=-200)
+
+
+def remove_abandoned() -> None:
+    """Remove the temporary folders of killed processes, and the shared memory that they name."""
+    for lock in Path(_temporary_parent()).glob(f"{TEMPORARY}*/lock"):
+        with suppress(OSError), open(lock, "r+") as held:  # else in use, or another user's
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_segments(lock.parent)
+            shutil.rmtree(lock.parent)
+
+
+def remove_segments(folder: Path) -> None:
+    """Remove the shared memory that a temporary folder names, unless a process has it mapped."""
+    with suppress(FileNotFoundError):
+        named = set((folder / SEGMENTS).read_text().splitlines())
+        for path in named - segments(Path("/proc").glob("[0-9]*")):
+            Path(path).unlink(missing_ok=True)
+
+
+def segments(processes: Iterable[Path]) -> set[str]:
+    """Paths of the shared memory that processes, given by their folders in /proc, have mapped."""
+    found = set()
+    for process in processes:
+        with suppress(OSError):  # it has ended, or is another user's
+            lines = (process / "maps").read_text().splitlines()
+            found |= {line.split(maxsplit=5)[5] for line in lines if " /dev/shm/" in line}
+    return found
 
 
 PR_SET_PDEATHSIG = 1

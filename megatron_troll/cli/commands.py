@@ -24,7 +24,15 @@ from megatron_troll.mcore.layout import world_size
 from megatron_troll.observe.opened import load_opened
 from megatron_troll.observe.progress import Terminal, show
 from megatron_troll.observe.run_folder import CONTINUE, RunFolder, RunFolderError
-from megatron_troll.system import FAILED, REFUSED, Interrupts, last_words, watched
+from megatron_troll.system import (
+    FAILED,
+    REFUSED,
+    Interrupts,
+    last_words,
+    remove_abandoned,
+    watched,
+    work_in_temporary_folder,
+)
 
 if TYPE_CHECKING:
     from megatron_troll.evals.task import EvalTask
@@ -225,6 +233,8 @@ def started[Prep: Prepared](
 
         job = Job[Prep](interrupts)
         try:
+            remove_abandoned()
+            work_in_temporary_folder()
             job.task = prepare(_load(arguments))
         except PROBLEMS as error:
             last_words(str(error))

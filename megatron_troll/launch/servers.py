@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,15 @@ import yaml
 
 from megatron_troll.config import ConfigError
 from megatron_troll.launch.sglang_flags import SGLANG, Flags
-from megatron_troll.system import Interrupts, end_with_parent
+from megatron_troll.system import (
+    SEGMENTS,
+    Interrupts,
+    end_with_parent,
+    remove_abandoned,
+    remove_segments,
+    segments,
+    temporary_folder,
+)
 
 POLL_S = 0.2
 STOP_S = 30.0
@@ -80,9 +88,11 @@ class Process:
         plan.arguments.unlink(missing_ok=True)
         with open(os.open(plan.arguments, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             yaml.safe_dump(plan.flags | {"api-key": plan.key}, file)
+        self._held = ExitStack()
+        self._temporary = self._held.enter_context(temporary_folder())
         self.popen = subprocess.Popen(
             [*plan.argv, "--config", str(plan.arguments)],
-            env=plan.environment,
+            env=plan.environment | {"TMPDIR": str(self._temporary)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -105,6 +115,17 @@ class Process:
         logs the arguments it started with."""
         self.plan.arguments.unlink(missing_ok=True)
 
+    def note_segments(self) -> None:
+        """Write down the shared memory of the server, which it leaves if it is killed."""
+        mine = (process for process in Path("/proc").glob("[0-9]*") if self._is_mine(int(process.name)))
+        (self._temporary / SEGMENTS).write_text("\n".join(segments(mine)))
+
+    def _is_mine(self, pid: int) -> bool:
+        try:
+            return os.getsid(pid) == self.popen.pid
+        except ProcessLookupError:
+            return False
+
     @property
     def exit_code(self) -> int | None:
         return self.popen.poll()
@@ -123,6 +144,8 @@ class Process:
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
         self.forget_key()
+        remove_segments(self._temporary)
+        self._held.close()
         self._writer.join(5.0)
 
     def last_words(self) -> str:
@@ -156,6 +179,7 @@ class Supervisor:
         does not become healthy in time or dies too often."""
         for plan in plans:
             _check_port(plan)
+        remove_abandoned()
         for plan in plans:  # what a killed command left; only now is it sure that its server is gone
             self.announce(plan, None)
         deadline = time.monotonic() + self.start_timeout_s
@@ -175,6 +199,7 @@ class Supervisor:
         elif not slot.healthy and process.healthy():
             slot.healthy = True
             process.forget_key()
+            process.note_segments()
             self.announce(plan, process.popen.pid)
             self.say(f"{plan.url} is healthy; its log is {plan.log}")
         elif not slot.healthy and slot.restarts == 0 and time.monotonic() > deadline:

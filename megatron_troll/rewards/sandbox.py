@@ -14,14 +14,11 @@ signal to every process of a job, such as a preemption, ends the program, and th
 Neither mode limits the total memory (the job's cgroup does) or protects against bugs of the kernel.
 """
 
-import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,12 +31,12 @@ from pydantic import Field
 from megatron_troll.config import Node, Positive
 from megatron_troll.rewards import jail
 from megatron_troll.rewards.reward import MachineError
+from megatron_troll.system import remove_abandoned, temporary_folder
 
 Kind = Literal["namespaces", "limits"]
 LIBRARIES = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 GRACE_S = 5.0
-FOLDER = "mtroll-answer-"
 
 
 class Limits(Node):
@@ -96,12 +93,9 @@ class Sandbox:
         """Start main.py of `files` (text by path), in a folder that holds only these; it ends with the block.
         It inherits the file descriptor. Raises SandboxError if it could not be started or confined. Other
         errors of files (with `limits`, a program may remove its own) are OSError."""
-        with starting():
-            temporary = tempfile.TemporaryDirectory(prefix=FOLDER)
-        with temporary as name, ExitStack() as held:
-            folder = Path(name)
+        with ExitStack() as held:
             with starting():
-                fcntl.flock(held.enter_context(open(folder / "lock", "w")), fcntl.LOCK_EX)
+                folder = held.enter_context(temporary_folder())
                 self._fill(folder, files, stdin, wall_s)
                 running = Running(folder, self._start(folder, descriptor), self._patience(wall_s))
             try:
@@ -164,17 +158,6 @@ def starting() -> Iterator[None]:
         yield
     except OSError as error:
         raise SandboxError(f"the sandbox cannot be set up: {error}") from error
-
-
-def remove_abandoned() -> None:
-    """Remove the folders of programs whose trainer was killed before it could."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/lock"):
-        try:
-            with open(lock, "r+") as held:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent)
-        except OSError:
-            continue  # in use, or another user's
 
 
 @dataclass(frozen=True)

@@ -169,12 +169,12 @@ def test_nothing_outlives_the_one_who_asked(kind, folders):
 def test_the_folder_of_a_killed_trainer_is_removed_at_the_next_start(folders, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(folders))
     for name in ("abandoned", "in-use"):
-        (folders / f"mtroll-answer-{name}").mkdir()
-        (folders / f"mtroll-answer-{name}" / "lock").touch()
-    with open(folders / "mtroll-answer-in-use" / "lock", "w") as held:
+        (folders / f"mtroll-{name}").mkdir()
+        (folders / f"mtroll-{name}" / "lock").touch()
+    with open(folders / "mtroll-in-use" / "lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         Sandbox("namespaces", SMALL).probe()
-    assert [path.name for path in folders.iterdir()] == ["mtroll-answer-in-use"]
+    assert [path.name for path in folders.iterdir()] == ["mtroll-in-use"]
 
 
 @both
