@@ -122,22 +122,31 @@ def temporary_folder() -> Iterator[Path]:
     """A folder that lasts as long as the block or, if its process is killed, until `remove_abandoned`. It is
     known by a locked file `lock`; its file `segments` may name shared memory to remove with it. Raises
     OSError if it cannot be made."""
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=_temporary_parent()) as name:
-        folder = Path(name)
-        with open(folder / "unlocked", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            os.rename(lock.name, folder / "lock")
-            yield folder
+    folder, lock = _locked_folder()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        os.close(lock)
 
 
 def work_in_temporary_folder() -> None:
-    """Give this process and those that it starts a `temporary_folder` for their temporary files."""
-    context = temporary_folder()
-    folder = context.__enter__()
+    """Give this process and those that it starts a folder like `temporary_folder` for temporary files."""
+    folder, _ = _locked_folder()
     folder.chmod(0o711)  # a sandbox runs programs as another user in a folder below
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
-    # After multiprocessing has removed its own folders, at -100.
-    Finalize(None, context.__exit__, (None, None, None), exitpriority=-200)
+    # No `with`, whose end a forked process would run too; and after multiprocessing has removed its own
+    # folders, at -100.
+    Finalize(None, shutil.rmtree, (folder,), exitpriority=-200)
+
+
+def _locked_folder() -> tuple[Path, int]:
+    """A new folder, and the descriptor that holds its lock."""
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=_temporary_parent()))
+    lock = os.open(folder / "unlocked", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(folder / "unlocked", folder / "lock")
+    return folder, lock
 
 
 def remove_abandoned() -> None:

@@ -70,6 +70,9 @@ if __name__ == "__main__":
     work_in_temporary_folder()
     manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(end_with_parent)
+    forked = multiprocessing.get_context("fork").Process(target=print)
+    forked.start()
+    forked.join()
     (inside,) = os.listdir(os.environ["TMPDIR"] + "/..")
     print(inside, any(name.startswith("pymp-") for name in os.listdir(os.environ["TMPDIR"])), flush=True)
     os.kill(os.getpid(), signal.SIGKILL) if input() == "kill" else manager.shutdown()
@@ -85,7 +88,7 @@ if __name__ == "__main__":
             text=True,
             capture_output=True,
         )
-        assert done.stdout.split()[1] == "True", done.stderr
+        assert done.stdout.split()[-1] == "True", done.stderr
         assert len(list(parent.iterdir())) == left
     monkeypatch.setattr(tempfile, "tempdir", str(parent))
     remove_abandoned()
