@@ -227,7 +227,8 @@ def refusal(bench: Bench, detail: str, done: Done, before: list[str], unchanged:
 
 @contextmanager
 def discarded(folder: Path) -> Iterator[None]:
-    """Delete a folder after the block."""
+    """Delete a folder before the block, which an interrupted trial may have left, and after it."""
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ FIELDS: dict[str, Any] = {
     **dict.fromkeys(("reward", "advantage"), int | float),
     **dict.fromkeys(("tokens", "logp", "mask"), list),
 }
+SUFFIX = ".jsonl.gz"
 NAME = re.compile(r"step_([0-9]{6,})\.[0-9]+-of-[0-9]+\.jsonl\.gz")
 
 
@@ -57,7 +58,7 @@ class RolloutStore:
     def __init__(self, folder: Path, decode: Callable[[int], str], part: int = 0, parts: int = 1) -> None:
         self._folder = folder
         self._decode = decode
-        self._suffix = f"{part}-of-{parts}.jsonl.gz"
+        self._suffix = f"{part}-of-{parts}{SUFFIX}"
 
     def write(
         self,
@@ -103,14 +104,18 @@ def stored_steps(root: Path) -> list[int]:
 
 
 def read_step(root: Path, step: int) -> Iterator[Sample]:
-    """The samples of one step, from every rank's file. Raises RunFolderError if there are none."""
-    paths = sorted(RunFolder(root).rollouts.glob(f"step_{step:06d}.*.jsonl.gz"))
+    """The samples of one step, from every rank's file. Raises RunFolderError if one is missing."""
+    folder = RunFolder(root).rollouts
+    paths = sorted(path for path in folder.glob(f"step_{step:06d}.*") if NAME.fullmatch(path.name))
     if not paths:
         steps = stored_steps(root)
         raise RunFolderError(
             f"{root} holds no rollouts of step {step}; it has steps {steps[0]} to {steps[-1]}."
         )
-    for path in paths:
+    parts = paths[0].name.removesuffix(SUFFIX).rpartition("-of-")[2]
+    for path in (folder / f"step_{step:06d}.{part}-of-{parts}{SUFFIX}" for part in range(int(parts))):
+        if path not in paths:
+            raise RunFolderError(f"{path} is missing, and {paths[0].name} is there")
         yield from _samples(path)
 
 

@@ -21,10 +21,12 @@ class Reward(Node):
     """A verifier; its fields are the keys that a configuration may set next to `reward.name`.
 
     It receives the text (no special tokens) and the prompt with its record, and returns a finite float.
-    `cheap = True` runs it in the trainer's process, where no time limit is enforced.
+    `cheap = True` runs it in the trainer's process, where no time limit is enforced. `packages` names the
+    distributions whose release may change a verdict: a run that continues with another one is told.
     """
 
     cheap: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(self, text: str, prompt: Prompt) -> float: ...

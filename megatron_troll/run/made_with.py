@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, cast, get_args
 
@@ -21,6 +22,7 @@ from megatron_troll.config.load import dump
 from megatron_troll.mcore.checkpoint_folder import path_of, steps
 from megatron_troll.mcore.checkpoint_manifest import damaged, resumable
 from megatron_troll.observe.run_folder import ACCEPTABLE, RunFolder, RunFolderError, flat_config, with_added
+from megatron_troll.rewards.reward import build
 from megatron_troll.run import digest
 from megatron_troll.run.state import read_state
 from megatron_troll.system import DAMAGED, naming, write_atomic
@@ -46,17 +48,21 @@ OWN = ("megatron_troll", "troll_kernels")
 @dataclass(frozen=True)
 class Part:
     """One thing that a run is made with. files: the hash of each file it comes from; settings: the keys of
-    the configuration that it depends on and that may change with it."""
+    the configuration that it depends on and that may change with it; releases: the version of each installed
+    package that it depends on (empty in checkpoints of earlier versions)."""
 
     count: int = 0
     hash: str = "none"
     files: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    releases: dict[str, str] = field(default_factory=dict)
 
     def continues(self, before: "Part") -> bool:
         """Whether this is the part of an earlier checkpoint, maybe of a version with fewer settings."""
         settings = with_added(before.settings, self.settings)
-        return (self.count, self.hash, self.settings) == (before.count, before.hash, settings)
+        releases = before.releases or self.releases
+        mine = (self.count, self.hash, self.settings, self.releases)
+        return mine == (before.count, before.hash, settings, releases)
 
 
 class Change(TypedDict):
@@ -211,6 +217,11 @@ def told(name: str, before: Provenance, now: Provenance) -> str:
         for key in sorted({**old.settings, **new.settings})
         if old.settings.get(key) != new.settings.get(key)
     ]
+    details += [
+        f"{package} {old.releases.get(package)} there, {new.releases.get(package)} now"
+        for package in sorted({**old.releases, **new.releases})
+        if old.releases and old.releases.get(package) != new.releases.get(package)
+    ]
     if files := list(_files(old.files, new.files)):
         details.append(", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else ""))
     if name == "data" and old.hash != new.hash:
@@ -262,6 +273,10 @@ def _parts(task: Task) -> dict[str, Part]:
     ):
         if files := _code(classes):
             parts[name] = _together(files)
+    if packages := build(config.reward).packages:
+        parts["rewards"] = replace(
+            parts.get("rewards", Part()), releases={package: version(package) for package in packages}
+        )
     return parts
 
 

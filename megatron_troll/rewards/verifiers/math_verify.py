@@ -34,6 +34,8 @@ PLAIN = re.compile(rf"{TERMS}|[(\[]{TERMS}[)\]]")
 
 
 class MathVerify(Reward):
+    packages = ("math-verify", "latex2sympy2-extended", "sympy")
+
     boxed: bool = Field(default=False, description=r"only an answer in \boxed{} counts")
     decimals: Positive = Field(
         default=6, description="decimals to which numbers are compared, significant digits for those below 1"

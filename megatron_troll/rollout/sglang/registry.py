@@ -88,9 +88,14 @@ def register(folder: Path, url: str, pid: int) -> None:
 
 
 def _gone(entry: dict[str, Any]) -> bool:
-    """Whether a registered process ended. False if it is one of another machine or container."""
-    pid, host = entry.get("pid"), entry.get("host")
-    if not isinstance(pid, int) or host is None or host != _host():
+    """Whether a registered process ended, with its machine or by itself. False if it is one of another
+    machine or container."""
+    pid, host, mine = entry.get("pid"), entry.get("host"), _host()
+    if not isinstance(pid, int) or not isinstance(host, list) or mine is None or host[:1] != mine[:1]:
+        return False
+    if host[1:2] != mine[1:2]:
+        return True
+    if host != mine:
         return False
     started = _started(pid)
     return started is None or started != entry.get("started")

@@ -156,3 +156,9 @@ def test_an_emptied_file_is_damaged_and_holds_no_step_without_rollouts(run: Path
     emptied.write_bytes(b"")
     with pytest.raises(RunFolderError, match=f"{emptied.name}: damaged after line 0: it is empty"):
         list(read_step(run, step_of(emptied) or 0))
+
+
+def test_a_step_without_the_file_of_a_rank_is_not_read_as_a_whole_one(run: Path) -> None:
+    (run / "rollouts" / "step_000002.0-of-2.jsonl.gz").unlink()
+    with pytest.raises(RunFolderError, match=r"step_000002\.0-of-2\.jsonl\.gz is missing"):
+        list(read_step(run, 2))

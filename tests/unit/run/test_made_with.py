@@ -4,6 +4,8 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from megatron_troll.config.load import load
 from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.observe.run_folder import RunFolder, RunFolderError
-from megatron_troll.run import digest
+from megatron_troll.run import digest, made_with
 from megatron_troll.run.made_with import RECORD, TRAINED_ON, Continued, Provenance, continued, note, read
 from megatron_troll.system import write_atomic
 from megatron_troll.task import Task, prepare
@@ -251,6 +253,22 @@ def test_a_setting_that_came_after_a_checkpoint_is_no_change(place: Place) -> No
     content = json.loads(record.read_text())
     assert content["parts"]["rewards"]["settings"].pop("reward.reasoning") == "drop"
     place.resize(RECORD, json.dumps(content).encode())
+    assert place.resume().said == ()
+
+
+def test_another_release_of_what_judges_is_a_change(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.write(
+        "my_rewards/judge.py", REWARD.replace("    def", "    packages = ('sympy',)\n    def").encode()
+    )
+    for name in [name for name in sys.modules if name.startswith("my_rewards")]:
+        monkeypatch.delitem(sys.modules, name)
+    provenance = Provenance.of(place.task())
+    place.save(3, provenance)
+    assert place.resume().said == ()
+    monkeypatch.setattr(made_with, "version", lambda package: "0.1")
+    assert f"sympy {version('sympy')} there, 0.1 now" in place.refusal()
+    before = replace(provenance.parts["rewards"], releases={})
+    place.save(4, replace(provenance, parts=provenance.parts | {"rewards": before}))
     assert place.resume().said == ()
 
 

@@ -68,6 +68,15 @@ def test_a_process_number_that_was_given_again_is_another_process(tmp_path: Path
     assert Registry(tmp_path).urls() == ()
 
 
+def test_a_server_from_before_the_machine_was_started_again_is_not_asked(tmp_path: Path) -> None:
+    register(tmp_path, "http://127.0.0.1:30000", os.getpid())
+    (file,) = tmp_path.iterdir()
+    entry = json.loads(file.read_text())
+    name, _, container = entry["host"]
+    file.write_text(json.dumps(entry | {"host": [name, "another start", container]}))
+    assert Registry(tmp_path).urls() == ()
+
+
 @pytest.mark.parametrize("elsewhere", [{"host": ["node2", "boot", "pid:[1]"]}, {"host": None}])
 def test_processes_of_other_machines_are_not_judged(tmp_path: Path, elsewhere: dict[str, object]) -> None:
     register(tmp_path, "http://10.0.0.2:30000", os.getpid())
