@@ -1,4 +1,4 @@
-"""`mtroll convert`: hf2mcore, mcore2hf."""
+"""`mtroll convert`: hf2mcore, mcore2hf, gguf2hf."""
 
 import argparse
 import math
@@ -20,9 +20,9 @@ DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"
 
 def add_to(commands: "argparse._SubParsersAction") -> None:
     """Add `convert` and its sub-commands."""
-    about = "convert checkpoints from Hugging Face to Megatron-Core, and back"
+    about = "convert checkpoints from Hugging Face to Megatron-Core and back, and GGUF files to Hugging Face"
     convert = commands.add_parser("convert", help=about, description=about)
-    kinds = convert.add_subparsers(required=True, metavar="hf2mcore|mcore2hf")
+    kinds = convert.add_subparsers(required=True, metavar="hf2mcore|mcore2hf|gguf2hf")
     into = kinds.add_parser("hf2mcore", help="a Hugging Face folder to a checkpoint that any layout loads")
     into.add_argument("source", metavar="SRC", help="folder with config.json and safetensors")
     into.set_defaults(run=hf2mcore)
@@ -53,6 +53,17 @@ def add_to(commands: "argparse._SubParsersAction") -> None:
         kind.add_argument(
             "--verify", action="store_true", help="then compare the logits of both; loads each whole"
         )
+    unpacked = kinds.add_parser("gguf2hf", help="a GGUF file of llama.cpp to a Hugging Face folder")
+    unpacked.add_argument("source", metavar="FILE", help="file.gguf")
+    unpacked.add_argument("target", metavar="DST", help="folder that is missing or empty")
+    unpacked.add_argument(
+        "--dtype",
+        choices=[name for name in DTYPES if name != "keep"],
+        default="fp32",
+        help="dtype of weights",
+    )
+    unpacked.add_argument("--sha256", metavar="HEX", help="the sum that FILE has to have")
+    unpacked.set_defaults(run=gguf2hf)
 
 
 def _gib(text: str) -> float:
@@ -87,6 +98,28 @@ def mcore2hf(arguments: Namespace) -> int:
         return ToHuggingFace(source, like, options, tuple(arguments.leave_out))
 
     return _convert(arguments, prepare)
+
+
+def gguf2hf(arguments: Namespace) -> int:
+    import torch
+
+    from megatron_troll.config import ConfigError
+
+    try:
+        from megatron_troll.convert.gguf.folder import write_folder
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        return _tell(
+            ConfigError("GGUF files are read by the package gguf: pip install 'gguf>=0.19'"), REFUSED
+        )
+    dtype = getattr(torch, DTYPES[arguments.dtype] or "")
+    try:
+        write_folder(Path(arguments.source), Path(arguments.target), dtype, arguments.sha256)
+    except (ConfigError, OSError) as error:
+        return _tell(error, REFUSED)
+    _say(f"wrote {arguments.target}")
+    return 0
 
 
 def _convert(arguments: Namespace, prepare: "Callable[[Options], Conversion]") -> int:

@@ -29,6 +29,7 @@ from megatron_troll.system import (
 
 POLL_S = 0.2
 STOP_S = 30.0
+NOTE_S = 2.0
 TAIL_LINES = 30
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -88,7 +89,7 @@ class Process:
         plan.arguments.unlink(missing_ok=True)
         with open(os.open(plan.arguments, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             yaml.safe_dump(plan.flags | {"api-key": plan.key}, file)
-        self._held = ExitStack()
+        self._held, self._noted = ExitStack(), 0.0
         self._temporary = self._held.enter_context(temporary_folder())
         self.popen = subprocess.Popen(
             [*plan.argv, "--config", str(plan.arguments)],
@@ -116,7 +117,10 @@ class Process:
         self.plan.arguments.unlink(missing_ok=True)
 
     def note_segments(self) -> None:
-        """Write down the shared memory of the server, which it leaves if it is killed."""
+        """Write down, every NOTE_S, the shared memory of the server, which it leaves if it is killed."""
+        if time.monotonic() - self._noted < NOTE_S:
+            return
+        self._noted = time.monotonic()
         mine = (process for process in Path("/proc").glob("[0-9]*") if self._is_mine(int(process.name)))
         (self._temporary / SEGMENTS).write_text("\n".join(segments(mine)))
 
@@ -199,10 +203,11 @@ class Supervisor:
         elif not slot.healthy and process.healthy():
             slot.healthy = True
             process.forget_key()
-            process.note_segments()
             self.announce(plan, process.popen.pid)
             self.say(f"{plan.url} is healthy; its log is {plan.log}")
-        elif not slot.healthy and slot.restarts == 0 and time.monotonic() > deadline:
+        elif slot.healthy:
+            process.note_segments()
+        elif slot.restarts == 0 and time.monotonic() > deadline:
             raise ServerFailed(
                 f"{plan.url} is not healthy after {self.start_timeout_s:g} s (serve.start_timeout_s). The "
                 f"end of {plan.log}:\n{process.last_words()}"
