@@ -56,6 +56,10 @@ class TensorFileError(ConfigError):
     """A file is not a safetensors file, or has the wrong size."""
 
 
+class _UnknownDtypeError(TensorFileError):
+    """A whole file holds numbers of a dtype that is not read."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a file, whose bytes begin at `start`."""
@@ -95,6 +99,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         entries = json.loads(header, object_pairs_hook=_without_duplicates)
         tensors = {name: _stored(name, entry) for name, entry in entries.items() if name != "__metadata__"}
         end = _check_order(tensors)
+    except _UnknownDtypeError as error:
+        raise TensorFileError(f"{path}: {error}") from error
     except TensorFileError as error:
         raise TensorFileError(f"{path}: {error}; download or write the file again") from error
     except (ValueError, RecursionError) as error:
@@ -124,7 +130,10 @@ def _stored(name: str, entry: Any) -> Stored:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             if dtype not in DTYPES:
-                raise TensorFileError(f"{name!a} has dtype {dtype[:20]!a}, which is not supported")
+                raise _UnknownDtypeError(
+                    f"{name!a} has dtype {dtype[:20]!a}, which is not supported: use the folder of bf16 or "
+                    "fp32 weights that it was made from"
+                )
             if not all(type(length) is int and length >= 0 for length in shape):
                 raise TensorFileError(f"{name!a} has shape {str(shape)[:80]}")
             stored = Stored(DTYPES[dtype], tuple(shape), begin)
