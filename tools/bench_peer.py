@@ -1,0 +1,188 @@
+"""Time and memory of an RL step beside TRL's GRPOTrainer, on the same model, prompts and updates.
+
+    tools/environment.sh .venv-trl && .venv-trl/bin/pip install -r tools/peer/requirements.txt
+    python tools/bench_peer.py MODEL [--updates 4] [--repeats 5] [--json FILE]
+
+MODEL is a Hugging Face folder (tools/smollm2.py makes one). A step generates 8 answers of exactly 32 tokens
+to 16 prompts of 60 to 100 tokens (uniform) and trains on them in micro-batches of equally many tokens. The
+sides are processes that live as long as the bench and take turns, one step each, so that other load slows
+all; a side that waits computes nothing. The first turn of each is a warm-up. Memory is the peak PSS of a side's
+processes during its own turns.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bench_record
+import psutil
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).parents[1]
+PROMPTS, SAMPLES, TOKENS = 16, 8, 32
+LENGTHS = (60, 100)
+# Sequences a micro-batch, of 80 + 32 tokens on average.
+SEQUENCES = 32
+TOKEN_BUDGET = SEQUENCES * (sum(LENGTHS) // 2 + TOKENS)
+MEASURES = ("step", "generation", "update")
+
+
+@dataclass
+class Side:
+    """One trainer in a process of its own, and the seconds of its turns. peak_mib: of its turns, PSS."""
+
+    name: str
+    process: subprocess.Popen[str]
+    turns: list[dict[str, float]] = field(default_factory=list)
+    peak_mib: float = 0.0
+
+    def answer(self) -> dict[str, Any]:
+        """The next JSON line that the process writes. Raises RuntimeError if it has ended."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self.name} ended with code {self.process.wait()}")
+
+    def turn(self, counts: bool) -> None:
+        """Let it make one step."""
+        assert self.answer() == {"ready": True}
+        assert self.process.stdin is not None
+        with self._watched(counts):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            seconds = self.answer()
+        if counts:
+            self.turns.append(seconds)
+        print(f"{self.name}: " + ", ".join(f"{n} {s:.2f} s" for n, s in seconds.items()), flush=True)
+
+    @contextmanager
+    def _watched(self, counts: bool) -> Iterator[None]:
+        ended = threading.Event()
+
+        def watch() -> None:
+            while counts and not ended.wait(0.1):
+                self.peak_mib = max(self.peak_mib, pss_mib(self.process.pid))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+    def median(self, measure: str) -> float:
+        return statistics.median(turn[measure] for turn in self.turns)
+
+
+def pss_mib(pid: int) -> float:
+    """Memory of a process and its children in MiB; pages that several share are counted by shares."""
+    total = 0
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        with open(f"/proc/{process.pid}/smaps_rollup") as file:
+            total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+    return total / 1024
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    """Texts of 60 to 100 tokens: words that are one token each."""
+    chance = random.Random(0)
+    words = sorted(
+        token[1:]
+        for token in tokenizer.get_vocab()
+        if token[:1] == "Ġ" and token[1:].isascii() and token[1:].isalpha()
+    )
+    texts = []
+    for _ in range(count):
+        length = chance.randint(*LENGTHS)
+        texts.append("".join(f" {word}" for word in chance.choices(words, k=length)))
+        assert len(tokenizer(texts[-1])["input_ids"]) == length  # pyright: ignore[reportArgumentType]
+    return texts
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> list[Side]:
+    settings = {
+        "prompts": PROMPTS,
+        "samples": SAMPLES,
+        "tokens": TOKENS,
+        "updates": arguments.updates,
+        "sequences": SEQUENCES,
+        "token_budget": TOKEN_BUDGET,
+        "threads": os.cpu_count(),
+        "folder": str(folder / "trl"),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    prompts, wanted = folder / "prompts.json", folder / "settings.json"
+    prompts.write_text(json.dumps(prompts_of(tokenizer, PROMPTS * (arguments.repeats + 1))))
+    wanted.write_text(json.dumps(settings))
+    files = [str(arguments.model), str(prompts), str(wanted)]
+    peer = str(ROOT / ".venv-trl" / "bin" / "python")
+    commands = {
+        "TRL, PPO-clip": [peer, str(ROOT / "tools" / "peer" / "trl_grpo.py"), *files],
+        "ours, PPO-clip": [sys.executable, str(ROOT / "tools" / "peer" / "ours.py"), *files, "clip"],
+        "ours, TROLL": [sys.executable, str(ROOT / "tools" / "peer" / "ours.py"), *files, "troll"],
+    }
+    with ExitStack() as running:
+        sides = [Side(name, running.enter_context(started(command))) for name, command in commands.items()]
+        for turn in range(arguments.repeats + 1):
+            for side in sides:
+                side.turn(counts=turn > 0)
+    return sides
+
+
+@contextmanager
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that ends with the block."""
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(os.cpu_count())}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--updates", type=int, choices=(1, 2, 4), default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sides = measure(arguments, Path(folder))
+    peer = sides[0]
+    rows: list[dict[str, Any]] = []
+    for side in sides:
+        row: dict[str, Any] = {"side": side.name, "updates": arguments.updates, "peak_mib": side.peak_mib}
+        for name in MEASURES:
+            row |= {f"{name}_s": side.median(name), f"{name}_of_peer": side.median(name) / peer.median(name)}
+        rows.append(row | {"memory_of_peer": side.peak_mib / peer.peak_mib, "turns": side.turns})
+        print(
+            f"{side.name}: step {row['step_s']:.2f} s ({row['step_of_peer']:.2f} of TRL's), generation "
+            f"{row['generation_s']:.2f} s ({row['generation_of_peer']:.2f}), update {row['update_s']:.2f} s "
+            f"({row['update_of_peer']:.2f}), memory {side.peak_mib:.0f} MiB ({row['memory_of_peer']:.2f})"
+        )
+    if arguments.json is not None:
+        bench_record.write(arguments.json, bench_record.record("cpu", rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
