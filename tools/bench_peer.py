@@ -6,8 +6,8 @@
 MODEL is a Hugging Face folder (tools/smollm2.py makes one). A step generates 8 answers of exactly 32 tokens
 to 16 prompts of 60 to 100 tokens (uniform) and trains on them in micro-batches of equally many tokens. The
 sides are processes that live as long as the bench and take turns, one step each, so that other load slows
-all; a side that waits computes nothing. The first turn of each is a warm-up. Memory is the peak PSS of a side's
-processes during its own turns.
+all; a side that waits computes nothing. The first turn of each is a warm-up. Memory is the peak PSS of a
+side's processes during its own turns.
 """
 
 import argparse

@@ -30,6 +30,8 @@ from megatron_troll.system import (
 POLL_S = 0.2
 STOP_S = 30.0
 NOTE_S = 2.0
+# In which the kernel takes down a killed server's processes.
+ENDING_S = 5.0
 TAIL_LINES = 30
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -121,8 +123,11 @@ class Process:
         if time.monotonic() - self._noted < NOTE_S:
             return
         self._noted = time.monotonic()
-        mine = (process for process in Path("/proc").glob("[0-9]*") if self._is_mine(int(process.name)))
-        (self._temporary / SEGMENTS).write_text("\n".join(segments(mine)))
+        (self._temporary / SEGMENTS).write_text("\n".join(segments(self._processes())))
+
+    def _processes(self) -> list[Path]:
+        """The folders in /proc of the server and all that it started."""
+        return [process for process in Path("/proc").glob("[0-9]*") if self._is_mine(int(process.name))]
 
     def _is_mine(self, pid: int) -> bool:
         try:
@@ -148,6 +153,9 @@ class Process:
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
         self.forget_key()
+        deadline = time.monotonic() + ENDING_S
+        while self._processes() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
         remove_segments(self._temporary)
         self._held.close()
         self._writer.join(5.0)
