@@ -110,6 +110,15 @@ def head_gradient(objective: Objective) -> str:
     return "LM head: gradient through the kept top-K columns only; no method needs the full softmax"
 
 
+def coverage(objective: Objective, vocab: int) -> str:
+    """A log line if top-K records keep all `vocab` tokens, so that nothing is sparse; "" otherwise."""
+    reads = (objective.reads, objective.reads_old, objective.reads_reference)
+    kept = [read.topk.k for read in reads if read.topk is not None]
+    if not kept or max(kept) < vocab:
+        return ""
+    return f"K = {max(kept)} covers the vocabulary of {vocab} tokens: nothing is sparse in this run"
+
+
 def refuse_dense_head(objective: Objective) -> None:
     """Raises ConfigError if a method needs the gradient of the full softmax, not only that of the kept tokens
     (ALGORITHMS 1.7)."""

@@ -12,7 +12,7 @@ from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import layer_remarks
 from megatron_troll.mcore.optimizer import Trainable
-from megatron_troll.objectives.compose import head_gradient, remarks
+from megatron_troll.objectives.compose import coverage, head_gradient, remarks
 from megatron_troll.observe.rollouts import RolloutStore
 from megatron_troll.observe.trackers import Summary
 from megatron_troll.rewards.score import Scorer
@@ -171,6 +171,8 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
         say_made_with(session, made_with)
         scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
         session.progress.say(head_gradient(task.objective))
+        if covered := coverage(task.objective, task.shape.vocab):
+            session.progress.say(covered)
         policy = open_policy(
             config.policy,
             task.shape,
