@@ -28,11 +28,16 @@ from megatron_troll.parallel.groups import Group
 
 
 class CachedSelfAttention(SelfAttention):
-    """Megatron's self-attention. `stored` converts new keys and values to the form in which generation's KV
-    cache holds them; Megatron caches keys before their rotary embedding."""
+    """Megatron's self-attention.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    attention_factor   scale of the sines and cosines of the rotary embedding
+    stored             converts new keys and values to the form in which generation's KV cache holds them;
+                       Megatron caches keys before their rotary embedding
+    """
+
+    def __init__(self, *args: Any, attention_factor: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._yarn_concentration_factor = attention_factor
         self.stored: Callable[[Tensor], Tensor] | None = None
 
     @override

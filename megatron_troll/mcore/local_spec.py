@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_troll.mcore.attention import CachedSelfAttention, CoreAttention
 from megatron_troll.mcore.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_troll.mcore.rotary import attention_factor
 from megatron_troll.mcore.router import StepBalancedRouter
 from megatron_troll.mcore.shape import LayerType, ModelShape
 
@@ -76,7 +77,7 @@ def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=_attention(norm) if kind == "full_attention" else _linear_attention(),
+            self_attention=_attention(shape) if kind == "full_attention" else _linear_attention(),
             self_attn_bda=residual,
             pre_mlp_layernorm=norm,
             mlp=mlp,
@@ -90,12 +91,13 @@ def _norm(shape: ModelShape) -> type[RMSNorm]:
     return ZeroCentredRMSNorm if shape.zero_centred_norms else RMSNorm
 
 
-def _attention(norm: type[RMSNorm]) -> ModuleSpec:
-    """Spec of full attention, with queries and keys normed per head."""
+def _attention(shape: ModelShape) -> ModuleSpec:
+    """Spec of full attention."""
     core_attention: Any = CoreAttention
+    norm = _norm(shape) if shape.qk_norm else None
     return ModuleSpec(
         module=CachedSelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal, "attention_factor": attention_factor(shape)},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=core_attention,

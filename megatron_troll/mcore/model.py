@@ -25,6 +25,7 @@ from megatron_troll.mcore.muon import mark_matrices
 from megatron_troll.mcore.options import check_muon_layout, check_options
 from megatron_troll.mcore.packing import packed_sequences
 from megatron_troll.mcore.parallel import device, inside
+from megatron_troll.mcore.rotary import inverse_frequencies
 from megatron_troll.mcore.router import replaying, routers
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.mcore.transformer_config import transformer_config
@@ -153,11 +154,10 @@ def _chunk(
         pre_process=first,
         post_process=last,
         position_embedding_type="rope",
-        rotary_percent=shape.rotary_fraction,
-        rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType]
         share_embeddings_and_output_weights=shape.tied,
         vp_stage=stage,
     )
+    chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
     pad_dispatchers(chunk)
     return chunk.to(device())
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_troll.mcore.attention import CachedSelfAttention, CoreAttention
 from megatron_troll.mcore.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_troll.mcore.local_spec import RMSNorm
+from megatron_troll.mcore.rotary import attention_factor
 from megatron_troll.mcore.router import StepBalancedRouter
 from megatron_troll.mcore.shape import LayerType, ModelShape
 
@@ -44,7 +45,7 @@ def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlo
 def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
     """Spec of one decoder layer: attention of its kind, then experts or a dense gated MLP."""
     spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=shape.experts or None, moe_grouped_gemm=shape.experts > 0, qk_layernorm=True
+        num_experts=shape.experts or None, moe_grouped_gemm=shape.experts > 0, qk_layernorm=shape.qk_norm
     )
     layer: Any = spec.submodules
     if shape.experts:
@@ -57,5 +58,6 @@ def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
         layer.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=submodules)
     else:
         layer.self_attention.module = CachedSelfAttention
+        layer.self_attention.params["attention_factor"] = attention_factor(shape)
         layer.self_attention.submodules.core_attention = MaskedTEAttention
     return spec

@@ -33,6 +33,7 @@ from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
 from megatron_troll.weights.megatron_keys import written_keys
 from megatron_troll.weights.source import FolderSource, open_source
+from tests.dist import tiny_families
 from tests.dist.harness import RankPool
 from tests.dist.layout_table import Sizes
 from tests.dist.test_weights import Logits, fill_with_nan, read_logits
@@ -89,7 +90,9 @@ def converted(source: Path, target: Path) -> None:
     assert convert(ToMegatron(source, Options(shard_bytes=200_000)), target, ALONE, NoProgress())
 
 
-@pytest.mark.parametrize("config", [*FAMILIES.values(), MOE | {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "config", [*FAMILIES.values(), MOE | {"tie_word_embeddings": True}, *tiny_families.FAMILIES.values()]
+)
 def test_the_keys_are_those_of_megatron(config: dict[str, Any], ranks1: RankPool) -> None:
     table = table_of(shape_of(config))
     keys = written_keys(table)

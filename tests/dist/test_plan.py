@@ -14,6 +14,7 @@ from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.compose import compose
 from tests.dist.plan_worker import BUCKET, measure
 from tests.dist.tiny import DENSE, MOE, NEXT
+from tests.dist.tiny_families import LLAMA
 
 TOKENS = 256
 # Bytes a token of what plans leave out: what tensor-parallel ranks tell each other in the head, and sums of
@@ -61,6 +62,8 @@ CASES = {
         BF16 | {"optimizer": {"name": "muon", "overlap_grad_reduce": True}},
         micro_batches=3,
     ),
+    "llama": Case(1, {}, LLAMA),
+    "llama-tp2-bf16": Case(2, {"tp": 2}, LLAMA, BF16),
     "hybrid": Case(1, {}, NEXT, BF16),
     "hybrid-tp2-cp2-ep2": Case(4, {"tp": 2, "cp": 2, "ep": 2}, NEXT),
 }

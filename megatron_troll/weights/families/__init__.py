@@ -2,10 +2,15 @@
 
 from megatron_troll.config import ConfigError
 from megatron_troll.mcore.shape import ModelShape
-from megatron_troll.weights.families import qwen3, qwen3_next
+from megatron_troll.weights.families import qwen3_next, standard
 from megatron_troll.weights.table import Table
 
-FAMILIES = {"qwen3": qwen3.table, "qwen3_moe": qwen3.table, "qwen3_next": qwen3_next.table}
+FAMILIES = {
+    "llama": standard.table,
+    "qwen3": standard.table,
+    "qwen3_moe": standard.table,
+    "qwen3_next": qwen3_next.table,
+}
 
 
 def table_of(shape: ModelShape) -> Table:

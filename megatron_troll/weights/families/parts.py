@@ -1,7 +1,9 @@
-"""The parts that Qwen3 models have in common."""
+"""The parts that families have in common."""
+
+import torch
 
 from megatron_troll.mcore.shape import ModelShape
-from megatron_troll.weights.table import Entry, HFTensor, Stacked
+from megatron_troll.weights.table import Entry, HFTensor, Stacked, Tensors
 
 HF = "model.layers.{l}."
 MEGATRON = "decoder.layers.{l}."
@@ -52,6 +54,38 @@ def layer_norms(shape: ModelShape) -> tuple[Entry, ...]:
             MEGATRON + "mlp.linear_fc1.layer_norm_weight",
         ),
     )
+
+
+def attention(shape: ModelShape) -> tuple[Entry, ...]:
+    groups, width = shape.kv_heads, shape.head_dim
+    query, key = shape.heads * width, groups * width
+    hf, megatron = HF + "self_attn.", MEGATRON + "self_attention."
+
+    def merge(tensors: Tensors) -> Tensors:
+        """q, k, v -> rows grouped by query group, [q.. k v] each."""
+        grouped = [tensor.unflatten(0, (groups, -1)) for tensor in tensors]
+        return (torch.cat(grouped, 1).flatten(0, 1),)
+
+    def split(parts: Tensors) -> Tensors:
+        rows = parts[0].unflatten(0, (groups, -1)).split([query // groups, width, width], 1)
+        return tuple(tensor.flatten(0, 1) for tensor in rows)
+
+    rows = (("q", query), ("k", key), ("v", key))
+    weights = tuple(HFTensor(f"{hf}{name}_proj.weight", (size, shape.hidden)) for name, size in rows)
+    entries = [
+        Entry(weights, (megatron + "linear_qkv.weight",), merge, split, axis=0),
+        Entry(
+            (HFTensor(hf + "o_proj.weight", (shape.hidden, query)),),
+            (megatron + "linear_proj.weight",),
+            axis=1,
+        ),
+    ]
+    if shape.qk_norm:
+        entries += [
+            norm(shape, f"{hf}{name}_norm.weight", width, f"{megatron}{name}_layernorm.weight")
+            for name in ("q", "k")
+        ]
+    return tuple(entries)
 
 
 def dense(shape: ModelShape) -> tuple[Entry, ...]:

@@ -245,8 +245,8 @@ def test_mtp_of_a_model_that_has_none_is_not_dropped_silently(tmp_path: Path) ->
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    source = write_folder(DENSE | {"model_type": "llama"}, tmp_path / "hf", tensors_of(DENSE))
-    with pytest.raises(ValueError, match="model_type 'llama' is not supported"):
+    source = write_folder(DENSE | {"model_type": "mistral"}, tmp_path / "hf", tensors_of(DENSE))
+    with pytest.raises(ValueError, match="model_type 'mistral' is not supported"):
         ToMegatron(source, SMALL)
 
 

@@ -13,6 +13,7 @@ from megatron_troll.config.load import PRESETS
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import LinearAttention, read_shape, shape_of
 from tests.dist.tiny import DENSE, MOE, NEXT
+from tests.dist.tiny_families import LLAMA, LLAMA_TIED
 
 QWEN3_NEXT_80B_A3B = PRESETS / "models" / "Qwen3-Next-80B-A3B-Instruct" / "config.json"
 
@@ -52,7 +53,7 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     ),
     (NEXT, {"linear_num_value_heads": 6}, "linear_num_value_heads (6) must be a multiple of"),
     (NEXT, {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.2}}, "partial_rotary_factor"),
-    (NEXT, {"rope_parameters": {"rope_theta": 1.0, "rope_type": "yarn"}}, "rope type 'yarn'"),
+    (NEXT, {"rope_parameters": {"rope_theta": 1.0, "rope_type": "yarn"}}, "rope_parameters: 'factor' is"),
     (NEXT, {"mlp_only_layers": [1]}, "mlp_only_layers: [1] is not supported (only [])"),
     (MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step: 2 is not supported (only 1)"),
     (MOE, {"attention_bias": True}, "attention_bias: True is not supported (only False)"),
@@ -76,7 +77,7 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (MOE, {"norm_topk_prob": 1}, "norm_topk_prob 1 must be true or false"),
     (DENSE, {"rope_parameters": [1]}, "rope_parameters '[1]' must be an object or null"),
     (DENSE, {"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta '1e6' must be a number above 0"),
-    (DENSE, {"rope_scaling": {"type": "linear"}}, "rope type 'linear' is not supported"),
+    (DENSE, {"rope_scaling": {"type": "su"}, "rope_theta": 1e4}, "rope_scaling: rope type 'su' is not supp"),
     (DENSE, {"layer_types": 4}, "layer_types '4' must be a list"),
     (DENSE, {"layer_types": [[]] * 4}, "layer_types: [] is not supported"),
     (
@@ -89,13 +90,22 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (MOE, {"num_local_experts": 4}, "num_local_experts is 4, num_experts 8: give one"),
     (MOE, {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 8 experts"),
     (MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok 1 with norm_topk_prob true is not supported"),
-    (MOE, {"partial_rotary_factor": 0.5}, "Hugging Face ignores it in qwen3_moe"),
+    (MOE, {"partial_rotary_factor": 0.5}, "whole heads are rotated in qwen3_moe"),
     (
         DENSE,
         {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
-        "partial_rotary_factor 0.5 is not supported: Hugging Face ignores it in qwen3",
+        "partial_rotary_factor 0.5 is not supported: whole heads are rotated in qwen3",
     ),
-    (DENSE, {"model_type": "llama"}, "model_type 'llama' is not supported (qwen3, qwen3_moe, qwen3_next)"),
+    (DENSE, {"model_type": "mistral"}, "model_type 'mistral' is not supported (llama, "),
+    (DENSE, {"model_type": ["qwen3"]}, "model_type ['qwen3'] is not supported (llama, "),
+    (DENSE, {"head_dim": 15}, "head_dim 15 must be even"),
+    (DENSE, {"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported (only 0)"),
+    (LLAMA, {"attention_bias": True}, "attention_bias: True is not supported (only False)"),
+    (LLAMA, {"mlp_bias": True}, "mlp_bias: True is not supported (only False)"),
+    (LLAMA, {"pretraining_tp": 2}, "pretraining_tp: 2 is not supported (only 1)"),
+    (LLAMA, {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported (only 'silu')"),
+    (LLAMA, {"hidden_size": 50}, "hidden_size (50) must be a multiple of num_attention_heads (8)"),
+    (LLAMA, {"num_key_value_heads": 3}, "num_attention_heads (8) must be a multiple of"),
 )
 
 
@@ -121,6 +131,11 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
         DENSE | {"rope_scaling": {"rope_theta": 5.0}},
         without(DENSE, "rope_parameters") | {"rope_theta": 7.0, "rope_scaling": None},
         without(MOE, "num_experts") | {"num_local_experts": 4},
+        LLAMA,
+        LLAMA_TIED,
+        LLAMA | {"head_dim": None, "num_key_value_heads": None},
+        LLAMA | {"head_dim": 32, "rope_scaling": None},
+        without(LLAMA, "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
     ],
     ids=str,
 )
@@ -128,7 +143,7 @@ def test_an_absent_key_means_what_it_means_to_hugging_face(config: dict[str, Any
     there: Any = AutoConfig.for_model(**json.loads(json.dumps(config)))
     shape = shape_of(config)
     head_dim = getattr(there, "head_dim", there.hidden_size // there.num_attention_heads)
-    assert shape.head_dim == head_dim
+    assert (shape.head_dim, shape.kv_heads) == (head_dim, there.num_key_value_heads)
     assert shape.tied == there.tie_word_embeddings
     assert (shape.norm_eps, shape.init_std) == (there.rms_norm_eps, there.initializer_range)
     assert shape.max_positions == there.max_position_embeddings

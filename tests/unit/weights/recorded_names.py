@@ -10,6 +10,7 @@ moe/experts.py      TEGroupedMLP (grouped GEMM), SequentialMLP; also moe/shared_
 from typing import Any
 
 from tests.dist.tiny import DENSE, MOE, NEXT
+from tests.dist.tiny_families import LLAMA
 
 OUTSIDE = (
     "embedding.word_embeddings.weight",
@@ -32,6 +33,7 @@ DELTA_NET = (
     "self_attention.out_norm.weight",
     "self_attention.out_proj.weight",
 )
+WITHOUT_NORMS = tuple(name for name in ATTENTION if "k_layernorm" not in name and "q_layernorm" not in name)
 MLP = ("mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
 ROUTER = ("pre_mlp_layernorm.weight", "mlp.router.weight")
 GROUPED = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
@@ -49,6 +51,7 @@ Layers = dict[str, tuple[str, ...]]
 # A model's config.json, and the parameters of each type of layer it has.
 MODELS: dict[str, tuple[dict[str, Any], Layers]] = {
     "dense": (DENSE, {"full_attention": ATTENTION + MLP}),
+    "llama": (LLAMA, {"full_attention": WITHOUT_NORMS + MLP}),
     "grouped": (MOE, {"full_attention": ATTENTION + ROUTER + GROUPED}),
     "sequential": (MOE, {"full_attention": ATTENTION + ROUTER + SEQUENTIAL}),
     "hybrid": (

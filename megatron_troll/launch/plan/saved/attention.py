@@ -26,6 +26,8 @@ def _heads_and_rotation(flow: Flow, heads: int, groups: int) -> int:
     """Bytes of the norms of queries and keys, and of the rotation's sines and cosines."""
     shape, rows = flow.shape, flow.tokens
     rotated = 4 * flow.width * rows * int(shape.head_dim * shape.rotary_fraction)
+    if not shape.qk_norm:
+        return rotated
     norms = flow.norm(rows * (heads + groups), shape.head_dim)
     # Queries and keys are views of the projection's output, which is kept whole if no fp32 copy is.
     kept_whole = flow.te or flow.width == FLOAT

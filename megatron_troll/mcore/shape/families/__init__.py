@@ -1,0 +1,14 @@
+"""Readers of config.json, by its `model_type`. A family is one file here, and one in weights/families/."""
+
+from collections.abc import Callable
+
+from megatron_troll.mcore.shape.families import llama, qwen3, qwen3_next
+from megatron_troll.mcore.shape.fields import Fields
+from megatron_troll.mcore.shape.model_shape import ModelShape
+
+READERS: dict[str, Callable[[Fields], ModelShape]] = {
+    "llama": llama.read,
+    "qwen3": qwen3.read,
+    "qwen3_moe": qwen3.read_moe,
+    "qwen3_next": qwen3_next.read,
+}

@@ -1,0 +1,53 @@
+"""Hugging Face configs of a tiny model of each family, and of each scaling of rotary frequencies."""
+
+from typing import Any
+
+from tests.dist.tiny import DENSE, MOE, NEXT
+
+# Of three pairs of dimensions one turns fast enough to be kept, one is between, one is slowed down.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+}
+COMMON = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+LLAMA = COMMON | {"model_type": "llama", "num_key_value_heads": 4, "rope_parameters": LLAMA3}
+# As in SmolLM2, no scaling; as in Llama 1, a key-value head per query head.
+LLAMA_TIED = COMMON | {
+    "model_type": "llama",
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+}
+QWEN3_YARN = DENSE | {"rope_parameters": YARN}
+MOE_YARN = MOE | {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}}
+NEXT_LINEAR = NEXT | {
+    "rope_parameters": NEXT["rope_parameters"] | {"rope_type": "linear", "factor": 2.0},
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama-tied": LLAMA_TIED,
+    "qwen3-yarn": QWEN3_YARN,
+    "qwen3_moe-yarn": MOE_YARN,
+    "qwen3_next-linear": NEXT_LINEAR,
+}
