@@ -92,6 +92,7 @@ class Process:
         with open(os.open(plan.arguments, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             yaml.safe_dump(plan.flags | {"api-key": plan.key}, file)
         self._held, self._noted = ExitStack(), 0.0
+        self._segments: set[str] = set()
         self._temporary = self._held.enter_context(temporary_folder())
         self.popen = subprocess.Popen(
             [*plan.argv, "--config", str(plan.arguments)],
@@ -123,7 +124,9 @@ class Process:
         if time.monotonic() - self._noted < NOTE_S:
             return
         self._noted = time.monotonic()
-        (self._temporary / SEGMENTS).write_text("\n".join(segments(self._processes())))
+        # What is no longer mapped may still be there: a process that ends unmaps before it removes.
+        self._segments |= segments(self._processes())
+        (self._temporary / SEGMENTS).write_text("\n".join(self._segments))
 
     def _processes(self) -> list[Path]:
         """The folders in /proc of the server and all that it started."""

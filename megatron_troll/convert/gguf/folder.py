@@ -95,7 +95,7 @@ def _read(file: GGUFFile, name: str, place: Place, shape: ModelShape, hf: str) -
         values = gguf.quants.dequantize(data, stored.tensor_type)
     except NotImplementedError as error:
         raise ConfigError(f"{file.path}: {name} is stored as {stored.tensor_type.name}: {error}") from error
-    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    tensor = torch.from_numpy(np.array(values, dtype=np.float32))
     heads = {"q_proj": shape.heads, "k_proj": shape.kv_heads}.get(hf.split(".")[-2])
     return _halves(tensor, heads) if file.architecture.pairs and heads else tensor
 

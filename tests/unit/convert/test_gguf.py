@@ -28,7 +28,7 @@ SIZES = {
     "vocab_size": len(TOKENS),
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 16384,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
 LLAMA3 = {
@@ -40,6 +40,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": LLAMA3},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False},
     "qwen3moe": {"model_type": "qwen3_moe", "tie_word_embeddings": True, **EXPERTS},
 }
@@ -115,7 +116,8 @@ def write(
     writer.add_uint32("tokenizer.ggml.eos_token_id", 1)
     tensors = tensors_of(model, name)
     if config["rope_parameters"]["rope_type"] == "llama3":
-        tensors["rope_freqs.weight"] = torch.tensor([1.0, 1.0, 8.0, 8.0])
+        unscaled = 500000.0 ** -(torch.arange(0, 8, 2) / 8)
+        tensors["rope_freqs.weight"] = unscaled / model.model.rotary_emb.inv_freq
     for key, tensor in tensors.items():
         if key != leave_out:
             # Matrices have no better form in these files than fp32, which is kept bit by bit.
