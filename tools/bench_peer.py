@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 PROMPTS, SAMPLES, TOKENS = 16, 8, 32
 LENGTHS = (60, 100)
 # Sequences a micro-batch, of 80 + 32 tokens on average.
-SEQUENCES = 32
+SEQUENCES = 16
 TOKEN_BUDGET = SEQUENCES * (sum(LENGTHS) // 2 + TOKENS)
 MEASURES = ("step", "generation", "update")
 

@@ -37,6 +37,7 @@ def kill(bench: Bench, chance: random.Random, number: int) -> Trial:
     """Start a run, kill one of its processes (or all) at a random moment, and continue it to its end."""
     name, target = f"kill_{number}", TARGETS[number % len(TARGETS)]
     before = remains(bench)
+    shutil.rmtree(bench.run(name), ignore_errors=True)  # of a trial that was interrupted
     with discarded(bench.run(name)):
         process = bench.start("train", "run.yaml", f"name={name}")
         moment = chance.uniform(0.5, plain_seconds(bench))
@@ -227,8 +228,7 @@ def refusal(bench: Bench, detail: str, done: Done, before: list[str], unchanged:
 
 @contextmanager
 def discarded(folder: Path) -> Iterator[None]:
-    """Delete a folder before the block, which an interrupted trial may have left, and after it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete a folder after the block."""
     try:
         yield
     finally:
