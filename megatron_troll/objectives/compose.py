@@ -100,6 +100,15 @@ def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
     return tuple(found)
 
 
+def head_remarks(objective: Objective, vocab: int) -> Iterator[str]:
+    """Log lines on how a run of `objective` reads `vocab` tokens."""
+    yield head_gradient(objective)
+    reads = (objective.reads, objective.reads_old, objective.reads_reference)
+    kept = max((read.topk.k for read in reads if read.topk is not None), default=0)
+    if kept >= vocab:
+        yield f"K = {kept} covers the vocabulary of {vocab} tokens: nothing is sparse in this run"
+
+
 def head_gradient(objective: Objective) -> str:
     """A log line on the columns of the LM head that the gradient passes through (mcore/head.py), and why."""
     if dense := _dense(objective):
@@ -108,15 +117,6 @@ def head_gradient(objective: Objective) -> str:
             f"because of {dense}"
         )
     return "LM head: gradient through the kept top-K columns only; no method needs the full softmax"
-
-
-def coverage(objective: Objective, vocab: int) -> str:
-    """A log line if top-K records keep all `vocab` tokens, so that nothing is sparse; "" otherwise."""
-    reads = (objective.reads, objective.reads_old, objective.reads_reference)
-    kept = [read.topk.k for read in reads if read.topk is not None]
-    if not kept or max(kept) < vocab:
-        return ""
-    return f"K = {max(kept)} covers the vocabulary of {vocab} tokens: nothing is sparse in this run"
 
 
 def refuse_dense_head(objective: Objective) -> None:

@@ -12,7 +12,7 @@ from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import layer_remarks
 from megatron_troll.mcore.optimizer import Trainable
-from megatron_troll.objectives.compose import coverage, head_gradient, remarks
+from megatron_troll.objectives.compose import head_remarks, remarks
 from megatron_troll.observe.rollouts import RolloutStore
 from megatron_troll.observe.trackers import Summary
 from megatron_troll.rewards.score import Scorer
@@ -170,9 +170,6 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
         session.progress.say(str(task))
         say_made_with(session, made_with)
         scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
-        session.progress.say(head_gradient(task.objective))
-        if covered := coverage(task.objective, task.shape.vocab):
-            session.progress.say(covered)
         policy = open_policy(
             config.policy,
             task.shape,
@@ -181,7 +178,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             config.train.steps * config.train.updates,
             session.watchdog.beat,
         )
-        for line in layer_remarks(policy.model):
+        for line in (*head_remarks(task.objective, task.shape.vocab), *layer_remarks(policy.model)):
             session.progress.say(line)
         trainer = open_trainer(task, policy)
         critic = None if config.models.critic is None else open_critic(config, policy.model, session.phases)

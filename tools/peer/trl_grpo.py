@@ -40,13 +40,11 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
-def main() -> None:
-    model, prompts, settings_file = sys.argv[1:]
-    settings = json.loads(Path(settings_file).read_text())
-    torch.set_num_threads(settings["threads"])
+def config_of(settings: dict[str, Any]) -> GRPOConfig:
+    """One rollout batch of prompts x samples answers for `updates` optimizer steps."""
     rows = settings["prompts"] * settings["samples"]
     accumulated = rows // settings["sequences"] // settings["updates"]
-    config = GRPOConfig(
+    return GRPOConfig(
         output_dir=settings["folder"],
         per_device_train_batch_size=settings["sequences"],
         gradient_accumulation_steps=accumulated,
@@ -71,12 +69,18 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def main() -> None:
+    model, prompts, settings_file = sys.argv[1:]
+    settings = json.loads(Path(settings_file).read_text())
+    torch.set_num_threads(settings["threads"])
     turns = Turns(settings["updates"])
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(model),
         reward_funcs=reward,
-        args=config,
+        args=config_of(settings),
         train_dataset=Dataset.from_list([{"prompt": text} for text in json.loads(Path(prompts).read_text())]),
         callbacks=[turns],
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_troll.config import ConfigError, ObjectiveConfig, Slot, known_methods
 from megatron_troll.objectives import Objective, compose, resolve
-from megatron_troll.objectives.compose import SLOTS, head_gradient, refuse_dense_head, remarks
+from megatron_troll.objectives.compose import SLOTS, head_gradient, head_remarks, refuse_dense_head, remarks
 from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import merge_reads
 from megatron_troll.objectives.slots import Correction, Policy, Statistics, Term
@@ -270,6 +270,16 @@ def test_what_the_head_is_differentiated_through_is_named(region, slots, because
     objective = compose(config("token", region, "none", **slots))
     said = head_gradient(objective)
     assert said.endswith(f"because of {because}") if because else said == KEPT_ALONE
+
+
+def test_a_run_whose_records_keep_every_token_says_so():
+    sparse, dense = compose(config("token", "troll", "none")), compose(config("token", "clip", "none"))
+    assert list(head_remarks(sparse, 64)) == [
+        KEPT_ALONE,
+        "K = 64 covers the vocabulary of 64 tokens: nothing is sparse in this run",
+    ]
+    assert list(head_remarks(sparse, 65)) == [KEPT_ALONE]
+    assert len(list(head_remarks(dense, 8))) == 1
 
 
 def test_measuring_energy_reads_the_full_softmax():
