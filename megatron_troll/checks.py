@@ -54,7 +54,7 @@ def longest(config: Config) -> dict[str, int]:
 def data_of(config: Config) -> Data:
     """The training data. Raises ConfigError if the configuration has none."""
     if config.data is None:
-        raise ConfigError("data: missing; training needs data.files, prompts to answer")
+        raise ConfigError("data: missing; training needs prompts to answer, such as data.files")
     return config.data
 
 

@@ -13,6 +13,7 @@ from megatron_troll.mcore.checkpoint_folder import CheckpointError
 from megatron_troll.rewards.pool import RewardError
 from megatron_troll.rollout.engine import EngineError
 from megatron_troll.run.collect import begin
+from megatron_troll.run.evaluation import HELD_OUT
 from megatron_troll.run.queue import BatchFuture, RolloutBatch, ages
 from megatron_troll.run.run import Run, TrainState, open_run
 from megatron_troll.system import Interrupts
@@ -53,8 +54,9 @@ def train(task: Task, interrupts: Interrupts) -> bool:
 def before_training(run: Run, state: TrainState) -> TrainState:
     began = time.perf_counter()
     synced = run.sync(0)
-    success = run.evaluator.success()
-    run.session.log(0, {"held_out_success": success, **synced}, time.perf_counter() - began)
+    evaluated = run.evaluator.success()
+    run.session.log(0, {**evaluated, **synced}, time.perf_counter() - began)
+    success = evaluated[HELD_OUT]
     return run.since(replace(state, before=success, after=success), began)
 
 
@@ -88,7 +90,7 @@ def train_step(run: Run, state: TrainState) -> TrainState:
     failure = None
     if due(step, config.evaluation.every, config.train.steps):
         failure = evaluate(run, step, metrics)
-    state = run.since(replace(state, after=metrics.get("held_out_success", state.after)), began)
+    state = run.since(replace(state, after=metrics.get(HELD_OUT, state.after)), began)
     seconds = time.perf_counter() - began
     metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.world.size)
     with rescued(run, state):
@@ -132,7 +134,7 @@ def evaluate(run: Run, step: int, metrics: dict[str, float]) -> Rescued | None:
     row is written first."""
     try:
         metrics |= run.sync(step)
-        metrics["held_out_success"] = run.evaluator.success()
+        metrics |= run.evaluator.success()
     except RESCUED as error:
         return error
     return None

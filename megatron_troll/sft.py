@@ -9,8 +9,8 @@ from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import layer_remarks
 from megatron_troll.objectives.supervised import Supervised
 from megatron_troll.observe.trackers import Summary
-from megatron_troll.rewards.score import Scorer
-from megatron_troll.run.evaluation import Evaluator, open_engine
+from megatron_troll.rewards.mixed import MixedScorer
+from megatron_troll.run.evaluation import HELD_OUT, Evaluator, open_engine
 from megatron_troll.run.session import Session, open_session
 from megatron_troll.system import Interrupts
 from megatron_troll.task import Task, demonstrations, sft_of
@@ -30,7 +30,7 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
     with ExitStack() as stack:
         session = stack.enter_context(open_session(config, sft.steps, interrupts))
         session.progress.say(f"{task}\n{shown}")
-        scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
+        scorer = stack.enter_context(MixedScorer(task.rewards, progress=session.watchdog.beat))
         beat = session.watchdog.beat
         policy = open_policy(config.policy, task.shape, session.groups, config.seed, sft.steps, beat)
         engine = stack.enter_context(closing(open_engine(task, policy.model)))
@@ -42,7 +42,7 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
         session.begin_at(0)
         engine.sync(0)
         before = evaluator.success()
-        session.log(0, {"held_out_success": before}, session.seconds)
+        session.log(0, before, session.seconds)
         for step in range(1, sft.steps + 1):
             if session.stopping():
                 session.progress.say(
@@ -53,7 +53,8 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
             chosen = [examples[i] for i in order.next(sft.sequences)]
             supervised_step(session, trainer, batcher, chosen, step)
         engine.sync(sft.steps)
-        summary = Summary(before, evaluator.success(), session.seconds, config.seed)
+        after = evaluator.success()[HELD_OUT]
+        summary = Summary(before[HELD_OUT], after, session.seconds, config.seed)
         session.complete(policy.model, summary, task.stops.exported)
     return True
 

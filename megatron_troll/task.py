@@ -1,13 +1,13 @@
 """A run's inputs: the configuration, and everything it names, read and validated."""
 
 from dataclasses import dataclass, replace
-from functools import partial
+from math import ceil
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll import rollout
 from megatron_troll.checks import check_methods, check_model, check_models, check_observe, data_of
-from megatron_troll.config import Config, ConfigError, Model, WarmStart
+from megatron_troll.config import Config, ConfigError, Data, Model, RewardConfig, WarmStart
 from megatron_troll.data.demonstrations import Demonstrations, load_demonstrations
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.rows import DataError
@@ -27,13 +27,15 @@ PROBLEMS = (ConfigError, DataError, OSError)
 
 @dataclass(frozen=True)
 class Task:
-    """A run's inputs, read and validated. `config` has every default of every method written out."""
+    """A run's inputs, read and validated. `config` has every default of every method written out; `rewards`
+    judge the answers to the prompts of each source."""
 
     config: Config
     shape: ModelShape
     template: ChatTemplate
     stops: StopTokens
     prompts: PromptSet
+    rewards: dict[str, RewardConfig]
     objective: Objective
 
     @property
@@ -56,13 +58,14 @@ def prepare(config: Config) -> Task:
     """Read and check everything that `config` names. Raises one of PROBLEMS with the reason and the place;
     uses no device and writes nothing."""
     check_version()
-    data = data_of(config)
     config = config.model_copy(
         update={
             "objective": resolve(config.objective),
             "reward": verifiers.resolve(config.reward),
+            "data": _with_rewards(data_of(config)),
         }
     )
+    data = data_of(config)
     objective = compose(config.objective)
     if config.observe.energy:
         objective = replace(objective, energy=Energy())
@@ -73,18 +76,43 @@ def prepare(config: Config) -> Task:
     check_models(config, objective, shape)
     check_observe(config.observe)
     tokenizer = tokenizer_of(config.policy, shape)
-    if config.reward.reasoning == "drop":
+    rewards = {name: source.reward or config.reward for name, source in data.mixture.items()}
+    if any(reward.reasoning == "drop" for reward in rewards.values()):
         check_reasoning_tags(tokenizer)
     template = ChatTemplate(tokenizer, data.template_arguments)
     template.check("data.template_arguments")
     stops = stop_tokens(template, config.policy.path, shape.vocab, config.rollout.sampling.stop)
-    judging = partial(verifiers.problem, verifiers.build(config.reward))
-    prompts = load_prompts(data, config.seed, template, judging)
-    if config.rollout.prompts > len(prompts.train):
-        raise ConfigError(
-            f"rollout.prompts={config.rollout.prompts} is more than the {len(prompts.train)} training prompts"
+    judges = {name: verifiers.build(reward) for name, reward in rewards.items()}
+    prompts = load_prompts(
+        data, config.seed, template, lambda prompt: verifiers.problem(judges[prompt.source], prompt)
+    )
+    check_batch(config.rollout.prompts, prompts)
+    return Task(config, shape, template, stops, prompts, rewards, objective)
+
+
+def check_batch(wanted: int, prompts: PromptSet) -> None:
+    """Raise ConfigError if a batch of `wanted` prompts may draw more from a source than it has."""
+    weights = sum(source.weight for source in prompts.sources)
+    for source in prompts.sources:
+        share, there = ceil(wanted * source.weight / weights), len(source.train)
+        if share > there:
+            of = f"the {share} that a batch draws of data.sources.{source.name}, which has {there}"
+            raise ConfigError(
+                f"rollout.prompts={wanted} is more than "
+                + (f"the {there} training prompts" if not source.name else of)
+            )
+
+
+def _with_rewards(data: Data) -> Data:
+    """`data` with the defaults of the rewards that its sources name."""
+    resolved = {
+        name: source.model_copy(
+            update={"reward": verifiers.resolve(source.reward, f"data.sources.{name}.reward")}
         )
-    return Task(config, shape, template, stops, prompts, objective)
+        for name, source in data.sources.items()
+        if source.reward is not None
+    }
+    return data.model_copy(update={"sources": data.sources | resolved})
 
 
 def shape_of(config: Config) -> ModelShape:

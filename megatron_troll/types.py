@@ -31,6 +31,7 @@ class Prompt:
     ids  int32 [P] tokens of the chat up to the start of the assistant's answer; empty before data/chat.py
          has tokenized it
     opens_reasoning  whether the rendered chat ends with <think>, so that the answer begins inside reasoning
+    source  the name of the data source that it comes from; "" if the run has only one, without a name
     """
 
     id: str
@@ -39,6 +40,7 @@ class Prompt:
     record: dict[str, Any] = field(default_factory=dict)
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32), compare=False, repr=False)
     opens_reasoning: bool = field(default=False, compare=False)
+    source: str = field(default="", compare=False)
 
     @cached_property
     def text_key(self) -> str:

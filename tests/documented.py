@@ -1,6 +1,6 @@
 """Whether docs/metrics.md, which is made from the table of fields, has a key."""
 
-from megatron_troll.observe.fields import EXPERTS, PER_TOKEN, PHASES, RUN, SPEED, names
+from megatron_troll.observe.fields import EXPERTS, PER_TOKEN, PHASES, RUN, SOURCES, SPEED, names
 from megatron_troll.observe.metrics import REDUCTIONS
 
 
@@ -11,6 +11,8 @@ def documented(name: str) -> bool:
         return suffix in names(PHASES)
     if suffix.startswith("layer_"):
         return base in names(EXPERTS)
+    if f"{base}/SOURCE" in names(SOURCES):
+        return True
     if suffix:
         return base in names(PER_TOKEN) and suffix in REDUCTIONS
     return base in names([*RUN, *PER_TOKEN, *EXPERTS, *SPEED])

@@ -1,5 +1,6 @@
 """The typed tree of a run's configuration: its sections, the methods named in its slots, its paths."""
 
+from megatron_troll.config.data import Data, MetricWord, Origin, Reading, Source
 from megatron_troll.config.methods import (
     Pairing,
     SlotMethod,
@@ -42,6 +43,7 @@ from megatron_troll.config.resume import (
     MadeWith,
     Resume,
 )
+from megatron_troll.config.rewards import Overlong, RewardConfig
 from megatron_troll.config.serving import (
     Mamba,
     Serve,
@@ -49,13 +51,9 @@ from megatron_troll.config.serving import (
 )
 from megatron_troll.config.tree import (
     Config,
-    Data,
     EvalSet,
     ObjectiveConfig,
     Observe,
-    Overlong,
-    PromptFiles,
-    RewardConfig,
     RolloutConfig,
     Sampling,
     Train,
@@ -75,6 +73,7 @@ __all__ = [
     "LearningRateSchedule",
     "MadeWith",
     "Mamba",
+    "MetricWord",
     "MoE",
     "Model",
     "Models",
@@ -85,12 +84,13 @@ __all__ = [
     "ObjectiveConfig",
     "Observe",
     "Optimizer",
+    "Origin",
     "Overlong",
     "Pairing",
     "Positive",
     "PositiveFloat",
     "PrecisionAware",
-    "PromptFiles",
+    "Reading",
     "ReferenceConfig",
     "Resume",
     "RewardConfig",
@@ -103,6 +103,7 @@ __all__ = [
     "Serve",
     "Slot",
     "SlotMethod",
+    "Source",
     "Train",
     "WarmStart",
     "build_method",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from megatron_troll.config.data import Data, Origin, Reading, Schema
 from megatron_troll.config.models import (
     Model,
     Models,
@@ -26,39 +27,8 @@ from megatron_troll.config.node import (
     Temperature,
 )
 from megatron_troll.config.resume import MadeWith, Resume
+from megatron_troll.config.rewards import RewardConfig
 from megatron_troll.config.serving import Launch, Serve, SGLang
-
-
-class PromptFiles(Node):
-    """Files of prompts, and the handling of rows that are not prompts or are too long."""
-
-    files: Files = Field(description="prompts, JSONL or Parquet")
-    schema_: Literal["auto", "dapo", "gsm8k", "messages"] = Field(
-        default="auto", alias="schema", description="auto: detected from the first record of each file"
-    )
-    malformed: Literal["error", "skip"] = Field(
-        default="error", description="a line that is not a prompt: stop, or skip and count it"
-    )
-    max_prompt_tokens: Positive = Field(
-        default=1024, description="tokens of a prompt, chat template included"
-    )
-    overlong_prompts: Literal["error", "skip"] = Field(
-        default="error", description="a longer prompt: stop, or skip and count it"
-    )
-
-
-class Data(PromptFiles):
-    """The prompts of training, and those held out from it."""
-
-    held_out: Positive | Files = Field(default=1024, description="a count split from `files`, or files")
-    shuffle: bool = Field(
-        default=True, description="a new order each epoch, fixed by `seed`; false: file order"
-    )
-    template_arguments: dict[str, str | int | float | bool] = Field(
-        default={},
-        description="arguments of the chat template, such as enable_thinking: false; for training, its "
-        "evaluations and `mtroll sft`",
-    )
 
 
 class Sampling(Node):
@@ -107,27 +77,6 @@ class RolloutConfig(Node):
         description="of the engine: auto has the dtype of the weights; fp8_e4m3 in-process is simulated",
     )
     sglang: SGLang = SGLang()
-
-
-class Overlong(Node):
-    """Handling of answers cut at max_tokens: kept as they are, left out of the loss, or given `reward`."""
-
-    mode: Literal["keep", "mask", "penalise"] = Field(
-        default="keep", description="a cut answer: as it is, out of the loss, or given `reward`"
-    )
-    reward: float = Field(default=0.0, description="what `penalise` gives in place of the verifier")
-
-
-class RewardConfig(Slot):
-    """A verifier by name or import path, its own fields beside it."""
-
-    timeout_s: Seconds = Field(default=10.0, description="seconds for one answer; later, it earns 0")
-    reasoning: Literal["drop", "keep"] = Field(
-        default="drop",
-        description="drop: the text after the last </think> is judged, unclosed reasoning earns 0; keep: the "
-        "whole text is judged",
-    )
-    overlong: Overlong = Overlong()
 
 
 class ObjectiveConfig(Node):
@@ -216,9 +165,12 @@ class EvaluationConfig(Node):
     temperature: Temperature | None = Field(default=None, description="default: that of training")
 
 
-class EvalSet(PromptFiles):
+class EvalSet(Origin, Reading):
     """A data set of `mtroll eval`, named by its key."""
 
+    schema_: Schema = Field(
+        default="auto", alias="schema", description="auto: detected from the first record of each file"
+    )
     prompts: Positive | None = Field(
         default=None, description="number of prompts, from the first; default: all"
     )

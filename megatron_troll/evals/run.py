@@ -14,7 +14,7 @@ from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.rollouts import RolloutStore
 from megatron_troll.rewards.batch import extract, judge
-from megatron_troll.rewards.score import Scorer
+from megatron_troll.rewards.mixed import MixedScorer
 from megatron_troll.rollout.engine import Engine, Request, Setup, requests_for
 from megatron_troll.run.evaluation import EVALUATION_ROUND, SHOWN
 from megatron_troll.run.session import Session, open_session
@@ -61,7 +61,7 @@ class SetEvaluation:
         parts: list[Answers] = []
         with (
             closing(self._engine()) as engine,
-            Scorer(one.reward, progress=self.session.watchdog.beat) as scorer,
+            MixedScorer({"": one.reward}, progress=self.session.watchdog.beat) as scorer,
         ):
             engine.sync(0)
             for start in range(0, len(requests), task.at_once):
@@ -79,7 +79,7 @@ class SetEvaluation:
         folder, shown = Path(config.policy.path), one.prompts[:SHOWN]
         return rollout.build(Setup(config, self.model, folder, task.tokenizer, one.stops.ids, shown))
 
-    def _batch(self, requests: Sequence[Request], engine: Engine, scorer: Scorer) -> Answers:
+    def _batch(self, requests: Sequence[Request], engine: Engine, scorer: MixedScorer) -> Answers:
         asked, world, say = self.one.config, self.session.groups.world, self.session.progress.say
         with self.session.phases("generation"):
             rollouts = engine.generate(requests, asked.sampling, EVALUATION_ROUND)

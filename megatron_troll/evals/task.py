@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.checks import check_length
 from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
-from megatron_troll.data.prompts import Counts, read_prompts
+from megatron_troll.data.reader import Counts, Reader
 from megatron_troll.data.stops import StopTokens, stop_tokens
 from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import check_reasoning_tags
@@ -89,11 +89,9 @@ def prepare(config: Config) -> EvalTask:
 def _reward(config: Config, name: str) -> RewardConfig:
     """The data set's own verifier config, otherwise the run's, with its defaults. Raises ConfigError."""
     own = config.eval[name].reward
-    try:
-        return verifiers.resolve(own or config.reward)
-    except ConfigError as error:
-        at = "" if own is None else f"eval.{name}."
-        raise ConfigError("\n".join(at + line for line in str(error).splitlines())) from error
+    if own is None:
+        return verifiers.resolve(config.reward)
+    return verifiers.resolve(own, f"eval.{name}.reward")
 
 
 def _data_set(
@@ -102,7 +100,8 @@ def _data_set(
     one, key = config.eval[name], f"eval.{name}"
     template = _template(config, name, tokenizer)
     judging = partial(verifiers.problem, verifiers.build(reward))
-    prompts, counts = read_prompts(one.files, one, template, key, judging)
+    reader = Reader(one, key, template, judging, instruction=one.instruction)
+    prompts = reader.files(one.files or (), one.schema_)
     return DataSet(
         name=name,
         config=one,
@@ -110,7 +109,7 @@ def _data_set(
         # Nothing is trained on these samples: recording their top-K would only waste memory.
         rollout=config.rollout.model_copy(update={"sampling": one.sampling, "top_k": 0}),
         prompts=tuple(prompts[: one.prompts]),
-        counts=counts,
+        counts=reader.counts,
         stops=stop_tokens(template, config.policy.path, vocab, one.sampling.stop, f"{key}.sampling.stop"),
     )
 

@@ -76,6 +76,12 @@ RUN = (
     Field("critic_skipped", "updates", "updates of the critic skipped because of NaN or Inf"),
 )
 
+# data.sources
+SOURCES = (
+    Field("success/SOURCE", "", "mean reward over the responses to prompts of this source"),
+    Field("held_out_success/SOURCE", "share", "mean reward on the held-out prompts of this source"),
+)
+
 TOKEN = (
     Field("objective", "", "J of a token, which training maximises", True),
     Field(
@@ -334,6 +340,11 @@ def markdown() -> str:
             "",
             "## The step",
             *_table(RUN),
+            "",
+            "### With named sources (data.sources)",
+            "",
+            "`SOURCE` is the name of a source; a source of which a step has no response is absent.",
+            *_table(SOURCES),
             "",
             "## Over the tokens that carry loss",
             "",

@@ -39,20 +39,28 @@ ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
     "data": (
         "data.files",
         "data.schema",
+        "data.instruction",
         "data.malformed",
         "data.overlong_prompts",
         "data.max_prompt_tokens",
+        "data.sources",
+        *(f"data.sources.*.{key}" for key in ("files", "schema", "instruction", "weight")),
     ),
-    "held_out": ("data.held_out",),
+    "held_out": ("data.held_out", "data.held_out.*"),
     "tokenizer": ("models.policy.path", "models.rollout.path"),
     "template": ("data.template_arguments", "data.template_arguments.*"),
     "stop_tokens": ("rollout.sampling.stop",),
     "reference": ("models.reference.path",),
-    "rewards": ("reward.*",),
+    "rewards": ("reward.*", "data.sources.*.reward", "data.sources.*.reward.*"),
     "methods": (),
 }
 # Keys that runs of earlier versions lack, with the values at which they continue.
-ADDED: dict[str, Any] = {"data.template_arguments": {}, "reward.reasoning": "drop"}
+ADDED: dict[str, Any] = {
+    "data.instruction": None,
+    "data.sources": {},
+    "data.template_arguments": {},
+    "reward.reasoning": "drop",
+}
 ABSENT = "(absent)"
 CONTINUE = "Continue it with resume=true"
 

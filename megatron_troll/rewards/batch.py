@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_troll.parallel.groups import Group
+from megatron_troll.rewards.mixed import MixedScorer
 from megatron_troll.rewards.score import ScoredVotes, Scorer, Scores
 from megatron_troll.types import Rollout
 
@@ -37,7 +38,18 @@ class ScoredBatch:
             "reward_errors": self.errors,
             "unclosed_reasoning": self.unclosed,
         }
-        return metrics | {name: float(count) for name, count in failed.items() if count}
+        failed = {name: float(count) for name, count in failed.items() if count}
+        return metrics | by_source("success", self.rollouts, self.reward) | failed
+
+
+def by_source(name: str, rollouts: Sequence[Rollout], values: np.ndarray) -> dict[str, float]:
+    """`name/SOURCE`: the mean of `values` [B] over the rollouts of each source that has a name."""
+    sources = np.array([rollout.prompt.source for rollout in rollouts])
+    return {
+        f"{name}/{source}": float(values[sources == source].mean())
+        for source in np.unique(sources).tolist()
+        if source
+    }
 
 
 def together(parts: Sequence[ScoredBatch]) -> ScoredBatch:
@@ -50,7 +62,7 @@ def together(parts: Sequence[ScoredBatch]) -> ScoredBatch:
 
 
 def judge(
-    scorer: Scorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
+    scorer: Scorer | MixedScorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
 ) -> ScoredBatch:
     """Score one share of the rollouts on each rank and gather all; every rank returns the same. `say` is told
     of answers on which the verifier raised. Blocks; raises RewardError on every rank if the verifier fails
@@ -82,7 +94,7 @@ def _counts(parts: Sequence[ScoredBatch | Scores]) -> dict[str, int]:
 
 
 def extract(
-    scorer: Scorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
+    scorer: Scorer | MixedScorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
 ) -> list[str | None]:
     """The vote of each rollout (Scorer.votes), computed in shares and with `say` like `judge`. Blocks."""
     votes: list[str | None] = [None] * len(rollouts)

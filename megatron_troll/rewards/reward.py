@@ -111,16 +111,17 @@ def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {told:.200}{at}"
 
 
-def build(config: RewardConfig) -> Reward:
+def build(config: RewardConfig, key: str = "reward") -> Reward:
     """Build the verifier that `config` names, from a file in verifiers/ or `package.module:Class`, with its
-    fields. Raises ConfigError for an unknown verifier or field (it suggests the nearest) or a wrong value."""
-    reward = build_method(config, "megatron_troll.rewards.verifiers", Reward, "reward")
+    fields; `key` is its place in the configuration. Raises ConfigError for an unknown verifier or field (it
+    suggests the nearest) or a wrong value."""
+    reward = build_method(config, "megatron_troll.rewards.verifiers", Reward, key)
     taken = sorted(type(reward).model_fields.keys() & RewardConfig.model_fields.keys())
     if taken:
-        raise ConfigError(f"reward.name: {config.name} declares fields that every reward has: {taken}")
+        raise ConfigError(f"{key}.name: {config.name} declares fields that every reward has: {taken}")
     return reward
 
 
-def resolve(config: RewardConfig) -> RewardConfig:
+def resolve(config: RewardConfig, key: str = "reward") -> RewardConfig:
     """`config` with the defaults of its verifier's own fields filled in. Raises ConfigError like `build`."""
-    return RewardConfig.model_validate(config.model_dump() | build(config).model_dump(mode="json"))
+    return RewardConfig.model_validate(config.model_dump() | build(config, key).model_dump(mode="json"))

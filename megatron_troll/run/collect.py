@@ -70,8 +70,7 @@ def _draw(run: Run, count: int, drawn: Counter[str], step: int) -> ScoredBatch:
 
 def _start(run: Run, count: int, drawn: Counter[str], step: int) -> Callable[[], ScoredBatch]:
     """Request samples for the next `count` prompts. The returned function waits for them and scores them."""
-    prompts = [run.task.prompts.train[i] for i in run.order.next(count)]
-    requests = requests_for(prompts, run.task.config.rollout.samples, drawn)
+    requests = requests_for(run.order.next(count), run.task.config.rollout.samples, drawn)
     with run.session.phases("generation"):
         finish = run.engine.start(requests, run.task.config.rollout.sampling, step)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from megatron_troll import rollout
 from megatron_troll.config import Model, Sampling
 from megatron_troll.mcore.model import MegatronModel
-from megatron_troll.rewards.batch import judge
-from megatron_troll.rewards.score import Scorer
+from megatron_troll.rewards.batch import by_source, judge
+from megatron_troll.rewards.mixed import MixedScorer
 from megatron_troll.rollout.engine import Engine, Setup, requests_for
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
 from megatron_troll.run.session import Session
@@ -15,6 +15,7 @@ from megatron_troll.task import Task
 
 # Held-out prompts are always answered with the same random numbers, so that evaluations are paired.
 EVALUATION_ROUND = -1
+HELD_OUT = "held_out_success"
 # Training prompts that an engine gets to test itself on.
 SHOWN = 16
 
@@ -26,17 +27,20 @@ class Evaluator:
     task: Task
     session: Session
     engine: Engine
-    scorer: Scorer
+    scorer: MixedScorer
 
-    def success(self) -> float:
-        """Mean reward on the held-out prompts. Blocks on all ranks."""
+    def success(self) -> dict[str, float]:
+        """`held_out_success`, the mean reward on the held-out prompts, and that of each source by its name.
+        Blocks on all ranks."""
         evaluation = self.task.config.evaluation
         prompts = self.task.prompts.held_out[: evaluation.prompts]
         requests = requests_for(prompts, evaluation.samples)
         with self.session.phases("evaluation"):
             rollouts = self.engine.generate(requests, self._sampling(), EVALUATION_ROUND)
             world, say = self.session.groups.world, self.session.progress.say
-            return float(judge(self.scorer, rollouts, world, say).reward.mean())
+            judged = judge(self.scorer, rollouts, world, say)
+        means = by_source(HELD_OUT, judged.rollouts, judged.reward)
+        return {HELD_OUT: float(judged.reward.mean())} | means
 
     def _sampling(self) -> Sampling:
         temperature = self.task.config.evaluation.temperature

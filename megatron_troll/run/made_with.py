@@ -6,7 +6,7 @@ hash of each training prompt's text). Checkpoints without them are from earlier 
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from megatron_troll.checks import data_of
 from megatron_troll.config import MadeWith
 from megatron_troll.config.load import dump
+from megatron_troll.data.prompts import held_out_by_source
 from megatron_troll.mcore.checkpoint_folder import path_of, steps
 from megatron_troll.mcore.checkpoint_manifest import damaged, resumable
 from megatron_troll.observe.run_folder import ACCEPTABLE, RunFolder, RunFolderError, flat_config, with_added
@@ -255,9 +256,10 @@ def note(folder: RunFolder, provenance: Provenance) -> None:
 
 def _parts(task: Task) -> dict[str, Part]:
     config, prompts, data = task.config, task.prompts, data_of(task.config)
-    held_out = () if isinstance(data.held_out, int) else data.held_out
+    files = [file for source in data.mixture.values() for file in source.files or ()]
+    held_out = [file for one in held_out_by_source(data).values() if isinstance(one, tuple) for file in one]
     parts = {
-        "data": Part(len(prompts.train), digest.of_prompts(prompts.train), _named(data.files)),
+        "data": Part(len(prompts.train), digest.of_prompts(prompts.train), _named(files)),
         "held_out": Part(len(prompts.held_out), digest.of_prompts(prompts.held_out), _named(held_out)),
         "tokenizer": _tokenizer(Path(config.policy.path)),
         "template": _text(json.dumps(task.tokenizer.chat_template)),
@@ -268,14 +270,14 @@ def _parts(task: Task) -> dict[str, Part]:
         parts["reference"] = _together(_weights(Path(reference.path)))
     slots = (getattr(config.objective, slot).name for slot in ("advantage", "ratio", "trust_region", "kl"))
     for name, classes in (
-        ("rewards", [config.reward.name]),
+        ("rewards", sorted({reward.name for reward in task.rewards.values()})),
         ("methods", [*slots, config.objective.correction.name, config.rollout.engine]),
     ):
         if files := _code(classes):
             parts[name] = _together(files)
-    if packages := build(config.reward).packages:
+    if packages := {package for reward in task.rewards.values() for package in build(reward).packages}:
         parts["rewards"] = replace(
-            parts.get("rewards", Part()), releases={package: version(package) for package in packages}
+            parts.get("rewards", Part()), releases={package: version(package) for package in sorted(packages)}
         )
     return parts
 
@@ -297,7 +299,7 @@ def _together(files: dict[str, str]) -> Part:
     return Part(len(files), digest.of_files(files), files)
 
 
-def _named(paths: tuple[str, ...]) -> dict[str, str]:
+def _named(paths: Iterable[str]) -> dict[str, str]:
     return {path: digest.of_file(Path(path)) for path in paths}
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_troll.checks import data_of
-from megatron_troll.data.order import PromptOrder
+from megatron_troll.data.mixture import MixtureOrder
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import layer_remarks
@@ -15,7 +15,7 @@ from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.objectives.compose import head_remarks, remarks
 from megatron_troll.observe.rollouts import RolloutStore
 from megatron_troll.observe.trackers import Summary
-from megatron_troll.rewards.score import Scorer
+from megatron_troll.rewards.mixed import MixedScorer
 from megatron_troll.rollout.engine import Engine
 from megatron_troll.run.evaluation import Evaluator, open_engine, open_judged
 from megatron_troll.run.made_with import Continued, continued, note
@@ -48,9 +48,9 @@ class Run:
     critic: Critic | None
     rollout_model: RolloutModel | None
     engine: Engine
-    scorer: Scorer
+    scorer: MixedScorer
     evaluator: Evaluator
-    order: PromptOrder
+    order: MixtureOrder
     store: RolloutStore
     checkpoints: Checkpoints
     pending: RolloutQueue
@@ -169,7 +169,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
         session = stack.enter_context(opened)
         session.progress.say(str(task))
         say_made_with(session, made_with)
-        scorer = stack.enter_context(Scorer(config.reward, progress=session.watchdog.beat))
+        scorer = stack.enter_context(MixedScorer(task.rewards, progress=session.watchdog.beat))
         policy = open_policy(
             config.policy,
             task.shape,
@@ -200,7 +200,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             engine=engine,
             scorer=scorer,
             evaluator=Evaluator(task, session, judged, scorer),
-            order=PromptOrder(len(task.prompts.train), config.seed, data_of(config).shuffle),
+            order=MixtureOrder(task.prompts.sources, config.seed, data_of(config).shuffle),
             store=RolloutStore(session.folder.rollouts, task.token_text),
             checkpoints=open_checkpoints(session, policy, critic, rollout_model),
             pending=RolloutQueue(config.rollout.staleness, config.train.steps),

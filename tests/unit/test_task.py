@@ -223,7 +223,7 @@ def dense_policy(config: Path, folder: Path) -> tuple[str, ...]:
 
 
 def test_training_needs_data(config: Path) -> None:
-    assert "data: missing; training needs data.files" in refusal(config, "data=null")
+    assert "data: missing; training needs prompts" in refusal(config, "data=null")
 
 
 def test_a_malformed_line_is_named_or_skipped_and_counted(config: Path) -> None:

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_troll.config import Data
-from megatron_troll.data.prompts import load_prompts, read_prompts
+from megatron_troll.data.prompts import load_prompts
+from megatron_troll.data.reader import Reader
 from megatron_troll.data.rows import DataError
 from megatron_troll.data.template import ChatTemplate
 
@@ -28,7 +29,8 @@ def dapo(index, text: str, answer: str = "34") -> dict:
 
 
 def read(path, tokenizer, **config):
-    return read_prompts((path,), Data(files=(path,), **config), ChatTemplate(tokenizer), "data")
+    reader = Reader(Data(files=(path,), **config), "data", ChatTemplate(tokenizer))
+    return reader.files((path,), config.get("schema", "auto")), reader.counts
 
 
 def refusal(path, tokenizer, **config) -> str:

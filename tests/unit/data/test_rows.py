@@ -10,7 +10,7 @@ import pytest
 
 from megatron_troll.config import Data, WarmStart
 from megatron_troll.data.demonstrations import load_demonstrations
-from megatron_troll.data.prompts import read_prompts
+from megatron_troll.data.reader import Reader
 from megatron_troll.data.rows import DataError, read_rows
 from megatron_troll.data.template import ChatTemplate
 
@@ -44,13 +44,14 @@ def test_a_line_that_cannot_be_used_is_named_or_skipped(tmp_path, tokenizer, bad
     path = two_lines(tmp_path, bad)
     config = Data(files=(path,))
     with pytest.raises(DataError) as caught:
-        read_prompts(config.files, config, ChatTemplate(tokenizer), "data")
+        Reader(config, "data", ChatTemplate(tokenizer)).files((path,), "auto")
     assert str(caught.value).startswith(f"{path} line 1: ")
     assert said in str(caught.value)
     skipping = config.model_copy(update={"malformed": "skip"})
-    prompts, counts = read_prompts(config.files, skipping, ChatTemplate(tokenizer), "data")
-    assert ([prompt.messages[0].content for prompt in prompts], counts.malformed) == (["sort 32"], 1)
-    assert f"first: {path} line 1: " in str(counts)
+    reader = Reader(skipping, "data", ChatTemplate(tokenizer))
+    prompts = reader.files((path,), "auto")
+    assert ([prompt.messages[0].content for prompt in prompts], reader.counts.malformed) == (["sort 32"], 1)
+    assert f"first: {path} line 1: " in str(reader.counts)
 
 
 ANSWERED = ', {"role": "assistant", "content": "13"}], "answer"'

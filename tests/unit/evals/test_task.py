@@ -73,7 +73,7 @@ def test_every_replica_decodes_a_full_batch(config: Path, ranks: int, at_once: i
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("eval.new={}", "eval.new.files: missing"),
+        ("eval.new={}", "eval.new: got none, expected exactly one of the keys files"),
         (
             "eval.hard.pass_at=[1, 5]",
             "eval.hard.pass_at: 5 is more than the samples of a prompt: samples is 4",

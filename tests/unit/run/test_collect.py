@@ -13,7 +13,7 @@ import pytest
 from megatron_troll.config import RewardConfig, RolloutConfig, Sampling
 from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import write_base
-from megatron_troll.data.order import PromptOrder
+from megatron_troll.data.mixture import MixtureOrder, SourcePrompts
 from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.parallel.groups import Groups
@@ -87,7 +87,6 @@ def run(tokenizer: Any) -> Callable[..., Any]:
         return SimpleNamespace(
             task=SimpleNamespace(
                 config=SimpleNamespace(rollout=config),
-                prompts=SimpleNamespace(train=train),
                 tokenizer=tokenizer,
             ),
             session=SimpleNamespace(
@@ -95,7 +94,7 @@ def run(tokenizer: Any) -> Callable[..., Any]:
             ),
             engine=Fake(),
             scorer=Scorer(RewardConfig(name="exact")),
-            order=PromptOrder(len(train), seed=0, shuffle=False),
+            order=MixtureOrder([SourcePrompts("", 1.0, tuple(train), ())], seed=0, shuffle=False),
         )
 
     return make

@@ -1,0 +1,135 @@
+"""Sources of prompts: files, alone or as weighted members of one mixture."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from megatron_troll.config.node import Files, Node, Positive, PositiveFloat, nearest
+from megatron_troll.config.rewards import RewardConfig
+
+Schema = Literal["auto", "dapo", "gsm8k", "messages"]
+LONGEST_WORD = 64
+
+
+def _metric_word(name: str) -> str:
+    """The name, if it can be the last part of a metric's. Raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or len(name) > LONGEST_WORD:
+        raise ValueError(
+            f"got {name!r:.100}, expected a name for metrics: at most {LONGEST_WORD} letters, digits, and "
+            "inside it _ . -"
+        )
+    return name
+
+
+MetricWord = Annotated[str, AfterValidator(_metric_word)]
+
+
+class Origin(Node):
+    """The origin of the prompts of one source, and what is added to them."""
+
+    files: Files | None = Field(default=None, description="prompts, JSONL or Parquet")
+    instruction: str | None = Field(
+        default=None,
+        description="text appended to the last turn of every prompt after a blank line, or the turn's new "
+        "text with {question} in the place of the old one",
+    )
+
+    @property
+    def origins(self) -> dict[str, object]:
+        """The values of those keys, of which exactly one must be set, that are."""
+        return {key: value for key in self.origin_keys() if (value := getattr(self, key))}
+
+    @classmethod
+    def origin_keys(cls) -> tuple[str, ...]:
+        return ("files",)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if len(self.origins) != 1:
+            wanted = " or ".join(self.origin_keys())
+            got = " and ".join(self.origins) or "none"
+            raise ValueError(f"got {got}, expected exactly one of the keys {wanted}")
+        return self
+
+
+class Reading(Node):
+    """The handling of rows that are not prompts or are too long."""
+
+    malformed: Literal["error", "skip"] = Field(
+        default="error", description="a line that is not a prompt: stop, or skip and count it"
+    )
+    max_prompt_tokens: Positive = Field(
+        default=1024, description="tokens of a prompt, chat template included"
+    )
+    overlong_prompts: Literal["error", "skip"] = Field(
+        default="error", description="a longer prompt: stop, or skip and count it"
+    )
+
+
+class Source(Origin):
+    """One source of a mixture, named by its key."""
+
+    weight: PositiveFloat = Field(
+        default=1.0, description="share of the prompts, relative to the other sources"
+    )
+    schema_: Schema | None = Field(default=None, alias="schema", description="default: data.schema")
+    reward: RewardConfig | None = Field(default=None, description="judges its answers; default: `reward`")
+
+
+class Data(Origin, Reading):
+    """The prompts of training, and those held out from it: one source, or several."""
+
+    schema_: Schema = Field(
+        default="auto", alias="schema", description="auto: detected from the first record of each file"
+    )
+    sources: dict[MetricWord, Source] = Field(default={})
+    held_out: Positive | Files | dict[MetricWord, Positive | Files] = Field(
+        default=1024,
+        description="a count split from the training prompts, of several sources by weight; or files; or "
+        "either by the name of its source",
+    )
+    shuffle: bool = Field(
+        default=True, description="a new order each epoch, fixed by `seed`; false: file order"
+    )
+    template_arguments: dict[str, str | int | float | bool] = Field(
+        default={},
+        description="arguments of the chat template, such as enable_thinking: false; for training, its "
+        "evaluations and `mtroll sft`",
+    )
+
+    @classmethod
+    def origin_keys(cls) -> tuple[str, ...]:
+        return (*super().origin_keys(), "sources")
+
+    @model_validator(mode="after")
+    def _held_out_by_source(self) -> Self:
+        held_out = self.held_out
+        if isinstance(held_out, tuple) and len(self.sources) > 1:
+            raise ValueError(
+                "held_out: files do not say of which source they are: give them by its name, "
+                f"{{{min(self.sources)}: [...]}}"
+            )
+        if isinstance(held_out, dict):
+            if not held_out:
+                raise ValueError("held_out: got {}, expected one source or more: a run is evaluated on them")
+            for name in held_out.keys() - self.sources.keys():
+                raise ValueError(f"held_out.{name}: no such source; {nearest(name, self.sources)}")
+        return self
+
+    @property
+    def mixture(self) -> dict[str, Source]:
+        """The sources by name, in the order of their names, with what they take over from `data`; the one
+        source of the short form has the name ""."""
+        if not self.sources:
+            own = self.origins | {"schema": self.schema_, "instruction": self.instruction}
+            return {"": Source.model_validate(own)}
+        return {
+            name: source.model_copy(
+                update={
+                    "schema_": source.schema_ or self.schema_,
+                    "instruction": self.instruction if source.instruction is None else source.instruction,
+                }
+            )
+            for name, source in sorted(self.sources.items())
+        }

@@ -1,0 +1,167 @@
+"""Rows to prompts: read, deduplicated, checked, and counted."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from megatron_troll.config import Reading
+from megatron_troll.data.chat import encoded
+from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
+from megatron_troll.data.schemas import detect, to_prompt
+from megatron_troll.data.template import ChatTemplate
+from megatron_troll.types import Message, Prompt
+
+Problem = Callable[[Prompt], str | None]
+QUESTION = "{question}"
+TOGETHER = 1024  # Enough for the tokenizer to keep every core busy.
+
+
+def no_problem(prompt: Prompt) -> None:
+    """Refuse no prompt."""
+
+
+def instructed(question: str, instruction: str) -> str:
+    """The text of a turn with an instruction: where that says {question}, otherwise after a blank line."""
+    if QUESTION in instruction:
+        return instruction.replace(QUESTION, question)
+    return f"{question}\n\n{instruction}"
+
+
+@dataclass
+class Counts:
+    """Counts of the rows of a source, by how they were handled. `conflicts` are the duplicates whose answer
+    differs from that of the first."""
+
+    rows: int = 0
+    malformed: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    overlong: int = 0
+    first_malformed: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.rows:,} rows"]
+        if self.duplicates:
+            parts.append(f"{self.duplicates:,} duplicates dropped ({self.conflicts:,} with another answer)")
+        if self.malformed:
+            parts.append(f"{self.malformed:,} malformed skipped (first: {self.first_malformed})")
+        if self.overlong:
+            parts.append(f"{self.overlong:,} too long skipped")
+        return ", ".join(parts)
+
+
+@dataclass
+class Seen:
+    """The prompts read of a mixture so far: chat -> answer, and id -> place."""
+
+    answers: dict[tuple[Message, ...], str] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Reader:
+    """Reader of one source. limits: the handling of bad rows, `key` its place in the configuration; problem:
+    says why no answer to a prompt can be judged, None if it can; seen: shared by the sources of a mixture."""
+
+    limits: Reading
+    key: str
+    template: ChatTemplate
+    problem: Problem = no_problem
+    source: str = ""
+    instruction: str | None = None
+    seen: Seen = field(default_factory=Seen)
+    counts: Counts = field(default_factory=Counts)
+
+    def files(self, paths: Sequence[str], schema: str) -> list[Prompt]:
+        """The distinct prompts of files in their order. A row with the same text as an earlier one is a
+        duplicate: it is dropped and counted. Raises DataError for a malformed or too long row, unless
+        `limits` says to skip it, and if no prompt is left."""
+        prompts = [prompt for path in paths for prompt in self._file(path, schema)]
+        if not prompts:
+            raise DataError(f"{', '.join(paths)}: no usable prompt; {self.counts}")
+        return prompts
+
+    def _file(self, path: str, schema: str) -> Iterator[Prompt]:
+        known = None if schema == "auto" else schema
+
+        def convert(row: Row) -> Prompt:
+            nonlocal known
+            known = known or detect(row.value)
+            return to_prompt(known, row.value)
+
+        return self._prompts(read_rows(path), convert)
+
+    def _prompts(self, rows: Iterator[Row], convert: Callable[[Row], Prompt]) -> Iterator[Prompt]:
+        """The prompts of rows that are new and not too long; TOGETHER of them are tokenized at a time."""
+        fresh: list[tuple[Prompt, Row]] = []
+        for row in rows:
+            try:
+                prompt = self._read(row, convert)
+            except Malformed as error:
+                if self.limits.malformed == "error":
+                    yield from self._fitting(fresh)  # Errors of earlier rows come first.
+                self._skip_malformed(row, error)
+                continue
+            if prompt is not None:
+                fresh.append((prompt, row))
+            if len(fresh) == TOGETHER:
+                yield from self._fitting(fresh)
+                fresh = []
+        yield from self._fitting(fresh)
+
+    def _read(self, row: Row, convert: Callable[[Row], Prompt]) -> Prompt | None:
+        """The prompt of a row; None for a duplicate. Raises Malformed."""
+        self.counts.rows += 1
+        if row.problem:
+            raise Malformed(row.problem)
+        prompt = self._of_source(convert(row))
+        problem = self.problem(prompt)
+        if problem is not None:
+            raise Malformed(problem)
+        return prompt if self._is_new(prompt, row) else None
+
+    def _of_source(self, prompt: Prompt) -> Prompt:
+        """The prompt with the instruction, and an id that no other source has."""
+        if self.instruction:
+            *before, last = prompt.messages
+            asked = replace(last, content=instructed(last.content, self.instruction))
+            prompt = replace(prompt, messages=(*before, asked))
+        if self.source:
+            prompt = replace(prompt, id=f"{self.source}/{prompt.id}", source=self.source)
+        return prompt
+
+    def _is_new(self, prompt: Prompt, row: Row) -> bool:
+        chat, seen = prompt.messages, self.seen
+        if chat in seen.answers:
+            self.counts.duplicates += 1
+            self.counts.conflicts += seen.answers[chat] != prompt.answer
+            return False
+        if prompt.id in seen.places:
+            raise Malformed(f"id {prompt.id!r} already names another prompt ({seen.places[prompt.id]})")
+        seen.answers[chat] = prompt.answer
+        seen.places[prompt.id] = row.where
+        return True
+
+    def _skip_malformed(self, row: Row, error: Malformed) -> None:
+        if self.limits.malformed == "error":
+            raise DataError(
+                f"{row.where}: {error} ({self.key}.malformed=skip skips and counts it)"
+            ) from error
+        self.counts.malformed += 1
+        self.counts.first_malformed = self.counts.first_malformed or f"{row.where}: {error}"
+
+    def _fitting(self, fresh: Sequence[tuple[Prompt, Row]]) -> Iterator[Prompt]:
+        """The prompts with their ids, without those that are malformed or too long."""
+        every = encoded([prompt for prompt, _ in fresh], self.template, self.limits.max_prompt_tokens)
+        for (prompt, row), found in zip(fresh, every, strict=True):
+            if isinstance(found, Malformed):
+                self._skip_malformed(row, found)
+            elif isinstance(found, Prompt):
+                yield found
+            elif self.limits.overlong_prompts == "skip":
+                self.counts.overlong += 1
+            else:
+                raise DataError(
+                    f"{row.where}: prompt {prompt.id!r:.80} has {found}, over {self.key}."
+                    f"max_prompt_tokens={self.limits.max_prompt_tokens} ({self.key}.overlong_prompts=skip "
+                    "skips and counts it)"
+                )
