@@ -86,8 +86,9 @@ def _megatron(sides: BothFormats, tokens: Tensor, dtype: torch.dtype | None) -> 
 
 def _round(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Round the weights to `dtype`: the conversion did so on one side, this does it on both."""
-    for parameter in model.parameters() if dtype is not None else ():
-        parameter.copy_(parameter.to(dtype))
+    for tensor in model.state_dict().values() if dtype is not None else ():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
 
 
 @contextmanager

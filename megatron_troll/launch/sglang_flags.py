@@ -1,17 +1,18 @@
 """The flags of a configuration's SGLang servers."""
 
 import ipaddress
+import math
 from pathlib import Path
 
 from megatron_troll.config import Config, ConfigError, Mamba, Serve
 from megatron_troll.launch.kv_scales import check_scales
-from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.mcore.shape import ModelShape, Yarn
 
 SGLANG = "0.5.23"
 Flags = dict[str, str | int | float | bool]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Families whose model in this SGLang reads a file of KV scales; the others refuse to start with one.
-READS_SCALES = ("qwen3",)
+READS_SCALES = ("apertus", "llama", "qwen2", "qwen3")
 HAS_MAMBA = ("qwen3_next",)
 # Disables what has no kernel without CUDA, and limits what would take all of a machine's memory.
 ON_CPU: Flags = {
@@ -32,6 +33,7 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
     """The flags of server `number` on "cuda" or "cpu", without its API key. Raises ConfigError for settings
     that a server would refuse or silently change."""
     serve, model = config.serve, config.models.drawing
+    check_rope(shape)
     flags: Flags = {
         "model-path": str(Path(model.path).absolute()),
         "host": serve.host,
@@ -67,6 +69,18 @@ def check_sizes(serve: Serve, shape: ModelShape) -> None:
     if serve.tp % serve.ep or shape.experts % serve.ep:
         raise ConfigError(
             f"serve.ep={serve.ep}: must divide serve.tp={serve.tp} and the model's {shape.experts} experts"
+        )
+
+
+def check_rope(shape: ModelShape) -> None:
+    """Raises ConfigError if a server would scale attention otherwise than the trainer, as YaRN's keys say."""
+    yarn = shape.rope_scaling
+    if isinstance(yarn, Yarn) and not math.isclose(yarn.scale, yarn.scale_in_sglang, rel_tol=1e-6):
+        factor = yarn.scale / yarn.inferred
+        raise ConfigError(
+            f"config.json: attention_factor {yarn.scale:g} of its RoPE is unknown to SGLang {SGLANG}, which "
+            f"takes {yarn.scale_in_sglang:g}: add attn_factor {factor:.9g} beside it, or use "
+            "rollout.engine=inprocess"
         )
 
 

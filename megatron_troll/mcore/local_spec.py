@@ -21,6 +21,7 @@ from megatron_troll.mcore.gated_delta_net import GatedDeltaNet, GatedDeltaNetSub
 from megatron_troll.mcore.rotary import attention_factor
 from megatron_troll.mcore.router import StepBalancedRouter
 from megatron_troll.mcore.shape import LayerType, ModelShape
+from megatron_troll.mcore.xielu import XIELU
 
 
 class RMSNorm(nn.Module):
@@ -64,13 +65,15 @@ def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlo
 
 
 def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
-    """Spec of one decoder layer: attention of its kind, then experts or a dense gated MLP."""
+    """Spec of one decoder layer: attention of its kind, then experts or a dense MLP."""
     mlp: Any = get_mlp_module_spec_for_backend(
         backend=LocalSpecProvider(), num_experts=shape.experts or None, moe_grouped_gemm=False
     )
+    parts: Any = get_submodules(mlp)
     if shape.experts:
-        experts: Any = get_submodules(mlp)
-        experts.router = StepBalancedRouter
+        parts.router = StepBalancedRouter
+    if shape.activation == "xielu":
+        parts.activation_func = XIELU
     residual: Any = get_bias_dropout_add
     norm = _norm(shape)
     return ModuleSpec(

@@ -20,9 +20,10 @@ def mark_matrices(chunk: nn.Module, *, sharded: bool) -> None:
         if isinstance(module, GatedDeltaNet):
             projection: Any = module.in_proj
             _split(projection.weight, module.widths.projected)
+    config: Any = chunk.config
     for name, parameter in chunk.named_parameters():
         rows = parameter.shape[0]
-        if "linear_fc1.weight" in name:
+        if "linear_fc1.weight" in name and config.gated_linear_unit:
             _split(parameter, (rows // 2, rows // 2))
         elif parameter.dim() == 2 and rows == 1:
             # A vector stored as a row: the gate of a shared expert, a value head.

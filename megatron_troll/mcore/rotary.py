@@ -26,10 +26,7 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
 
 def attention_factor(shape: ModelShape) -> float:
     """Scale of sines and cosines."""
-    scaling = shape.rope_scaling
-    if not isinstance(scaling, Yarn):
-        return 1.0
-    return scaling.inferred if scaling.attention_factor is None else scaling.attention_factor
+    return shape.rope_scaling.scale if isinstance(shape.rope_scaling, Yarn) else 1.0
 
 
 # The order of operations is that of transformers, so that no bit differs.

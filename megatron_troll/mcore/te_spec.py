@@ -20,6 +20,7 @@ from megatron_troll.mcore.local_spec import RMSNorm
 from megatron_troll.mcore.rotary import attention_factor
 from megatron_troll.mcore.router import StepBalancedRouter
 from megatron_troll.mcore.shape import LayerType, ModelShape
+from megatron_troll.mcore.xielu import XIELU
 
 
 class MaskedTEAttention(TEDotProductAttention):
@@ -43,14 +44,16 @@ def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlo
 
 
 def layer_spec(shape: ModelShape, kind: LayerType) -> ModuleSpec:
-    """Spec of one decoder layer: attention of its kind, then experts or a dense gated MLP."""
+    """Spec of one decoder layer: attention of its kind, then experts or a dense MLP."""
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=shape.experts or None, moe_grouped_gemm=shape.experts > 0, qk_layernorm=shape.qk_norm
     )
     layer: Any = spec.submodules
+    parts: Any = get_submodules(layer.mlp)
     if shape.experts:
-        experts: Any = get_submodules(layer.mlp)
-        experts.router = StepBalancedRouter
+        parts.router = StepBalancedRouter
+    if shape.activation == "xielu":
+        parts.activation_func = XIELU
     if kind == "linear_attention":
         submodules: Any = GatedDeltaNetSubmodules(
             in_proj=TELayerNormColumnParallelLinear, out_norm=RMSNorm, out_proj=TERowParallelLinear

@@ -31,8 +31,11 @@ def transformer_config(model: Model, shape: ModelShape) -> TransformerConfig:
         layernorm_epsilon=shape.norm_eps,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
-        gated_linear_unit=True,
+        gated_linear_unit=shape.gated,
         activation_func=F.silu,
+        # Megatron then builds a module per layer from the spec (its name is Transformer Engine's).
+        use_te_activation_func=shape.activation == "xielu",
+        no_rope_freq=[int(not rotates) for rotates in shape.rotary_layers] or None,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         num_moe_experts=shape.experts or None,

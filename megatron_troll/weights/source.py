@@ -109,6 +109,8 @@ class RandomSource:
                 drawn.fill_(1.0)
             case "zeros":
                 drawn.zero_()
+            case value:
+                drawn.fill_(value)
         return drawn if index is None else drawn[index]
 
 

@@ -28,12 +28,12 @@ def unchanged(tensors: Tensors) -> Tensors:
 @dataclass(frozen=True)
 class HFTensor:
     """One tensor of a checkpoint. `name` may contain {l} (layer) and {e} (expert); `init` is the random
-    initialization: normal(0, initializer_range), ones, zeros, or for the logarithm of a decay rate
+    initialization: normal(0, initializer_range), ones, zeros, a number, or for the logarithm of a decay rate
     log(uniform(0.01, 16))."""
 
     name: str
     shape: tuple[int, ...]
-    init: Literal["normal", "ones", "zeros", "decay"] = "normal"
+    init: Literal["normal", "ones", "zeros", "decay"] | float = "normal"
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Entry:
     padded      the axis is zero-padded to equal shards (vocabulary rows); the padding is never exported
     copy        a second copy of tensors that another entry owns: loaded, neither exported nor counted
     layer_type  the only type of layers that has it; None: every layer
+    trained     False for a constant that checkpoints store, which is not counted as a parameter
     """
 
     hf: tuple[HFTensor, ...]
@@ -60,6 +61,7 @@ class Entry:
     padded: bool = False
     copy: bool = False
     layer_type: str | None = None
+    trained: bool = True
 
     def only(self, layer_type: str) -> "Entry":
         """This entry, restricted to layers of one type."""
@@ -213,7 +215,7 @@ def parameters_of(table: Table) -> int:
     return sum(
         math.prod(tensor.shape) * (table.experts if entry.per_expert else 1) * len(table.layers_of(entry))
         for entry in table.entries
-        if not entry.copy
+        if entry.trained and not entry.copy
         for tensor in entry.hf
     )
 

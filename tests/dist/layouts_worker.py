@@ -34,7 +34,7 @@ from megatron_troll.weights.source import TensorSource
 from tests.dist.layout_table import AXES, Sizes, formed_groups
 from tests.dist.layouts_batch import OBJECTIVES, TEMPERATURE, Batch, K, Weights
 from tests.dist.layouts_reference import Old, Replay
-from tests.dist.parameters import main_gradient, parameters_by_name
+from tests.dist.parameters import constants_of, main_gradient, parameters_by_name, trained_parameters
 from tests.dist.tiny import started
 
 
@@ -164,7 +164,9 @@ def gradients_of(model: mcore.MegatronModel) -> Weights:
     unequal = unequal_replicas(model)
     assert not unequal, unequal
     with gradients_as_parameters(model):
-        return streamed(model)
+        return {
+            name: tensor for name, tensor in streamed(model).items() if name not in constants_of(model.shape)
+        }
 
 
 def streamed(model: mcore.MegatronModel) -> Weights:
@@ -176,7 +178,7 @@ def unequal_replicas(model: mcore.MegatronModel) -> list[str]:
     return [
         str(held.place.names)
         for held in held_parameters(model, table_of(model.shape))
-        if held.place.entry.axis is None
+        if held.place.entry.axis is None and held.place.entry.trained
         for other in model.groups.tp.all_gather(main_gradient(held.parameter))
         if not torch.equal(other, main_gradient(held.parameter))
     ]
@@ -185,7 +187,7 @@ def unequal_replicas(model: mcore.MegatronModel) -> list[str]:
 @contextmanager
 def gradients_as_parameters(model: mcore.MegatronModel) -> Iterator[None]:
     """So that gradients can be gathered as weights are."""
-    parameters = parameters_by_name(model).values()
+    parameters = trained_parameters(model)
     values = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = main_gradient(parameter)

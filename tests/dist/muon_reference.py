@@ -16,7 +16,17 @@ QUINTIC = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-NO_MATRIX = ("embed_tokens", "lm_head", "norm.weight", "conv1d", "A_log", "dt_bias", "shared_expert_gate")
+NO_MATRIX = (
+    "embed_tokens",
+    "lm_head",
+    "norm.weight",
+    "conv1d",
+    "A_log",
+    "dt_bias",
+    "shared_expert_gate",
+    ".bias",
+    "act_fn.",
+)
 
 
 class Dense:

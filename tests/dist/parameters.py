@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 
 from megatron_troll.mcore.model import MegatronModel
+from megatron_troll.mcore.shape import ModelShape
+from megatron_troll.weights.families import table_of
 from megatron_troll.weights.table import Entry
 
 
@@ -13,6 +15,16 @@ def parameters_by_name(model: MegatronModel) -> dict[str, nn.Parameter]:
         prefix = f"{i}." if len(model.chunks) > 1 else ""
         named.update({prefix + name: parameter for name, parameter in stage.named_parameters()})
     return named
+
+
+def trained_parameters(model: MegatronModel) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters_by_name(model).values() if parameter.requires_grad]
+
+
+def constants_of(shape: ModelShape) -> set[str]:
+    """The tensors of a checkpoint that are not trained."""
+    places = table_of(shape).places()
+    return {name for place in places if not place.entry.trained for name in place.names}
 
 
 def main_gradient(parameter: nn.Parameter) -> Tensor:

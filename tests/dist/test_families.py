@@ -16,6 +16,7 @@ from tests.dist.harness import RankPool
 from tests.dist.layout_table import Sizes, expected_groups
 from tests.dist.layouts_batch import Weights
 from tests.dist.layouts_checks import global_norm, worst_gradient
+from tests.dist.parameters import constants_of
 from tests.dist.tiny import write_reference
 from tests.dist.tiny_families import FAMILIES
 
@@ -91,4 +92,5 @@ def test_a_family_equals_hugging_face(
         assert worst < tolerance, name
         assert result.grad_norm == pytest.approx(global_norm(reference.gradients), rel=1e-5)
         assert layout == "cp2" or torch.equal(result.generated, reference.generated)
+        assert result.kept == constants_of(shape_of(FAMILIES[family]))
     assert seen.all()

@@ -18,8 +18,9 @@ from tests.dist.harness import RankPool
 from tests.dist.layout_table import LAYOUTS, Sizes
 from tests.dist.layouts_worker import gradients_as_parameters, streamed
 from tests.dist.muon_reference import Dense, Weights
-from tests.dist.parameters import main_gradient, parameters_by_name
+from tests.dist.parameters import constants_of, main_gradient, trained_parameters
 from tests.dist.tiny import DENSE, MOE, NEXT, reference, started
+from tests.dist.tiny_families import APERTUS, QWEN2
 
 LR, DECAY, LIMIT, STEPS = 0.5, 0.1, 1.0, 3
 TIED = DENSE | {"tie_word_embeddings": True}
@@ -36,6 +37,8 @@ CASES = {
     "hybrid-tp2-sharded": (4, {"tp": 2}, NEXT, "sharded"),
     "tied-pp2": (2, {"pp": 2}, TIED, "fp32"),
     "tied-pp2-sharded": (4, {"pp": 2}, TIED, "sharded"),
+    "apertus-tp2": (2, {"tp": 2}, APERTUS, "fp32"),
+    "qwen2-tp2": (2, {"tp": 2}, QWEN2, "fp32"),
 }
 
 
@@ -111,9 +114,11 @@ def give_gradients(model: MegatronModel, published: Weights, step: int) -> Weigh
     drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in published.items()}
     with gradients_as_parameters(model):
         load(model, TensorSource(drawn))
-        whole = streamed(model)
+        whole = {
+            name: tensor for name, tensor in streamed(model).items() if name not in constants_of(model.shape)
+        }
     experts = parallel_state.get_expert_data_parallel_world_size()
-    for parameter in parameters_by_name(model).values():
+    for parameter in trained_parameters(model):
         is_expert = not getattr(parameter, "allreduce", True)
         main_gradient(parameter).div_(experts if is_expert else model.groups.dp_cp.size)
     for chunk in model.chunks:

@@ -14,7 +14,7 @@ from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.compose import compose
 from tests.dist.plan_worker import BUCKET, measure
 from tests.dist.tiny import DENSE, MOE, NEXT
-from tests.dist.tiny_families import LLAMA
+from tests.dist.tiny_families import APERTUS, LLAMA, QWEN2, SMOLLM3
 
 TOKENS = 256
 # Bytes a token of what plans leave out: what tensor-parallel ranks tell each other in the head, and sums of
@@ -35,6 +35,7 @@ class Case:
 
 
 BF16 = {"dtype": "bf16"}
+SELECTIVE = {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}
 CASES = {
     "one-rank": Case(1, {}),
     "one-rank-bf16": Case(1, {}, fields=BF16),
@@ -64,6 +65,9 @@ CASES = {
     ),
     "llama": Case(1, {}, LLAMA),
     "llama-tp2-bf16": Case(2, {"tp": 2}, LLAMA, BF16),
+    "apertus-tp2": Case(2, {"tp": 2}, APERTUS),
+    "smollm3-pp2-bf16": Case(2, {"pp": 2}, SMOLLM3, BF16),
+    "qwen2-selective": Case(1, {}, QWEN2, BF16 | SELECTIVE),
     "hybrid": Case(1, {}, NEXT, BF16),
     "hybrid-tp2-cp2-ep2": Case(4, {"tp": 2, "cp": 2, "ep": 2}, NEXT),
 }

@@ -77,6 +77,10 @@ def reference(config: dict[str, Any], seed: int = 0) -> "PreTrainedModel":
                 parameter.copy_(drawn - 2)  # states that outlast a sequence, were they not cut
             else:
                 parameter.copy_((0.5 if any(part in name for part in STEEP) else 0.1) * drawn)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("act_fn.beta", "act_fn.eps")):
+                centre = 0.5 if name.endswith("beta") else -0.2
+                buffer.copy_(centre + 0.1 * torch.rand(buffer.shape, generator=generator))
     return model
 
 

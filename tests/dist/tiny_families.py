@@ -30,6 +30,7 @@ COMMON = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
+    "pad_token_id": None,  # Hugging Face gives the embedding of a padding token no gradient
 }
 LLAMA = COMMON | {"model_type": "llama", "num_key_value_heads": 4, "rope_parameters": LLAMA3}
 # As in SmolLM2, no scaling; as in Llama 1, a key-value head per query head.
@@ -37,6 +38,25 @@ LLAMA_TIED = COMMON | {
     "model_type": "llama",
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+}
+QWEN2 = COMMON | {
+    "model_type": "qwen2",
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+SMOLLM3 = COMMON | {
+    "model_type": "smollm3",
+    "num_key_value_heads": 4,
+    "no_rope_layers": [1, 0, 0, 1],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+APERTUS = COMMON | {
+    "model_type": "apertus",
+    "num_key_value_heads": 4,
+    "hidden_act": "xielu",
+    "rope_parameters": LLAMA3,
 }
 QWEN3_YARN = DENSE | {"rope_parameters": YARN}
 MOE_YARN = MOE | {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}}
@@ -47,6 +67,9 @@ NEXT_LINEAR = NEXT | {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama-tied": LLAMA_TIED,
+    "qwen2": QWEN2,
+    "smollm3": SMOLLM3,
+    "apertus": APERTUS,
     "qwen3-yarn": QWEN3_YARN,
     "qwen3_moe-yarn": MOE_YARN,
     "qwen3_next-linear": NEXT_LINEAR,

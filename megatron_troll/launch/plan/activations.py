@@ -81,7 +81,8 @@ def working_set(flow: Flow) -> int:
     shape, layout = flow.shape, flow.model.layout
     if shape.experts:
         return flow.received * flow.width * (2 * shape.hidden + 3 * shape.expert_ffn // layout.etp)
-    return flow.tokens * flow.width * (2 * shape.hidden + 3 * shape.ffn // layout.tp)
+    wide = 3 if shape.gated else 2
+    return flow.tokens * flow.width * (2 * shape.hidden + wide * shape.ffn // layout.tp)
 
 
 def between_stages(planned: Planned, flow: Flow, stage: int, flying: int) -> int:

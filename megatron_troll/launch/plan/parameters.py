@@ -16,7 +16,15 @@ EMBEDDING, ROUTER = "embedding.word_embeddings.weight", "mlp.router.weight"
 # The order of a layer's parameters in Megatron's local modules, which their buffers follow.
 LINEAR = ("dt_bias", "A_log", "in_proj", "conv1d", "out_norm", "out_proj")
 FULL = ("linear_proj", "linear_qkv", "q_layernorm", "k_layernorm")
-FEEDING = ("pre_mlp_layernorm", "router", "local_experts", "gate_weight", "linear_fc1", "linear_fc2")
+FEEDING = (
+    "pre_mlp_layernorm",
+    "router",
+    "local_experts",
+    "gate_weight",
+    "linear_fc1",
+    "activation_func",
+    "linear_fc2",
+)
 ORDER = ("input_layernorm", *LINEAR, *FULL, *FEEDING)
 
 
@@ -90,7 +98,7 @@ class Holding:
             padding=padding,
             expert=entry.per_expert and (layout.ep > 1 or layout.etp != layout.tp),
             shared=shared,
-            trained=not (self.frozen_router and entry.megatron[0].endswith(ROUTER)),
+            trained=entry.trained and not (self.frozen_router and entry.megatron[0].endswith(ROUTER)),
             matrix=not outside and len(shape) == 2 and shape[0] > 1,
             cut="" if entry.axis is None else "expert_tensor" if entry.per_expert else "tensor",
         )

@@ -11,7 +11,7 @@ def decoder(
     fields: Fields,
     head_dim: int,
     *,
-    kv_heads: int | None = None,
+    groups: int | None = None,
     types: tuple[LayerType, ...] | None = None,
     tied: bool = False,
     norm_eps: float = 1e-6,
@@ -21,13 +21,13 @@ def decoder(
     """The shape of a model whose layers have attention and a dense MLP, as in Qwen3; a reader replaces what
     differs in its family.
 
-    kv_heads   number of key-value heads; None: their key must be there
+    groups     number of key-value heads; None: their key must be there
     types      type of each layer; None: full attention in all
     tied, norm_eps, max_positions   what an absent key means
     partial    the same for the rotated fraction of a head; None: whole heads are rotated
     """
-    kv_heads = kv_heads or fields.size("num_key_value_heads")
-    _check_heads(fields, head_dim, kv_heads)
+    groups = groups or fields.size("num_key_value_heads")
+    _check_heads(fields, head_dim, groups)
     if partial is None:
         whole_heads(fields)
     fields.only("attention_dropout", 0, None)
@@ -39,7 +39,7 @@ def decoder(
         hidden=fields.size("hidden_size"),
         layer_types=types or layer_types(fields, every, ("full_attention",)),
         heads=fields.size("num_attention_heads"),
-        kv_heads=kv_heads,
+        kv_heads=groups,
         head_dim=head_dim,
         ffn=fields.size("intermediate_size"),
         experts=0,
@@ -57,14 +57,20 @@ def decoder(
     )
 
 
-def _check_heads(fields: Fields, head_dim: int, kv_heads: int) -> None:
+def _check_heads(fields: Fields, head_dim: int, groups: int) -> None:
     heads = fields.size("num_attention_heads")
-    if heads % kv_heads:
+    if heads % groups:
         raise fields.error(
-            f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"
+            f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})"
         )
     if head_dim % 2:
         raise fields.error(f"head_dim {head_dim} must be even: rotation takes dimensions in pairs")
+
+
+def kv_heads(fields: Fields) -> int:
+    """`num_key_value_heads`; as many as query heads if it is absent or null."""
+    absent = fields.config.get("num_key_value_heads") is None
+    return fields.size("num_attention_heads" if absent else "num_key_value_heads")
 
 
 def divided_head_dim(fields: Fields) -> int:

@@ -42,6 +42,8 @@ class ModelShape:
     rope_scaling      how rotary frequencies differ from powers of rope_theta; None: they do not
     qk_norm           whether queries and keys are normed per head
     qkv_bias          whether the projections to queries, keys and values have biases
+    rotary_layers     whether each layer rotates queries and keys; () if all do
+    activation        of the MLP: silu with a gate (arXiv:2002.05202), or xIELU without (arXiv:2411.13010)
     """
 
     family: str
@@ -70,10 +72,20 @@ class ModelShape:
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = True
     qkv_bias: bool = False
+    rotary_layers: tuple[bool, ...] = ()
+    activation: Literal["silu", "xielu"] = "silu"
 
     @property
     def layers(self) -> int:
         return len(self.layer_types)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies its activations by a second projection."""
+        return self.activation == "silu"
+
+    def rotates(self, layer: int) -> bool:
+        return not self.rotary_layers or self.rotary_layers[layer]
 
     def padded_vocab(self, tp: int) -> int:
         """Vocabulary rows over all tensor-parallel ranks, padded to equal shards."""

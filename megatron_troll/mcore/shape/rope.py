@@ -48,8 +48,18 @@ class Yarn:
     attn_factor: float = 1.0
 
     @property
+    def scale(self) -> float:
+        """Scale of sines and cosines in transformers."""
+        return self.inferred if self.attention_factor is None else self.attention_factor
+
+    @property
+    def scale_in_sglang(self) -> float:
+        """The same in SGLang 0.5.23, which does not know `attention_factor`."""
+        return self.inferred * self.attn_factor
+
+    @property
     def inferred(self) -> float:
-        """The attention factor without regard to `attention_factor`."""
+        """The scale that follows from the other keys."""
         if self.mscale and self.mscale_all_dim:
             return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
         return self._mscale(1.0)
@@ -149,7 +159,7 @@ def _yarn(rope: Fields, original: float, max_positions: int) -> Yarn:
     if "attn_factor" in given and "attention_factor" not in given:
         raise rope.error(
             "attn_factor is read by SGLang and ignored by Hugging Face: give attention_factor too, which is "
-            f"{yarn.inferred * yarn.attn_factor:g} to SGLang"
+            f"{yarn.scale_in_sglang:g} to SGLang"
         )
     return yarn
 

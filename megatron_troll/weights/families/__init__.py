@@ -2,14 +2,17 @@
 
 from megatron_troll.config import ConfigError
 from megatron_troll.mcore.shape import ModelShape
-from megatron_troll.weights.families import qwen3_next, standard
+from megatron_troll.weights.families import apertus, qwen3_next, standard
 from megatron_troll.weights.table import Table
 
 FAMILIES = {
+    "apertus": apertus.table,
     "llama": standard.table,
+    "qwen2": standard.table,
     "qwen3": standard.table,
     "qwen3_moe": standard.table,
     "qwen3_next": qwen3_next.table,
+    "smollm3": standard.table,
 }
 
 

@@ -34,13 +34,15 @@ def norm(shape: ModelShape, hf: str, size: int, *megatron: str) -> Entry:
     return Entry((HFTensor(hf, (size,), init=start),), megatron)
 
 
-def layer_norms(shape: ModelShape) -> tuple[Entry, ...]:
+def layer_norms(
+    shape: ModelShape, before_attention: str = "input_layernorm", before_mlp: str = "post_attention_layernorm"
+) -> tuple[Entry, ...]:
     """The two norms of a layer; Transformer Engine keeps each in the linear layer that follows it."""
     attention = MEGATRON + "self_attention."
     return (
         norm(
             shape,
-            HF + "input_layernorm.weight",
+            f"{HF}{before_attention}.weight",
             shape.hidden,
             MEGATRON + "input_layernorm.weight",
             attention + "linear_qkv.layer_norm_weight",
@@ -48,7 +50,7 @@ def layer_norms(shape: ModelShape) -> tuple[Entry, ...]:
         ),
         norm(
             shape,
-            HF + "post_attention_layernorm.weight",
+            f"{HF}{before_mlp}.weight",
             shape.hidden,
             MEGATRON + "pre_mlp_layernorm.weight",
             MEGATRON + "mlp.linear_fc1.layer_norm_weight",
@@ -80,6 +82,9 @@ def attention(shape: ModelShape) -> tuple[Entry, ...]:
             axis=1,
         ),
     ]
+    if shape.qkv_bias:
+        biases = tuple(HFTensor(f"{hf}{name}_proj.bias", (size,), init="zeros") for name, size in rows)
+        entries.insert(1, Entry(biases, (megatron + "linear_qkv.bias",), merge, split, axis=0))
     if shape.qk_norm:
         entries += [
             norm(shape, f"{hf}{name}_norm.weight", width, f"{megatron}{name}_layernorm.weight")

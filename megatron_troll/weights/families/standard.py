@@ -1,4 +1,5 @@
-"""Weight table of the families that name tensors as Llama does: Llama 3, and Qwen3 dense or with experts."""
+"""Weight table of the families that name tensors as Llama does: also Qwen2.5, SmolLM3 and Qwen3, with experts
+or without."""
 
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.weights.families.parts import STACKED, attention, dense, embeddings, experts, layer_norms

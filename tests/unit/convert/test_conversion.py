@@ -51,8 +51,8 @@ def test_there_and_back_is_bit_equal(name: str, tmp_path: Path) -> None:
     source = write_folder(MODELS[name], tmp_path / "hf", tensors)
     there = to_megatron(source, tmp_path / "mcore")
     back = to_hugging_face(there, tmp_path / "back")
-    assert len(list((there / "tensors").glob("*.distcp"))) > 3
-    assert len(list(back.glob("*.safetensors"))) > 3
+    assert len(list((there / "tensors").glob("*.distcp"))) > 2
+    assert len(list(back.glob("*.safetensors"))) > 2
     assert_equal(read_all(back), tensors)
     for folder in (there, back):
         assert json.loads((folder / "config.json").read_text()) == MODELS[name] | {"dtype": "float32"}

@@ -101,6 +101,16 @@ def test_linear_attention_only_where_there_is_some() -> None:
     assert flags["mamba-full-memory-ratio"] == 0.5
 
 
+def test_an_attention_factor_must_be_said_in_the_words_of_both_sides() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    for settings in ({}, {"attention_factor": 1.0, "attn_factor": 0.878248856}):
+        flags_of(config(), shape_of(DENSE | {"rope_parameters": yarn | settings}), 0, "cuda")
+    for settings in ({"attention_factor": 1.0}, {"attention_factor": 1.0, "attn_factor": 0.5}):
+        shape = shape_of(DENSE | {"rope_parameters": yarn | settings})
+        with pytest.raises(ConfigError, match=r"add attn_factor 0\.878248856 beside it"):
+            flags_of(config(), shape, 0, "cuda")
+
+
 FP8 = {"kv_cache": "fp8_e4m3"}
 
 
@@ -139,7 +149,7 @@ def test_an_fp8_cache_on_a_cpu_needs_amx(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_family_that_sglang_reads_no_scales_for(tmp_path: Path) -> None:
     file = scales(tmp_path / "scales.json", model_type="qwen3_moe")
-    with pytest.raises(ConfigError, match="for qwen3 only, not for qwen3_moe"):
+    with pytest.raises(ConfigError, match="for apertus, llama, qwen2, qwen3 only, not for qwen3_moe"):
         flags_of(config(FP8, kv_scales=file), MOE_SHAPE, 0, "cuda")
 
 

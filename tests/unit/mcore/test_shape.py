@@ -13,7 +13,7 @@ from megatron_troll.config.load import PRESETS
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import LinearAttention, read_shape, shape_of
 from tests.dist.tiny import DENSE, MOE, NEXT
-from tests.dist.tiny_families import LLAMA, LLAMA_TIED
+from tests.dist.tiny_families import APERTUS, LLAMA, LLAMA_TIED, QWEN2, SMOLLM3
 
 QWEN3_NEXT_80B_A3B = PRESETS / "models" / "Qwen3-Next-80B-A3B-Instruct" / "config.json"
 
@@ -96,8 +96,8 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
         {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
         "partial_rotary_factor 0.5 is not supported: whole heads are rotated in qwen3",
     ),
-    (DENSE, {"model_type": "mistral"}, "model_type 'mistral' is not supported (llama, "),
-    (DENSE, {"model_type": ["qwen3"]}, "model_type ['qwen3'] is not supported (llama, "),
+    (DENSE, {"model_type": "mistral"}, "model_type 'mistral' is not supported (apertus, llama, "),
+    (DENSE, {"model_type": ["qwen3"]}, "model_type ['qwen3'] is not supported (apertus, llama, "),
     (DENSE, {"head_dim": 15}, "head_dim 15 must be even"),
     (DENSE, {"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported (only 0)"),
     (LLAMA, {"attention_bias": True}, "attention_bias: True is not supported (only False)"),
@@ -106,6 +106,28 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (LLAMA, {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported (only 'silu')"),
     (LLAMA, {"hidden_size": 50}, "hidden_size (50) must be a multiple of num_attention_heads (8)"),
     (LLAMA, {"num_key_value_heads": 3}, "num_attention_heads (8) must be a multiple of"),
+    (QWEN2, {"use_sliding_window": True}, "use_sliding_window: True is not supported (only False)"),
+    (QWEN2, {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported (only 'silu')"),
+    (QWEN2, {"layer_types": ["sliding_attention"] * 4}, "layer_types: 'sliding_attention' is not supported"),
+    (QWEN2, {"head_dim": None}, "head_dim None must be a whole number above 0"),
+    (SMOLLM3, {"use_sliding_window": True}, "use_sliding_window: True is not supported (only False)"),
+    (SMOLLM3, {"attention_bias": True}, "attention_bias: True is not supported (only False)"),
+    (SMOLLM3, {"mlp_bias": True}, "mlp_bias: True is not supported (only False)"),
+    (SMOLLM3, {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported (only 'silu')"),
+    (SMOLLM3, {"no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers, num_hidden_layers is 4"),
+    (SMOLLM3, {"no_rope_layers": [1, 0, 2, 0]}, "no_rope_layers '[1, 0, 2, 0]' must be a list of 1 (RoPE)"),
+    (SMOLLM3, {"no_rope_layers": 4}, "no_rope_layers '4' must be a list of 1 (RoPE) and 0 (none)"),
+    (SMOLLM3, {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval 0 must be a"),
+    (APERTUS, {"hidden_act": "silu"}, "hidden_act: 'silu' is not supported (only 'xielu')"),
+    (APERTUS, {"attention_bias": True}, "attention_bias: True is not supported (only False)"),
+    (APERTUS, {"mlp_bias": True}, "mlp_bias: True is not supported (only False)"),
+    (APERTUS, {"post_norm": True}, "post_norm: True is not supported (only False)"),
+    (APERTUS, {"qk_norm": False}, "qk_norm: False is not supported (only True)"),
+    (
+        APERTUS,
+        {"rope_parameters": None, "rope_theta": 5e5},
+        "rope_theta says): give rope_parameters",
+    ),
 )
 
 
@@ -136,6 +158,15 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
         LLAMA | {"head_dim": None, "num_key_value_heads": None},
         LLAMA | {"head_dim": 32, "rope_scaling": None},
         without(LLAMA, "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
+        QWEN2,
+        without(QWEN2, "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings") | {"head_dim": 32},
+        SMOLLM3,
+        without(SMOLLM3, "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "no_rope_layers"),
+        without(SMOLLM3, "no_rope_layers") | {"no_rope_layer_interval": 2},
+        SMOLLM3 | {"no_rope_layers": None, "no_rope_layer_interval": 1},
+        SMOLLM3 | {"no_rope_layers": [1, 1, 0, 1, 0, 0]},
+        APERTUS,
+        without(APERTUS, "rms_norm_eps", "max_position_embeddings", "num_key_value_heads"),
     ],
     ids=str,
 )
@@ -150,6 +181,9 @@ def test_an_absent_key_means_what_it_means_to_hugging_face(config: dict[str, Any
     assert shape.rope_theta == there.rope_parameters["rope_theta"]
     assert shape.rotary_fraction == there.rope_parameters.get("partial_rotary_factor", 1.0)
     assert shape.layer_types == tuple(getattr(there, "layer_types", shape.layer_types))
+    layers = range(shape.layers)
+    rotated = getattr(there, "no_rope_layers", [1] * shape.layers)
+    assert [shape.rotates(layer) for layer in layers] == [bool(rotated[layer]) for layer in layers]
     if shape.experts:
         assert (shape.experts, shape.norm_topk) == (there.num_experts, there.norm_topk_prob)
 

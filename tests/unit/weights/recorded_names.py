@@ -10,7 +10,7 @@ moe/experts.py      TEGroupedMLP (grouped GEMM), SequentialMLP; also moe/shared_
 from typing import Any
 
 from tests.dist.tiny import DENSE, MOE, NEXT
-from tests.dist.tiny_families import LLAMA
+from tests.dist.tiny_families import APERTUS, LLAMA, QWEN2
 
 OUTSIDE = (
     "embedding.word_embeddings.weight",
@@ -34,6 +34,8 @@ DELTA_NET = (
     "self_attention.out_proj.weight",
 )
 WITHOUT_NORMS = tuple(name for name in ATTENTION if "k_layernorm" not in name and "q_layernorm" not in name)
+BIASED = (*WITHOUT_NORMS, "self_attention.linear_qkv.bias")
+XIELU = tuple(f"mlp.activation_func.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps"))
 MLP = ("mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
 ROUTER = ("pre_mlp_layernorm.weight", "mlp.router.weight")
 GROUPED = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
@@ -52,6 +54,8 @@ Layers = dict[str, tuple[str, ...]]
 MODELS: dict[str, tuple[dict[str, Any], Layers]] = {
     "dense": (DENSE, {"full_attention": ATTENTION + MLP}),
     "llama": (LLAMA, {"full_attention": WITHOUT_NORMS + MLP}),
+    "qwen2": (QWEN2 | {"tie_word_embeddings": False}, {"full_attention": BIASED + MLP}),
+    "apertus": (APERTUS, {"full_attention": ATTENTION + MLP + XIELU}),
     "grouped": (MOE, {"full_attention": ATTENTION + ROUTER + GROUPED}),
     "sequential": (MOE, {"full_attention": ATTENTION + ROUTER + SEQUENTIAL}),
     "hybrid": (

@@ -3,11 +3,13 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_troll.config import ConfigError
 from megatron_troll.mcore.checkpoint_sums import SumsError, sums_of, write_sums
@@ -17,6 +19,7 @@ from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder_source import INDEX, SINGLE, FolderSource
 from megatron_troll.weights.source import RandomSource, TensorSource, Unstacked, check, open_checked
 from tests.dist.tiny import MOE, NEXT
+from tests.dist.tiny_families import APERTUS, LLAMA, QWEN2
 
 SHAPE = shape_of(MOE)
 TABLE = table_of(SHAPE)
@@ -50,6 +53,19 @@ def test_a_random_hybrid_starts_as_hugging_face_says() -> None:
     rates = source.read(layer + "linear_attn.A_log").exp()
     assert rates.mean().item() == pytest.approx(8, abs=1)
     assert 0 < rates.min() < rates.max() < 16
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, APERTUS], ids=lambda config: config["model_type"])
+def test_a_random_start_is_drawn_as_hugging_face_draws_it(config: dict[str, Any]) -> None:
+    """What is constant there has the same value here, what is drawn the same spread."""
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    source = RandomSource(shape_of(config), seed=0)
+    for name, tensor in theirs.state_dict().items():
+        if name != "lm_head.weight" or not config["tie_word_embeddings"]:
+            constant = tensor.dim() < 2
+            wanted = tensor if constant else tensor.std()
+            found = source.read(name) if constant else source.read(name).std()
+            torch.testing.assert_close(found, wanted, rtol=0 if constant else 0.1, atol=1e-6)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -16,7 +16,7 @@ from megatron_troll.weights.source import TensorSource, check
 from megatron_troll.weights.table import Entry, HFTensor, Table, parameters_of
 from tests.dist.parameters import unshard
 from tests.dist.tiny import DENSE, MOE, NEXT
-from tests.dist.tiny_families import LLAMA
+from tests.dist.tiny_families import FAMILIES
 from tests.unit.weights.recorded_names import MODELS, OUTSIDE
 
 QWEN3_30B_A3B = PRESETS / "models" / "Qwen3-30B-A3B" / "config.json"
@@ -32,7 +32,7 @@ def table_at(config: dict) -> Table:
 def shapes(draw: st.DrawFn) -> ModelShape:
     """Any sizes that SHARDS divides where it must; any vocabulary."""
     groups = SHARDS * draw(st.integers(1, 2))
-    config = draw(st.sampled_from([DENSE, MOE, NEXT, LLAMA]))
+    config = draw(st.sampled_from([DENSE, MOE, NEXT, *FAMILIES.values()]))
     key_heads = SHARDS * draw(st.integers(1, 2))
     sizes = {
         "vocab_size": draw(st.integers(1, 40)),

@@ -4,14 +4,15 @@ from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow
 from megatron_troll.mcore.delta_rule import CHUNK
 
 
-def full_attention(flow: Flow, *, core: bool = True) -> int:
-    """Bytes kept by full attention. Without `core`, the core attention is recomputed in backward."""
+def full_attention(flow: Flow, rotates: bool, *, core: bool = True) -> int:
+    """Bytes kept by full attention. `rotates`: the layer rotates queries and keys; without `core`, the core
+    attention is recomputed in backward."""
     shape, tp, rows, width = flow.shape, flow.model.layout.tp, flow.tokens, flow.width
     heads, groups = shape.heads // tp, shape.kv_heads // tp
     query, key = heads * shape.head_dim, groups * shape.head_dim
     output = width * rows * query
     total = flow.norm(flow.shard, shape.hidden) + flow.hidden(flow.shard)
-    total += _heads_and_rotation(flow, heads, groups)
+    total += _heads(flow, heads, groups) + (_rotation(flow) if rotates else 0)
     # For the local core attention every rank gathers all keys; Transformer Engine's passes them around.
     keys = rows if flow.te or not core else rows * flow.model.layout.cp
     total += width * (rows * query + 2 * keys * key)
@@ -22,17 +23,21 @@ def full_attention(flow: Flow, *, core: bool = True) -> int:
     return total + output
 
 
-def _heads_and_rotation(flow: Flow, heads: int, groups: int) -> int:
-    """Bytes of the norms of queries and keys, and of the rotation's sines and cosines."""
+def _rotation(flow: Flow) -> int:
+    """Bytes of the sines and cosines of queries and keys."""
+    return 4 * flow.width * flow.tokens * int(flow.shape.head_dim * flow.shape.rotary_fraction)
+
+
+def _heads(flow: Flow, heads: int, groups: int) -> int:
+    """Bytes of the norms of queries and keys."""
     shape, rows = flow.shape, flow.tokens
-    rotated = 4 * flow.width * rows * int(shape.head_dim * shape.rotary_fraction)
     if not shape.qk_norm:
-        return rotated
+        return 0
     norms = flow.norm(rows * (heads + groups), shape.head_dim)
     # Queries and keys are views of the projection's output, which is kept whole if no fp32 copy is.
     kept_whole = flow.te or flow.width == FLOAT
     rest = groups + (heads if shape.output_gate else 0)
-    return rotated + norms + (flow.width * rows * rest * shape.head_dim if kept_whole else 0)
+    return norms + (flow.width * rows * rest * shape.head_dim if kept_whole else 0)
 
 
 def linear_attention(flow: Flow) -> int:

@@ -16,13 +16,13 @@ NOTHING = SavedBytes(0, 0, 0)
 
 def of_layers(flow: Flow, layers: Iterable[int], mode: Recompute) -> SavedBytes:
     """Bytes of `layers`, given by their numbers in the model."""
-    kinds = [flow.shape.layer_types[layer] for layer in layers]
-    of_kind = {kind: of_layer(flow, kind, mode) for kind in set(kinds)}
+    kinds = [(flow.shape.layer_types[layer], flow.shape.rotates(layer)) for layer in layers]
+    of_kind = {kind: of_layer(flow, *kind, mode) for kind in set(kinds)}
     return sum((of_kind[kind] for kind in kinds), NOTHING)
 
 
-def of_layer(flow: Flow, kind: str, mode: Recompute) -> SavedBytes:
-    mixing = full_attention(flow) if kind == "full_attention" else linear_attention(flow)
+def of_layer(flow: Flow, kind: str, rotates: bool, mode: Recompute) -> SavedBytes:
+    mixing = full_attention(flow, rotates) if kind == "full_attention" else linear_attention(flow)
     feeding = experts(flow) if flow.shape.experts else dense(flow)
     whole = mixing + feeding.kept
     if mode == "full":
@@ -31,7 +31,7 @@ def of_layer(flow: Flow, kind: str, mode: Recompute) -> SavedBytes:
         return SavedBytes(whole, 0, feeding.experts)
     kept = mixing
     if "core_attn" in flow.model.recompute_modules and kind == "full_attention":
-        kept = full_attention(flow, core=False)
+        kept = full_attention(flow, rotates, core=False)
     less = without(feeding, flow)
     return SavedBytes(kept + less.kept, max(mixing - kept, feeding.kept - less.kept), less.experts)
 

@@ -4,6 +4,8 @@ from megatron_troll.launch.plan.saved.flow import FLOAT, INDEX, Flow, SavedBytes
 
 # Tensors of a gated MLP: gate and up (stored as one), silu(gate), up + 0, and the second matrix's input.
 GATED = 5
+# Without a gate: the activation's input and output.
+UNGATED = 2
 
 
 def before_mlp(flow: Flow) -> int:
@@ -12,7 +14,8 @@ def before_mlp(flow: Flow) -> int:
 
 
 def dense(flow: Flow) -> SavedBytes:
-    inside = GATED * flow.width * flow.tokens * flow.shape.ffn // flow.model.layout.tp
+    tensors = GATED if flow.shape.gated else UNGATED
+    inside = tensors * flow.width * flow.tokens * flow.shape.ffn // flow.model.layout.tp
     return SavedBytes(before_mlp(flow) + inside, 0, 0)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_troll.mcore.shape.common import decoder
+from megatron_troll.mcore.shape.common import decoder, kv_heads
 from megatron_troll.mcore.shape.fields import Fields
 from megatron_troll.mcore.shape.model_shape import ModelShape
 
@@ -12,7 +12,7 @@ def read(fields: Fields) -> ModelShape:
         fields.only(key, False, None)
     fields.only("pretraining_tp", 1, None)
     fields.only("hidden_act", "silu")
-    shape = decoder(fields, _head_dim(fields), kv_heads=_kv_heads(fields), max_positions=2048)
+    shape = decoder(fields, _head_dim(fields), groups=kv_heads(fields), max_positions=2048)
     return replace(shape, qk_norm=False)
 
 
@@ -23,9 +23,3 @@ def _head_dim(fields: Fields) -> int:
     if hidden % heads:
         raise fields.error(f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})")
     return hidden // heads
-
-
-def _kv_heads(fields: Fields) -> int:
-    """`num_key_value_heads`; as many as query heads if it is absent or null."""
-    absent = fields.config.get("num_key_value_heads") is None
-    return fields.size("num_attention_heads" if absent else "num_key_value_heads")
