@@ -41,8 +41,8 @@ def test_the_resolved_config_is_kept_whole(finished: Workplace) -> None:
         "name": "troll",
         "bound": 0.05,
         "alpha": 1.0,
-        "k": 64,
-        "delta": 1e-5,
+        "k": 16,
+        "delta": 1e-4,
         "p_d": 1e-12,
         "support": "old",
     }
