@@ -1,7 +1,9 @@
 """Tokenizers in Hugging Face format."""
 
 from pathlib import Path
+from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_troll.data.rows import DataError
@@ -16,6 +18,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{folder}: no such folder; expected a model in Hugging Face format")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _restore_parts(tokenizer, Path(folder) / "tokenizer.json")
     except Exception as error:  # tokenizers raises no narrower class for a damaged tokenizer.json
         if type(error) is not Exception and not isinstance(error, DAMAGE):
             raise
@@ -29,6 +32,16 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except ValueError as error:  # several templates, none of them the default
         raise DataError(f"{folder}: {error}") from error
     return tokenizer
+
+
+def _restore_parts(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Give `tokenizer` the parts that its tokenizer.json has. transformers 5 replaces them without a word by
+    those of the class that it knows for the model_type of config.json, such as Qwen2.5's for qwen2."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and file.is_file():
+        published = Tokenizer.from_file(str(file))
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            setattr(backend, part, getattr(published, part))
 
 
 def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

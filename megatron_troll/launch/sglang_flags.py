@@ -4,7 +4,7 @@ import ipaddress
 import math
 from pathlib import Path
 
-from megatron_troll.config import Config, ConfigError, Mamba, Serve
+from megatron_troll.config import Config, ConfigError, Mamba, Model, Serve
 from megatron_troll.launch.kv_scales import check_scales
 from megatron_troll.mcore.shape import ModelShape, Yarn
 
@@ -34,6 +34,7 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
     that a server would refuse or silently change."""
     serve, model = config.serve, config.models.drawing
     check_rope(shape)
+    _check_scalars(shape, model)
     flags: Flags = {
         "model-path": str(Path(model.path).absolute()),
         "host": serve.host,
@@ -81,6 +82,14 @@ def check_rope(shape: ModelShape) -> None:
             f"config.json: attention_factor {yarn.scale:g} of its RoPE is unknown to SGLang {SGLANG}, which "
             f"takes {yarn.scale_in_sglang:g}: add attn_factor {factor:.9g} beside it, or use "
             "rollout.engine=inprocess"
+        )
+
+
+def _check_scalars(shape: ModelShape, model: Model) -> None:
+    if shape.activation == "xielu" and model.dtype != "bf16":
+        raise ConfigError(
+            f"dtype={model.dtype}: SGLang {SGLANG} keeps the scalars of xIELU in bf16, and would draw from "
+            "another model: set dtype=bf16, or rollout.engine=inprocess"
         )
 
 

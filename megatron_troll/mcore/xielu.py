@@ -36,7 +36,7 @@ class XIELU(MegatronModule):
 
 class _XIELU(torch.autograd.Function):
     """p x^2 + beta x for x > 0, otherwise n (exp(min(x, eps)) - 1 - x) + beta x, with p = softplus(alpha_p)
-    and n = beta + softplus(alpha_n); computed in fp32. Saves its arguments only."""
+    and n = beta + softplus(alpha_n); computed in fp32. Saves its arguments."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: Tensor, eps: Tensor) -> Tensor:
@@ -68,6 +68,7 @@ class _XIELU(torch.autograd.Function):
 def _wide(
     x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, p, n, beta and eps, in fp32 or wider."""
-    b = wide(beta)
-    return wide(x), F.softplus(wide(alpha_p)), b + F.softplus(wide(alpha_n)), b, wide(eps)
+    """x, p, n, beta and eps, in fp32 or wider; p and n are rounded to the dtype of the scalars, as in
+    transformers and SGLang."""
+    p, n = F.softplus(alpha_p), beta + F.softplus(alpha_n)
+    return wide(x), wide(p), wide(n), wide(beta), wide(eps)

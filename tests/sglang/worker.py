@@ -188,20 +188,20 @@ def _error(engine: Engine) -> tuple[str, str]:
     raise AssertionError("the sync went well")
 
 
-def assert_the_trainers(ranks: Sequence[Drawn], version: int) -> None:
+def assert_the_trainers(ranks: Sequence[Drawn], version: int, tolerance: float = TOLERANCE) -> None:
     """The log-probs of the tokens, and all of the law at each position, are those of the trainer."""
     trainers = next(rank.laws for rank in ranks if rank.laws)
     for drawn, law in zip(ranks[0].rollouts, trainers, strict=True):
-        _assert_of_law(drawn, law, version)
+        _assert_of_law(drawn, law, version, tolerance)
 
 
-def _assert_of_law(drawn: Rollout, law: np.ndarray, version: int) -> None:
+def _assert_of_law(drawn: Rollout, law: np.ndarray, version: int, tolerance: float) -> None:
     positions = np.arange(len(drawn.response_ids))
     assert drawn.versions.tolist() == [version] * len(positions)
-    np.testing.assert_allclose(drawn.logp, law[positions, drawn.response_ids], atol=TOLERANCE)
+    np.testing.assert_allclose(drawn.logp, law[positions, drawn.response_ids], atol=tolerance)
     assert drawn.topk is not None
     assert drawn.topk.ids.shape == (len(positions), VOCAB)
     served = np.take_along_axis(law, drawn.topk.ids.astype(np.int64), axis=1)
-    np.testing.assert_allclose(drawn.topk.logp, served, atol=TOLERANCE)
+    np.testing.assert_allclose(drawn.topk.logp, served, atol=tolerance)
     # In the order of the trainer's own, but for ties within the tolerance.
-    assert (np.diff(served, axis=1) <= 2 * TOLERANCE).all()
+    assert (np.diff(served, axis=1) <= 2 * tolerance).all()

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -24,6 +25,17 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
     check_vocab(tokenizer, 53)
     with pytest.raises(DataError, match=r"gives '\)' the id 52, but the model's vocab_size is 52"):
         check_vocab(tokenizer, 52)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "apertus"])
+def test_the_family_does_not_change_the_tokenizer(folder, tokenizer, family):
+    """transformers would take Qwen2.5's rules for splitting text in a folder with a Qwen2.5 model."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": family}))
+    text = "sort 31 42"
+    ids = load_tokenizer(folder).encode(text)
+    assert ids == tokenizer.encode(text)
+    assert load_tokenizer(folder).decode(ids) == text
 
 
 def test_folders_without_a_usable_tokenizer(folder, tmp_path):

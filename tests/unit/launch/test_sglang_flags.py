@@ -21,6 +21,7 @@ from megatron_troll.launch import sglang_flags
 from megatron_troll.launch.sglang_flags import check_address, flags_of
 from megatron_troll.mcore.shape import ModelShape, shape_of
 from tests.dist.tiny import DENSE, MOE
+from tests.dist.tiny_families import APERTUS
 
 MOE_SHAPE, DENSE_SHAPE = shape_of(MOE), shape_of(DENSE)
 
@@ -99,6 +100,12 @@ def test_linear_attention_only_where_there_is_some() -> None:
     assert flags["mamba-ssm-dtype"] == "bfloat16"
     assert flags["mamba-radix-cache-strategy"] == "extra_buffer"
     assert flags["mamba-full-memory-ratio"] == 0.5
+
+
+def test_scalars_that_a_server_would_round() -> None:
+    flags_of(config(policy={"dtype": "bf16"}), shape_of(APERTUS), 0, "cuda")
+    with pytest.raises(ConfigError, match=r"dtype=fp32: SGLang .* keeps the scalars of xIELU in bf16"):
+        flags_of(config(policy={"dtype": "fp32"}), shape_of(APERTUS), 0, "cuda")
 
 
 def test_an_attention_factor_must_be_said_in_the_words_of_both_sides() -> None:
