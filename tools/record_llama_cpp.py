@@ -15,55 +15,20 @@ from pathlib import Path
 import httpx
 import xllamacpp  # pyright: ignore[reportMissingImports]
 
+# Cut at "|".
+DIGITS = "0|7|42|1234|3.14159|-5|1e-7|10,000|\u0663|\u00bd|x2"
+BLANKS = " |  |   |\t|\n|\n\n|\r\n| \n|\n |\n    |\u00a0"
+WORDS = "the| answer|Hello|don't|WE'LL|naïve|straße|中文|日本|Привет|\U0001f642|e\u0301"
+SIGNS = "+|=| = |(|)|[|]|{|}|;|...|->|==|#|\\frac{1}{2}|$|_|`"
+CODE = "def f(x):\n    return x + 1\n|for i in range(10):\n|\tif (a[0] != 2) {\n|SELECT * FROM t;"
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|im_start|>user\n", "<|im_end|>\n", "<|endoftext|>")
 PIECES = (
-    *("0", "7", "42", "1234", "3.14159", "-5", "1e-7", "10,000", "٣", "½", "x2"),
-    *(" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n", "\n ", "\n    ", "\u00a0"),
-    *(
-        "the",
-        " answer",
-        "Hello",
-        "don't",
-        "WE'LL",
-        "naïve",
-        "straße",
-        "中文",
-        "日本",
-        "Привет",
-        "🙂",
-        "e\u0301",
-    ),
-    *(
-        "+",
-        "=",
-        " = ",
-        "(",
-        ")",
-        "[",
-        "]",
-        "{",
-        "}",
-        ";",
-        "...",
-        "->",
-        "==",
-        "#",
-        "\\frac{1}{2}",
-        "$",
-        "_",
-        "`",
-    ),
-    *("def f(x):\n    return x + 1\n", "for i in range(10):\n", "\tif (a[0] != 2) {\n", "SELECT * FROM t;"),
-    *("<|im_start|>", "<|im_end|>", "<|im_start|>user\n", "<|im_end|>\n", "<|endoftext|>"),
+    *(piece for pieces in (DIGITS, BLANKS, WORDS, SIGNS, CODE) for piece in pieces.split("|")),
+    *SPECIAL,
 )
 FIXED = (
-    "",
-    "\n\n1",
-    "=  5",
-    "\n    7",
-    "1. one\n2. two\n\n10. ten",
-    "a\n\n\n1",
-    "12 34  56   78",
-    "The answer is 42.",
+    *("", "\n\n1", "=  5", "\n    7", "1. one\n2. two\n\n10. ten"),
+    *("a\n\n\n1", "12 34  56   78", "The answer is 42."),
 )
 COUNT = 400
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_troll.parallel.groups import Group
 from megatron_troll.rewards.mixed import MixedScorer
-from megatron_troll.rewards.score import ScoredVotes, Scorer, Scores
+from megatron_troll.rewards.score import ScoredVotes, Scores
 from megatron_troll.types import Rollout
 
 
@@ -62,7 +62,7 @@ def together(parts: Sequence[ScoredBatch]) -> ScoredBatch:
 
 
 def judge(
-    scorer: Scorer | MixedScorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
+    scorer: MixedScorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
 ) -> ScoredBatch:
     """Score one share of the rollouts on each rank and gather all; every rank returns the same. `say` is told
     of answers on which the verifier raised. Blocks; raises RewardError on every rank if the verifier fails
@@ -94,7 +94,7 @@ def _counts(parts: Sequence[ScoredBatch | Scores]) -> dict[str, int]:
 
 
 def extract(
-    scorer: Scorer | MixedScorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
+    scorer: MixedScorer, rollouts: Sequence[Rollout], world: Group, say: Callable[[str], object]
 ) -> list[str | None]:
     """The vote of each rollout (Scorer.votes), computed in shares and with `say` like `judge`. Blocks."""
     votes: list[str | None] = [None] * len(rollouts)

@@ -26,9 +26,11 @@ def write_folder(path: Path, target: Path, dtype: torch.dtype, sha256: str | Non
     """Write the model of the GGUF file `path`, dequantised to `dtype`, to the folder `target` as safetensors,
     config and tokenizer, with SHA-256 sums. Holds one file of at most 4 GiB in memory.
 
-    Raises ConfigError, before anything is written, if the file's sum is not `sha256`, or if something in it
-    is damaged or not supported.
+    Raises ConfigError, before anything is written, if the file's sum is not `sha256`, if something in it is
+    damaged or not supported, or if `target` holds something.
     """
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty: convert to another folder")
     if sha256 is not None and (found := sum_of(path)) != sha256.lower():
         raise ConfigError(f"{path}: its SHA-256 is {found}, not {sha256}: download it again")
     file = GGUFFile(path)

@@ -91,6 +91,9 @@ def _merges(file: GGUFFile, vocabulary: Mapping[str, int]) -> list[tuple[str, st
 def _named(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
     """Tokens of a role, such as eos_token."""
     ids = {ours: file.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in NAMED.items()}
+    for role, number in ids.items():
+        if number is not None and number >= len(tokens):
+            raise ConfigError(f"{file.path}: token {number} ({role}) is beyond the {len(tokens)} tokens")
     return {f"{role}_token": tokens[number] for role, number in ids.items() if number is not None}
 
 
@@ -99,6 +102,8 @@ def _post_processor(file: GGUFFile, tokens: list[str]) -> Any:
     if not file.get("tokenizer.ggml.add_bos_token", False):
         return bytes_of
     number = file["tokenizer.ggml.bos_token_id"]
+    if number >= len(tokens):
+        raise ConfigError(f"{file.path}: token {number} (bos) is beyond the {len(tokens)} tokens")
     first = processors.TemplateProcessing(
         single=f"{tokens[number]} $A",
         pair=f"{tokens[number]} $A {tokens[number]} $B",
