@@ -61,8 +61,8 @@ def prepare(config: Config) -> Task:
     config = config.model_copy(
         update={
             "objective": resolve(config.objective),
-            "reward": verifiers.resolve(config.reward),
-            "data": _with_rewards(data_of(config)),
+            "reward": verifiers.resolve(_reward(config)),
+            "data": _with_rewards(data_of(config), config.reward),
         }
     )
     data = data_of(config)
@@ -103,14 +103,29 @@ def check_batch(wanted: int, prompts: PromptSet) -> None:
             )
 
 
-def _with_rewards(data: Data) -> Data:
-    """`data` with the defaults of the rewards that its sources name."""
-    resolved = {
-        name: source.model_copy(
-            update={"reward": verifiers.resolve(source.reward, f"data.sources.{name}.reward")}
+def _reward(config: Config) -> RewardConfig:
+    """The reward of the run. Raises ConfigError if it names another one than the scorer of `data.gym`."""
+    data = data_of(config)
+    if data.gym is not None and "reward" in config.model_fields_set and config.reward.name != "gym":
+        raise ConfigError(
+            f"reward.name={config.reward.name}: data.gym has a scorer of its own: leave the reward out "
+            "or set reward.name=gym; another one judges them as the `reward` of a source (data.sources)"
         )
+    return verifiers.default(config.reward, data)
+
+
+def _with_rewards(data: Data, reward: RewardConfig) -> Data:
+    """`data` with the rewards of sources that have one of their own, named or by default, written out."""
+    own = {
+        name: source.reward or verifiers.default(reward, source)
         for name, source in data.sources.items()
-        if source.reward is not None
+        if source.reward is not None or source.gym is not None
+    }
+    resolved = {
+        name: data.sources[name].model_copy(
+            update={"reward": verifiers.resolve(one, f"data.sources.{name}.reward")}
+        )
+        for name, one in own.items()
     }
     return data.model_copy(update={"sources": data.sources | resolved})
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_troll.config import Config, Node, RewardConfig, find_class, known_methods
+from megatron_troll.config import Config, Gym, Node, RewardConfig, find_class, known_methods
 from megatron_troll.config.shape import Shape
 from megatron_troll.objectives.compose import SLOTS
 from megatron_troll.observe.run_folder import CHANGEABLE
@@ -99,7 +99,8 @@ def node_of(field: FieldInfo) -> type[BaseModel] | None:
     """The node class that a field holds: directly, as an option, or as values of a map; otherwise None."""
     kinds = [field.annotation, *get_args(field.annotation)]
     return next(
-        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Node | RewardConfig)), None
+        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Node | RewardConfig | Gym)),
+        None,
     )
 
 

@@ -1,6 +1,6 @@
 """The typed tree of a run's configuration: its sections, the methods named in its slots, its paths."""
 
-from megatron_troll.config.data import Data, MetricWord, Origin, Reading, Source
+from megatron_troll.config.data import Data, Gym, MetricWord, Origin, Reading, Source
 from megatron_troll.config.methods import (
     Pairing,
     SlotMethod,
@@ -69,6 +69,7 @@ __all__ = [
     "Distill",
     "EvalSet",
     "Fraction",
+    "Gym",
     "Layout",
     "LearningRateSchedule",
     "MadeWith",

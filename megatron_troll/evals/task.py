@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.checks import check_length
 from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
-from megatron_troll.data.reader import Counts, Reader
+from megatron_troll.data.gym.tasks import Wanted, make
+from megatron_troll.data.reader import Counts, Reader, instruction_of
 from megatron_troll.data.stops import StopTokens, stop_tokens
 from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import check_reasoning_tags
@@ -65,7 +66,7 @@ def prepare(config: Config) -> EvalTask:
     """Read and check what `config` names. Raises one of task.PROBLEMS, which says what is wrong and where.
     Touches no device and writes nothing."""
     if not config.eval:
-        raise ConfigError("eval: missing; `mtroll eval` needs eval.<name>.files, prompts to answer")
+        raise ConfigError("eval: missing; `mtroll eval` needs eval.<name>.files or .gym, prompts to answer")
     if config.resume:
         raise ConfigError(
             "resume: an evaluation is not resumed; delete its run folder or choose another name"
@@ -88,10 +89,10 @@ def prepare(config: Config) -> EvalTask:
 
 def _reward(config: Config, name: str) -> RewardConfig:
     """The data set's own verifier config, otherwise the run's, with its defaults. Raises ConfigError."""
-    own = config.eval[name].reward
-    if own is None:
-        return verifiers.resolve(config.reward)
-    return verifiers.resolve(own, f"eval.{name}.reward")
+    one = config.eval[name]
+    if one.reward is None:
+        return verifiers.resolve(verifiers.default(config.reward, one))
+    return verifiers.resolve(one.reward, f"eval.{name}.reward")
 
 
 def _data_set(
@@ -100,8 +101,12 @@ def _data_set(
     one, key = config.eval[name], f"eval.{name}"
     template = _template(config, name, tokenizer)
     judging = partial(verifiers.problem, verifiers.build(reward))
-    reader = Reader(one, key, template, judging, instruction=one.instruction)
-    prompts = reader.files(one.files or (), one.schema_)
+    reader = Reader(one, key, template, judging, instruction=instruction_of(one))
+    if one.gym is not None:
+        tasks = make({name: Wanted(f"{key}.gym", one.gym, train=False, held_out=one.gym.size)})[name]
+        prompts = reader.tasks(tasks.held_out, tasks.to_prompt)
+    else:
+        prompts = reader.files(one.files or (), one.schema_)
     return DataSet(
         name=name,
         config=one,

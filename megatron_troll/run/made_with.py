@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from megatron_troll.checks import data_of
 from megatron_troll.config import MadeWith
 from megatron_troll.config.load import dump
+from megatron_troll.data.gym.tasks import PACKAGE
 from megatron_troll.data.prompts import held_out_by_source
 from megatron_troll.mcore.checkpoint_folder import path_of, steps
 from megatron_troll.mcore.checkpoint_manifest import damaged, resumable
@@ -258,9 +259,13 @@ def _parts(task: Task) -> dict[str, Part]:
     config, prompts, data = task.config, task.prompts, data_of(task.config)
     files = [file for source in data.mixture.values() for file in source.files or ()]
     held_out = [file for one in held_out_by_source(data).values() if isinstance(one, tuple) for file in one]
+    gym = any(source.gym is not None for source in data.mixture.values())
+    made = {PACKAGE: version(PACKAGE)} if gym else {}
     parts = {
-        "data": Part(len(prompts.train), digest.of_prompts(prompts.train), _named(files)),
-        "held_out": Part(len(prompts.held_out), digest.of_prompts(prompts.held_out), _named(held_out)),
+        "data": Part(len(prompts.train), digest.of_prompts(prompts.train), _named(files), releases=made),
+        "held_out": Part(
+            len(prompts.held_out), digest.of_prompts(prompts.held_out), _named(held_out), releases=made
+        ),
         "tokenizer": _tokenizer(Path(config.policy.path)),
         "template": _text(json.dumps(task.tokenizer.chat_template)),
         "stop_tokens": Part(len(task.stop_ids), digest.short([str(task.stop_ids).encode()])),
