@@ -94,9 +94,10 @@ def check_batch(wanted: int, prompts: PromptSet) -> None:
     """Raise ConfigError if a batch of `wanted` prompts may draw more from a source than it has."""
     weights = sum(source.weight for source in prompts.sources)
     for source in prompts.sources:
-        share, there = ceil(wanted * source.weight / weights), len(source.train)
+        share, there = ceil(wanted * source.weight / weights), min(map(len, source.levels))
         if share > there:
-            of = f"the {share} that a batch draws of data.sources.{source.name}, which has {there}"
+            at = "" if len(source.levels) == 1 else " at a level"
+            of = f"the {share} that a batch draws of data.sources.{source.name}, which has {there}{at}"
             raise ConfigError(
                 f"rollout.prompts={wanted} is more than "
                 + (f"the {there} training prompts" if not source.name else of)

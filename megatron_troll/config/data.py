@@ -10,6 +10,8 @@ from megatron_troll.config.rewards import RewardConfig
 
 Schema = Literal["auto", "dapo", "gsm8k", "messages"]
 LONGEST_WORD = 64
+LEVELS = 64
+Level = Annotated[int, Field(ge=0, lt=LEVELS)]
 
 
 def _metric_word(name: str) -> str:
@@ -25,6 +27,24 @@ def _metric_word(name: str) -> str:
 MetricWord = Annotated[str, AfterValidator(_metric_word)]
 
 
+class Curriculum(Node):
+    """Levels of difficulty, those of the data set's own curriculum, that rise with success in training. A
+    level includes the easier ones where the set's ranges do."""
+
+    success: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.75, description="mean success over `window` prompts from which on the level rises"
+    )
+    window: Positive = Field(default=256, description="prompts of the source, the last ones of its level")
+    first: Level = Field(default=0, description="level to begin with")
+    last: Level | None = Field(default=None, description="level to end with; default: the set's highest")
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.last is not None and self.last < self.first:
+            raise ValueError(f"last={self.last} is below first={self.first}")
+        return self
+
+
 class Gym(Slot):
     """Tasks of reasoning-gym: a data set by name, the set's own options beside it. The name alone is short
     for {name: SET}."""
@@ -36,6 +56,7 @@ class Gym(Slot):
     seed: Annotated[int, Field(ge=0, lt=128)] = Field(
         default=0, description="of the items: another one, other items"
     )
+    curriculum: Curriculum | None = Field(default=None, description="default: as hard as the options say")
 
     @model_validator(mode="before")
     @classmethod

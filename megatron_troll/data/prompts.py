@@ -103,10 +103,14 @@ class _Loading:
         read = []
         for name, source in sources.items():
             if name in made:
-                train, held_out = self._tasks(name, source, made[name]), held[name]
+                levels, held_out = self._tasks(name, source, made[name]), held[name]
             else:
                 train, held_out = self._files(name, source, wanted[name])
-            read.append(SourcePrompts(name, source.weight, tuple(train), tuple(held_out)))
+                levels = [train]
+            rising = None if source.gym is None else source.gym.curriculum
+            read.append(
+                SourcePrompts(name, source.weight, tuple(map(tuple, levels)), tuple(held_out), rising)
+            )
         loaded = PromptSet(tuple(read), self.counts)
         check_disjoint(loaded.train, loaded.held_out)
         return loaded
@@ -119,10 +123,17 @@ class _Loading:
         self.held_chats.update(prompt.messages for prompt in found)
         return found
 
-    def _tasks(self, name: str, source: Source, tasks: Tasks) -> list[Prompt]:
-        reader = self._reader(name, source, self.train, "tasks")
-        reader.excluded = self.held_chats
-        return reader.tasks(tasks.train, tasks.to_prompt)
+    def _tasks(self, name: str, source: Source, tasks: Tasks) -> list[list[Prompt]]:
+        """The training prompts of each level."""
+        levels = []
+        for rows in tasks.train:
+            level = rows[0].value["level"]
+            reader = self._reader(
+                name, source, self.train, "tasks" if level is None else f"tasks of level {level}"
+            )
+            reader.excluded = self.held_chats
+            levels.append(reader.tasks(rows, tasks.to_prompt))
+        return levels
 
     def _files(
         self, name: str, source: Source, wanted: int | tuple[str, ...]

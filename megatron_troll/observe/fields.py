@@ -40,6 +40,7 @@ RUN = (
         "share",
         "prompts trained on whose samples all got the same reward and so give no gradient",
     ),
+    Field("level", "", "level of the curriculum of data.gym from which the step's prompts are"),
     Field("refill_rounds", "", "rounds of new prompts sampled to replace such prompts (rollout.refill)"),
     Field("dropped_groups", "share", "sampled prompts that are not trained on"),
     Field("sampled_responses", "", "responses sampled for the batch, dropped ones included"),
@@ -80,6 +81,7 @@ RUN = (
 SOURCES = (
     Field("success/SOURCE", "", "mean reward over the responses to prompts of this source"),
     Field("held_out_success/SOURCE", "share", "mean reward on the held-out prompts of this source"),
+    Field("level/SOURCE", "", "level of the source's curriculum from which the step's prompts are"),
 )
 
 TOKEN = (

@@ -20,12 +20,13 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_troll.config import nearest
+from megatron_troll.config.data import LEVELS
 from megatron_troll.data.gym.refused import REFUSED
 
 Entry = dict[str, Any]
 # Ranges of random seeds, so far apart that no item of one is an item of another. An item is made from the
 # first seed of its range plus its index, below 2^32, which numpy's old generator needs.
-BLOCK, LEVELS, HELD_OUT = 2**18, 64, 2**31
+BLOCK, HELD_OUT = 2**18, 2**31
 OURS = ("seed", "size")
 STRICT = ConfigDict(strict=True)
 # Modules whose scorers evaluate the answer as Python where it is not the expected text.
@@ -72,9 +73,55 @@ def first_seed(seed: int, level: int, held_out: bool) -> int:
     return (seed * LEVELS + level) * BLOCK + (HELD_OUT if held_out else 0)
 
 
-def open_set(name: str, options: Mapping[str, Any], first: int = 0, size: int = 1) -> Library:
-    """A data set of `size` items with its own options, as a configuration has them. Raises GymError for a
-    name or an option that the library does not know or refuses, and for a set that we refuse."""
+def open_set(
+    name: str, options: Mapping[str, Any], first: int = 0, size: int = 1, level: int | None = None
+) -> Library:
+    """A data set of `size` items with its own options, as a configuration has them, and those of a level of
+    its curriculum. Raises GymError for a name or an option that the library does not know or refuses, for a
+    set that we refuse, and for an option that the level fixes."""
+    kind, config = _known(name)
+    values = _read(name, config, options)
+    seed_all(first)
+    try:
+        given = {**values, "seed": first, "size": size}
+        made = config(**given) if level is None else _at(name, level, given)
+        if hasattr(made, "validate"):
+            made.validate()
+        return kind(made)
+    except (AssertionError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        if isinstance(error, GymError):
+            raise
+        at = "" if level is None else f" at level {level}"
+        raise GymError(f"{name}{at}: {error or type(error).__name__}") from error
+
+
+def highest_level(name: str) -> int:
+    """The highest level of a data set's curriculum. Raises GymError if it has none."""
+    return max(len(attribute.levels) for attribute in _curriculum(name).attributes.values()) - 1
+
+
+def _at(name: str, level: int, given: Mapping[str, Any]) -> Any:
+    """The config of a data set at a level, with what is given beside it."""
+    curriculum = _curriculum(name)
+    names = ("field_name", "lower_field_name", "upper_field_name")
+    attributes = curriculum.attributes.values()
+    own = {getattr(attribute, key) for attribute in attributes for key in names if hasattr(attribute, key)}
+    for key in sorted(own & given.keys()):
+        raise GymError("is set by the curriculum: leave it out, or the curriculum", key)
+    curriculum.set_global_level(level)
+    return curriculum.generate_configuration(given)
+
+
+def _curriculum(name: str) -> Any:
+    _known(name)
+    factory = _factory()
+    if not factory.has_curriculum(name):
+        raise GymError(f"{name} has no levels", "curriculum")
+    return factory.create_curriculum(name)
+
+
+def _known(name: str) -> tuple[Any, Any]:
+    """The class of a data set that can be used, and that of its config."""
     factory = _factory()
     if name not in factory.DATASETS:
         raise GymError(
@@ -82,16 +129,7 @@ def open_set(name: str, options: Mapping[str, Any], first: int = 0, size: int = 
         )
     if name in REFUSED:
         raise GymError(f"{name} is refused: {REFUSED[name]}", "name")
-    kind, config = factory.DATASETS[name]
-    values = _read(name, config, options)
-    seed_all(first)
-    try:
-        made = config(**values, seed=first, size=size)
-        if hasattr(made, "validate"):
-            made.validate()
-        return kind(made)
-    except (AssertionError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-        raise GymError(f"{name}: {error or type(error).__name__}") from error
+    return factory.DATASETS[name]
 
 
 @cache

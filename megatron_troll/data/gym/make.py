@@ -8,14 +8,24 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from megatron_troll.data.gym.encoding import decode, encode
-from megatron_troll.data.gym.library import BLOCK, Entry, GymError, Library, item, judged, open_set
+from megatron_troll.data.gym.library import (
+    BLOCK,
+    Entry,
+    GymError,
+    Library,
+    first_seed,
+    highest_level,
+    item,
+    judged,
+    open_set,
+)
 
 ITEM_LIMIT_S = 60.0
 # Texts that no scorer should give full marks where they are not the answer; tried on the first items.
@@ -27,15 +37,43 @@ ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class Job:
-    """Items to make: `count` of them from the seed `first` on, or, if `distinct`, as many as it takes to have
-    `count` questions."""
+    """Items to make from the seeds of `seed`: `count` to train on, of every level from `levels[0]` to
+    `levels[1]` (None: the highest); or to be held out, as many as it takes to have `count` questions, of the
+    last level alone. levels None: the set's options say how hard they are."""
 
     key: str
     name: str
     options: dict[str, Any]
-    first: int
+    seed: int
     count: int
-    distinct: bool
+    held_out: bool
+    levels: tuple[int, int | None] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The items of one level of a job."""
+
+    job: Job
+    level: int | None
+
+    @property
+    def first(self) -> int:
+        """The seed of the first item."""
+        return first_seed(self.job.seed, self.level or 0, self.job.held_out)
+
+    @property
+    def size(self) -> int:
+        """The number of items that are looked at at most."""
+        return min(BLOCK, ATTEMPTS * self.job.count) if self.job.held_out else self.job.count
+
+    @property
+    def name(self) -> str:
+        return self.job.name + ("" if self.level is None else f" at level {self.level}")
+
+    def open(self) -> Library:
+        with limited():
+            return open_set(self.job.name, self.job.options, self.first, self.size, self.level)
 
 
 class TooSlow(Exception):
@@ -43,35 +81,50 @@ class TooSlow(Exception):
 
 
 def made(job: Job) -> dict[str, Any]:
-    """The rows of a job: index, entry, and the problem of an item that cannot be used; or the `problem` with
-    the whole data set, with the `option` at fault."""
+    """The `parts` of a job, one a level: its `rows`, each with index, entry, and the problem of an item that
+    cannot be used. Or the `problem` with the whole data set, with the `option` at fault."""
     try:
-        with limited():
-            size = min(BLOCK, ATTEMPTS * job.count) if job.distinct else job.count
-            opened = open_set(job.name, job.options, job.first, size)
-        rows = list(_rows(job, opened, size))
-        _try_out(job.name, opened, [row["entry"] for row in rows[:TRIED_ITEMS]])
+        return {"parts": [_made(Part(job, level)) for level in _levels(job)]}
     except GymError as error:
         return {"problem": str(error), "option": error.option}
     except TooSlow:
         return {"problem": f"{job.name} was not made within {ITEM_LIMIT_S:g} s", "option": ""}
-    return {"rows": rows}
 
 
-def _rows(job: Job, opened: Library, size: int) -> Iterator[dict[str, Any]]:
+def _levels(job: Job) -> Sequence[int | None]:
+    if job.levels is None:
+        return [None]
+    first, last = job.levels
+    top = highest_level(job.name)
+    for key, level in (("first", first), ("last", last)):
+        if level is not None and level > top:
+            raise GymError(f"{job.name} has the levels 0 to {top}, and not {level}", f"curriculum.{key}")
+    last = top if last is None else last
+    return [last] if job.held_out else range(first, last + 1)
+
+
+def _made(part: Part) -> dict[str, Any]:
+    opened = part.open()
+    rows = list(_rows(part, opened))
+    _try_out(part.job.name, opened, [row["entry"] for row in rows[:TRIED_ITEMS]])
+    return {"level": part.level, "rows": rows}
+
+
+def _rows(part: Part, opened: Library) -> Iterator[dict[str, Any]]:
+    job, name = part.job, part.name
     questions: set[str] = set()
     first_problem = ""
-    for index in range(size):
-        if job.distinct and len(questions) == job.count:
+    for index in range(part.size):
+        if job.held_out and len(questions) == job.count:
             return
         try:
             with limited():
-                entry = encode(item(opened, index, job.first))
+                entry = encode(item(opened, index, part.first))
         except TooSlow:
-            raise GymError(f"item {index} of {job.name} was not made within {ITEM_LIMIT_S:g} s") from None
+            raise GymError(f"item {index} of {name} was not made within {ITEM_LIMIT_S:g} s") from None
         except Exception as error:
-            raise GymError(f"item {index} of {job.name} cannot be made: {_told(error)}") from error
-        if job.distinct and entry["question"] in questions:
+            raise GymError(f"item {index} of {name} cannot be made: {_told(error)}") from error
+        if job.held_out and entry["question"] in questions:
             continue
         problem = _problem(job.name, opened, entry)
         if problem is None:
@@ -79,9 +132,9 @@ def _rows(job: Job, opened: Library, size: int) -> Iterator[dict[str, Any]]:
         else:
             first_problem = first_problem or f"; item {index}: {problem}"
         yield {"index": index, "entry": entry, "problem": problem}
-    if job.distinct and len(questions) < job.count:
+    if job.held_out and len(questions) < job.count:
         raise GymError(
-            f"{job.name} has only {len(questions):,} distinct questions in {size:,} items: too few to hold "
+            f"{name} has only {len(questions):,} distinct questions in {part.size:,} items: too few to hold "
             f"{job.count:,} out{first_problem}"
         )
 

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from megatron_troll.config import ConfigError, Gym
-from megatron_troll.data.gym.library import first_seed
 from megatron_troll.data.gym.make import Job
 from megatron_troll.data.gym.refused import RELEASE
 from megatron_troll.data.rows import DataError, Row
@@ -35,22 +34,20 @@ class Wanted:
 
     @property
     def jobs(self) -> list[Job]:
-        return [*([self._job(False, self.gym.size)] * self.train), *self.held_jobs]
-
-    @property
-    def held_jobs(self) -> list[Job]:
-        return [self._job(True, self.held_out)] if self.held_out else []
+        train = [self._job(False, self.gym.size)] if self.train else []
+        return train + ([self._job(True, self.held_out)] if self.held_out else [])
 
     def _job(self, held_out: bool, count: int) -> Job:
-        first = first_seed(self.gym.seed, 0, held_out)
-        return Job(self.key, self.gym.name, dict(self.gym.fields), first, count, held_out)
+        gym, rising = self.gym, self.gym.curriculum
+        levels = None if rising is None else (rising.first, rising.last)
+        return Job(self.key, gym.name, dict(gym.fields), gym.seed, count, held_out, levels)
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """The rows of one source; `to_prompt` reads them."""
+    """The rows of one source, those to train on of each level; `to_prompt` reads them."""
 
-    train: list[Row]
+    train: list[list[Row]]
     held_out: list[Row]
     to_prompt: Callable[[Row], Prompt]
 
@@ -64,14 +61,14 @@ def make(wanted: Mapping[str, Wanted]) -> dict[str, Tasks]:
     return {
         name: Tasks(
             train=next(rows) if one.train else [],
-            held_out=next(rows) if one.held_out else [],
+            held_out=next(rows)[0] if one.held_out else [],
             to_prompt=_reader(one.gym),
         )
         for name, one in wanted.items()
     }
 
 
-def _run(jobs: Sequence[Job]) -> list[list[Row]]:
+def _run(jobs: Sequence[Job]) -> list[list[list[Row]]]:
     _check_release(jobs[0].key)
     done = subprocess.run(
         [sys.executable, "-P", "-m", "megatron_troll.data.gym.make"],
@@ -86,33 +83,36 @@ def _run(jobs: Sequence[Job]) -> list[list[Row]]:
         raise DataError(
             f"{jobs[0].key}: the process that makes the tasks ended with exit code {done.returncode}:\n{said}"
         )
-    return [_rows(job, json.loads(line)) for job, line in zip(jobs, done.stdout.splitlines(), strict=True)]
+    return [_parts(job, json.loads(line)) for job, line in zip(jobs, done.stdout.splitlines(), strict=True)]
 
 
-def _rows(job: Job, answer: Mapping[str, Any]) -> list[Row]:
+def _parts(job: Job, answer: Mapping[str, Any]) -> list[list[Row]]:
+    """The rows of each level."""
     if "problem" in answer:
         key = ".".join(filter(None, (job.key, answer["option"])))
         raise ConfigError(f"{key}: {answer['problem']}")
-    kind, part = ("held-out item", "held-out-") if job.distinct else ("item", "")
-    return [
-        Row(
-            f"{job.key} ({job.name}) {kind} {row['index']}",
-            {"id": f"{part}{row['index']}", "entry": row["entry"]},
-            row["problem"],
-        )
-        for row in answer["rows"]
-    ]
+    return [[_row(job, part["level"], row) for row in part["rows"]] for part in answer["parts"]]
+
+
+def _row(job: Job, level: int | None, row: Mapping[str, Any]) -> Row:
+    kind, part = ("held-out item", "held-out-") if job.held_out else ("item", "")
+    at, before = ("", "") if level is None else (f" level {level}", f"{level}-")
+    return Row(
+        f"{job.key} ({job.name}){at} {kind} {row['index']}",
+        {"id": f"{part}{before}{row['index']}", "level": level, "entry": row["entry"]},
+        row["problem"],
+    )
 
 
 def _reader(gym: Gym) -> Callable[[Row], Prompt]:
     """The prompt of a row. Its record holds the item, in the forms of encoding.py, and what its scorer is
     made with."""
-    made = {"set": gym.name, "options": dict(gym.fields)}
 
     def to_prompt(row: Row) -> Prompt:
-        entry = row.value["entry"]
+        entry, level = row.value["entry"], row.value["level"]
         examples = [entry["metadata"].get(name) for name in EXAMPLES]
         answer = next((one for one in (entry["answer"], *examples) if isinstance(one, str)), "")
+        made = {"set": gym.name, "options": dict(gym.fields)} | ({} if level is None else {"level": level})
         return Prompt(row.value["id"], (Message("user", entry["question"]),), answer, {"gym": made, **entry})
 
     return to_prompt

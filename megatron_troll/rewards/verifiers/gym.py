@@ -55,7 +55,7 @@ class GymScorer(Reward):
         """The data set of a task, which holds the options that its scorer reads; opened once in a process."""
         key = repr(made)
         if key not in self._sets:
-            self._sets[key] = open_set(made["set"], made["options"])
+            self._sets[key] = open_set(made["set"], made["options"], level=made.get("level"))
         return self._sets[key]
 
     @cached_property

@@ -8,34 +8,40 @@ import pytest
 
 from megatron_troll.data.gym import make
 from megatron_troll.data.gym.encoding import decode, encode
-from megatron_troll.data.gym.library import open_set
+from megatron_troll.data.gym.library import item, open_set
 from megatron_troll.data.gym.make import Job, made
 
 
-def job(name: str, count: int = 3, first: int = 0, distinct: bool = False, **options: Any) -> Job:
-    return Job("data.gym", name, options, first, count, distinct)
+def job(name: str, count: int = 3, held_out: bool = False, levels: Any = None, **options: Any) -> Job:
+    return Job("data.gym", name, options, 0, count, held_out, levels)
 
 
-def questions(answer: dict[str, Any]) -> list[str]:
-    return [row["entry"]["question"] for row in answer["rows"]]
+def rows(answer: dict[str, Any], part: int = 0) -> list[dict[str, Any]]:
+    assert "problem" not in answer, answer
+    return answer["parts"][part]["rows"]
+
+
+def questions(answer: dict[str, Any], part: int = 0) -> list[str]:
+    return [row["entry"]["question"] for row in rows(answer, part)]
 
 
 def test_an_item_is_made_from_its_seed() -> None:
-    one, moved = made(job("chain_sum", 6)), made(job("chain_sum", 6, first=2))
-    assert questions(one)[2:] == questions(moved)[:4]
-    assert [row["problem"] for row in one["rows"]] == [None] * 6
-    assert one["rows"][0]["entry"].keys() == {"question", "answer", "metadata"}
+    found = made(job("chain_sum", 6))
+    moved = open_set("chain_sum", {}, first=2, size=4)
+    assert questions(found)[2:] == [item(moved, i, 2)["question"] for i in range(4)]
+    assert [row["problem"] for row in rows(found)] == [None] * 6
+    assert rows(found)[0]["entry"].keys() == {"question", "answer", "metadata"}
 
 
 def test_what_a_set_draws_from_the_generators_of_the_process_is_fixed_too() -> None:
-    assert made(job("list_functions", 12, first=9)) == made(job("list_functions", 12, first=9))
+    assert rows(made(job("list_functions", 12))) == rows(made(job("list_functions", 12)))
 
 
 def test_held_out_questions_are_distinct() -> None:
     """One digit and two terms: 200 questions at most."""
-    found = questions(made(job("chain_sum", 100, distinct=True, max_terms=2, max_digits=1)))
+    found = questions(made(job("chain_sum", 100, held_out=True, max_terms=2, max_digits=1)))
     assert len(found) == len(set(found)) == 100
-    refused = made(job("chain_sum", 500, distinct=True, max_terms=2, max_digits=1))
+    refused = made(job("chain_sum", 500, held_out=True, max_terms=2, max_digits=1))
     assert "chain_sum has only" in refused["problem"]
     assert "too few to hold 500 out" in refused["problem"]
 
@@ -101,7 +107,7 @@ def test_an_item_whose_own_answer_is_not_right_is_malformed(
     scores: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(make, "open_set", lambda *asked: Broken(scores))
-    assert said in made(job("x"))["rows"][0]["problem"]
+    assert said in rows(made(job("x")))[0]["problem"]
 
 
 def test_a_scorer_that_takes_one_text_for_most_questions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +128,7 @@ def test_what_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(make, "ITEM_LIMIT_S", 0.05)
     monkeypatch.setattr(make, "open_set", lambda *asked: Broken(forever))
-    assert "takes over 0.05 s for its own answer '000'" in made(job("x"))["rows"][0]["problem"]
+    assert "takes over 0.05 s for its own answer '000'" in rows(made(job("x")))[0]["problem"]
     monkeypatch.setattr(make, "item", forever)
     assert made(job("x"))["problem"] == "item 0 of x was not made within 0.05 s"
     monkeypatch.setattr(make, "open_set", forever)
@@ -155,5 +161,4 @@ STORED = ("arc_agi", "gsm_symbolic", "graph_color", "rubiks_cube", "rush_hour", 
 @pytest.mark.parametrize("name", STORED)
 def test_scorers_judge_what_was_stored_as_what_was_made(name: str) -> None:
     """Their metadata hold tuples, numbers as keys and fractions."""
-    answer = made(job(name, 4, first=11))
-    assert [row["problem"] for row in answer["rows"]] == [None] * 4
+    assert [row["problem"] for row in rows(made(job(name, 4)))] == [None] * 4

@@ -136,7 +136,7 @@ def tasks_only(printable: Any, gym: dict[str, Any], **config: Any) -> list[Promp
     """The training prompts of a source that holds none out."""
     made = make({"": Wanted("data.gym", Gym.model_validate(gym), True, 0)})[""]
     reader = Reader(Data.model_validate({"gym": gym} | config), "data", ChatTemplate(printable))
-    return reader.tasks(made.train, made.to_prompt)
+    return reader.tasks(made.train[0], made.to_prompt)
 
 
 def test_files_of_held_out_tasks_are_refused() -> None:
@@ -181,4 +181,46 @@ def test_every_process_makes_the_same_tasks(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(os.environ, "PYTHONHASHSEED", seed)
         found.append({name: (one.train, one.held_out) for name, one in make(wanted).items()})
     assert found[0] == found[1]
-    assert all(len(train) == 3 and len(held) == 2 for train, held in found[0].values())
+    assert all(len(train[0]) == 3 and len(held) == 2 for train, held in found[0].values())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_curriculum_has_prompts_of_every_level_and_holds_out_those_of_the_last(printable: Any) -> None:
+    """The set's own levels: two terms of one digit, up to three of two, up to four of three."""
+    rising = {"name": "chain_sum", "size": 40, "curriculum": {"first": 1, "last": 2, "window": 8}}
+    found = loaded(printable, sources={"sums": {"gym": rising}}, held_out=10)
+    (source,) = found.sources
+    assert [prompts[0].id for prompts in source.levels] == ["sums/1-0", "sums/2-0"]
+    assert source.first_level == 1
+    digits = [
+        {p.record["metadata"]["num_digits"] for p in prompts} for prompts in (*source.levels, source.held_out)
+    ]
+    assert digits == [{1, 2}, {1, 2, 3}, {1, 2, 3}]
+    assert source.held_out[0].id == "sums/held-out-2-0"
+    assert source.levels[1][0].record["gym"] == {"set": "chain_sum", "options": {}, "level": 2}
+    held = {prompt.messages for prompt in found.held_out}
+    assert not any(prompt.messages in held for prompt in found.train)
+    assert "sums, tasks of level 2: 40 rows" in str(found)
+
+
+LEVELS = [
+    ({"curriculum": {"last": 40}}, "data.gym.curriculum.last: chain_sum has the levels 0 to 10, and not 40"),
+    (
+        {"curriculum": {"first": 11}},
+        "data.gym.curriculum.first: chain_sum has the levels 0 to 10, and not 11",
+    ),
+    ({"curriculum": {}, "max_terms": 3}, "data.gym.max_terms: is set by the curriculum: leave it out, or"),
+    ({"name": "acre", "curriculum": {}}, "data.gym.curriculum: acre has no levels"),
+    (
+        {"name": "caesar_cipher", "curriculum": {}},
+        "data.gym: caesar_cipher at level 2: rotation must be in range",
+    ),
+]
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(("options", "said"), LEVELS)
+def test_levels_that_there_are_not_are_refused(printable: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(printable, gym={"name": "chain_sum", "size": 5} | options, held_out=2)
+    assert str(caught.value).startswith(said)
