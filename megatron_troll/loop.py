@@ -136,7 +136,7 @@ def rise(run: Run, batch: RolloutBatch, step: int) -> list[str]:
     """Let the sources rise to harder prompts on what was sampled for `step`. Returns a line for each rise."""
     prompts = [rollout.prompt for rollout in batch.sampled.rollouts]
     begins = step + 1 + run.task.config.rollout.staleness
-    return run.curricula.observe(prompts, batch.sampled.reward, begins, run.order.drawn)
+    return run.curricula.observe(prompts, batch.sampled.success, begins, run.order.drawn)
 
 
 def evaluate(run: Run, step: int, metrics: dict[str, float]) -> Rescued | None:

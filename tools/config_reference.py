@@ -17,6 +17,7 @@ from megatron_troll.config.shape import Shape
 from megatron_troll.objectives.compose import SLOTS
 from megatron_troll.observe.run_folder import CHANGEABLE
 from megatron_troll.rewards.reward import Reward
+from megatron_troll.rewards.terms import PartConfig, Sum
 
 INTRODUCTION = """\
 # Configuration
@@ -49,7 +50,7 @@ REWARDS = "megatron_troll.rewards.verifiers"
 def markdown() -> str:
     """The text of docs/configuration.md."""
     introduction = INTRODUCTION.replace("{changeable}", ", ".join(f"`{key}`" for key in CHANGEABLE))
-    return "\n".join([introduction, *sections(Config, ""), *method_sections()]) + "\n"
+    return "\n".join([introduction, *sections(Config, ""), *method_sections(), *sum_sections()]) + "\n"
 
 
 def sections(kind: type[BaseModel], path: str) -> Iterator[str]:
@@ -74,6 +75,17 @@ def method_sections() -> Iterator[str]:
             yield f"### `{key}: {{name: {name}}}`\n"
             yield f"{first_paragraph(sys.modules[method.__module__].__doc__)}\n"
             yield from table(method)
+
+
+def sum_sections() -> Iterator[str]:
+    """Yield the sections of a sum of rewards, which is no verifier itself."""
+    for path, kind in (
+        ("reward: {name: sum}", Sum),
+        ("reward: {name: sum, parts: {<name>: ...}}", PartConfig),
+    ):
+        yield f"### `{path}`\n"
+        yield f"{first_paragraph(kind.__doc__)}\n"
+        yield from table(kind)
 
 
 def table(kind: type[BaseModel]) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Inputs of `mtroll eval`: the configuration, and everything it names, read and validated."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +13,7 @@ from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import check_reasoning_tags
 from megatron_troll.mcore.layout import world_size
 from megatron_troll.mcore.shape import ModelShape
-from megatron_troll.rewards import reward as verifiers
+from megatron_troll.rewards.terms import Judges, default, resolve, terms
 from megatron_troll.task import shape_of, tokenizer_of
 from megatron_troll.types import Prompt
 
@@ -79,7 +78,7 @@ def prepare(config: Config) -> EvalTask:
         limits = {"max_prompt_tokens": one.max_prompt_tokens, "sampling.max_tokens": one.sampling.max_tokens}
         check_length({f"eval.{name}.{key}": tokens for key, tokens in limits.items()}, shape)
     tokenizer = tokenizer_of(config.policy, shape)
-    if any(reward.reasoning == "drop" for reward in rewards.values()):
+    if any(term.config.reasoning == "drop" for reward in rewards.values() for term in terms(reward)):
         check_reasoning_tags(tokenizer)
     sets = tuple(_data_set(config, name, rewards[name], tokenizer, shape.vocab) for name in config.eval)
     layout = config.policy.layout
@@ -91,8 +90,8 @@ def _reward(config: Config, name: str) -> RewardConfig:
     """The data set's own verifier config, otherwise the run's, with its defaults. Raises ConfigError."""
     one = config.eval[name]
     if one.reward is None:
-        return verifiers.resolve(verifiers.default(config.reward, one))
-    return verifiers.resolve(one.reward, f"eval.{name}.reward")
+        return resolve(default(config.reward, one))
+    return resolve(one.reward, f"eval.{name}.reward")
 
 
 def _data_set(
@@ -100,8 +99,7 @@ def _data_set(
 ) -> DataSet:
     one, key = config.eval[name], f"eval.{name}"
     template = _template(config, name, tokenizer)
-    judging = partial(verifiers.problem, verifiers.build(reward))
-    reader = Reader(one, key, template, judging, instruction=instruction_of(one))
+    reader = Reader(one, key, template, Judges(reward).problem, instruction=instruction_of(one))
     if one.gym is not None:
         tasks = make({name: Wanted(f"{key}.gym", one.gym, train=False, held_out=one.gym.size)})[name]
         prompts = reader.tasks(tasks.held_out, tasks.to_prompt)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-from megatron_troll.config import ConfigError, Node, Origin, RewardConfig, build_method
+from megatron_troll.config import ConfigError, Node, RewardConfig, build_method
 from megatron_troll.types import Prompt
 
 Wanted = Literal["reward", "vote"]
@@ -120,18 +120,3 @@ def build(config: RewardConfig, key: str = "reward") -> Reward:
     if taken:
         raise ConfigError(f"{key}.name: {config.name} declares fields that every reward has: {taken}")
     return reward
-
-
-def default(config: RewardConfig, origin: Origin) -> RewardConfig:
-    """The reward of a source that names none: `config`, but for tasks of reasoning-gym their own scorer, with
-    the limits and the handling of reasoning and of cut answers of `config`."""
-    if origin.gym is None or config.name == "gym":
-        return config
-    return RewardConfig.model_validate(
-        {key: getattr(config, key) for key in RewardConfig.model_fields} | {"name": "gym"}
-    )
-
-
-def resolve(config: RewardConfig, key: str = "reward") -> RewardConfig:
-    """`config` with the defaults of its verifier's own fields filled in. Raises ConfigError like `build`."""
-    return RewardConfig.model_validate(config.model_dump() | build(config, key).model_dump(mode="json"))

@@ -24,7 +24,7 @@ from megatron_troll.data.prompts import held_out_by_source
 from megatron_troll.mcore.checkpoint_folder import path_of, steps
 from megatron_troll.mcore.checkpoint_manifest import damaged, resumable
 from megatron_troll.observe.run_folder import ACCEPTABLE, RunFolder, RunFolderError, flat_config, with_added
-from megatron_troll.rewards.reward import build
+from megatron_troll.rewards.terms import Judges, names
 from megatron_troll.run import digest
 from megatron_troll.run.state import read_state
 from megatron_troll.system import DAMAGED, naming, write_atomic
@@ -275,12 +275,12 @@ def _parts(task: Task) -> dict[str, Part]:
         parts["reference"] = _together(_weights(Path(reference.path)))
     slots = (getattr(config.objective, slot).name for slot in ("advantage", "ratio", "trust_region", "kl"))
     for name, classes in (
-        ("rewards", sorted({reward.name for reward in task.rewards.values()})),
+        ("rewards", names(list(task.rewards.values()))),
         ("methods", [*slots, config.objective.correction.name, config.rollout.engine]),
     ):
         if files := _code(classes):
             parts[name] = _together(files)
-    if packages := {package for reward in task.rewards.values() for package in build(reward).packages}:
+    if packages := {package for reward in task.rewards.values() for package in Judges(reward).packages}:
         parts["rewards"] = replace(
             parts.get("rewards", Part()), releases={package: version(package) for package in sorted(packages)}
         )

@@ -1,5 +1,5 @@
-"""A run on tasks of reasoning-gym and a file: two steps, and the second again from the checkpoint of the
-first."""
+"""A run on tasks of reasoning-gym, with a curriculum and two rewards, and a file: two steps, and the second
+again from the checkpoint of the first."""
 
 import json
 import shutil
@@ -14,7 +14,13 @@ name: whole
 models: {policy: {path: model, init: random}}
 data:
   sources:
-    sums: {gym: {name: chain_sum, max_terms: 2, max_digits: 1, size: 40}, weight: 2}
+    sums:
+      gym: {name: chain_sum, size: 40, curriculum: {success: 0.1, window: 4, last: 1}}
+      weight: 2
+      reward:
+        name: sum
+        parts: {right: {name: gym}, sound: {name: "tests.e2e.rewards:Checksum", weight: 0.5}}
+        success: sound
     sort: {files: [prompts.jsonl], reward: {name: exact}}
   held_out: {sums: 4, sort: 2}
   max_prompt_tokens: 220
@@ -45,9 +51,11 @@ def test_a_continued_run_draws_and_judges_as_if_nothing_had_happened(place: Work
     whole = place.metrics("whole")
     assert [row["step"] for row in whole] == [0, 1, 2]
     for row in whole[1:]:
-        assert {"success/sums", "success/sort"} <= row.keys()
-        mixed = (2 * row["success/sums"] + row["success/sort"]) / 3
-        assert row["success"] == pytest.approx(mixed)
+        assert row["success"] == pytest.approx((2 * row["success/sums"] + row["success/sort"]) / 3)
+        assert row["success/sums"] == pytest.approx(row["reward/sound"])
+        summed = row["reward/right"] + 0.5 * row["reward/sound"]
+        assert row["reward"] == pytest.approx((2 * summed + row["success/sort"]) / 3)
+    assert [row["level/sums"] for row in whole[1:]] == [0, 1]
     assert {"held_out_success/sums", "held_out_success/sort"} <= whole[0].keys()
     succeed(place.mtroll("train", "runs/part", "name=part", "resume=true"))
     assert untimed(place.metrics("part")) == untimed(whole)

@@ -11,7 +11,8 @@ from megatron_troll.data.gym.encoding import encode
 from megatron_troll.data.gym.library import open_set
 from megatron_troll.data.gym.tasks import ASKED
 from megatron_troll.rewards.answers import last_tagged
-from megatron_troll.rewards.reward import Raised, VerifierCall, attempt, build, default, problem
+from megatron_troll.rewards.reward import Raised, VerifierCall, attempt, build, problem
+from megatron_troll.rewards.terms import default
 from megatron_troll.rewards.verifiers.gym import stated
 from megatron_troll.types import Message, Prompt
 
