@@ -28,6 +28,8 @@ Entry = dict[str, Any]
 # first seed of its range plus its index, below 2^32, which numpy's old generator needs.
 BLOCK, HELD_OUT = 2**18, 2**31
 OURS = ("seed", "size")
+# Keys of a source that stand beside the options of its set.
+BESIDE = {*OURS, "curriculum"}
 STRICT = ConfigDict(strict=True)
 # Modules whose scorers evaluate the answer as Python where it is not the expected text.
 EVALUATE = (
@@ -188,7 +190,7 @@ def _read(name: str, config: type, options: Mapping[str, Any]) -> dict[str, Any]
     values = {}
     for key, value in options.items():
         if key not in known:
-            raise GymError(f"{name} has no option {key!r:.80}; {nearest(key, known)}", key)
+            raise GymError(f"{name} has no option {key!r:.80}; {nearest(key, known | BESIDE)}", key)
         try:
             values[key] = _adapter(kinds[key]).validate_json(json.dumps(value))
         except ValidationError as error:

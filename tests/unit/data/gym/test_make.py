@@ -53,6 +53,7 @@ BAD = [
         "max_term",
         "chain_sum has no option 'max_term'; did you mean 'max_terms'?",
     ),
+    (job("chain_sum", sizes=3), "sizes", "chain_sum has no option 'sizes'; did you mean 'size'?"),
     (job("chain_sum", max_terms="3"), "max_terms", "got '3': Input should be a valid integer"),
     (job("chain_sum", max_terms=1), "", "chain_sum: max_terms must be >= min_terms"),
     (job("puzzle24"), "name", "puzzle24 is refused: its scorer does not look which numbers are used"),
