@@ -78,7 +78,7 @@ def load_prompts(config: Data, seed: int, template: ChatTemplate, problem: Probl
 
 @dataclass
 class _Loading:
-    """The reading of every source. held_chats: those of held-out tasks."""
+    """The reading of every source."""
 
     config: Data
     seed: int
@@ -87,7 +87,6 @@ class _Loading:
     counts: dict[str, Counts] = field(default_factory=dict)
     train: Seen = field(default_factory=Seen)
     held_out: Seen = field(default_factory=Seen)
-    held_chats: set[tuple[Message, ...]] = field(default_factory=set)
 
     def all(self) -> PromptSet:
         wanted, sources = held_out_by_source(self.config), self.config.mixture
@@ -98,20 +97,28 @@ class _Loading:
                 if source.gym is not None and isinstance(count := wanted[name], int)
             }
         )
-        # Held-out tasks first: training leaves out what they ask.
-        held = {name: self._held_tasks(name, sources[name], tasks) for name, tasks in made.items()}
-        read = []
-        for name, source in sources.items():
-            if name in made:
-                levels, held_out = self._tasks(name, source, made[name]), held[name]
-            else:
-                train, held_out = self._files(name, source, wanted[name])
-                levels = [train]
-            rising = None if source.gym is None else source.gym.curriculum
-            read.append(
-                SourcePrompts(name, source.weight, tuple(map(tuple, levels)), tuple(held_out), rising)
+        files = {
+            name: self._files(name, source, wanted[name])
+            for name, source in sources.items()
+            if name not in made
+        }
+        held = {name: out for name, (_, out) in files.items()}
+        held |= {name: self._held_tasks(name, sources[name], tasks) for name, tasks in made.items()}
+        # Tasks come last: they leave out what is held out of any source.
+        excluded = {prompt.messages for prompts in held.values() for prompt in prompts}
+        levels = {name: [train] for name, (train, _) in files.items()}
+        levels |= {name: self._tasks(name, sources[name], tasks, excluded) for name, tasks in made.items()}
+        read = tuple(
+            SourcePrompts(
+                name,
+                source.weight,
+                tuple(map(tuple, levels[name])),
+                tuple(held[name]),
+                None if source.gym is None else source.gym.curriculum,
             )
-        loaded = PromptSet(tuple(read), self.counts)
+            for name, source in sources.items()
+        )
+        loaded = PromptSet(read, self.counts)
         check_disjoint(loaded.train, loaded.held_out)
         return loaded
 
@@ -119,11 +126,11 @@ class _Loading:
         if not tasks.held_out:
             return []
         reader = self._reader(name, source, self.held_out, "held-out tasks")
-        found = reader.tasks(tasks.held_out, tasks.to_prompt)
-        self.held_chats.update(prompt.messages for prompt in found)
-        return found
+        return reader.tasks(tasks.held_out, tasks.to_prompt)
 
-    def _tasks(self, name: str, source: Source, tasks: Tasks) -> list[list[Prompt]]:
+    def _tasks(
+        self, name: str, source: Source, tasks: Tasks, excluded: set[tuple[Message, ...]]
+    ) -> list[list[Prompt]]:
         """The training prompts of each level."""
         levels = []
         for rows in tasks.train:
@@ -131,7 +138,7 @@ class _Loading:
             reader = self._reader(
                 name, source, self.train, "tasks" if level is None else f"tasks of level {level}"
             )
-            reader.excluded = self.held_chats
+            reader.excluded = excluded
             levels.append(reader.tasks(rows, tasks.to_prompt))
         return levels
 

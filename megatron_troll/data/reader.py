@@ -90,7 +90,8 @@ class Reader:
 
     def tasks(self, rows: Iterable[Row], convert: Callable[[Row], Prompt]) -> list[Prompt]:
         """The distinct prompts of rows that were made for this source, under the same conditions."""
-        return self._some(self._prompts(rows, convert), f"{self.key}.gym")
+        key = f"{self.key}.sources.{self.source}" if self.source else self.key
+        return self._some(self._prompts(rows, convert), f"{key}.gym")
 
     def _some(self, prompts: Iterable[Prompt], of: str) -> list[Prompt]:
         found = list(prompts)

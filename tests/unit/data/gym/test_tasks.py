@@ -64,6 +64,18 @@ def test_no_held_out_question_is_trained_on_and_none_comes_twice(printable: Any)
 
 
 @pytest.mark.usefixtures("in_process")
+def test_what_a_file_holds_out_is_no_task(printable: Any, write_jsonl: Any) -> None:
+    alone = loaded(printable, gym=SUMS | {"size": 20}, held_out=2)
+    same = {"messages": [{"role": "user", "content": alone.train[3].messages[0].content}], "answer": "1"}
+    other = {"messages": [{"role": "user", "content": "count"}], "answer": "1"}
+    sources = {"z": {"files": (write_jsonl("a.jsonl", other),)}, "sums": {"gym": SUMS | {"size": 20}}}
+    held_out = {"z": (write_jsonl("h.jsonl", same),), "sums": 2}
+    found = loaded(printable, sources=sources, held_out=held_out)
+    assert found.counts["sums, tasks"].held_out == 1 + alone.counts["tasks"].held_out
+    assert same["messages"][0]["content"] not in {p.messages[0].content for p in found.train}
+
+
+@pytest.mark.usefixtures("in_process")
 def test_another_seed_gives_other_tasks(printable: Any) -> None:
     hard = {"name": "chain_sum", "min_digits": 8, "max_digits": 9, "size": 30}
     one, other = (loaded(printable, gym=hard | {"seed": seed}, held_out=30) for seed in (0, 1))
@@ -75,7 +87,9 @@ def test_another_seed_gives_other_tasks(printable: Any) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_the_same_tasks_in_two_sources_leave_nothing_for_the_second(printable: Any) -> None:
     twice = {"a": {"gym": SUMS | {"size": 9}}, "b": {"gym": SUMS | {"size": 9}}}
-    with pytest.raises(DataError, match=r"data\.gym: no usable prompt; 9 rows, 9 duplicates dropped"):
+    with pytest.raises(
+        DataError, match=r"data\.sources\.b\.gym: no usable prompt; 9 rows, 9 duplicates dropped"
+    ):
         loaded(printable, sources=twice, held_out={"a": 2})
 
 
