@@ -87,6 +87,9 @@ def train_step(run: Run, state: TrainState) -> TrainState:
     }
     group = torch.tensor([rollout.group for rollout in rollouts])
     metrics["frac_zero_std_groups"] = float(zero_variance(torch.from_numpy(rewards), group))
+    metrics |= run.curricula.metrics(step)
+    for line in rise(run, batch, step):
+        run.session.progress.say(f"step {step}: {line}")
     failure = None
     if due(step, config.evaluation.every, config.train.steps):
         failure = evaluate(run, step, metrics)
@@ -127,6 +130,13 @@ def learn(
         learned.metrics.update(taught.metrics)
         state = replace(state, distill_weight=taught.weight)
     return learned, replace(state, step=step, skipped=state.skipped + 1 if learned.skipped else 0)
+
+
+def rise(run: Run, batch: RolloutBatch, step: int) -> list[str]:
+    """Let the sources rise to harder prompts on what was sampled for `step`. Returns a line for each rise."""
+    prompts = [rollout.prompt for rollout in batch.sampled.rollouts]
+    begins = step + 1 + run.task.config.rollout.staleness
+    return run.curricula.observe(prompts, batch.sampled.success, begins, run.order.drawn)
 
 
 def evaluate(run: Run, step: int, metrics: dict[str, float]) -> Rescued | None:

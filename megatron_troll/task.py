@@ -20,7 +20,7 @@ from megatron_troll.mcore.version import check_version
 from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
 from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import Objective
-from megatron_troll.rewards import reward as verifiers
+from megatron_troll.rewards import terms as rewarding
 
 PROBLEMS = (ConfigError, DataError, OSError)
 
@@ -61,8 +61,8 @@ def prepare(config: Config) -> Task:
     config = config.model_copy(
         update={
             "objective": resolve(config.objective),
-            "reward": verifiers.resolve(config.reward),
-            "data": _with_rewards(data_of(config)),
+            "reward": rewarding.resolve(_reward(config)),
+            "data": _with_rewards(data_of(config), config.reward),
         }
     )
     data = data_of(config)
@@ -77,15 +77,13 @@ def prepare(config: Config) -> Task:
     check_observe(config.observe)
     tokenizer = tokenizer_of(config.policy, shape)
     rewards = {name: source.reward or config.reward for name, source in data.mixture.items()}
-    if any(reward.reasoning == "drop" for reward in rewards.values()):
+    if any(term.config.reasoning == "drop" for one in rewards.values() for term in rewarding.terms(one)):
         check_reasoning_tags(tokenizer)
     template = ChatTemplate(tokenizer, data.template_arguments)
     template.check("data.template_arguments")
     stops = stop_tokens(template, config.policy.path, shape.vocab, config.rollout.sampling.stop)
-    judges = {name: verifiers.build(reward) for name, reward in rewards.items()}
-    prompts = load_prompts(
-        data, config.seed, template, lambda prompt: verifiers.problem(judges[prompt.source], prompt)
-    )
+    judges = {name: rewarding.Judges(reward) for name, reward in rewards.items()}
+    prompts = load_prompts(data, config.seed, template, lambda prompt: judges[prompt.source].problem(prompt))
     check_batch(config.rollout.prompts, prompts)
     return Task(config, shape, template, stops, prompts, rewards, objective)
 
@@ -94,23 +92,43 @@ def check_batch(wanted: int, prompts: PromptSet) -> None:
     """Raise ConfigError if a batch of `wanted` prompts may draw more from a source than it has."""
     weights = sum(source.weight for source in prompts.sources)
     for source in prompts.sources:
-        share, there = ceil(wanted * source.weight / weights), len(source.train)
+        share, there = ceil(wanted * source.weight / weights), min(map(len, source.levels))
         if share > there:
-            of = f"the {share} that a batch draws of data.sources.{source.name}, which has {there}"
+            at = "" if len(source.levels) == 1 else " at a level"
+            of = f"the {share} that a batch draws of data.sources.{source.name}, which has {there}{at}"
             raise ConfigError(
                 f"rollout.prompts={wanted} is more than "
                 + (f"the {there} training prompts" if not source.name else of)
             )
 
 
-def _with_rewards(data: Data) -> Data:
-    """`data` with the defaults of the rewards that its sources name."""
-    resolved = {
-        name: source.model_copy(
-            update={"reward": verifiers.resolve(source.reward, f"data.sources.{name}.reward")}
+def _reward(config: Config) -> RewardConfig:
+    """The reward of the run. Raises ConfigError if it names another one than the scorer of `data.gym`."""
+    data = data_of(config)
+    if (
+        data.gym is not None
+        and "reward" in config.model_fields_set
+        and not rewarding.asks_scorer(config.reward)
+    ):
+        raise ConfigError(
+            f"reward.name={config.reward.name}: data.gym has a scorer of its own: leave the reward out "
+            "or set reward.name=gym; another one judges them as the `reward` of a source (data.sources)"
         )
+    return rewarding.default(config.reward, data)
+
+
+def _with_rewards(data: Data, reward: RewardConfig) -> Data:
+    """`data` with the rewards of sources that have one of their own, named or by default, written out."""
+    own = {
+        name: source.reward or rewarding.default(reward, source)
         for name, source in data.sources.items()
-        if source.reward is not None
+        if source.reward is not None or source.gym is not None
+    }
+    resolved = {
+        name: data.sources[name].model_copy(
+            update={"reward": rewarding.resolve(one, f"data.sources.{name}.reward")}
+        )
+        for name, one in own.items()
     }
     return data.model_copy(update={"sources": data.sources | resolved})
 

@@ -1,6 +1,15 @@
 """Whether docs/metrics.md, which is made from the table of fields, has a key."""
 
-from megatron_troll.observe.fields import EXPERTS, PER_TOKEN, PHASES, RUN, SOURCES, SPEED, names
+from megatron_troll.observe.fields import (
+    EXPERTS,
+    PARTS_OF_REWARDS,
+    PER_TOKEN,
+    PHASES,
+    RUN,
+    SOURCES,
+    SPEED,
+    names,
+)
 from megatron_troll.observe.metrics import REDUCTIONS
 
 
@@ -11,7 +20,7 @@ def documented(name: str) -> bool:
         return suffix in names(PHASES)
     if suffix.startswith("layer_"):
         return base in names(EXPERTS)
-    if f"{base}/SOURCE" in names(SOURCES):
+    if {f"{base}/SOURCE", f"{base}/PART"} & names([*SOURCES, *PARTS_OF_REWARDS]):
         return True
     if suffix:
         return base in names(PER_TOKEN) and suffix in REDUCTIONS

@@ -12,11 +12,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_troll.config import Config, Node, RewardConfig, find_class, known_methods
+from megatron_troll.config import Config, Gym, Node, RewardConfig, find_class, known_methods
 from megatron_troll.config.shape import Shape
 from megatron_troll.objectives.compose import SLOTS
 from megatron_troll.observe.run_folder import CHANGEABLE
 from megatron_troll.rewards.reward import Reward
+from megatron_troll.rewards.terms import PartConfig, Sum
 
 INTRODUCTION = """\
 # Configuration
@@ -49,7 +50,7 @@ REWARDS = "megatron_troll.rewards.verifiers"
 def markdown() -> str:
     """The text of docs/configuration.md."""
     introduction = INTRODUCTION.replace("{changeable}", ", ".join(f"`{key}`" for key in CHANGEABLE))
-    return "\n".join([introduction, *sections(Config, ""), *method_sections()]) + "\n"
+    return "\n".join([introduction, *sections(Config, ""), *method_sections(), *sum_sections()]) + "\n"
 
 
 def sections(kind: type[BaseModel], path: str) -> Iterator[str]:
@@ -76,6 +77,17 @@ def method_sections() -> Iterator[str]:
             yield from table(method)
 
 
+def sum_sections() -> Iterator[str]:
+    """Yield the sections of a sum of rewards, which is no verifier itself."""
+    for path, kind in (
+        ("reward: {name: sum}", Sum),
+        ("reward: {name: sum, parts: {<name>: ...}}", PartConfig),
+    ):
+        yield f"### `{path}`\n"
+        yield f"{first_paragraph(kind.__doc__)}\n"
+        yield from table(kind)
+
+
 def table(kind: type[BaseModel]) -> Iterator[str]:
     """Yield a table of the fields of `kind` that are not nodes; nothing if there are none."""
     shape = Shape.of(kind)
@@ -99,7 +111,8 @@ def node_of(field: FieldInfo) -> type[BaseModel] | None:
     """The node class that a field holds: directly, as an option, or as values of a map; otherwise None."""
     kinds = [field.annotation, *get_args(field.annotation)]
     return next(
-        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Node | RewardConfig)), None
+        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Node | RewardConfig | Gym)),
+        None,
     )
 
 

@@ -1,6 +1,6 @@
 """The typed tree of a run's configuration: its sections, the methods named in its slots, its paths."""
 
-from megatron_troll.config.data import Data, MetricWord, Origin, Reading, Source
+from megatron_troll.config.data import Curriculum, Data, Gym, MetricWord, Origin, Reading, Source
 from megatron_troll.config.methods import (
     Pairing,
     SlotMethod,
@@ -65,10 +65,12 @@ __all__ = [
     "ConfigError",
     "CriticConfig",
     "CriticOptimizer",
+    "Curriculum",
     "Data",
     "Distill",
     "EvalSet",
     "Fraction",
+    "Gym",
     "Layout",
     "LearningRateSchedule",
     "MadeWith",

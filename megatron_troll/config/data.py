@@ -1,15 +1,17 @@
-"""Sources of prompts: files, alone or as weighted members of one mixture."""
+"""Sources of prompts, files and tasks of reasoning-gym, alone or as weighted members of one mixture."""
 
 import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_troll.config.node import Files, Node, Positive, PositiveFloat, nearest
+from megatron_troll.config.node import Files, Node, Positive, PositiveFloat, Slot, nearest
 from megatron_troll.config.rewards import RewardConfig
 
 Schema = Literal["auto", "dapo", "gsm8k", "messages"]
 LONGEST_WORD = 64
+LEVELS = 64
+Level = Annotated[int, Field(ge=0, lt=LEVELS)]
 
 
 def _metric_word(name: str) -> str:
@@ -25,14 +27,53 @@ def _metric_word(name: str) -> str:
 MetricWord = Annotated[str, AfterValidator(_metric_word)]
 
 
+class Curriculum(Node):
+    """Levels of difficulty, those of the data set's own curriculum, that rise with success in training. A
+    level includes the easier ones where the set's ranges do."""
+
+    success: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.75, description="mean success over `window` prompts from which on the level rises"
+    )
+    window: Positive = Field(default=256, description="prompts of the source, the last ones of its level")
+    first: Level = Field(default=0, description="level to begin with")
+    last: Level | None = Field(default=None, description="level to end with; default: the set's highest")
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.last is not None and self.last < self.first:
+            raise ValueError(f"last={self.last} is below first={self.first}")
+        return self
+
+
+class Gym(Slot):
+    """Tasks of reasoning-gym: a data set by name, the set's own options beside it. The name alone is short
+    for {name: SET}."""
+
+    name: str = Field(description="data set of reasoning-gym")
+    size: Annotated[int, Field(ge=1, le=2**18)] = Field(
+        default=1000, description="items made; those with the same text count once"
+    )
+    seed: Annotated[int, Field(ge=0, lt=128)] = Field(
+        default=0, description="of the items: another one, other items"
+    )
+    curriculum: Curriculum | None = Field(default=None, description="default: as hard as the options say")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+
 class Origin(Node):
     """The origin of the prompts of one source, and what is added to them."""
 
     files: Files | None = Field(default=None, description="prompts, JSONL or Parquet")
+    gym: Gym | None = None
     instruction: str | None = Field(
         default=None,
         description="text appended to the last turn of every prompt after a blank line, or the turn's new "
-        "text with {question} in the place of the old one",
+        "text with {question} in the place of the old one; default: of `gym`, to write the answer between "
+        "<answer> and </answer>",
     )
 
     @property
@@ -42,7 +83,7 @@ class Origin(Node):
 
     @classmethod
     def origin_keys(cls) -> tuple[str, ...]:
-        return ("files",)
+        return "files", "gym"
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -74,7 +115,10 @@ class Source(Origin):
         default=1.0, description="share of the prompts, relative to the other sources"
     )
     schema_: Schema | None = Field(default=None, alias="schema", description="default: data.schema")
-    reward: RewardConfig | None = Field(default=None, description="judges its answers; default: `reward`")
+    reward: RewardConfig | None = Field(
+        default=None,
+        description="judges its answers; default: of `gym`, the set's scorer, otherwise `reward`",
+    )
 
 
 class Data(Origin, Reading):
@@ -115,6 +159,12 @@ class Data(Origin, Reading):
                 raise ValueError("held_out: got {}, expected one source or more: a run is evaluated on them")
             for name in held_out.keys() - self.sources.keys():
                 raise ValueError(f"held_out.{name}: no such source; {nearest(name, self.sources)}")
+        for name, source in self.mixture.items():
+            of = held_out.get(name) if isinstance(held_out, dict) else held_out
+            if source.gym is not None and isinstance(of, tuple):
+                raise ValueError(
+                    f"held_out: the tasks of {name or 'gym'} are made: give their number, not files"
+                )
         return self
 
     @property

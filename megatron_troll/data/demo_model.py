@@ -43,9 +43,9 @@ def _write(folder: Path, config: dict[str, Any]) -> None:
     _write_json(folder / "generation_config.json", ends)
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 53 tokens: characters, roles, padding, end. A turn is role, text and <|end|>."""
-    vocab = {token: index for index, token in enumerate(SPECIAL + list(CHARACTERS))}
+def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+    """A tokenizer of 5 tokens and the characters: roles, padding, end. A turn is role, text and <|end|>."""
+    vocab = {token: index for index, token in enumerate(SPECIAL + list(characters))}
     tokenizer = Tokenizer(WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -5,7 +5,9 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
+from megatron_troll.config import Curriculum
 from megatron_troll.data.order import PromptOrder
 from megatron_troll.types import Prompt
 
@@ -49,23 +51,47 @@ class Turns:
 
 @dataclass(frozen=True)
 class SourcePrompts:
-    """The prompts of one source. name: "" for the only source of the short form."""
+    """The prompts of one source. name: "" for the only source of the short form; levels: the training
+    prompts, those of each level of `curriculum` if there is one."""
 
     name: str
     weight: float
-    train: tuple[Prompt, ...]
+    levels: tuple[tuple[Prompt, ...], ...]
     held_out: tuple[Prompt, ...]
+    curriculum: Curriculum | None = None
+
+    @property
+    def train(self) -> tuple[Prompt, ...]:
+        """The training prompts of all levels."""
+        return tuple(prompt for prompts in self.levels for prompt in prompts)
+
+    @property
+    def first_level(self) -> int:
+        return 0 if self.curriculum is None else self.curriculum.first
+
+
+class Stage(NamedTuple):
+    """A level, by its place among those of a source, and the prompts that the source had drawn before it."""
+
+    level: int
+    since: int
 
 
 class MixtureOrder:
     """The training prompts of a mixture in the order in which they are drawn. Sources take turns by weight;
-    each draws its own prompts epoch after epoch, in an order keyed by (seed, its name). `position`, the
-    number of prompts drawn so far, is the whole state."""
+    each draws the prompts of its level epoch after epoch, in an order keyed by (seed, its name, the level).
+    `position`, the number of prompts drawn so far, is the whole state besides the levels."""
 
     def __init__(self, sources: Sequence[SourcePrompts], seed: int, shuffle: bool = True) -> None:
         self._sources = sources
         self._turns = Turns([source.weight for source in sources])
-        self._orders = [PromptOrder(len(one.train), keyed(seed, one.name), shuffle) for one in sources]
+        self._orders = [
+            [
+                PromptOrder(len(prompts), keyed(seed, one.name, level), shuffle)
+                for level, prompts in enumerate(one.levels)
+            ]
+            for one in sources
+        ]
         self.position = 0
 
     def seek(self, position: int) -> None:
@@ -74,20 +100,32 @@ class MixtureOrder:
             raise ValueError(f"a position is a number of prompts, 0 or more, got {position}")
         self.position = position
 
-    def next(self, count: int) -> list[Prompt]:
-        """Draw the next `count` prompts; a prompt may occur twice where an epoch of its source ends."""
-        for order, drawn in zip(self._orders, self._turns.counts(self.position)):
-            order.seek(drawn)
-        turns = self._turns.next(self.position, count)
+    def drawn(self, name: str) -> int:
+        """The number of prompts that a source has drawn so far."""
+        counts = self._turns.counts(self.position)
+        return next(count for source, count in zip(self._sources, counts) if source.name == name)
+
+    def next(self, count: int, stages: Mapping[str, Stage]) -> list[Prompt]:
+        """Draw the next `count` prompts, each source at its stage (without one: its first level). A prompt
+        may occur twice where an epoch of its source ends."""
+        turns, drawn = self._turns.next(self.position, count), self._turns.counts(self.position)
         self.position += count
-        return [self._sources[i].train[self._orders[i].next(1)[0]] for i in turns]
+        prompts = []
+        for i in turns:
+            level, since = stages.get(self._sources[i].name, Stage(0, 0))
+            order = self._orders[i][level]
+            order.seek(max(0, drawn[i] - since))
+            prompts.append(self._sources[i].levels[level][order.next(1)[0]])
+            drawn[i] += 1
+        return prompts
 
 
-def keyed(seed: int, name: str) -> int:
-    """A 64-bit seed of its own for each source; that of the short form is `seed` itself."""
-    if not name:
+def keyed(seed: int, name: str, level: int = 0) -> int:
+    """A 64-bit seed of its own for each source and level; the first of the short form is `seed` itself."""
+    if not name and not level:
         return seed
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
+    words = f"{seed}:{name}" if not level else f"{seed}:{name}:{level}"
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
 
 
 def interleaved(parts: Mapping[str, Sequence[Prompt]]) -> tuple[Prompt, ...]:

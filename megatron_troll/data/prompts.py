@@ -2,15 +2,16 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from megatron_troll.config import Data, Source
+from megatron_troll.data.gym.tasks import Tasks, Wanted, make
 from megatron_troll.data.mixture import SourcePrompts, Turns, interleaved
-from megatron_troll.data.reader import Counts, Problem, Reader, Seen, no_problem
+from megatron_troll.data.reader import Counts, Problem, Reader, Seen, instruction_of, no_problem
 from megatron_troll.data.rows import DataError
 from megatron_troll.data.template import ChatTemplate
-from megatron_troll.types import Prompt
+from megatron_troll.types import Message, Prompt
 
 
 def split(prompts: Sequence[Prompt], count: int, seed: int, key: str) -> tuple[list[Prompt], list[Prompt]]:
@@ -68,31 +69,94 @@ class PromptSet:
 
 
 def load_prompts(config: Data, seed: int, template: ChatTemplate, problem: Problem = no_problem) -> PromptSet:
-    """Read the sources of `config`. A number of held-out prompts is split off by a hash of `seed` and each
-    prompt's text, so it does not depend on the order of files or rows. See Reader. Raises DataError."""
-    train, held_out = Seen(), Seen()
-    counts: dict[str, Counts] = {}
-    wanted = held_out_by_source(config)
+    """Read the sources of `config`, and make its tasks. A number of held-out prompts is split off from files
+    by a hash of `seed` and each prompt's text, so it does not depend on the order of files or rows; held-out
+    tasks are made from other seeds, and none of them is among the training prompts. See Reader. Raises
+    DataError, and ConfigError for tasks that cannot be made."""
+    return _Loading(config, seed, template, problem).all()
 
-    def reader(name: str, source: Source, seen: Seen, words: str) -> Reader:
-        made = Reader(config, "data", template, problem, name, source.instruction, seen)
-        counts[f"{name}, {words}" if name else words] = made.counts
-        return made
 
-    sources = []
-    for name, source in config.mixture.items():
+@dataclass
+class _Loading:
+    """The reading of every source."""
+
+    config: Data
+    seed: int
+    template: ChatTemplate
+    problem: Problem
+    counts: dict[str, Counts] = field(default_factory=dict)
+    train: Seen = field(default_factory=Seen)
+    held_out: Seen = field(default_factory=Seen)
+
+    def all(self) -> PromptSet:
+        wanted, sources = held_out_by_source(self.config), self.config.mixture
+        made = make(
+            {
+                name: Wanted(f"data.sources.{name}.gym" if name else "data.gym", source.gym, True, count)
+                for name, source in sources.items()
+                if source.gym is not None and isinstance(count := wanted[name], int)
+            }
+        )
+        files = {
+            name: self._files(name, source, wanted[name])
+            for name, source in sources.items()
+            if name not in made
+        }
+        held = {name: out for name, (_, out) in files.items()}
+        held |= {name: self._held_tasks(name, sources[name], tasks) for name, tasks in made.items()}
+        # Tasks come last: they leave out what is held out of any source.
+        excluded = {prompt.messages for prompts in held.values() for prompt in prompts}
+        levels = {name: [train] for name, (train, _) in files.items()}
+        levels |= {name: self._tasks(name, sources[name], tasks, excluded) for name, tasks in made.items()}
+        read = tuple(
+            SourcePrompts(
+                name,
+                source.weight,
+                tuple(map(tuple, levels[name])),
+                tuple(held[name]),
+                None if source.gym is None else source.gym.curriculum,
+            )
+            for name, source in sources.items()
+        )
+        loaded = PromptSet(read, self.counts)
+        check_disjoint(loaded.train, loaded.held_out)
+        return loaded
+
+    def _held_tasks(self, name: str, source: Source, tasks: Tasks) -> list[Prompt]:
+        if not tasks.held_out:
+            return []
+        reader = self._reader(name, source, self.held_out, "held-out tasks")
+        return reader.tasks(tasks.held_out, tasks.to_prompt)
+
+    def _tasks(
+        self, name: str, source: Source, tasks: Tasks, excluded: set[tuple[Message, ...]]
+    ) -> list[list[Prompt]]:
+        """The training prompts of each level."""
+        levels = []
+        for rows in tasks.train:
+            level = rows[0].value["level"]
+            reader = self._reader(
+                name, source, self.train, "tasks" if level is None else f"tasks of level {level}"
+            )
+            reader.excluded = excluded
+            levels.append(reader.tasks(rows, tasks.to_prompt))
+        return levels
+
+    def _files(
+        self, name: str, source: Source, wanted: int | tuple[str, ...]
+    ) -> tuple[list[Prompt], list[Prompt]]:
+        """(training, held-out) prompts."""
         schema = source.schema_ or "auto"
-        prompts = reader(name, source, train, "files").files(source.files or (), schema)
-        match wanted[name]:
-            case int(number):
-                key = f"data.held_out.{name}" if name else "data.held_out"
-                prompts, held = split(prompts, number, seed, key)
-            case files:
-                held = reader(name, source, held_out, "held-out files").files(files, schema)
-        sources.append(SourcePrompts(name, source.weight, tuple(prompts), tuple(held)))
-    loaded = PromptSet(tuple(sources), counts)
-    check_disjoint(loaded.train, loaded.held_out)
-    return loaded
+        prompts = self._reader(name, source, self.train, "files").files(source.files or (), schema)
+        if isinstance(wanted, int):
+            return split(prompts, wanted, self.seed, f"data.held_out.{name}" if name else "data.held_out")
+        held_out = self._reader(name, source, self.held_out, "held-out files").files(wanted, schema)
+        return prompts, held_out
+
+    def _reader(self, name: str, source: Source, seen: Seen, words: str) -> Reader:
+        made = Reader(self.config, "data", self.template, self.problem, name, instruction_of(source), seen)
+        self.counts[f"{name}, {words}" if name else words] = made.counts
+        return made
 
 
 def held_out_by_source(config: Data) -> Mapping[str, int | tuple[str, ...]]:

@@ -1,10 +1,11 @@
 """Rows to prompts: read, deduplicated, checked, and counted."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from megatron_troll.config import Reading
+from megatron_troll.config import Origin, Reading
 from megatron_troll.data.chat import encoded
+from megatron_troll.data.gym.tasks import ASKED
 from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
 from megatron_troll.data.schemas import detect, to_prompt
 from megatron_troll.data.template import ChatTemplate
@@ -26,6 +27,11 @@ def instructed(question: str, instruction: str) -> str:
     return f"{question}\n\n{instruction}"
 
 
+def instruction_of(origin: Origin) -> str | None:
+    """The instruction of a source; for tasks, by default, the form of the answer that their scorer reads."""
+    return ASKED if origin.instruction is None and origin.gym is not None else origin.instruction
+
+
 @dataclass
 class Counts:
     """Counts of the rows of a source, by how they were handled. `conflicts` are the duplicates whose answer
@@ -36,12 +42,15 @@ class Counts:
     duplicates: int = 0
     conflicts: int = 0
     overlong: int = 0
+    held_out: int = 0
     first_malformed: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.rows:,} rows"]
         if self.duplicates:
             parts.append(f"{self.duplicates:,} duplicates dropped ({self.conflicts:,} with another answer)")
+        if self.held_out:
+            parts.append(f"{self.held_out:,} left out, because they are held out")
         if self.malformed:
             parts.append(f"{self.malformed:,} malformed skipped (first: {self.first_malformed})")
         if self.overlong:
@@ -60,7 +69,8 @@ class Seen:
 @dataclass
 class Reader:
     """Reader of one source. limits: the handling of bad rows, `key` its place in the configuration; problem:
-    says why no answer to a prompt can be judged, None if it can; seen: shared by the sources of a mixture."""
+    says why no answer to a prompt can be judged, None if it can; seen: shared by the sources of a mixture;
+    excluded: chats that are left out and counted."""
 
     limits: Reading
     key: str
@@ -69,16 +79,25 @@ class Reader:
     source: str = ""
     instruction: str | None = None
     seen: Seen = field(default_factory=Seen)
+    excluded: Set[tuple[Message, ...]] = frozenset()
     counts: Counts = field(default_factory=Counts)
 
     def files(self, paths: Sequence[str], schema: str) -> list[Prompt]:
         """The distinct prompts of files in their order. A row with the same text as an earlier one is a
         duplicate: it is dropped and counted. Raises DataError for a malformed or too long row, unless
         `limits` says to skip it, and if no prompt is left."""
-        prompts = [prompt for path in paths for prompt in self._file(path, schema)]
-        if not prompts:
-            raise DataError(f"{', '.join(paths)}: no usable prompt; {self.counts}")
-        return prompts
+        return self._some((prompt for path in paths for prompt in self._file(path, schema)), ", ".join(paths))
+
+    def tasks(self, rows: Iterable[Row], convert: Callable[[Row], Prompt]) -> list[Prompt]:
+        """The distinct prompts of rows that were made for this source, under the same conditions."""
+        key = f"{self.key}.sources.{self.source}" if self.source else self.key
+        return self._some(self._prompts(rows, convert), f"{key}.gym")
+
+    def _some(self, prompts: Iterable[Prompt], of: str) -> list[Prompt]:
+        found = list(prompts)
+        if not found:
+            raise DataError(f"{of}: no usable prompt; {self.counts}")
+        return found
 
     def _file(self, path: str, schema: str) -> Iterator[Prompt]:
         known = None if schema == "auto" else schema
@@ -90,7 +109,7 @@ class Reader:
 
         return self._prompts(read_rows(path), convert)
 
-    def _prompts(self, rows: Iterator[Row], convert: Callable[[Row], Prompt]) -> Iterator[Prompt]:
+    def _prompts(self, rows: Iterable[Row], convert: Callable[[Row], Prompt]) -> Iterator[Prompt]:
         """The prompts of rows that are new and not too long; TOGETHER of them are tokenized at a time."""
         fresh: list[tuple[Prompt, Row]] = []
         for row in rows:
@@ -131,6 +150,9 @@ class Reader:
 
     def _is_new(self, prompt: Prompt, row: Row) -> bool:
         chat, seen = prompt.messages, self.seen
+        if chat in self.excluded:
+            self.counts.held_out += 1
+            return False
         if chat in seen.answers:
             self.counts.duplicates += 1
             self.counts.conflicts += seen.answers[chat] != prompt.answer

@@ -54,7 +54,7 @@ def joined(parts: Sequence[Answers]) -> Answers:
 
 def figures(answers: Answers, asked: EvalSet, seed: int) -> dict[str, Figure]:
     """Every figure by its name, each a mean over prompts: mean@n of the verifier's reward, pass@k and maj@k
-    of success (a reward above `asked.success_above`), response length in tokens, and the share of responses
+    of success (one above `asked.success_above`), response length in tokens, and the share of responses
     cut at max_tokens. `seed` is for the bootstrap."""
     columns = per_prompt(answers, asked)
     values = np.column_stack(list(columns.values()))
@@ -66,8 +66,11 @@ def figures(answers: Answers, asked: EvalSet, seed: int) -> dict[str, Figure]:
 def per_prompt(answers: Answers, asked: EvalSet) -> dict[str, np.ndarray]:
     """Figure name -> [P] float64, one value per prompt."""
     samples = asked.samples
-    reward = answers.judged.reward.astype(np.float64).reshape(-1, samples)
-    success = (reward > asked.success_above).astype(np.float64)
+    reward, success = (
+        values.astype(np.float64).reshape(-1, samples)
+        for values in (answers.judged.reward, answers.judged.success)
+    )
+    success = (success > asked.success_above).astype(np.float64)
     right = success.sum(1).astype(int)
     columns = {f"mean@{samples}": reward.mean(1)}
     columns |= {f"pass@{k}": pass_at(right, samples, k) for k in asked.pass_at}

@@ -1,19 +1,19 @@
 """Inputs of `mtroll eval`: the configuration, and everything it names, read and validated."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.checks import check_length
 from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
-from megatron_troll.data.reader import Counts, Reader
+from megatron_troll.data.gym.tasks import Wanted, make
+from megatron_troll.data.reader import Counts, Reader, instruction_of
 from megatron_troll.data.stops import StopTokens, stop_tokens
 from megatron_troll.data.template import ChatTemplate
 from megatron_troll.data.tokenizer import check_reasoning_tags
 from megatron_troll.mcore.layout import world_size
 from megatron_troll.mcore.shape import ModelShape
-from megatron_troll.rewards import reward as verifiers
+from megatron_troll.rewards.terms import Judges, default, resolve, terms
 from megatron_troll.task import shape_of, tokenizer_of
 from megatron_troll.types import Prompt
 
@@ -65,7 +65,7 @@ def prepare(config: Config) -> EvalTask:
     """Read and check what `config` names. Raises one of task.PROBLEMS, which says what is wrong and where.
     Touches no device and writes nothing."""
     if not config.eval:
-        raise ConfigError("eval: missing; `mtroll eval` needs eval.<name>.files, prompts to answer")
+        raise ConfigError("eval: missing; `mtroll eval` needs eval.<name>.files or .gym, prompts to answer")
     if config.resume:
         raise ConfigError(
             "resume: an evaluation is not resumed; delete its run folder or choose another name"
@@ -78,7 +78,7 @@ def prepare(config: Config) -> EvalTask:
         limits = {"max_prompt_tokens": one.max_prompt_tokens, "sampling.max_tokens": one.sampling.max_tokens}
         check_length({f"eval.{name}.{key}": tokens for key, tokens in limits.items()}, shape)
     tokenizer = tokenizer_of(config.policy, shape)
-    if any(reward.reasoning == "drop" for reward in rewards.values()):
+    if any(term.config.reasoning == "drop" for reward in rewards.values() for term in terms(reward)):
         check_reasoning_tags(tokenizer)
     sets = tuple(_data_set(config, name, rewards[name], tokenizer, shape.vocab) for name in config.eval)
     layout = config.policy.layout
@@ -88,10 +88,10 @@ def prepare(config: Config) -> EvalTask:
 
 def _reward(config: Config, name: str) -> RewardConfig:
     """The data set's own verifier config, otherwise the run's, with its defaults. Raises ConfigError."""
-    own = config.eval[name].reward
-    if own is None:
-        return verifiers.resolve(config.reward)
-    return verifiers.resolve(own, f"eval.{name}.reward")
+    one = config.eval[name]
+    if one.reward is None:
+        return resolve(default(config.reward, one))
+    return resolve(one.reward, f"eval.{name}.reward")
 
 
 def _data_set(
@@ -99,9 +99,12 @@ def _data_set(
 ) -> DataSet:
     one, key = config.eval[name], f"eval.{name}"
     template = _template(config, name, tokenizer)
-    judging = partial(verifiers.problem, verifiers.build(reward))
-    reader = Reader(one, key, template, judging, instruction=one.instruction)
-    prompts = reader.files(one.files or (), one.schema_)
+    reader = Reader(one, key, template, Judges(reward).problem, instruction=instruction_of(one))
+    if one.gym is not None:
+        tasks = make({name: Wanted(f"{key}.gym", one.gym, train=False, held_out=one.gym.size)})[name]
+        prompts = reader.tasks(tasks.held_out, tasks.to_prompt)
+    else:
+        prompts = reader.files(one.files or (), one.schema_)
     return DataSet(
         name=name,
         config=one,

@@ -32,14 +32,21 @@ FREQUENCIES = (
 
 RUN = (
     Field("step", "rollout batches", "rollout batches trained on; 0 is the evaluation before training"),
-    Field("success", "", "mean reward over all responses sampled for the batch, dropped ones included"),
-    Field("reward_std", "", "standard deviation of those rewards"),
-    Field("held_out_success", "share", "mean reward on held-out prompts; on evaluation steps only"),
+    Field(
+        "success",
+        "",
+        "mean reward over all responses sampled for the batch, dropped ones included; of a sum of rewards "
+        "the mean of the part that is its success",
+    ),
+    Field("reward", "", "reward.name=sum: mean reward over all those responses"),
+    Field("reward_std", "", "standard deviation of the rewards"),
+    Field("held_out_success", "share", "success on held-out prompts; on evaluation steps only"),
     Field(
         "frac_zero_std_groups",
         "share",
         "prompts trained on whose samples all got the same reward and so give no gradient",
     ),
+    Field("level", "", "level of the curriculum of data.gym from which the step's prompts are"),
     Field("refill_rounds", "", "rounds of new prompts sampled to replace such prompts (rollout.refill)"),
     Field("dropped_groups", "share", "sampled prompts that are not trained on"),
     Field("sampled_responses", "", "responses sampled for the batch, dropped ones included"),
@@ -76,10 +83,16 @@ RUN = (
     Field("critic_skipped", "updates", "updates of the critic skipped because of NaN or Inf"),
 )
 
+# reward.name=sum
+PARTS_OF_REWARDS = (
+    Field("reward/PART", "", "mean of one part, without its weight, over the responses that it judged"),
+)
+
 # data.sources
 SOURCES = (
-    Field("success/SOURCE", "", "mean reward over the responses to prompts of this source"),
-    Field("held_out_success/SOURCE", "share", "mean reward on the held-out prompts of this source"),
+    Field("success/SOURCE", "", "success over the responses to prompts of this source"),
+    Field("held_out_success/SOURCE", "share", "success on the held-out prompts of this source"),
+    Field("level/SOURCE", "", "level of the source's curriculum from which the step's prompts are"),
 )
 
 TOKEN = (
@@ -345,6 +358,11 @@ def markdown() -> str:
             "",
             "`SOURCE` is the name of a source; a source of which a step has no response is absent.",
             *_table(SOURCES),
+            "",
+            "### With a sum of rewards (reward.name: sum)",
+            "",
+            "`PART` is the name of a part.",
+            *_table(PARTS_OF_REWARDS),
             "",
             "## Over the tokens that carry loss",
             "",

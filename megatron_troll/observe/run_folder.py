@@ -38,13 +38,15 @@ CHANGEABLE = (
 ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
     "data": (
         "data.files",
+        "data.gym",
+        "data.gym.*",
         "data.schema",
         "data.instruction",
         "data.malformed",
         "data.overlong_prompts",
         "data.max_prompt_tokens",
         "data.sources",
-        *(f"data.sources.*.{key}" for key in ("files", "schema", "instruction", "weight")),
+        *(f"data.sources.*.{key}" for key in ("files", "gym", "gym.*", "schema", "instruction", "weight")),
     ),
     "held_out": ("data.held_out", "data.held_out.*"),
     "tokenizer": ("models.policy.path", "models.rollout.path"),
@@ -56,6 +58,7 @@ ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
 }
 # Keys that runs of earlier versions lack, with the values at which they continue.
 ADDED: dict[str, Any] = {
+    "data.gym": None,
     "data.instruction": None,
     "data.sources": {},
     "data.template_arguments": {},

@@ -25,6 +25,13 @@ def after_reasoning(text: str, opened: bool) -> str | None:
     return rest
 
 
+def last_tagged(text: str, tag: str) -> str | None:
+    """The text of the last <tag>...</tag>; None if there is none."""
+    before, closed, _ = text.rpartition(f"</{tag}>")
+    _, opened, inside = before.rpartition(f"<{tag}>")
+    return inside if closed and opened else None
+
+
 @dataclass(frozen=True)
 class Stated:
     """An answer as a text states it; `start` is its place."""

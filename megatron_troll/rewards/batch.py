@@ -1,7 +1,7 @@
 """Rewards of a rollout batch; each rank computes a share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,21 +13,23 @@ from megatron_troll.types import Rollout
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """rollouts: the batch, with mask 0 for responses excluded from the loss; reward [B] float32. Counted are
-    the responses that got 0 for one of the reasons of Scores."""
+    """rollouts: the batch, with mask 0 for responses excluded from the loss; reward, success [B] float32,
+    and parts as in Scores. Counted are the responses that got 0 for one of the reasons of Scores."""
 
     rollouts: list[Rollout]
     reward: np.ndarray
+    success: np.ndarray
     timeouts: int
     crashes: int
     errors: int = 0
     unclosed: int = 0
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
         lengths = [len(rollout.response_ids) for rollout in self.rollouts]
         metrics = {
-            "success": float(self.reward.mean()),
+            "success": float(self.success.mean()),
             "reward_std": float(self.reward.std()),
             "response_length": float(np.mean(lengths)),
             "truncated": float(np.mean([rollout.finish == "length" for rollout in self.rollouts])),
@@ -39,7 +41,16 @@ class ScoredBatch:
             "unclosed_reasoning": self.unclosed,
         }
         failed = {name: float(count) for name, count in failed.items() if count}
-        return metrics | by_source("success", self.rollouts, self.reward) | failed
+        return metrics | self._parts | by_source("success", self.rollouts, self.success) | failed
+
+    @property
+    def _parts(self) -> dict[str, float]:
+        """The mean of a sum and of each of its parts, over the responses that they judged."""
+        if not self.parts:
+            return {}
+        judged = {name: values[~np.isnan(values)] for name, values in self.parts.items()}
+        means = {f"reward/{name}": float(values.mean()) for name, values in judged.items() if len(values)}
+        return {"reward": float(self.reward.mean())} | means
 
 
 def by_source(name: str, rollouts: Sequence[Rollout], values: np.ndarray) -> dict[str, float]:
@@ -57,6 +68,8 @@ def together(parts: Sequence[ScoredBatch]) -> ScoredBatch:
     return ScoredBatch(
         rollouts=[rollout for part in parts for rollout in part.rollouts],
         reward=np.concatenate([part.reward for part in parts]),
+        success=np.concatenate([part.success for part in parts]),
+        parts={name: np.concatenate([part.parts[name] for part in parts]) for name in parts[0].parts},
         **_counts(parts),
     )
 
@@ -68,16 +81,23 @@ def judge(
     of answers on which the verifier raised. Blocks; raises RewardError on every rank if the verifier fails
     on one."""
     shares = _shares(world, lambda: scorer.score(rollouts[world.rank :: world.size]))
-    reward = np.empty(len(rollouts), dtype=np.float32)
-    keep = np.empty(len(rollouts), dtype=bool)
-    for rank, share in enumerate(shares):
-        reward[rank :: world.size], keep[rank :: world.size] = share.reward, share.keep
+    keep = _gathered([share.keep for share in shares])
     _tell_errors(shares, len(rollouts), say)
     return ScoredBatch(
         rollouts=[r if k else replace(r, mask=np.zeros_like(r.mask)) for r, k in zip(rollouts, keep)],
-        reward=reward,
+        reward=_gathered([share.reward for share in shares]),
+        success=_gathered([share.success for share in shares]),
+        parts={name: _gathered([share.parts[name] for share in shares]) for name in shares[0].parts},
         **_counts(shares),
     )
+
+
+def _gathered(shares: Sequence[np.ndarray]) -> np.ndarray:
+    """[B] values from those of every rank, which has each R-th of them."""
+    values = np.empty(sum(map(len, shares)), dtype=shares[0].dtype)
+    for rank, share in enumerate(shares):
+        values[rank :: len(shares)] = share
+    return values
 
 
 def _shares[T](world: Group, act: Callable[[], T]) -> list[T]:

@@ -1,4 +1,5 @@
-"""Rewards of a batch from several sources, each source with a reward of its own."""
+"""Rewards of a batch from several sources, each source with a reward of its own: one verifier, or several
+whose rewards are added."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -7,13 +8,14 @@ import numpy as np
 
 from megatron_troll.config import RewardConfig
 from megatron_troll.rewards.score import ScoredVotes, Scorer, Scores
+from megatron_troll.rewards.terms import Term, terms
 from megatron_troll.types import Rollout
 
 
 class MixedScorer:
-    """Scores each rollout with the reward of its source (`Prompt.source`); sources with equal rewards share
-    their processes, `workers` per verifier. Close it, or use it in a `with` block. Raises ConfigError for an
-    unknown verifier or field."""
+    """Scores each rollout with the reward of its source (`Prompt.source`). Equal verifiers share their
+    processes, `workers` each. Close it, or use it in a `with` block. Raises ConfigError for an unknown
+    verifier or field."""
 
     def __init__(
         self,
@@ -21,34 +23,62 @@ class MixedScorer:
         workers: int = 2,
         progress: Callable[[], object] = lambda: None,
     ) -> None:
-        distinct = {config.model_dump_json(): config for config in rewards.values()}
-        made = {key: Scorer(config, workers, progress) for key, config in distinct.items()}
-        self._scorers = {source: made[config.model_dump_json()] for source, config in rewards.items()}
+        self._rewards = dict(rewards)
+        self._terms = {source: terms(config) for source, config in rewards.items()}
+        every = [term.config for found in self._terms.values() for term in found]
+        distinct = {config.model_dump_json(): config for config in every}
+        self._scorers = {key: Scorer(config, workers, progress) for key, config in distinct.items()}
+        self._parts = sorted({term.name for found in self._terms.values() for term in found if term.name})
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Score all rollouts, source after source; blocks. See Scorer.score."""
-        reward = np.zeros(len(rollouts), dtype=np.float32)
-        keep = np.ones(len(rollouts), dtype=bool)
+        """Score all rollouts, source after source and part after part; blocks. See Scorer.score. A call of a
+        verifier that fails costs its part of one answer."""
+        size = len(rollouts)
+        reward, success = np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.float32)
+        keep = np.ones(size, dtype=bool)
+        parts = {name: np.full(size, np.nan, dtype=np.float32) for name in self._parts}
         counts = dict.fromkeys(("timeouts", "crashes", "errors", "unclosed"), 0)
         first_error = ""
         for source, places in _places(rollouts).items():
-            scores = self._scorers[source].score([rollouts[i] for i in places])
-            reward[places], keep[places] = scores.reward, scores.keep
-            counts = {name: count + getattr(scores, name) for name, count in counts.items()}
-            first_error = first_error or scores.first_error
-        return Scores(reward, keep, **counts, first_error=first_error)
+            chosen, unclosed = [rollouts[i] for i in places], 0
+            for term in self._terms[source]:
+                scores = self._scorer(term).score(chosen)
+                reward[places] += np.float32(term.weight) * scores.reward
+                keep[places] = scores.keep
+                if term.name:
+                    parts[term.name][places] = scores.reward
+                if term.succeeds:
+                    success[places] = scores.reward
+                for name in ("timeouts", "crashes", "errors"):
+                    counts[name] += getattr(scores, name)
+                # The same answers for every part that reads no reasoning.
+                unclosed = max(unclosed, scores.unclosed)
+                first_error = first_error or scores.first_error
+            counts["unclosed"] += unclosed
+            self._penalise(source, chosen, places, reward)
+        return Scores(reward, keep, **counts, first_error=first_error, success=success, parts=parts)
+
+    def _penalise(
+        self, source: str, rollouts: Sequence[Rollout], places: list[int], reward: np.ndarray
+    ) -> None:
+        """Give cut answers what stands for a sum; where there is one verifier alone, they have it already."""
+        config = self._rewards[source]
+        if config.overlong.mode == "penalise" and self._terms[source][0].name:
+            for i, rollout in zip(places, rollouts):
+                if rollout.finish == "length":
+                    reward[i] = config.overlong.reward
 
     @property
     def has_votes(self) -> bool:
-        """Whether the verifier of every source extracts answers."""
-        return all(scorer.has_votes for scorer in self._scorers.values())
+        """Whether the verifier that decides about success extracts answers, for every source."""
+        return all(self._voter(source).has_votes for source in self._terms)
 
     def votes(self, rollouts: Sequence[Rollout]) -> ScoredVotes:
         """The extracted answer of each rollout; blocks. See Scorer.votes."""
         votes: list[str | None] = [None] * len(rollouts)
         errors, first_error = 0, ""
         for source, places in _places(rollouts).items():
-            found = self._scorers[source].votes([rollouts[i] for i in places])
+            found = self._voter(source).votes([rollouts[i] for i in places])
             for i, vote in zip(places, found.votes):
                 votes[i] = vote
             errors, first_error = errors + found.errors, first_error or found.first_error
@@ -66,6 +96,12 @@ class MixedScorer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _scorer(self, term: Term) -> Scorer:
+        return self._scorers[term.config.model_dump_json()]
+
+    def _voter(self, source: str) -> Scorer:
+        return next(self._scorer(term) for term in self._terms[source] if term.succeeds)
 
 
 def _places(rollouts: Sequence[Rollout]) -> dict[str, list[int]]:

@@ -120,8 +120,3 @@ def build(config: RewardConfig, key: str = "reward") -> Reward:
     if taken:
         raise ConfigError(f"{key}.name: {config.name} declares fields that every reward has: {taken}")
     return reward
-
-
-def resolve(config: RewardConfig, key: str = "reward") -> RewardConfig:
-    """`config` with the defaults of its verifier's own fields filled in. Raises ConfigError like `build`."""
-    return RewardConfig.model_validate(config.model_dump() | build(config, key).model_dump(mode="json"))

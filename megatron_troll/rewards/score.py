@@ -1,7 +1,7 @@
 """Rewards of a batch of rollouts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import numpy as np
@@ -17,7 +17,9 @@ from megatron_troll.types import Rollout
 class Scores:
     """reward [B] float32; keep [B] bool, False for rollouts excluded from the loss (aborted, or cut at
     max_tokens with `overlong.mode: mask`). Counted are the answers that got 0 because their verifier timed
-    out, was killed, or raised (errors; first_error describes one), or their reasoning is not closed."""
+    out, was killed, or raised (errors; first_error describes one), or their reasoning is not closed. success
+    [B] float32 is the reward, of a sum the part that is its success; parts: [B] float32 of each part of a
+    sum, by its name, NaN for an answer that it does not judge."""
 
     reward: np.ndarray
     keep: np.ndarray
@@ -26,6 +28,8 @@ class Scores:
     errors: int
     unclosed: int
     first_error: str
+    success: np.ndarray
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,8 @@ class Scorer:
         for index, value in outcomes.values.items():
             reward[index] = value
         told = self._first_error(outcomes, rollouts)
-        return Scores(
-            reward, keep, len(outcomes.timeouts), len(outcomes.crashes), len(outcomes.errors), unclosed, told
-        )
+        failed = len(outcomes.timeouts), len(outcomes.crashes), len(outcomes.errors), unclosed
+        return Scores(reward, keep, *failed, told, success=reward)
 
     @property
     def has_votes(self) -> bool:

@@ -70,7 +70,9 @@ def _draw(run: Run, count: int, drawn: Counter[str], step: int) -> ScoredBatch:
 
 def _start(run: Run, count: int, drawn: Counter[str], step: int) -> Callable[[], ScoredBatch]:
     """Request samples for the next `count` prompts. The returned function waits for them and scores them."""
-    requests = requests_for(run.order.next(count), run.task.config.rollout.samples, drawn)
+    requests = requests_for(
+        run.order.next(count, run.curricula.stages(step)), run.task.config.rollout.samples, drawn
+    )
     with run.session.phases("generation"):
         finish = run.engine.start(requests, run.task.config.rollout.sampling, step)
 

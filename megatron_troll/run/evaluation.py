@@ -30,7 +30,7 @@ class Evaluator:
     scorer: MixedScorer
 
     def success(self) -> dict[str, float]:
-        """`held_out_success`, the mean reward on the held-out prompts, and that of each source by its name.
+        """`held_out_success`, the mean success on the held-out prompts, and that of each source by its name.
         Blocks on all ranks."""
         evaluation = self.task.config.evaluation
         prompts = self.task.prompts.held_out[: evaluation.prompts]
@@ -39,8 +39,8 @@ class Evaluator:
             rollouts = self.engine.generate(requests, self._sampling(), EVALUATION_ROUND)
             world, say = self.session.groups.world, self.session.progress.say
             judged = judge(self.scorer, rollouts, world, say)
-        means = by_source(HELD_OUT, judged.rollouts, judged.reward)
-        return {HELD_OUT: float(judged.reward.mean())} | means
+        means = by_source(HELD_OUT, judged.rollouts, judged.success)
+        return {HELD_OUT: float(judged.success.mean())} | means
 
     def _sampling(self) -> Sampling:
         temperature = self.task.config.evaluation.temperature

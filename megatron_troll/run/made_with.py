@@ -19,11 +19,12 @@ from pydantic import TypeAdapter
 from megatron_troll.checks import data_of
 from megatron_troll.config import MadeWith
 from megatron_troll.config.load import dump
+from megatron_troll.data.gym.tasks import PACKAGE
 from megatron_troll.data.prompts import held_out_by_source
 from megatron_troll.mcore.checkpoint_folder import path_of, steps
 from megatron_troll.mcore.checkpoint_manifest import damaged, resumable
 from megatron_troll.observe.run_folder import ACCEPTABLE, RunFolder, RunFolderError, flat_config, with_added
-from megatron_troll.rewards.reward import build
+from megatron_troll.rewards.terms import Judges, names
 from megatron_troll.run import digest
 from megatron_troll.run.state import read_state
 from megatron_troll.system import DAMAGED, naming, write_atomic
@@ -258,9 +259,13 @@ def _parts(task: Task) -> dict[str, Part]:
     config, prompts, data = task.config, task.prompts, data_of(task.config)
     files = [file for source in data.mixture.values() for file in source.files or ()]
     held_out = [file for one in held_out_by_source(data).values() if isinstance(one, tuple) for file in one]
+    gym = any(source.gym is not None for source in data.mixture.values())
+    made = {PACKAGE: version(PACKAGE)} if gym else {}
     parts = {
-        "data": Part(len(prompts.train), digest.of_prompts(prompts.train), _named(files)),
-        "held_out": Part(len(prompts.held_out), digest.of_prompts(prompts.held_out), _named(held_out)),
+        "data": Part(len(prompts.train), digest.of_prompts(prompts.train), _named(files), releases=made),
+        "held_out": Part(
+            len(prompts.held_out), digest.of_prompts(prompts.held_out), _named(held_out), releases=made
+        ),
         "tokenizer": _tokenizer(Path(config.policy.path)),
         "template": _text(json.dumps(task.tokenizer.chat_template)),
         "stop_tokens": Part(len(task.stop_ids), digest.short([str(task.stop_ids).encode()])),
@@ -270,12 +275,12 @@ def _parts(task: Task) -> dict[str, Part]:
         parts["reference"] = _together(_weights(Path(reference.path)))
     slots = (getattr(config.objective, slot).name for slot in ("advantage", "ratio", "trust_region", "kl"))
     for name, classes in (
-        ("rewards", sorted({reward.name for reward in task.rewards.values()})),
+        ("rewards", names(list(task.rewards.values()))),
         ("methods", [*slots, config.objective.correction.name, config.rollout.engine]),
     ):
         if files := _code(classes):
             parts[name] = _together(files)
-    if packages := {package for reward in task.rewards.values() for package in build(reward).packages}:
+    if packages := {package for reward in task.rewards.values() for package in Judges(reward).packages}:
         parts["rewards"] = replace(
             parts.get("rewards", Part()), releases={package: version(package) for package in sorted(packages)}
         )

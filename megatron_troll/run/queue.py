@@ -116,6 +116,8 @@ class RolloutQueue:
                 "trained": waiting.trained,
                 "rounds": batch.rounds,
                 "reward": batch.sampled.reward.tolist(),
+                "success": batch.sampled.success.tolist(),
+                "parts": {name: values.tolist() for name, values in batch.sampled.parts.items()},
                 "timeouts": batch.sampled.timeouts,
                 "crashes": batch.sampled.crashes,
                 "errors": batch.sampled.errors,
@@ -147,13 +149,16 @@ def _stored(file: Path, prompts: Mapping[str, Prompt]) -> BatchFuture:
         reward=np.array(rest["reward"], dtype=np.float32),
         timeouts=rest["timeouts"],
         crashes=rest["crashes"],
-        # Older checkpoints count neither.
+        # Older checkpoints have none of these.
+        success=np.array(rest.get("success", rest["reward"]), dtype=np.float32),
+        parts={name: np.array(values, dtype=np.float32) for name, values in rest.get("parts", {}).items()},
         errors=rest.get("errors", 0),
         unclosed=rest.get("unclosed", 0),
     )
     kept = np.array(rest["kept"], dtype=bool)
-    if not len(sampled.rollouts) == len(sampled.reward) == len(kept):
-        raise ValueError(f"{len(sampled.rollouts)} rollouts, {len(sampled.reward)} rewards")
+    sizes = {len(each) for each in (sampled.reward, sampled.success, kept, *sampled.parts.values())}
+    if sizes != {len(sampled.rollouts)}:
+        raise ValueError(f"{len(sampled.rollouts)} rollouts, and figures of {sorted(sizes)}")
     trained_on = [rollout for rollout, keep in zip(sampled.rollouts, kept) if keep]
     numbered = zip(trained_on, rest["groups"], strict=True)
     rollouts = [replace(rollout, group=int(group)) for rollout, group in numbered]

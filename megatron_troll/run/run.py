@@ -4,9 +4,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from megatron_troll.checks import data_of
+from megatron_troll.data.curriculum import Curricula
 from megatron_troll.data.mixture import MixtureOrder
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.head import Head
@@ -56,6 +58,11 @@ class Run:
     pending: RolloutQueue
     made_with: Continued | None = None
 
+    @cached_property
+    def curricula(self) -> Curricula:
+        """The levels of the sources."""
+        return Curricula(self.task.prompts.sources)
+
     def resume(self) -> TrainState:
         """Load the newest checkpoint if `resume` is set and one exists; otherwise start at step 0. Blocks."""
         # Only one rank looks: a network file system may show other ranks an older state.
@@ -69,6 +76,7 @@ class Run:
         state = TrainState(**self.checkpoints.load())  # read_state has checked the fields
         say(f"continuing from step {state.step} of {folder.root}{folder.lost(state.step)}")
         self.order.seek(state.position)
+        self.curricula.load(state.levels)
         prompts = {prompt.id: prompt for prompt in self.task.prompts.train}
         if self._redraws():
             say("answers that were sampled before the change and not yet trained on are left out")
@@ -131,9 +139,9 @@ class Run:
             return metrics
 
     def since(self, state: TrainState, began: float) -> TrainState:
-        """`state` with the time since `began` added and the present prompt position."""
+        """`state` with the time since `began` added, and the present prompt position and levels."""
         seconds = state.seconds + time.perf_counter() - began
-        return replace(state, seconds=seconds, position=self.order.position)
+        return replace(state, seconds=seconds, position=self.order.position, levels=self.curricula.state)
 
     def stop(self, state: TrainState) -> None:
         """End a run that was asked to stop, once its checkpoint is on disk; a file in the run folder reports

@@ -1,10 +1,11 @@
 """The state of a run, as its checkpoints keep it."""
 
 import json
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_troll.config import Natural, NonNegative
@@ -12,11 +13,20 @@ from megatron_troll.mcore.checkpoint_folder import MANIFEST
 from megatron_troll.mcore.checkpoint_manifest import damaged
 
 
+class Levels(TypedDict):
+    """The state of a source with levels: [batch, prompts drawn before] of each rise, and the success of its
+    last prompts."""
+
+    rises: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
+    recent: list[float]
+
+
 @dataclass(frozen=True, config={"extra": "forbid", "strict": True})
 class TrainState:
     """State of a run: rollout batches trained on, prompts used, seconds spent, consecutive batches with
-    skipped updates, held-out success before training and at the last evaluation, and the rollout model's
-    distillation weight for the next batch (None: the configured one)."""
+    skipped updates, held-out success before training and at the last evaluation, the rollout model's
+    distillation weight for the next batch (None: the configured one), and the levels of sources
+    (data/curriculum.py)."""
 
     step: Natural = 0
     position: Natural = 0
@@ -25,6 +35,7 @@ class TrainState:
     before: float | None = None
     after: float | None = None
     distill_weight: NonNegative | None = None
+    levels: dict[str, Levels] = field(default_factory=dict)
 
 
 def read_state(checkpoint: Path, manifest: dict[str, Any]) -> TrainState:

@@ -14,7 +14,7 @@ from megatron_troll.data.schemas import SCHEMAS
 from megatron_troll.objectives.compose import compose
 from megatron_troll.observe import fields
 from megatron_troll.observe.run_folder import RunFolder
-from megatron_troll.rewards.reward import build
+from megatron_troll.rewards.terms import resolve
 from tests.house.markdown import PAGES, ROOT, anchors, commands, configurations, inline_code, links
 from tools import config_reference
 
@@ -67,7 +67,7 @@ def test_every_example_configuration_loads(page: Path, tmp_path: Path) -> None:
     for config in configurations(page, tmp_path):
         if page.name != "extending.md":  # its methods are files of that page: test_extending.py
             compose(config.objective)
-            build(config.reward)
+            resolve(config.reward)
 
 
 @pages

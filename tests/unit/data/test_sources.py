@@ -92,7 +92,7 @@ BAD = [
     ("sources: {a: {files: [a.jsonl], weight: 0}}", "data.sources.a.weight: got 0, expected a number > 0"),
     ("sources: {a: {files: [a.jsonl], weight: -1}}", "data.sources.a.weight: got -1, expected a number > 0"),
     ("sources: {a: {files: [a]}, a: {files: [b]}}", "'a' is given twice (first in run.yaml line 3)"),
-    ("sources: {}", "data: got none, expected exactly one of the keys files or sources"),
+    ("sources: {}", "data: got none, expected exactly one of the keys files or gym or sources"),
     (
         "{files: [a.jsonl], sources: {a: {files: [b.jsonl]}}}",
         "data: got files and sources, expected",

@@ -36,7 +36,9 @@ def sample(number: int) -> Rollout:
 
 
 def judged(first: int, last: int) -> ScoredBatch:
-    return ScoredBatch([sample(i) for i in range(first, last)], REWARDS[first:last], timeouts=1, crashes=0)
+    return ScoredBatch(
+        [sample(i) for i in range(first, last)], *[REWARDS[first:last]] * 2, timeouts=1, crashes=0
+    )
 
 
 def answers(votes: list[str | None] | None) -> Answers:

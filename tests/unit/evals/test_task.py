@@ -7,6 +7,8 @@ import pytest
 from megatron_troll.config.load import load
 from megatron_troll.evals.task import EvalTask, prepare
 from megatron_troll.task import PROBLEMS
+from megatron_troll.task import prepare as prepare_training
+from tests.printable import write_printable
 from tests.unit.demo_task import write_config
 
 CONFIG = """
@@ -73,7 +75,7 @@ def test_every_replica_decodes_a_full_batch(config: Path, ranks: int, at_once: i
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("eval.new={}", "eval.new: got none, expected exactly one of the keys files"),
+        ("eval.new={}", "eval.new: got none, expected exactly one of the keys files or gym"),
         (
             "eval.hard.pass_at=[1, 5]",
             "eval.hard.pass_at: 5 is more than the samples of a prompt: samples is 4",
@@ -122,3 +124,49 @@ def test_an_empty_file_is_refused(config: Path) -> None:
     (config.parent / "prompts.jsonl").write_text("")
     with pytest.raises(PROBLEMS, match=r"prompts\.jsonl: the file holds no records"):
         task(config)
+
+
+GYM = """
+name: trial
+models: {{policy: {{path: {folder}, init: random, layout: {{tp: 2, ep: 2}}}}}}
+data: {{gym: {{name: chain_sum, max_terms: 2, size: 12}}, held_out: 4, max_prompt_tokens: 220}}
+rollout: {{prompts: 4, sampling: {{max_tokens: 8}}}}
+reward: {{timeout_s: 30}}
+eval:
+  sums:
+    gym: {{name: chain_sum, max_terms: 2, size: 6}}
+    max_prompt_tokens: 220
+    sampling: {{max_tokens: 8}}
+"""
+
+
+@pytest.fixture
+def on_tasks(tmp_path: Path, in_process: None) -> Path:
+    write_printable(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(GYM.format(folder=tmp_path))
+    return path
+
+
+def test_tasks_are_evaluated_on_what_is_held_out(on_tasks: Path) -> None:
+    (sums,) = task(on_tasks, "data=null").sets
+    trained = prepare_training(load(on_tasks, ["reward.name=gym"]))
+    assert [prompt.messages for prompt in sums.prompts[:4]] == [p.messages for p in trained.prompts.held_out]
+    assert len({prompt.messages for prompt in sums.prompts}) == 6
+    assert not {p.messages for p in trained.prompts.train} & {p.messages for p in trained.prompts.held_out}
+    assert (sums.reward.name, sums.reward.timeout_s, sums.reward.fields) == ("gym", 30.0, {"credit": "full"})
+    assert sums.counts.rows == 6
+    (own,) = task(on_tasks, "data=null", "eval.sums.reward={name: exact}").sets
+    assert own.reward.name == "exact"
+
+
+def test_one_source_of_tasks_is_judged_by_its_scorer_or_not_at_all(on_tasks: Path) -> None:
+    trained = prepare_training(load(on_tasks, ["reward={name: gym, credit: partial}"]))
+    assert trained.rewards[""].fields == trained.config.reward.fields == {"credit": "partial"}
+    with pytest.raises(PROBLEMS, match=r"reward\.name=exact: data\.gym has a scorer of its own"):
+        prepare_training(load(on_tasks))
+
+
+def test_an_unknown_set_of_an_evaluation_is_named(on_tasks: Path) -> None:
+    with pytest.raises(PROBLEMS, match=r"eval\.sums\.gym\.name: reasoning-gym has no data set 'chain_sums'"):
+        task(on_tasks, "eval.sums.gym=chain_sums")

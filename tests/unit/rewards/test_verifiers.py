@@ -7,7 +7,8 @@ import pytest
 
 from megatron_troll.config import ConfigError, RewardConfig
 from megatron_troll.rewards.answers import last_boxed
-from megatron_troll.rewards.reward import Votes, build, resolve
+from megatron_troll.rewards.reward import Votes, build
+from megatron_troll.rewards.terms import resolve
 from megatron_troll.rewards.verifiers.code import Code
 from megatron_troll.rewards.verifiers.math_verify import PLAIN, _parsed_gold
 from megatron_troll.types import Prompt

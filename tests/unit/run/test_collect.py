@@ -12,6 +12,7 @@ import pytest
 
 from megatron_troll.config import RewardConfig, RolloutConfig, Sampling
 from megatron_troll.data.chat import tokenized
+from megatron_troll.data.curriculum import Curricula
 from megatron_troll.data.demo_model import write_base
 from megatron_troll.data.mixture import MixtureOrder, SourcePrompts
 from megatron_troll.data.template import ChatTemplate
@@ -94,7 +95,8 @@ def run(tokenizer: Any) -> Callable[..., Any]:
             ),
             engine=Fake(),
             scorer=Scorer(RewardConfig(name="exact")),
-            order=MixtureOrder([SourcePrompts("", 1.0, tuple(train), ())], seed=0, shuffle=False),
+            order=MixtureOrder([SourcePrompts("", 1.0, (tuple(train),), ())], seed=0, shuffle=False),
+            curricula=Curricula([]),
         )
 
     return make

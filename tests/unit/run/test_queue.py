@@ -18,9 +18,16 @@ def collected(number: int) -> RolloutBatch:
     """Batch `number`, known by its timeouts; of three responses the first is not trained on."""
     drawn = [rollout("a", 0, 5), rollout("a", 1, 2), rollout("b", 1, number)]
     reward = np.array([0.0, 0.1, 1.0], dtype=np.float32)
+    success = np.array([0.0, 0.5, 1.0], dtype=np.float32)
+    parts = {"form": np.array([1.0, np.nan, 0.25], dtype=np.float32)}
     kept = np.array([False, True, True])
     trained_on = [replace(one, group=i) for i, one in enumerate(drawn[1:])]
-    return RolloutBatch(ScoredBatch(drawn, reward, timeouts=number, crashes=1), kept, trained_on, rounds=2)
+    return RolloutBatch(
+        ScoredBatch(drawn, reward, success, timeouts=number, crashes=1, parts=parts),
+        kept,
+        trained_on,
+        rounds=2,
+    )
 
 
 # Prompts of a batch.
@@ -74,6 +81,8 @@ def test_a_resumed_queue_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None
     for kept, read in zip(before.batches, after.batches, strict=True):
         one, other = kept.wait(), read.wait()
         assert_arrays(one.sampled.reward, other.sampled.reward)
+        assert_arrays(one.sampled.success, other.sampled.success)
+        assert_arrays(one.sampled.parts["form"], other.sampled.parts["form"])
         assert_arrays(one.kept, other.kept)
         assert one.metrics == other.metrics
         for here, there in ((one.sampled.rollouts, other.sampled.rollouts), (one.rollouts, other.rollouts)):
@@ -133,7 +142,7 @@ def test_a_damaged_batch_is_refused_by_its_name(name: str, damage: bytes, tmp_pa
         RolloutQueue(2, last=8).read(tmp_path, PROMPTS)
 
 
-@pytest.mark.parametrize("key", ["reward", "kept", "groups"])
+@pytest.mark.parametrize("key", ["reward", "success", "kept", "groups"])
 def test_a_batch_with_fewer_figures_than_rollouts_is_refused(key: str, tmp_path: Path) -> None:
     before = RolloutQueue(2, last=8)
     train(before, range(1, 5), [])
