@@ -6,7 +6,14 @@ from math import ceil
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll import rollout
-from megatron_troll.checks import check_methods, check_model, check_models, check_observe, data_of
+from megatron_troll.checks import (
+    check_methods,
+    check_model,
+    check_models,
+    check_observe,
+    data_of,
+    remarks_on_weights,
+)
 from megatron_troll.config import Config, ConfigError, Data, Model, RewardConfig, WarmStart
 from megatron_troll.data.demonstrations import Demonstrations, load_demonstrations
 from megatron_troll.data.prompts import PromptSet, load_prompts
@@ -28,7 +35,7 @@ PROBLEMS = (ConfigError, DataError, OSError)
 @dataclass(frozen=True)
 class Task:
     """A run's inputs, read and validated. `config` has every default of every method written out; `rewards`
-    judge the answers to the prompts of each source."""
+    judge the answers to the prompts of each source; `remarks` are on the weights."""
 
     config: Config
     shape: ModelShape
@@ -37,6 +44,7 @@ class Task:
     prompts: PromptSet
     rewards: dict[str, RewardConfig]
     objective: Objective
+    remarks: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -47,7 +55,7 @@ class Task:
         return self.stops.ids
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, (str(self.prompts), self.stops.remark)))
+        return "\n".join(filter(None, (str(self.prompts), self.stops.remark, *self.remarks)))
 
     def token_text(self, token: int) -> str:
         """The text of one token id."""
@@ -85,7 +93,7 @@ def prepare(config: Config) -> Task:
     judges = {name: rewarding.Judges(reward) for name, reward in rewards.items()}
     prompts = load_prompts(data, config.seed, template, lambda prompt: judges[prompt.source].problem(prompt))
     check_batch(config.rollout.prompts, prompts)
-    return Task(config, shape, template, stops, prompts, rewards, objective)
+    return Task(config, shape, template, stops, prompts, rewards, objective, remarks_on_weights(config))
 
 
 def check_batch(wanted: int, prompts: PromptSet) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.checks import check_length
+from megatron_troll.checks import check_length, check_served, remarks_on_weights
 from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
 from megatron_troll.data.gym.tasks import Wanted, make
 from megatron_troll.data.reader import Counts, Reader, instruction_of
@@ -37,17 +37,19 @@ class DataSet:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A validated evaluation. `at_once`: answers sampled together, over all data-parallel ranks."""
+    """A validated evaluation. `at_once`: answers sampled together, over all data-parallel ranks; `remarks`
+    are on the weights."""
 
     config: Config
     shape: ModelShape
     tokenizer: PreTrainedTokenizerBase
     sets: tuple[DataSet, ...]
     at_once: int
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         remarks = dict.fromkeys(one.stops.remark for one in self.sets)
-        return "\n".join(filter(None, (*map(str, self.sets), *remarks)))
+        return "\n".join(filter(None, (*map(str, self.sets), *remarks, *self.remarks)))
 
     @property
     def batches(self) -> int:
@@ -74,6 +76,8 @@ def prepare(config: Config) -> EvalTask:
     resolved = {name: one.model_copy(update={"reward": rewards[name]}) for name, one in config.eval.items()}
     config = config.model_copy(update={"eval": resolved})
     shape = shape_of(config)
+    if config.rollout.engine == "sglang":
+        check_served(config)
     for name, one in config.eval.items():
         limits = {"max_prompt_tokens": one.max_prompt_tokens, "sampling.max_tokens": one.sampling.max_tokens}
         check_length({f"eval.{name}.{key}": tokens for key, tokens in limits.items()}, shape)
@@ -83,7 +87,8 @@ def prepare(config: Config) -> EvalTask:
     sets = tuple(_data_set(config, name, rewards[name], tokenizer, shape.vocab) for name in config.eval)
     layout = config.policy.layout
     replicas = world_size(config) // (layout.tp * layout.pp * layout.cp)
-    return EvalTask(config, shape, tokenizer, sets, config.rollout.max_sequences * replicas)
+    at_once = config.rollout.max_sequences * replicas
+    return EvalTask(config, shape, tokenizer, sets, at_once, remarks_on_weights(config))
 
 
 def _reward(config: Config, name: str) -> RewardConfig:

@@ -4,6 +4,7 @@ import ipaddress
 import math
 from pathlib import Path
 
+from megatron_troll.checks import check_served
 from megatron_troll.config import Config, ConfigError, Mamba, Model, Serve
 from megatron_troll.launch.kv_scales import check_scales
 from megatron_troll.mcore.shape import ModelShape, Yarn
@@ -34,6 +35,7 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
     that a server would refuse or silently change."""
     serve, model = config.serve, config.models.drawing
     check_rope(shape)
+    check_served(config)
     _check_scalars(shape, model)
     flags: Flags = {
         "model-path": str(Path(model.path).absolute()),
