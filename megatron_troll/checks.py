@@ -152,13 +152,9 @@ def check_served(config: Config) -> None:
     refuse_for_servers(Path(config.models.drawing.path), key)
 
 
-def remarks_on_weights(config: Config) -> tuple[str, ...]:
-    """What is read otherwise than it is stored, of the weights that `config` names. Reads headers only."""
-    models = config.models
-    trained = (config.policy, models.critic, models.rollout)
-    paths = [model.path for model in trained if model is not None and model.init == "pretrained"]
-    if models.reference is not None:
-        paths.append(models.reference.path)
+def remarks_on_weights(*models: Model | ReferenceConfig | None) -> tuple[str, ...]:
+    """Remarks on weights of `models` that are read otherwise than they are stored. Reads headers only."""
+    paths = [each.path for each in models if each is not None and getattr(each, "init", "") != "random"]
     return tuple(line for path in dict.fromkeys(paths) for line in remarks_on(path))
 
 

@@ -45,7 +45,7 @@ PLAIN_FOLDER = "use the folder of bf16 or fp32 weights that it was made from"
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What a folder's files say of its quantisation: the settings ({} if there are none), and where they
+    """The words of a folder's files on its quantisation: the settings ({} if there are none), and where they
     stand."""
 
     settings: Mapping[str, Any]
@@ -134,7 +134,7 @@ class Found:
 
 
 def quantisation_of(folder: Path) -> Quantisation:
-    """What a folder's files say of its quantisation."""
+    """The words of a folder's files on its quantisation."""
     config = _json(folder / CONFIG)
     for prefix, content in (("", config), (f"{TEXT}.", config.get(TEXT))):
         for key in SETTINGS:
@@ -153,7 +153,7 @@ def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find(folder: Path, tensors: Mapping[str, Stored]) -> Found:
-    """What a folder with these tensors holds besides plain weights. Reads no weights.
+    """Find what a folder with these tensors holds besides plain weights. Reads no weights.
 
     Raises ConfigError, in one sentence, if it is quantised otherwise than by FP8 codes times scales, has such
     codes without scales or scales without codes, or calls plain weights quantised.
@@ -273,7 +273,7 @@ def _inner(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weights_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How each group of layers has its weights, as compressed-tensors says it, and ModelOpt too."""
+    """The forms of the weights of each group of layers, as compressed-tensors and ModelOpt name them."""
     groups = settings.get("config_groups")
     if not isinstance(groups, dict):
         return []

@@ -24,7 +24,7 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Grid:
-    """How scales lie on codes [.., rows, columns]: `shape` broadcasts to theirs once its last two axes are
+    """The place of scales on codes [.., rows, columns]: `shape` broadcasts to theirs once its last two axes are
     repeated for each row and column of a `block`."""
 
     shape: Size
@@ -104,7 +104,7 @@ def open_folder(folder: str | Path, dtype: torch.dtype | None = None) -> FolderS
 
 
 def grid_of(codes: Size, scales: Size, blocks: set[tuple[int, int]]) -> Grid | None:
-    """How scales of a shape lie on codes [.., rows, columns], None if they do not: one in all (or for each
+    """The place of scales on codes [.., rows, columns], None if they have none: one in all (or for each
     matrix of a stack), one a row, or one a block; ModelOpt puts axes of length 1 between those of blocks."""
     *stack, rows, columns = codes
     if scales in ((), (1,) * len(scales)):

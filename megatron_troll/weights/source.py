@@ -185,7 +185,7 @@ TIED_HEAD = "lm_head.weight"
 
 
 def remarks_on(folder: str | Path) -> list[str]:
-    """What a reader should know of the weights in a folder: whether they are multiplied by scales, and what
+    """Remarks on the weights in a folder: whether they are multiplied by scales, and what
     is left out. Reads headers only."""
     source = None if is_checkpoint(Path(folder)) else open_folder(folder)
     return source.remarks if isinstance(source, Scaled) else []
