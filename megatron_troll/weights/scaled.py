@@ -24,8 +24,8 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Grid:
-    """The place of scales on codes [.., rows, columns]: `shape` broadcasts to theirs once its last two axes are
-    repeated for each row and column of a `block`."""
+    """The place of scales on codes [.., rows, columns]: `shape` broadcasts to theirs once its last two axes
+    are repeated for each row and column of a `block`."""
 
     shape: Size
     block: tuple[int, int] = (1, 1)

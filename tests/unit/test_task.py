@@ -266,7 +266,7 @@ def test_an_empty_file_is_refused(config: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"vocab_size": 50}, "the model's vocab_size is 50: tokenizer and model do not belong together"),
+        ({"vocab_size": 50}, "tokens beyond the model's vocab_size 50: "),
         ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is not supported"),
         ({"hidden_size": None}, "config.json: 'hidden_size' is missing"),
     ],
