@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from troll_kernels.dispatch import LARGEST_K
@@ -23,7 +24,8 @@ from megatron_troll.mcore.layout import check_layout, check_world, uses_te, worl
 from megatron_troll.mcore.options import check_machine, check_muon_layout, check_options
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.objectives.objective import Objective
-from megatron_troll.weights.source import check_folder
+from megatron_troll.weights.quantised import refuse_for_servers
+from megatron_troll.weights.source import check_folder, remarks_on
 
 # The axes of a layout that determine which tokens a rank has, and where a pipeline ends.
 CUT_ALIKE = ("tp", "pp", "vpp", "cp")
@@ -134,12 +136,26 @@ def _check_roles(config: Config, objective: Objective) -> None:
 def check_models(config: Config, objective: Objective, shape: ModelShape) -> None:
     """Raises ConfigError if another model does not fit the policy, which has `shape`. Reads the models'
     folders, no weights."""
+    if config.rollout.engine == "sglang":
+        check_served(config)
     if config.models.reference is not None and objective.needs_reference:
         _check_reference(config.models.reference, config, shape)
     if config.models.critic is not None:
         _check_critic(config.models.critic, config, shape)
     if config.models.rollout is not None:
         _check_rollout_model(config.models.rollout, config, shape)
+
+
+def check_served(config: Config) -> None:
+    """Raises ConfigError if SGLang servers would start from a folder of quantised weights."""
+    key = "models.policy.path" if config.models.rollout is None else "models.rollout.path"
+    refuse_for_servers(Path(config.models.drawing.path), key)
+
+
+def remarks_on_weights(*models: Model | ReferenceConfig | None) -> tuple[str, ...]:
+    """Remarks on weights of `models` that are read otherwise than they are stored. Reads headers only."""
+    paths = [each.path for each in models if each is not None and getattr(each, "init", "") != "random"]
+    return tuple(line for path in dict.fromkeys(paths) for line in remarks_on(path))
 
 
 def _check_reference(reference: ReferenceConfig, config: Config, shape: ModelShape) -> None:

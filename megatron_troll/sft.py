@@ -11,9 +11,9 @@ from megatron_troll.objectives.supervised import Supervised
 from megatron_troll.observe.trackers import Summary
 from megatron_troll.rewards.mixed import MixedScorer
 from megatron_troll.run.evaluation import HELD_OUT, Evaluator, open_engine
-from megatron_troll.run.session import Session, open_session
+from megatron_troll.run.session import Session, of_one_day, open_session
 from megatron_troll.system import Interrupts
-from megatron_troll.task import Task, demonstrations, sft_of
+from megatron_troll.task import Task, demonstrations, prepare, sft_of
 from megatron_troll.training.build import open_policy
 from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.trainer import PolicyTrainer, Unhealthy
@@ -29,6 +29,8 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
     examples, order = shown.examples, PromptOrder(len(shown.examples), config.seed)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(config, sft.steps, interrupts))
+        if (same := of_one_day(task, session.world, prepare)) is not task:
+            task, examples = same, demonstrations(same).examples
         session.progress.say(f"{task}\n{shown}")
         scorer = stack.enter_context(MixedScorer(task.rewards, progress=session.watchdog.beat))
         beat = session.watchdog.beat

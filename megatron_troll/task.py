@@ -1,13 +1,22 @@
 """A run's inputs: the configuration, and everything it names, read and validated."""
 
 from dataclasses import dataclass, replace
+from datetime import date
 from math import ceil
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll import rollout
-from megatron_troll.checks import check_methods, check_model, check_models, check_observe, data_of
+from megatron_troll.checks import (
+    check_methods,
+    check_model,
+    check_models,
+    check_observe,
+    data_of,
+    remarks_on_weights,
+)
 from megatron_troll.config import Config, ConfigError, Data, Model, RewardConfig, WarmStart
+from megatron_troll.data.dates import writes_date
 from megatron_troll.data.demonstrations import Demonstrations, load_demonstrations
 from megatron_troll.data.prompts import PromptSet, load_prompts
 from megatron_troll.data.rows import DataError
@@ -20,6 +29,7 @@ from megatron_troll.mcore.version import check_version
 from megatron_troll.objectives.compose import compose, refuse_dense_head, resolve
 from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import Objective
+from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.rewards import terms as rewarding
 
 PROBLEMS = (ConfigError, DataError, OSError)
@@ -28,7 +38,7 @@ PROBLEMS = (ConfigError, DataError, OSError)
 @dataclass(frozen=True)
 class Task:
     """A run's inputs, read and validated. `config` has every default of every method written out; `rewards`
-    judge the answers to the prompts of each source."""
+    judge the answers to the prompts of each source; `remarks` are on weights and date."""
 
     config: Config
     shape: ModelShape
@@ -37,6 +47,7 @@ class Task:
     prompts: PromptSet
     rewards: dict[str, RewardConfig]
     objective: Objective
+    remarks: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -47,7 +58,7 @@ class Task:
         return self.stops.ids
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, (str(self.prompts), self.stops.remark)))
+        return "\n".join(filter(None, (str(self.prompts), self.stops.remark, *self.remarks)))
 
     def token_text(self, token: int) -> str:
         """The text of one token id."""
@@ -76,16 +87,21 @@ def prepare(config: Config) -> Task:
     check_models(config, objective, shape)
     check_observe(config.observe)
     tokenizer = tokenizer_of(config.policy, shape)
+    config = dated(config, tokenizer)
     rewards = {name: source.reward or config.reward for name, source in data.mixture.items()}
     if any(term.config.reasoning == "drop" for one in rewards.values() for term in rewarding.terms(one)):
         check_reasoning_tags(tokenizer)
-    template = ChatTemplate(tokenizer, data.template_arguments)
+    template = ChatTemplate(tokenizer, data.template_arguments, config.date)
     template.check("data.template_arguments")
     stops = stop_tokens(template, config.policy.path, shape.vocab, config.rollout.sampling.stop)
     judges = {name: rewarding.Judges(reward) for name, reward in rewards.items()}
     prompts = load_prompts(data, config.seed, template, lambda prompt: judges[prompt.source].problem(prompt))
     check_batch(config.rollout.prompts, prompts)
-    return Task(config, shape, template, stops, prompts, rewards, objective)
+    models = config.models
+    frozen = models.reference if objective.needs_reference else None
+    said = remarks_on_weights(models.policy, models.critic, models.rollout, frozen)
+    remarks = (*said, *remarks_on_date(config, tokenizer))
+    return Task(config, shape, template, stops, prompts, rewards, objective, remarks)
 
 
 def check_batch(wanted: int, prompts: PromptSet) -> None:
@@ -147,6 +163,24 @@ def tokenizer_of(model: Model, shape: ModelShape) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(model.path)
     check_vocab(tokenizer, shape.vocab)
     return tokenizer
+
+
+def dated(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
+    """`config` with the date that the chat template writes, if it writes one: that of the configuration, that
+    of the run that is continued, or today's."""
+    if config.date is not None or not writes_date(str(tokenizer.get_chat_template())):
+        return config
+    day = RunFolder.of(config).date() or date.today().isoformat()
+    return config.model_copy(update={"date": day})
+
+
+def remarks_on_date(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Remarks on the date in prompts."""
+    if config.date is None:
+        return ()
+    if writes_date(str(tokenizer.get_chat_template())):
+        return (f"the chat template writes the date {config.date} into every prompt (key `date`)",)
+    return (f"date: {config.date} changes nothing, because the chat template writes no date",)
 
 
 def sft_of(config: Config) -> WarmStart:

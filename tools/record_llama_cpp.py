@@ -39,19 +39,25 @@ def texts() -> list[str]:
     return sorted({*FIXED, *PIECES, *mixed})
 
 
+def ids_of(path: Path, asked: list[str]) -> list[list[int]]:
+    """The ids that llama.cpp gives each text, with the tokenizer of a GGUF file."""
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.warmup = str(path), 512, False
+    server = xllamacpp.Server(params)
+    found = []
+    for text in asked:
+        body = {"content": text, "add_special": False, "parse_special": True}
+        answer = httpx.post(f"{server.listening_address}/tokenize", json=body, trust_env=False)
+        found.append(answer.raise_for_status().json()["tokens"])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("file", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.warmup = str(arguments.file), 512, False
-    server = xllamacpp.Server(params)
-    cases = []
-    for text in texts():
-        asked = {"content": text, "add_special": False, "parse_special": True}
-        answer = httpx.post(f"{server.listening_address}/tokenize", json=asked, trust_env=False)
-        cases.append([text, answer.raise_for_status().json()["tokens"]])
+    cases = list(zip(texts(), ids_of(arguments.file, texts()), strict=True))
     lines = ",\n".join(json.dumps(case) for case in cases)
     head = json.dumps({"file": arguments.file.name, "xllamacpp": version("xllamacpp")})
     arguments.out.write_text(f'{head[:-1]}, "cases": [\n{lines}\n]}}\n')

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from datetime import date
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -45,6 +46,19 @@ def _one_folder(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_one_folder)]
+
+
+def _a_day(text: str) -> str:
+    """The text, if it is a day as YYYY-MM-DD. Raises ValueError."""
+    try:
+        if date.fromisoformat(text).isoformat() == text:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(f"got {text!r:.100}, expected a day such as 2026-11-30")
+
+
+Day = Annotated[str, AfterValidator(_a_day)]
 
 
 class Node(BaseModel):

@@ -14,6 +14,7 @@ from megatron_troll.config.models import (
     Models,
 )
 from megatron_troll.config.node import (
+    Day,
     Files,
     FolderName,
     Fraction,
@@ -232,6 +233,11 @@ class Config(Node):
     runs: Annotated[str, Field(min_length=1)] = Field(default="runs", description="folder of the run folders")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="of prompt order, sampling and random weights"
+    )
+    date: Day | None = Field(
+        default=None,
+        description="the day that stands in prompts for today's, where a chat template writes it (Llama 3.2, "
+        "SmolLM3); default: the day of the first start, which is kept when the run is resumed",
     )
     resume: bool | Resume = Field(default=False, description="continue from the run's newest checkpoint")
     models: Models

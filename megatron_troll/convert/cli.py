@@ -77,12 +77,12 @@ def hf2mcore(arguments: Namespace) -> int:
     def prepare(options: "Options") -> "Conversion":
         from megatron_troll.config import ConfigError
         from megatron_troll.convert.to_megatron import ToMegatron
-        from megatron_troll.weights.blocks import is_block_scaled
+        from megatron_troll.weights.quantised import quantisation_of
 
         source = Path(arguments.source)
-        if arguments.verify and is_block_scaled(source):
+        if arguments.verify and quantisation_of(source):
             raise ConfigError(
-                "--verify: Hugging Face's code computes with FP8, which is another model's logits"
+                "--verify: Hugging Face's code computes with quantised weights, as another model"
             )
         return ToMegatron(source, options)
 

@@ -21,12 +21,11 @@ from megatron_troll.convert.plan import (
 from megatron_troll.mcore.checkpoint_folder import TENSORS
 from megatron_troll.mcore.checkpoint_sums import check_folder_sums
 from megatron_troll.mcore.shape import read_shape
-from megatron_troll.weights.blocks import BlockScaled, is_block_scaled
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import CONFIG, file_name, write_companions
 from megatron_troll.weights.folder import write_index as write_carried_index
-from megatron_troll.weights.folder_source import FolderSource
 from megatron_troll.weights.megatron_keys import Keys, Size, written_keys
+from megatron_troll.weights.scaled import Scaled, open_folder
 from megatron_troll.weights.source import CARRIED, Source, Unstacked, carried_in, check
 from megatron_troll.weights.table import Place, Tensors
 from megatron_troll.weights.torch_dist import Chunk, SavedTensor, write_chunk, write_index
@@ -44,7 +43,7 @@ class ToMegatron:
 
     def __init__(self, folder: Path, options: Options) -> None:
         shape = read_shape(folder)
-        files, table = _opened(folder), table_of(shape)
+        files, table = open_folder(folder, options.dtype), table_of(shape)
         self.folder, self.options = folder, options
         self.identity = identity_of("hf2mcore", options, [folder / CONFIG, *files.files])
         self.source, self._files = Unstacked(files, table), files.files
@@ -52,7 +51,7 @@ class ToMegatron:
         self.keys = written_keys(table)
         self.tensors = _tensors(self.keys, self.source, options.dtype)
         self.carried = carried_in(files, table)
-        self.remarks = [str(files)] if isinstance(files, BlockScaled) else []
+        self.remarks = files.remarks if isinstance(files, Scaled) else []
         parameters = cut_parameters(table, self._dtype, options.shard_bytes)
         carried = cut_carried(self.carried, options.shard_bytes)
         self.shards = {f"{TENSORS}/shard_{i + 1:05d}.distcp": shard for i, shard in enumerate(parameters)}
@@ -105,10 +104,6 @@ class ToMegatron:
 
     def _dtype(self, place: Place) -> torch.dtype:
         return self.tensors[self.keys.regions(place)[0].key][0]
-
-
-def _opened(folder: Path) -> FolderSource | BlockScaled:
-    return BlockScaled(folder) if is_block_scaled(folder) else FolderSource(folder)
 
 
 def _tensors(keys: Keys, source: Source, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, Size]]:

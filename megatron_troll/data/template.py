@@ -10,6 +10,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_troll.config import ConfigError, nearest
+from megatron_troll.data.dates import NAME, with_date, writes_date
 from megatron_troll.data.rows import Malformed
 from megatron_troll.types import Message
 
@@ -28,21 +29,29 @@ PROBE = "QqProbeqQ"  # a text that no template and no chat contains
 
 class ChatTemplate:
     """The chat template of a tokenizer, with the `arguments` that it gets besides the chat
-    (data.template_arguments)."""
+    (data.template_arguments), and the `date` (YYYY-MM-DD) that it writes, if it writes one. Raises
+    ConfigError if that is missing or cannot be fixed."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Mapping[str, Any] | None = None,
+        date: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
+        own = str(tokenizer.get_chat_template())
+        if writes_date(own) and date is None:
+            raise ConfigError("date: missing, and the chat template writes one into prompts")
+        self._template = own if date is None else with_date(own, date)
 
     def check(self, key: str) -> None:
         """Raise ConfigError if the template reads no argument of some name; `key` is the arguments' place in
         the configuration."""
         reserved = inspect.signature(self.tokenizer.apply_chat_template).parameters
-        words = set(re.findall(r"[A-Za-z_]\w*", str(self.tokenizer.get_chat_template()))) - {"messages"}
+        words = set(re.findall(r"[A-Za-z_]\w*", self._template)) - {"messages"}
         for name in self.arguments:
-            if name in reserved or name == "messages":
+            if name in reserved or name in ("messages", NAME):
                 raise ConfigError(f"{key}.{name}: is given to every chat template already; leave it out")
             if name not in words:
                 raise ConfigError(f"{key}.{name}: the chat template reads no {name!r}; {_hint(name, words)}")
@@ -54,7 +63,11 @@ class ChatTemplate:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=answer, **self.arguments
+                    turns,
+                    chat_template=self._template,
+                    tokenize=False,
+                    add_generation_prompt=answer,
+                    **self.arguments,
                 )
             )
         except TEMPLATE_ERRORS as error:

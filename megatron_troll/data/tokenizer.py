@@ -6,6 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_troll.data.dates import TEMPLATE_FILES
 from megatron_troll.data.rows import DataError
 
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError)
@@ -26,7 +27,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error!s:.500}"
         ) from error
     if not tokenizer.chat_template:
-        raise DataError(f"{folder}: the tokenizer has no chat template")
+        raise DataError(
+            f"{folder}: the tokenizer has no chat template, neither in {TEMPLATE_FILES[0]} nor in "
+            f"{TEMPLATE_FILES[-1]}: write one to {Path(folder) / TEMPLATE_FILES[0]}, such as that of the "
+            "family's instruct model"
+        )
     try:
         tokenizer.get_chat_template()
     except ValueError as error:  # several templates, none of them the default
@@ -46,11 +51,15 @@ def _restore_parts(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
 
 def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raise DataError if the tokenizer can produce an id for which a model of `vocab_size` has no row."""
-    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if highest >= vocab_size:
+    known = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    beyond = [(token, index) for token, index in known if index >= vocab_size]
+    if beyond:
+        shown = ", ".join(f"{token!r:.40} ({index})" for token, index in beyond[:3])
+        more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
         raise DataError(
-            f"the tokenizer gives {token!r} the id {highest}, but the model's vocab_size is {vocab_size}: "
-            "tokenizer and model do not belong together"
+            f"{tokenizer.name_or_path}: the tokenizer has tokens beyond the model's vocab_size {vocab_size}: "
+            f"{shown}{more}: tokenizer and model do not belong together, or tokens were added for which the "
+            "embedding was not enlarged: enlarge it, or take them out of tokenizer.json"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_troll import rollout
 from megatron_troll.evals.report import write
 from megatron_troll.evals.results import Answers, EvalResult, figures, joined, majorities
-from megatron_troll.evals.task import DataSet, EvalTask
+from megatron_troll.evals.task import DataSet, EvalTask, prepare
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.observe.rewind import rewind
 from megatron_troll.observe.rollouts import RolloutStore
@@ -17,7 +17,7 @@ from megatron_troll.rewards.batch import extract, judge
 from megatron_troll.rewards.mixed import MixedScorer
 from megatron_troll.rollout.engine import Engine, Request, Setup, requests_for
 from megatron_troll.run.evaluation import EVALUATION_ROUND, SHOWN
-from megatron_troll.run.session import Session, open_session
+from megatron_troll.run.session import Session, of_one_day, open_session
 from megatron_troll.system import Interrupts
 from megatron_troll.training.build import open_model
 
@@ -27,6 +27,7 @@ def evaluate(task: EvalTask, interrupts: Interrupts) -> list[EvalResult] | None:
     Ctrl-C or SIGTERM: an interrupted evaluation must be restarted. Runs on every rank."""
     config = task.config
     with open_session(config, task.batches, interrupts) as session:
+        task = of_one_day(task, session.world, prepare)
         session.progress.say(str(task))
         model = open_model(config.policy, task.shape, session.groups, config.seed, session.watchdog.beat)
         session.world.first(lambda: rewind(session.folder, 0))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_troll.checks import check_length
+from megatron_troll.checks import check_length, check_served, remarks_on_weights
 from megatron_troll.config import Config, ConfigError, EvalSet, RewardConfig, RolloutConfig
 from megatron_troll.data.gym.tasks import Wanted, make
 from megatron_troll.data.reader import Counts, Reader, instruction_of
@@ -14,7 +14,7 @@ from megatron_troll.data.tokenizer import check_reasoning_tags
 from megatron_troll.mcore.layout import world_size
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.rewards.terms import Judges, default, resolve, terms
-from megatron_troll.task import shape_of, tokenizer_of
+from megatron_troll.task import dated, remarks_on_date, shape_of, tokenizer_of
 from megatron_troll.types import Prompt
 
 
@@ -37,17 +37,19 @@ class DataSet:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A validated evaluation. `at_once`: answers sampled together, over all data-parallel ranks."""
+    """A validated evaluation. `at_once`: answers sampled together, over all data-parallel ranks; `remarks`
+    are on weights and date."""
 
     config: Config
     shape: ModelShape
     tokenizer: PreTrainedTokenizerBase
     sets: tuple[DataSet, ...]
     at_once: int
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         remarks = dict.fromkeys(one.stops.remark for one in self.sets)
-        return "\n".join(filter(None, (*map(str, self.sets), *remarks)))
+        return "\n".join(filter(None, (*map(str, self.sets), *remarks, *self.remarks)))
 
     @property
     def batches(self) -> int:
@@ -74,16 +76,21 @@ def prepare(config: Config) -> EvalTask:
     resolved = {name: one.model_copy(update={"reward": rewards[name]}) for name, one in config.eval.items()}
     config = config.model_copy(update={"eval": resolved})
     shape = shape_of(config)
+    if config.rollout.engine == "sglang":
+        check_served(config)
     for name, one in config.eval.items():
         limits = {"max_prompt_tokens": one.max_prompt_tokens, "sampling.max_tokens": one.sampling.max_tokens}
         check_length({f"eval.{name}.{key}": tokens for key, tokens in limits.items()}, shape)
     tokenizer = tokenizer_of(config.policy, shape)
+    config = dated(config, tokenizer)
     if any(term.config.reasoning == "drop" for reward in rewards.values() for term in terms(reward)):
         check_reasoning_tags(tokenizer)
     sets = tuple(_data_set(config, name, rewards[name], tokenizer, shape.vocab) for name in config.eval)
     layout = config.policy.layout
     replicas = world_size(config) // (layout.tp * layout.pp * layout.cp)
-    return EvalTask(config, shape, tokenizer, sets, config.rollout.max_sequences * replicas)
+    at_once = config.rollout.max_sequences * replicas
+    remarks = (*remarks_on_weights(config.policy), *remarks_on_date(config, tokenizer))
+    return EvalTask(config, shape, tokenizer, sets, at_once, remarks)
 
 
 def _reward(config: Config, name: str) -> RewardConfig:
@@ -121,9 +128,9 @@ def _template(config: Config, name: str, tokenizer: PreTrainedTokenizerBase) -> 
     """The chat template with the data set's own arguments, otherwise those of training."""
     own, data = config.eval[name].template_arguments, config.data
     if own is None:
-        template = ChatTemplate(tokenizer, data.template_arguments if data else {})
+        template = ChatTemplate(tokenizer, data.template_arguments if data else {}, config.date)
         template.check("data.template_arguments")
     else:
-        template = ChatTemplate(tokenizer, own)
+        template = ChatTemplate(tokenizer, own, config.date)
         template.check(f"eval.{name}.template_arguments")
     return template

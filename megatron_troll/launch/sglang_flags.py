@@ -4,8 +4,10 @@ import ipaddress
 import math
 from pathlib import Path
 
+from megatron_troll.checks import check_served
 from megatron_troll.config import Config, ConfigError, Mamba, Model, Serve
 from megatron_troll.launch.kv_scales import check_scales
+from megatron_troll.mcore.layout import nearest_divisors
 from megatron_troll.mcore.shape import ModelShape, Yarn
 
 SGLANG = "0.5.23"
@@ -34,6 +36,7 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
     that a server would refuse or silently change."""
     serve, model = config.serve, config.models.drawing
     check_rope(shape)
+    check_served(config)
     _check_scalars(shape, model)
     flags: Flags = {
         "model-path": str(Path(model.path).absolute()),
@@ -66,7 +69,10 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
 def check_sizes(serve: Serve, shape: ModelShape) -> None:
     """Raises ConfigError if the model cannot be sharded over the GPUs of one server."""
     if shape.heads % serve.tp:
-        raise ConfigError(f"serve.tp={serve.tp}: {shape.heads} attention heads cannot be divided by it")
+        nearest = " or ".join(map(str, nearest_divisors(shape.heads, serve.tp)))
+        raise ConfigError(
+            f"serve.tp={serve.tp}: {shape.heads} attention heads cannot be divided by it; set it to {nearest}"
+        )
     if serve.tp % serve.ep or shape.experts % serve.ep:
         raise ConfigError(
             f"serve.ep={serve.ep}: must divide serve.tp={serve.tp} and the model's {shape.experts} experts"

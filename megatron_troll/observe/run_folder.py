@@ -50,7 +50,7 @@ ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
     ),
     "held_out": ("data.held_out", "data.held_out.*"),
     "tokenizer": ("models.policy.path", "models.rollout.path"),
-    "template": ("data.template_arguments", "data.template_arguments.*"),
+    "template": ("data.template_arguments", "data.template_arguments.*", "date"),
     "stop_tokens": ("rollout.sampling.stop",),
     "reference": ("models.reference.path",),
     "rewards": ("reward.*", "data.sources.*.reward", "data.sources.*.reward.*"),
@@ -62,6 +62,7 @@ ADDED: dict[str, Any] = {
     "data.instruction": None,
     "data.sources": {},
     "data.template_arguments": {},
+    "date": None,
     "reward.reasoning": "drop",
 }
 ABSENT = "(absent)"
@@ -130,6 +131,14 @@ class RunFolder(RunPaths):
         return figures or any(
             folder.is_dir() and any(folder.iterdir()) for folder in (self.checkpoints, self.rollouts)
         )
+
+    def date(self) -> str | None:
+        """The date of the run that is here; None if there is no run, it has none, or its configuration cannot
+        be read, which `check` reports."""
+        try:
+            return flat_config(self.config.read_text()).get("date") if self.holds_run() else None
+        except (OSError, ValueError, RecursionError):
+            return None
 
     def lost(self, step: int) -> str:
         """A remark for a run that continues from `step`, if a later step was saved and is gone; else ""."""

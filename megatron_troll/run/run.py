@@ -22,10 +22,10 @@ from megatron_troll.rollout.engine import Engine
 from megatron_troll.run.evaluation import Evaluator, open_engine, open_judged
 from megatron_troll.run.made_with import Continued, continued, note
 from megatron_troll.run.queue import RolloutQueue
-from megatron_troll.run.session import Session, open_session
+from megatron_troll.run.session import Session, of_one_day, open_session
 from megatron_troll.run.state import TrainState
 from megatron_troll.system import Interrupts, write_atomic
-from megatron_troll.task import Task
+from megatron_troll.task import Task, prepare
 from megatron_troll.training.build import open_policy
 from megatron_troll.training.critic import Critic, open_critic
 from megatron_troll.training.microbatches import MicroBatcher
@@ -175,6 +175,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
             config, config.train.steps, interrupts, lambda: made_with.append(continued(task))
         )
         session = stack.enter_context(opened)
+        task = of_one_day(task, session.world, prepare)
         session.progress.say(str(task))
         say_made_with(session, made_with)
         scorer = stack.enter_context(MixedScorer(task.rewards, progress=session.watchdog.beat))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -118,6 +119,20 @@ def write_broken(path: Path, rollouts: Sequence[Rollout], broken: Sequence[int])
         for i, rollout in enumerate(rollouts)
     ]
     write_atomic(path, json.dumps(batch))
+
+
+class Prepared(Protocol):
+    """The validated inputs of a command."""
+
+    @property
+    def config(self) -> Config: ...
+
+
+def of_one_day[Prep: Prepared](task: Prep, world: Group, prepare: Callable[[Config], Prep]) -> Prep:
+    """`task`, or if this rank prepared it on another day than rank 0, another one: a chat template may write
+    the date. Blocks."""
+    day = world.first(lambda: task.config.date)
+    return task if task.config.date == day else prepare(task.config.model_copy(update={"date": day}))
 
 
 @contextmanager

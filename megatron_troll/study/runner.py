@@ -3,10 +3,12 @@
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 
 from megatron_troll.config import Config, ConfigError
 from megatron_troll.config.load import dump
+from megatron_troll.data.dates import folder_writes_date
 from megatron_troll.data.demo import write_demo
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.study.jobs import Ended, Job, run_jobs
@@ -61,6 +63,13 @@ def _check(folder: Path, config: Config) -> None:
         )
 
 
+def day_of(plan: StudyPlan) -> str:
+    """The day that chat templates write in every run of the study: that of a run which is there, or today."""
+    warm = (plan.of_seed(seed) / name for seed in plan.study.seeds for name in plan.warm_starts())
+    folders = (*warm, *map(plan.folder, plan.cells()))
+    return next(filter(None, (RunFolder(folder).date() for folder in folders)), date.today().isoformat())
+
+
 def warm_starts(plan: StudyPlan, seed: int) -> list[Job]:
     """Jobs for the missing warm starts of a seed. Writes the seed's demo task. Deletes an unfinished warm
     start, because none is resumed."""
@@ -72,12 +81,21 @@ def warm_starts(plan: StudyPlan, seed: int) -> list[Job]:
         if (folder / name).exists():
             shutil.rmtree(folder / name)
         said = f"{name.replace('-', ' ')} of seed {seed}"
-        jobs.append(_job("sft", said, plan.warm_start(seed, name), folder / name))
+        config = plan.warm_start(seed, name)
+        jobs.append(_job("sft", said, config, folder / name, *_day(plan, config, folder / name)))
     return jobs
 
 
 def training(plan: StudyPlan, cell: Cell) -> Job:
-    return _job("train", str(cell), plan.config(cell), plan.folder(cell), "resume=true")
+    config, folder = plan.config(cell), plan.folder(cell)
+    return _job("train", str(cell), config, folder, "resume=true", *_day(plan, config, folder))
+
+
+def _day(plan: StudyPlan, config: Config, folder: Path) -> list[str]:
+    """The override with which a new run writes the day of the study, if its chat template writes one."""
+    if config.date is not None or RunFolder(folder).holds_run():
+        return []
+    return [f"date={day_of(plan)}"] if folder_writes_date(Path(config.policy.path)) else []
 
 
 def _job(command: str, name: str, config: Config, folder: Path, *overrides: str) -> Job:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_troll.config import ConfigError
 from megatron_troll.system import flush
 from megatron_troll.weights.folder_source import INDEX
-from megatron_troll.weights.quantised import SETTINGS, described, settings_of
+from megatron_troll.weights.quantised import quantisation_of, without_settings
 from megatron_troll.weights.tensor_file import TensorFileWriter
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -128,16 +128,14 @@ def write_index(folder: Path, files: Sequence[Sequence[str]], total_bytes: int) 
 
 def left_out_of(source_folder: Path) -> list[str]:
     """Remarks on the keys that `write_companions` leaves out of the files of `source_folder`."""
-    settings = settings_of(source_folder)
-    return [f"config.json is without its quantisation ({described(settings)})"] if settings else []
+    said = quantisation_of(source_folder)
+    return [f"config.json is without its quantisation ({said}): the weights are plain"] if said else []
 
 
 def write_companions(folder: Path, source_folder: Path, dtypes: Mapping[torch.dtype, int]) -> None:
     """Copy tokenizer and config of `source_folder`; the config names the dtype that has most of the bytes.
     Settings of quantisation are left out: the weights have none."""
-    config = json.loads((source_folder / CONFIG).read_text())
-    for key in SETTINGS:
-        config.pop(key, None)
+    config = without_settings(json.loads((source_folder / CONFIG).read_text()))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(max(dtypes, key=lambda dtype: dtypes[dtype])).removeprefix("torch.")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -17,6 +17,7 @@ from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.parallel.groups import Group
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder_source import FolderSource, holds_weights
+from megatron_troll.weights.scaled import Scaled, open_folder
 from megatron_troll.weights.table import Table
 
 if TYPE_CHECKING:
@@ -36,14 +37,15 @@ class Source(Protocol):
     def read(self, name: str, index: int | None = None) -> Tensor: ...
 
 
-def open_source(folder: str | Path, shape: ModelShape) -> "FolderSource | CheckpointSource":
-    """The weights of a folder in Hugging Face format, or of one that `mtroll convert hf2mcore` wrote.
+def open_source(folder: str | Path, shape: ModelShape) -> "FolderSource | Scaled | CheckpointSource":
+    """The weights of a folder in Hugging Face format, or of one that `mtroll convert hf2mcore` wrote. FP8
+    weights are read in fp32, so that they are rounded once, to the dtype of the model.
 
     Raises FileNotFoundError or ConfigError if it has no weights or they cannot be read.
     """
     folder = Path(folder)
     if not is_checkpoint(folder):
-        return FolderSource(folder)
+        return open_folder(folder, torch.float32)
     # Importing torch.distributed.checkpoint takes half as long as torch: do so only to read a checkpoint.
     from megatron_troll.weights.checkpoint_source import checkpoint_of
 
@@ -169,7 +171,7 @@ def carried_by(folder: Path, table: Table) -> Carried:
     place = folder / CARRIED if is_checkpoint(folder) else folder
     if not table.carried or not holds_weights(place):
         return Carried(TensorSource({}), ())
-    return carried_in(FolderSource(place), table)
+    return carried_in(open_folder(place), table)
 
 
 def carried_in(source: Source, table: Table) -> Carried:
@@ -180,6 +182,13 @@ def carried_in(source: Source, table: Table) -> Carried:
 
 # Written by some tools although config.json ties the head to the embedding.
 TIED_HEAD = "lm_head.weight"
+
+
+def remarks_on(folder: str | Path) -> list[str]:
+    """Remarks on the weights in a folder: whether they are multiplied by scales, and what
+    is left out. Reads headers only."""
+    source = None if is_checkpoint(Path(folder)) else open_folder(folder)
+    return source.remarks if isinstance(source, Scaled) else []
 
 
 def check_folder(folder: str | Path, shape: ModelShape) -> None:

@@ -20,19 +20,26 @@ def check_values(tensor: Tensor, name: str, file: Path) -> None:
     quantised format. Reads floating tensors only; 7 GiB/s on one core."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.itemsize < 2:
         return
-    low, high = (float(bound) for bound in tensor.aminmax())
-    if not (low - low == 0 and high - high == 0):
-        count = int((~tensor.isfinite()).sum())
-        raise ConfigError(
-            f"{file}: {count} of the {tensor.numel()} values of {name} are not finite (NaN or infinite): the "
-            "file is damaged, or the run that wrote it had diverged"
-        )
+    low, high = check_finite(tensor, name, file)
     if tensor.dim() > 1 and (kind := codes_in(tensor, max(-low, high))):
         raise ConfigError(
             f"{file}: {name} holds {kind} codes (from {low:g} to {high:g}) as {_short(tensor.dtype)} without "
             "scales: the weights were quantised, and cannot be restored from this folder; use the one that "
             "it was made from"
         )
+
+
+def check_finite(tensor: Tensor, name: str, file: Path) -> tuple[float, float]:
+    """The lowest and the highest value of a tensor. Raises ConfigError naming tensor and file if some value
+    is not finite."""
+    low, high = (float(bound) for bound in tensor.aminmax())
+    if low - low == 0 and high - high == 0:
+        return low, high
+    count = int((~tensor.isfinite()).sum())
+    raise ConfigError(
+        f"{file}: {count} of the {tensor.numel()} values of {name} are not finite (NaN or infinite): the "
+        "file is damaged, or the run that wrote it had diverged"
+    )
 
 
 def codes_in(tensor: Tensor, largest: float) -> str | None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_troll.config import Layout
 from megatron_troll.config.load import load
 from megatron_troll.mcore.layout import smallest_world
+from megatron_troll.mcore.shape import read_shape
 from megatron_troll.rollout.engine import Engine
 from megatron_troll.task import PROBLEMS, Task, demonstrations, prepare
+from megatron_troll.weights.source import RandomSource
 from tests.unit.demo_task import write_config
 
 CONFIG = """
@@ -263,7 +266,7 @@ def test_an_empty_file_is_refused(config: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"vocab_size": 50}, "the model's vocab_size is 50: tokenizer and model do not belong together"),
+        ({"vocab_size": 50}, "tokens beyond the model's vocab_size 50: "),
         ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is not supported"),
         ({"hidden_size": None}, "config.json: 'hidden_size' is missing"),
     ],
@@ -277,6 +280,24 @@ def test_a_model_folder_that_does_not_fit(config: Path, base: Path, change: dict
     kept = {key: value for key, value in fields.items() if value is not None or key not in change}
     (folder / "config.json").write_text(json.dumps(kept))
     assert said in refusal(config, f"models.policy.path={folder}")
+
+
+def test_fp8_weights_are_read_and_said_but_not_served(config: Path, base: Path) -> None:
+    folder = Path(shutil.copytree(base, config.parent / "model"))
+    source = RandomSource(read_shape(folder), seed=0)
+    tensors = {name: source.read(name) for name in source.shapes}
+    name = "model.layers.0.self_attn.o_proj.weight"
+    codes, scale = tensors[name].to(torch.float8_e4m3fn), torch.tensor(0.5)
+    save_file(tensors | {name: codes, f"{name}_scale": scale}, folder / "model.safetensors")
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    overrides = (f"models.policy.path={folder}", "models.policy.init=pretrained")
+    told = str(task(config, *overrides))
+    assert "(NVIDIA ModelOpt, FP8; quantization_config of config.json): 1 FP8 weights" in told
+    said = refusal(config, *overrides, "rollout.engine=sglang")
+    assert said.startswith(f"models.policy.path: {folder} is quantised (NVIDIA ModelOpt, FP8; ")
+    assert "\n" not in said
 
 
 def test_a_token_that_ends_turns_only_is_a_stop_token_and_said(config: Path, base: Path) -> None:

@@ -144,8 +144,9 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         **_experts(file),
         **file.architecture.fixed,
     }
-    for name in ("bos", "eos"):
-        config[f"{name}_token_id"] = file.get(f"tokenizer.ggml.{name}_token_id")
+    # Also those that the file lacks: an absent key would mean the family's default, such as 128004.
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{ours}_token_id"] = file.get(f"tokenizer.ggml.{theirs}_token_id")
     return config
 
 

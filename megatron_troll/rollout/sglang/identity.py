@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.rollout.sglang.http import BadReply, Http, Refused, ServerFault, WrongServer
 from megatron_troll.rollout.sglang.wire import SAMPLING_PARAMS
+from megatron_troll.weights.quantised import quantisation_of
 
 HEALTH_S = 20.0
 # Log-probs are float32 sums over the vocabulary.
@@ -63,6 +64,8 @@ class Identity:
         last weights, whose sizes may differ: a server may load experts of another size without an error."""
         if not (folder / "config.json").is_file():
             return  # the folder is on another machine; a sync of other shapes is refused, the probe compares
+        if said := quantisation_of(folder):
+            raise WrongServer(f"{url} serves {folder}, which is quantised ({said}): {self._remedy}")
         served = read_shape(folder)
         if served.vocab != self.shape.vocab:
             raise WrongServer(

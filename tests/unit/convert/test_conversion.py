@@ -125,12 +125,27 @@ def test_block_scaled_fp8_is_dequantised_and_said(tmp_path: Path) -> None:
     quantised = tensors | {name: codes, f"{name}_scale_inv": scales}
     source = write_folder(config, tmp_path / "hf", quantised)
     conversion = ToMegatron(source, SMALL)
-    assert conversion.remarks == ["dequantised 1 tensors of block-scaled FP8 to bfloat16"]
+    (said,) = conversion.remarks
+    assert said.endswith("1 FP8 weights are multiplied by their scales; exports are plain weights")
     run(conversion, tmp_path / "mcore")
     back = to_hugging_face(tmp_path / "mcore", tmp_path / "back")
     expected = codes.float() * scales.repeat_interleave(16, 0).repeat_interleave(16, 1)
     assert_equal(read_all(back), tensors | {name: expected.bfloat16()})
     assert "quantization_config" not in json.loads((back / "config.json").read_text())
+    wide = to_hugging_face(to_megatron(source, tmp_path / "a", Options(torch.float32)), tmp_path / "b")
+    assert torch.equal(read_all(wide)[name], expected)
+
+
+def test_fp8_weights_that_are_carried_are_plain_in_every_export(tmp_path: Path) -> None:
+    name = next(key for key, tensor in tensors_of(NEXT).items() if key in MTP and tensor.dim() == 2)
+    tensors = tensors_of(NEXT)
+    codes = torch.ones_like(tensors[name]).to(torch.float8_e4m3fn)
+    producer = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    config = NEXT | {"dtype": "float32", "quantization_config": producer}
+    quantised = tensors | {name: codes, f"{name}_scale": torch.tensor(0.25)}
+    source = write_folder(config, tmp_path / "hf", quantised)
+    back = to_hugging_face(to_megatron(source, tmp_path / "mcore"), tmp_path / "back")
+    assert_equal(read_all(back), tensors | {name: torch.full_like(tensors[name], 0.25)})
 
 
 def test_settings_of_quantisation_in_the_companions_are_left_out_and_said(tmp_path: Path) -> None:
@@ -138,7 +153,10 @@ def test_settings_of_quantisation_in_the_companions_are_left_out_and_said(tmp_pa
     there = to_megatron(write_folder(MOE, tmp_path / "hf", tensors), tmp_path / "mcore")
     like = write_folder(MOE | {"quantization_config": {"quant_method": "gptq"}}, tmp_path / "like", {})
     conversion = ToHuggingFace(there, like, SMALL)
-    assert conversion.remarks == ["config.json is without its quantisation (GPTQ)"]
+    (said,) = conversion.remarks
+    assert said.startswith(
+        "config.json is without its quantisation (GPTQ; quantization_config of config.json)"
+    )
     run(conversion, tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text()).keys() == {*MOE, "dtype"}
 

@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from megatron_troll.cli.main import main
 from megatron_troll.convert.gguf.metadata import GGUFFile, config_of
 from megatron_troll.convert.gguf.tokenizer import tokenizer_of
+from megatron_troll.mcore.rotary import inverse_frequencies
+from megatron_troll.mcore.shape import read_shape
+from megatron_troll.weights.source import open_source
 
 TOKENS = ["<s>", "<|end|>", *"abcdefgh01Ġ", "ab", "Ġa"]
 KINDS = [3, 3, *[1] * (len(TOKENS) - 2)]
@@ -39,10 +42,25 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 4096,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": LLAMA3},
-    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": YARN},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False, "rope_parameters": LINEAR},
     "qwen3moe": {"model_type": "qwen3_moe", "tie_word_embeddings": True, **EXPERTS},
+    # Without RoPE in every fourth layer.
+    "smollm3": {
+        "model_type": "smollm3",
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 4,
+        "pad_token_id": None,
+    },
 }
 KEYS = {
     "block_count": "num_hidden_layers",
@@ -70,7 +88,7 @@ def model_of(name: str) -> PreTrainedModel:
 
 def tensors_of(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
     """The tensors of a GGUF file, by llama.cpp's names."""
-    known = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), 2)
+    known = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), model.config.num_hidden_layers)
     found = {}
     for key, tensor in model.state_dict().items():
         if key.endswith("experts.gate_up_proj"):
@@ -106,14 +124,19 @@ def write(
             writer.add_uint32(f"{name}.{key}", config[ours])
     writer.add_float32(f"{name}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32(f"{name}.rope.freq_base", config["rope_parameters"]["rope_theta"])
-    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"} | (more or {})
-    for key, value in metadata.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(key, value)
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", **scaling(name, config)}
+    for key, value in (metadata | (more or {})).items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
     writer.add_array("tokenizer.ggml.tokens", TOKENS)
     writer.add_array("tokenizer.ggml.token_type", KINDS)
     writer.add_array("tokenizer.ggml.merges", MERGES)
-    writer.add_uint32("tokenizer.ggml.eos_token_id", 1)
+    if "tokenizer.ggml.eos_token_id" not in metadata | (more or {}):
+        writer.add_uint32("tokenizer.ggml.eos_token_id", 1)
     tensors = tensors_of(model, name)
     if config["rope_parameters"]["rope_type"] == "llama3":
         unscaled = 500000.0 ** -(torch.arange(0, 8, 2) / 8)
@@ -129,6 +152,21 @@ def write(
     return model
 
 
+def scaling(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of linear and YaRN's RoPE."""
+    rope = config["rope_parameters"]
+    found = {}
+    if rope["rope_type"] in ("linear", "yarn"):
+        found = {
+            f"{name}.rope.scaling.type": rope["rope_type"],
+            f"{name}.rope.scaling.factor": rope["factor"],
+        }
+    if rope["rope_type"] == "yarn":
+        original = f"{name}.rope.scaling.original_context_length"
+        found[original] = rope["original_max_position_embeddings"]
+    return found
+
+
 def convert(file: Path, target: Path, *options: str) -> int:
     return main(["convert", "gguf2hf", str(file), str(target), *options])
 
@@ -142,6 +180,46 @@ def test_logits_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id == 1
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_biases_of_qwen2_are_numbers_of_the_file(tmp_path: Path) -> None:
+    model = write(tmp_path / "model.gguf", "qwen2")
+    assert convert(tmp_path / "model.gguf", tmp_path / "hf") == 0
+    bias = model.state_dict()["model.layers.1.self_attn.k_proj.bias"]
+    source = open_source(tmp_path / "hf", read_shape(tmp_path / "hf"))
+    assert float(bias.abs().min()) > 0
+    assert torch.equal(source.read("model.layers.1.self_attn.k_proj.bias"), bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"), [("llama", LLAMA3), ("qwen2", YARN), ("qwen3", LINEAR), ("smollm3", None)]
+)
+def test_rope_is_that_of_the_model(tmp_path: Path, name: str, rope: dict[str, Any] | None) -> None:
+    write(tmp_path / "model.gguf", name)
+    assert convert(tmp_path / "model.gguf", tmp_path / "hf") == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["rope_parameters"] == (rope or {"rope_type": "default", "rope_theta": 10000.0})
+    read, meant = AutoConfig.from_pretrained(tmp_path / "hf"), AutoConfig.for_model(**SIZES | MODELS[name])
+    if name == "smollm3":
+        assert read.no_rope_layers == meant.no_rope_layers == [1, 1, 1, 0]
+    # What training computes with, beside Hugging Face's model of the config that the file was made from.
+    theirs = model_of(name).model.rotary_emb
+    ours = inverse_frequencies(read_shape(tmp_path / "hf"))
+    torch.testing.assert_close(ours, theirs.inv_freq, rtol=1e-6, atol=0)
+
+
+def test_a_folder_that_holds_something_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "model.gguf", "qwen3")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine").write_text("x")
+    assert convert(tmp_path / "model.gguf", tmp_path / "hf") == 2
+    assert f"{tmp_path / 'hf'} is not empty: convert to another folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["mine"]
+    (tmp_path / "hf" / "mine").unlink()
+    assert convert(tmp_path / "model.gguf", tmp_path / "hf") == 0
+    assert convert(tmp_path / "model.gguf", tmp_path / "hf") == 2
 
 
 def test_words_are_cut_before_they_are_merged(tmp_path: Path) -> None:
@@ -161,6 +239,10 @@ def test_words_are_cut_before_they_are_merged(tmp_path: Path) -> None:
         ("qwen3", {"more": {"tokenizer.ggml.model": "llama"}}, "tokenizer.ggml.model 'llama' is not"),
         ("qwen3", {"more": {"qwen3.rope.scaling.type": "longrope"}}, "rope.scaling.type 'longrope' is not"),
         ("qwen3", {"leave_out": "blk.1.attn_q.weight"}, "blk.1.attn_q.weight (model.layers.1.self_attn.q_"),
+        ("qwen3", {"more": {"tokenizer.ggml.eos_token_id": 99}}, "token 99 (eos) is beyond the 15 tokens"),
+        ("qwen3", {"more": {"tokenizer.ggml.padding_token_id": 15}}, "token 15 (pad) is beyond the 15"),
+        ("qwen2", {"leave_out": "blk.1.attn_k.bias"}, "blk.1.attn_k.bias (model.layers.1.self_attn.k_"),
+        ("qwen2", {"more": {"qwen2.rope.scaling.attn_factor": 1.2}}, "rope.scaling.attn_factor = 1.2"),
         ("qwen3", {"more": {"qwen3.rope.dimension_count": 4}}, "rope.dimension_count 4 is not the size of"),
     ],
 )

@@ -23,8 +23,16 @@ def test_a_tag_that_texts_lack_cannot_end_reasoning(tokenizer):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
     check_vocab(tokenizer, 53)
-    with pytest.raises(DataError, match=r"gives '\)' the id 52, but the model's vocab_size is 52"):
+    with pytest.raises(DataError, match=r"beyond the model's vocab_size 52: '\)' \(52\): token"):
         check_vocab(tokenizer, 52)
+
+
+def test_added_tokens_without_a_row_of_the_embedding_are_named(tokenizer):
+    tokenizer.add_tokens(["<a>", "<b>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<c>", "<d>"]})
+    check_vocab(tokenizer, 57)
+    with pytest.raises(DataError, match=r"base: .*size 53: '<a>' \(53\), '<b>' .* and 1 more: "):
+        check_vocab(tokenizer, 53)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "apertus"])
@@ -42,7 +50,8 @@ def test_folders_without_a_usable_tokenizer(folder, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         load_tokenizer(tmp_path / "none")
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(DataError, match="no chat template"):
+    wanted = r"no chat template, neither in chat_template\.jinja nor in tokenizer_config.json: write one to /"
+    with pytest.raises(DataError, match=wanted):
         load_tokenizer(folder)
     (folder / "chat_template.json").unlink(missing_ok=True)
     for broken in (

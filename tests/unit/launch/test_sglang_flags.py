@@ -32,7 +32,7 @@ def config(
     return Config(
         name="run",
         seed=7,
-        models=Models(policy=Model(path="/models/m", **(policy or {}))),
+        models=Models(policy=Model(**({"path": "/models/m"} | (policy or {})))),
         rollout=RolloutConfig(**(rollout or {})),
         serve=Serve(**serve),
     )
@@ -74,6 +74,17 @@ def test_a_rollout_model_is_what_is_served() -> None:
     )
     flags = flags_of(asked.model_copy(update={"models": models}), MOE_SHAPE, 0, "cuda")
     assert (flags["model-path"], flags["dtype"]) == ("/models/small", "float32")
+
+
+def test_a_server_does_not_start_from_a_quantised_folder(tmp_path: Path) -> None:
+    said = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (tmp_path / "config.json").write_text(json.dumps(MOE | said))
+    asked = config(policy={"path": str(tmp_path), "init": "random"})
+    with pytest.raises(ConfigError, match=r"models\.policy\.path: .* is quantised .*mtroll convert hf2mcore"):
+        flags_of(asked, MOE_SHAPE, 0, "cuda")
+    models = asked.models.model_copy(update={"rollout": RolloutModelConfig(path="/models/small")})
+    served = asked.model_copy(update={"models": models})
+    assert flags_of(served, MOE_SHAPE, 0, "cuda")["model-path"] == "/models/small"
 
 
 def test_on_a_cpu_one_may_set_what_is_chosen_for_it() -> None:

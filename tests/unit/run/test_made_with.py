@@ -101,6 +101,7 @@ def place(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     made = Place(tmp_path, base)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("megatron_troll.checks.check_folder", lambda *arguments: None)
+    monkeypatch.setattr("megatron_troll.checks.remarks_on", lambda path: [])
     made.save(2, Provenance.of(made.task()))
     yield made
     for name in [name for name in sys.modules if name.split(".")[0] == "my_rewards"]:

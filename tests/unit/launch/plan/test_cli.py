@@ -98,7 +98,7 @@ def test_replayed_experts_count(config: str, capsys: pytest.CaptureFixture[str])
             ["models.rollout.path=models/Qwen3-1.7B", "objective.old=engine"],
             "objective.old=engine does not go with models.rollout",
         ),
-        (["serve.tp=3"], "serve.tp=3: 32 attention heads cannot be divided by it"),
+        (["serve.tp=3"], "serve.tp=3: 32 attention heads cannot be divided by it; set it to 2 or 4"),
         (["serve={tp: 4, ep: 8}"], "serve.ep=8: must divide serve.tp=4 and the model's 128 experts"),
         (
             ["rollout.sglang.colocated=true", "serve.tp=2"],

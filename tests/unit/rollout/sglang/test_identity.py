@@ -61,6 +61,12 @@ def test_another_model(fake: Fake, tmp_path: Path) -> None:
         check(fake)
 
 
+def test_quantised_weights(fake: Fake, tmp_path: Path) -> None:
+    serve(fake, tmp_path, CONFIG | {"quantization_config": {"quant_method": "fp8"}})
+    with pytest.raises(WrongServer, match=r"quantised \(FP8; quant.*: start the server from runs/model"):
+        check(fake)
+
+
 def test_another_size_of_experts_after_a_sync_from_disk(fake: Fake, tmp_path: Path) -> None:
     """Its /model_info then names the trainer's own export."""
     synced = tmp_path / "synced"
