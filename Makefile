@@ -1,5 +1,6 @@
 # make env    set up .venv           make train  the demo, from prompts to a reward curve
 # make check  lint, types, layers    make test   the tests
+# make lm     the same with a real model, SmolLM2-135M, on 2 cores (docs/lm.md)
 # make test-slurm       the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
 # make sglang-env       SGLang without CUDA, in .venv-sglang, 3 GB, for
 # make test-sglang      tests against real SGLang servers
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NEMO_PIP := .venv-nemo/bin/python -m pip --disable-pip-version-check --quiet
 SGLANG_PIP := .venv-sglang/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: env nemo-env sglang-env check test test-unit test-dist test-e2e slurm test-slurm test-nemo test-nemo-slurm test-sglang train bench clean
+.PHONY: env nemo-env sglang-env check test test-unit test-dist test-e2e slurm test-slurm test-nemo test-nemo-slurm test-sglang train lm bench clean
 
 env: .venv/.ready
 
@@ -91,6 +92,17 @@ train: env
 	test -f runs/demo-warm-start/summary.json || rm -rf runs/demo-warm-start
 	test -f runs/demo-warm-start/summary.json || $(BIN)/mtroll sft examples/configs/cpu_warm_start.yaml
 	$(BIN)/mtroll train examples/configs/cpu_troll.yaml resume=true
+
+lm: env
+	$(BIN)/python tools/smollm2.py runs/lm/base
+	test -f runs/lm-answers/eval.json || $(BIN)/mtroll eval examples/configs/lm_answers.yaml
+	$(BIN)/python tools/lm_demonstrations.py runs/lm-answers runs/lm/demonstrations.jsonl
+	test -f runs/lm-warm-start/summary.json || rm -rf runs/lm-warm-start
+	test -f runs/lm-warm-start/summary.json || $(BIN)/mtroll sft examples/configs/lm_warm_start.yaml
+	test -f runs/lm-before/eval.json || $(BIN)/mtroll eval examples/configs/lm_before.yaml
+	$(BIN)/mtroll train examples/configs/lm_troll.yaml resume=true
+	test -f runs/lm-after/eval.json || $(BIN)/mtroll eval examples/configs/lm_after.yaml
+	$(BIN)/python tools/lm_report.py runs/lm-before runs/lm-after
 
 bench: env
 	$(BIN)/python tools/bench_head.py --device cpu --json docs/bench_head_cpu.json

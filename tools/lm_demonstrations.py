@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def demonstration(sample: Sample) -> str | None:
-    """The question with the name that the answer mentions first; None if it mentions none of the question's."""
+    """A chat of the question and the name of it that the answer mentions first; None if it mentions none."""
     question = sample.question.removeprefix("user: ")
     found = {name: sample.text.find(name) for name in NAME.findall(question) if name in sample.text}
     if not found:

@@ -1,4 +1,4 @@
-"""What RL added to a warm start: success on the same questions before and after, sampled and greedy.
+"""Success on the same questions before and after RL, sampled and greedy.
 
     python tools/lm_report.py runs/lm-before runs/lm-after
 
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def success(run: Path) -> dict[str, np.ndarray]:
-    """By data set, the success [prompts] of each question in the order of their ids."""
+    """Success [prompts] of each question, in the order of their ids, by data set."""
     names = list(json.loads((run / "eval.json").read_text())["sets"])
     found: dict[str, np.ndarray] = {}
     for name in SETS:
