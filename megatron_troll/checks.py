@@ -23,7 +23,7 @@ from megatron_troll.mcore.layout import check_layout, check_world, uses_te, worl
 from megatron_troll.mcore.options import check_machine, check_muon_layout, check_options
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.objectives.objective import Objective
-from megatron_troll.weights.source import check_folder
+from megatron_troll.weights.source import check_folder, check_random
 
 # The axes of a layout that determine which tokens a rank has, and where a pipeline ends.
 CUT_ALIKE = ("tp", "pp", "vpp", "cp")
@@ -253,6 +253,9 @@ def check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:
         uses_te(model.spec)
     if model.init == "pretrained":
         check_folder(model.path, shape)
+    else:
+        with _about(f"models.{name}"):
+            check_random(shape)
 
 
 @contextmanager

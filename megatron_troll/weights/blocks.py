@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_troll.config import ConfigError
+from megatron_troll.weights.folder import DTYPE_KEYS
 from megatron_troll.weights.folder_source import FolderSource
 from megatron_troll.weights.quantised import CONFIG, PLAIN, refuse_codes, refuse_quantised, settings_of
 from megatron_troll.weights.values import cast, check_values
@@ -107,7 +108,8 @@ def _block(settings: Mapping[str, Any]) -> tuple[int, int]:
 
 def _dtype(folder: Path) -> torch.dtype:
     config = json.loads((folder / CONFIG).read_bytes())
-    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    places = (config, config.get("text_config") or {})
+    name = next((each[key] for each in places for key in DTYPE_KEYS if each.get(key)), "bfloat16")
     dtype = getattr(torch, str(name), None)
     if dtype not in PLAIN:
         raise ConfigError(f"{folder / CONFIG}: dtype {name!a} is no dtype of weights")

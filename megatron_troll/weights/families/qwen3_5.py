@@ -1,10 +1,20 @@
 """Weight tables of Qwen3.5 and 3.6: Qwen3-Next with the projections of linear attention apart, dense or with
 experts, under the names of the language model alone or of one with a vision tower."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_troll.mcore.shape import LinearAttention, ModelShape
-from megatron_troll.weights.families.parts import STACKED, dense, embeddings, experts, layer_norms
+from megatron_troll.weights.families.parts import (
+    MTP,
+    STACKED,
+    VISION,
+    dense,
+    embeddings,
+    experts,
+    layer_norms,
+)
 from megatron_troll.weights.families.qwen3_next import (
     IN_PROJ,
     LINEAR,
@@ -13,9 +23,6 @@ from megatron_troll.weights.families.qwen3_next import (
     shared_expert,
 )
 from megatron_troll.weights.table import Entry, HFTensor, Table, Tensors
-
-# Layers of multi-token prediction and the vision tower: neither built nor trained here.
-CARRIED = ("mtp.", "model.visual.")
 
 
 def table(shape: ModelShape) -> Table:
@@ -29,12 +36,13 @@ def table(shape: ModelShape) -> Table:
         *delta_net(shape.linear, shape.hidden, _projections(shape.linear, shape.hidden)),
         *mlp,
     )
-    return Table(entries, shape.layer_types, shape.experts, STACKED if shape.experts else (), CARRIED)
+    return Table(entries, shape.layer_types, shape.experts, STACKED if shape.experts else (), (MTP,))
 
 
 def table_beside_vision(shape: ModelShape) -> Table:
     """The table of the language model of one with a vision tower."""
-    return table(shape).renamed("model.", "model.language_model.")
+    renamed = table(shape).renamed("model.", "model.language_model.")
+    return replace(renamed, carried=(MTP, VISION))
 
 
 def _projections(linear: LinearAttention, hidden: int) -> Entry:

@@ -12,6 +12,7 @@ from megatron_troll.mcore.shape import LinearAttention, ModelShape
 from megatron_troll.weights.families.parts import (
     HF,
     MEGATRON,
+    MTP,
     STACKED,
     embeddings,
     experts,
@@ -21,8 +22,6 @@ from megatron_troll.weights.families.parts import (
 )
 from megatron_troll.weights.table import Entry, HFTensor, Table, Tensors
 
-# Multi-token prediction layers: neither built nor trained here.
-CARRIED = ("mtp.",)
 LINEAR = HF + "linear_attn."
 IN_PROJ = (MEGATRON + "self_attention.in_proj.weight",)
 
@@ -38,7 +37,7 @@ def table(shape: ModelShape) -> Table:
         *experts(shape),
         *shared_expert(shape),
     )
-    return Table(entries, shape.layer_types, shape.experts, STACKED, CARRIED)
+    return Table(entries, shape.layer_types, shape.experts, STACKED, (MTP,))
 
 
 def gated_attention(shape: ModelShape) -> tuple[Entry, ...]:

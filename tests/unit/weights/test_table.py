@@ -158,6 +158,7 @@ def test_each_layer_of_a_hybrid_has_the_tensors_of_its_type() -> None:
         (QWEN3_5_MOE, "model.visual.x", True),
         (QWEN3_5_MOE, "model.language_model.x", False),
         (QWEN3_5_TEXT, "mtp.fc.weight", True),
+        (QWEN3_5_TEXT, "model.visual.x", False),
     ],
 )
 def test_only_multi_token_prediction_and_a_vision_tower_are_carried(
