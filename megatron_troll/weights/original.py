@@ -113,7 +113,7 @@ def _listed(path: Path) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor of one expert is in the stacked tensor `name` of shape `whole` [experts, rows, ...]: the
+    """Place of a tensor of one expert in the stacked tensor `name` of shape `whole` [experts, rows, ...]: the
     rows from `row` of `expert`."""
 
     name: str

@@ -72,6 +72,7 @@ def test_other_families_have_full_attention_only(config: dict[str, Any]) -> None
     assert (shape.shared_expert_ffn, shape.rotary_fraction) == (0, 1.0)
 
 
+INTERVAL = "full_attention_interval 4 gives other layers than layer_types, and programs differ"
 REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (NEXT, {"layer_types": ["mamba"] * 4}, "layer_types: 'mamba' is not supported"),
     (NEXT, {"num_hidden_layers": 5}, "layer_types names 4 layers, num_hidden_layers is 5"),
@@ -169,6 +170,7 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
         in_text(quantization_config={"bits": 4}),
         "text_config: quantization_config: {'bits': 4} i",
     ),
+    (QWEN3_5_TEXT, {"full_attention_interval": 4}, INTERVAL),
     (QWEN3_5_TEXT, {"attn_output_gate": False}, "attn_output_gate: False is not supported (only True)"),
     (QWEN3_5_TEXT, {"output_gate_type": "sigmoid"}, "output_gate_type: 'sigmoid' is not supported"),
     (QWEN3_5_TEXT, {"attention_bias": True}, "attention_bias: True is not supported (only False)"),

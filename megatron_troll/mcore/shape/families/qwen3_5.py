@@ -12,7 +12,7 @@ from megatron_troll.mcore.shape.experts import with_experts
 from megatron_troll.mcore.shape.families import qwen3
 from megatron_troll.mcore.shape.families.qwen3_next import hybrid_types, linear_attention
 from megatron_troll.mcore.shape.fields import Fields
-from megatron_troll.mcore.shape.model_shape import ModelShape
+from megatron_troll.mcore.shape.model_shape import LayerType, ModelShape
 
 # Model types with a vision tower, and that of their `text_config`.
 TEXT_TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
@@ -29,7 +29,7 @@ def read(fields: Fields) -> ModelShape:
         decoder(
             _without_mrope(text),
             head_dim,
-            types=hybrid_types(text),
+            types=_types(text),
             partial=0.25,
             ffn=0 if with_moe else None,
         ),
@@ -60,6 +60,17 @@ def _text_of(fields: Fields, family: str) -> Fields:
             "programs differ in which they read: give both the same"
         )
     return Fields({**config, "model_type": family}, text.where)
+
+
+def _types(text: Fields) -> tuple[LayerType, ...]:
+    types = hybrid_types(text)
+    key = "full_attention_interval"
+    if key in text.config and types != hybrid_types(Fields({**text.config, "layer_types": None}, text.where)):
+        raise text.error(
+            f"{key} {text.config[key]} gives other layers than layer_types, and programs differ in which "
+            "they read (transformers the types, SGLang the interval)"
+        )
+    return types
 
 
 def _check(text: Fields) -> None:
