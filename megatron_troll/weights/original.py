@@ -54,7 +54,7 @@ class Original:
     def remarks(self) -> list[str]:
         """Notes for a reader of an export."""
         return [
-            f"{start}* ({KINDS[start]}): {count} tensors are those of {self.folder}, not trained"
+            f"{start}* ({KINDS[start]}): not trained, as in {self.folder} (tensors: {count})"
             for start, count in self.untrained.items()
         ]
 

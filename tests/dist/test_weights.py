@@ -214,8 +214,8 @@ def test_an_export_has_the_form_and_the_untrained_tensors_of_its_start(
     assert [name for name in tensors if not torch.equal(exported.read(name), tensors[name])] == []
     assert (tmp_path / "export" / "config.json").read_bytes() == (source / "config.json").read_bytes()
     told = [
-        f"mtp.* (prediction heads): 1 tensors are those of {source}, not trained",
-        f"model.visual.* (vision tower): 21 tensors are those of {source}, not trained",
+        f"mtp.* (prediction heads): not trained, as in {source} (tensors: 1)",
+        f"model.visual.* (vision tower): not trained, as in {source} (tensors: 21)",
     ]
     assert messages == [told, told]
     (source / "model.safetensors").unlink()

@@ -133,7 +133,7 @@ def test_every_form_comes_back_bit_for_bit(
         said = json.loads((back / "conversion.json").read_text())["not_trained"]
         assert said == conversion.remarks[:2]
         heads = 2 + (2 if form in (all_fused, mixed) else 24)
-        assert f"mtp.* (prediction heads): {heads} tensors are those of {like}, not trained" in said
+        assert f"mtp.* (prediction heads): not trained, as in {like} (tensors: {heads})" in said
     check_folder(source, read_shape(source))
 
 
