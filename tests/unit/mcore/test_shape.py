@@ -53,6 +53,11 @@ def test_a_text_config_is_read_like_the_config_of_the_text_alone() -> None:
     assert (alone.ffn, alone.shared_expert_ffn, alone.rotary_fraction) == (0, 56, 0.25)
 
 
+def test_settings_of_quantisation_are_left_to_those_who_read_weights() -> None:
+    for config in (QWEN3_5_MOE, QWEN3_5_TEXT):
+        assert shape_of(config | {"quantization_config": {"quant_method": "fp8"}}) == shape_of(config)
+
+
 def test_the_auxiliary_loss_of_a_config_is_not_read() -> None:
     assert shape_of(QWEN3_5_MOE | in_text(router_aux_loss_coef=1.0)) == shape_of(QWEN3_5_MOE)
 

@@ -53,6 +53,7 @@ def _text_of(fields: Fields, family: str) -> Fields:
         raise fields.error(f"'text_config' is missing (without a vision tower, it is a {TEXT_TYPES[family]})")
     text = Fields(config, f"{fields.where}: text_config")
     text.only("model_type", TEXT_TYPES[family])
+    text.only("quantization_config", None)  # settings are read beside it
     tied = fields.flag("tie_word_embeddings", False)
     if tied != text.flag("tie_word_embeddings", False):
         raise fields.error(
@@ -79,7 +80,6 @@ def _check(text: Fields) -> None:
     text.only("norm_topk_prob", True)
     text.only("attn_output_gate", True)
     text.only("output_gate_type", "swish", "silu", None)
-    text.only("quantization_config", None)
 
 
 def _check_mrope(text: Fields, pairs: int) -> None:
