@@ -58,6 +58,12 @@ def test_settings_of_quantisation_are_left_to_those_who_read_weights() -> None:
         assert shape_of(config | {"quantization_config": {"quant_method": "fp8"}}) == shape_of(config)
 
 
+@pytest.mark.parametrize("keys", [{}, {"tie_word_embeddings": True}])
+def test_the_head_is_tied_as_said_beside_the_text(keys: dict[str, Any]) -> None:
+    text = without(QWEN3_5_MOE["text_config"], "tie_word_embeddings") | keys
+    assert shape_of(QWEN3_5_MOE | {"tie_word_embeddings": True, "text_config": text}).tied
+
+
 def test_the_auxiliary_loss_of_a_config_is_not_read() -> None:
     assert shape_of(QWEN3_5_MOE | in_text(router_aux_loss_coef=1.0)) == shape_of(QWEN3_5_MOE)
 
@@ -165,7 +171,7 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     ),
     (QWEN3_5_MOE, {"text_config": [1]}, "text_config '[1]' must be an object or null"),
     (QWEN3_5_MOE, in_text(model_type="qwen3_5_text"), "text_config: model_type: 'qwen3_5_text' is not supp"),
-    (QWEN3_5_MOE, {"tie_word_embeddings": True}, "is True beside text_config and False in it (absent: fals"),
+    (QWEN3_5_MOE, {"tie_word_embeddings": True}, "is True beside text_config (absent: false) and False in"),
     (QWEN3_5_MOE, in_text(hidden_size="4"), "config.json: text_config: hidden_size '4' must be a whole"),
     (QWEN3_5_MOE, in_text(use_sliding_window=True), "text_config: use_sliding_window: True is not supported"),
     (QWEN3_5_MOE, in_text(norm_topk_prob=False), "text_config: norm_topk_prob: False is not supported"),

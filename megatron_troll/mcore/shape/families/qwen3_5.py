@@ -54,13 +54,14 @@ def _text_of(fields: Fields, family: str) -> Fields:
     text = Fields(config, f"{fields.where}: text_config")
     text.only("model_type", TEXT_TYPES[family])
     text.only("quantization_config", None)  # settings are read beside it
+    # Where text_config has no such key, all programs read the one beside it.
     tied = fields.flag("tie_word_embeddings", False)
-    if tied != text.flag("tie_word_embeddings", False):
+    if tied != text.flag("tie_word_embeddings", tied):
         raise fields.error(
-            f"tie_word_embeddings is {tied} beside text_config and {not tied} in it (absent: false), and "
+            f"tie_word_embeddings is {tied} beside text_config (absent: false) and {not tied} in it, and "
             "programs differ in which they read: give both the same"
         )
-    return Fields({**config, "model_type": family}, text.where)
+    return Fields({**config, "model_type": family, "tie_word_embeddings": tied}, text.where)
 
 
 def _types(text: Fields) -> tuple[LayerType, ...]:
