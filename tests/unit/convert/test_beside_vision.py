@@ -137,9 +137,14 @@ def test_every_form_comes_back_bit_for_bit(
     check_folder(source, read_shape(source))
 
 
-def test_a_dense_model_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    config = BFLOAT16["dense"]
-    source = published(config, tmp_path / "hf", tensors_of(config))
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_dense_model_comes_back_bit_for_bit(tied: bool, tmp_path: Path) -> None:
+    text = BFLOAT16["dense"]["text_config"] | {"tie_word_embeddings": tied}
+    config = BFLOAT16["dense"] | {"text_config": text, "tie_word_embeddings": tied}
+    tensors = tensors_of(config)
+    if tied:
+        del tensors["lm_head.weight"]  # it is the embedding
+    source = published(config, tmp_path / "hf", tensors)
     back = to_hugging_face(to_megatron(source, tmp_path / "mcore"), tmp_path / "back")
     assert_equal(read_all(back), read_all(source))
     assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
