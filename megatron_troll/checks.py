@@ -25,7 +25,7 @@ from megatron_troll.mcore.options import check_machine, check_muon_layout, check
 from megatron_troll.mcore.shape import ModelShape, read_shape
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.weights.quantised import refuse_for_servers
-from megatron_troll.weights.source import check_folder, remarks_on
+from megatron_troll.weights.source import check_folder, check_random, remarks_on
 
 # The axes of a layout that determine which tokens a rank has, and where a pipeline ends.
 CUT_ALIKE = ("tp", "pp", "vpp", "cp")
@@ -269,6 +269,9 @@ def check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:
         uses_te(model.spec)
     if model.init == "pretrained":
         check_folder(model.path, shape)
+    else:
+        with _about(f"models.{name}"):
+            check_random(shape)
 
 
 @contextmanager

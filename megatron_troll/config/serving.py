@@ -77,7 +77,7 @@ class SGLang(Node):
 
 
 class Mamba(Node):
-    """The state cache of a model with linear attention (Qwen3-Next)."""
+    """The state cache of a model with linear attention (Qwen3-Next, Qwen3.5)."""
 
     ssm_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of the states"
@@ -125,7 +125,7 @@ class Serve(Node):
         default=False, description="answers that do not depend on what else is under way; slower, GPU only"
     )
     routed_experts: bool = Field(default=False, description="return which experts each token was routed to")
-    mamba: Mamba | None = Field(default=None, description="Qwen3-Next only; default: SGLang's")
+    mamba: Mamba | None = Field(default=None, description="linear attention only; default: SGLang's")
     flags: dict[str, str | int | float | bool] = Field(
         default={}, description="more flags of SGLang's server, without dashes in front; true: a bare flag"
     )

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, groupby, islice
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
 
-from megatron_troll.weights.source import Carried
+from megatron_troll.weights.original import Carried, Slot
 from megatron_troll.weights.table import Place, Table
 from megatron_troll.weights.tensor_file import TensorFileWriter, nbytes
 
@@ -94,11 +94,21 @@ def identity_of(kind: str, options: Options, sources: Iterable[Path]) -> dict[st
     }
 
 
-def cut_parameters(table: Table, dtype: DtypeOf, limit: int) -> list[TargetFile]:
-    """Every parameter of a model, in files of at most `limit` bytes (one parameter at least)."""
+def cut_parameters(
+    table: Table, dtype: DtypeOf, limit: int, slots: Mapping[str, Slot] | None = None
+) -> list[TargetFile]:
+    """Every parameter of a model, in files of at most `limit` bytes (one parameter at least; all that share a
+    stacked tensor are one)."""
     places = (place for place in table.places() if not place.entry.copy)
-    sized = ((place, elements(place) * dtype(place).itemsize) for place in places)
-    return [TargetFile(places, (), size) for places, size in cut(sized, limit)]
+    stacks = slots or {}
+
+    def stack(place: Place) -> object:
+        slot = stacks.get(place.names[0])
+        return place.names if slot is None else slot.name
+
+    groups = (tuple(group) for _, group in groupby(places, stack))
+    sized = ((group, sum(elements(place) * dtype(place).itemsize for place in group)) for group in groups)
+    return [TargetFile(tuple(chain(*group)), (), size) for group, size in cut(sized, limit)]
 
 
 def cut_carried(carried: Carried, limit: int) -> list[TargetFile]:

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from megatron_troll.mcore.checkpoint_sums import SUMS, check_folder_sums
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.weights.checkpoint_source import checkpoint_of
 from megatron_troll.weights.folder import CONFIG, file_name, left_out_of, write_companions, write_index
-from megatron_troll.weights.source import carried_by
+from megatron_troll.weights.original import original, slots
 from megatron_troll.weights.table import Place, tensors_of
 from megatron_troll.weights.tensor_file import TensorFileWriter
 from megatron_troll.weights.values import cast
@@ -40,12 +41,15 @@ class ToHuggingFace:
     def __init__(self, folder: Path, like: Path, options: Options, left_out: tuple[str, ...] = ()) -> None:
         self.folder, self.like, self.options = folder, like, options
         self.source = checkpoint_of(folder, read_shape(like), left_out)
-        self.identity = identity_of("mcore2hf", options, [like / CONFIG, *self.source.files])
-        self.carried = carried_by(like, self.source.table)
-        self.remarks = left_out_of(like)
+        begun = original(like, self.source.table)
+        self.carried, self.slots = begun.carried, slots(self.source.table, begun.stacked)
+        self.identity = identity_of("mcore2hf", options, [like / CONFIG, *self.source.files, *begun.files])
+        if begun.remarks:
+            self.identity["not_trained"] = begun.remarks
+        self.remarks = [*left_out_of(like), *begun.remarks]
         if not (folder / SUMS).is_file():
             self.remarks.append(f"{folder} has no {SUMS}: its content was not checked")
-        parameters = cut_parameters(self.source.table, self._dtype, options.shard_bytes)
+        parameters = cut_parameters(self.source.table, self._dtype, options.shard_bytes, self.slots)
         shards = parameters + cut_carried(self.carried, options.shard_bytes)
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
 
@@ -58,20 +62,21 @@ class ToHuggingFace:
             return write_carried(self.carried, shard.carried, file)
         places = sorted(shard.places, key=lambda place: -self._dtype(place).itemsize)
         layout = {
-            name: (self._dtype(place), tensor.shape)
-            for place in places
-            for name, tensor in zip(place.names, place.entry.hf, strict=True)
+            name: (self._dtype(place), shape) for place in places for name, shape in self._stored(place)
         }
         writer = TensorFileWriter(file, layout)
         read = ahead((place, self.source.parts(place)) for place in places)
         for name, tensor in tensors_of(read):
-            writer.write(name, cast(tensor, layout[name][0], name))
+            if slot := self.slots.get(name):
+                writer.write_piece(slot.name, cast(tensor, layout[slot.name][0], name))
+            else:
+                writer.write(name, cast(tensor, layout[name][0], name))
         return None
 
     def complete(self, folder: Path, records: dict[str, Any]) -> None:
         shards = self.shards.values()
-        names = [[name for place in shard.places for name in place.names] for shard in shards]
-        names = [[*own, *shard.carried] for own, shard in zip(names, shards, strict=True)]
+        stored = [[name for place in shard.places for name, _ in self._stored(place)] for shard in shards]
+        names = [[*dict.fromkeys(own), *shard.carried] for own, shard in zip(stored, shards, strict=True)]
         write_index(folder, names, sum(shard.nbytes for shard in shards))
         sizes: Counter[torch.dtype] = Counter()
         for place in (place for shard in shards for place in shard.places):
@@ -80,6 +85,12 @@ class ToHuggingFace:
 
     def sides(self, target: Path) -> BothFormats:
         return BothFormats(hugging_face=target, megatron=self.folder, like=self.like)
+
+    def _stored(self, place: Place) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of the tensors of the target that hold those of a parameter."""
+        for name, tensor in zip(place.names, place.entry.hf, strict=True):
+            slot = self.slots.get(name)
+            yield (name, tensor.shape) if slot is None else (slot.name, slot.whole)
 
     def _dtype(self, place: Place) -> torch.dtype:
         return self.options.dtype or self.source.dtype_of(place)

@@ -25,8 +25,9 @@ from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import CONFIG, file_name, write_companions
 from megatron_troll.weights.folder import write_index as write_carried_index
 from megatron_troll.weights.megatron_keys import Keys, Size, written_keys
+from megatron_troll.weights.original import CARRIED, carried_in, stacked_in, write_stacked
 from megatron_troll.weights.scaled import Scaled, open_folder
-from megatron_troll.weights.source import CARRIED, Source, Unstacked, carried_in, check
+from megatron_troll.weights.source import Source, Unstacked, check
 from megatron_troll.weights.table import Place, Tensors
 from megatron_troll.weights.torch_dist import Chunk, SavedTensor, write_chunk, write_index
 from megatron_troll.weights.values import cast
@@ -50,7 +51,7 @@ class ToMegatron:
         check(self.source, table, tied=shape.tied)
         self.keys = written_keys(table)
         self.tensors = _tensors(self.keys, self.source, options.dtype)
-        self.carried = carried_in(files, table)
+        self.carried, self.stacked = carried_in(files, table), stacked_in(files, table)
         self.remarks = files.remarks if isinstance(files, Scaled) else []
         parameters = cut_parameters(table, self._dtype, options.shard_bytes)
         carried = cut_carried(self.carried, options.shard_bytes)
@@ -82,6 +83,7 @@ class ToMegatron:
         for dtype, whole in self.tensors.values():
             sizes[dtype] += prod(whole) * dtype.itemsize
         write_companions(folder, self.folder, sizes)
+        write_stacked(folder, self.stacked)
         if carried := [shard for shard in self.shards.values() if shard.carried]:
             names, total = [shard.carried for shard in carried], sum(shard.nbytes for shard in carried)
             write_carried_index(folder / CARRIED, names, total)

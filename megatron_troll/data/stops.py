@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_troll.data.rows import DataError, Malformed
 from megatron_troll.data.template import ChatTemplate
@@ -102,14 +103,20 @@ def _single_token(text: str, template: ChatTemplate, key: str) -> int:
 
 
 def _declared(path: Path, vocab: int) -> set[int]:
-    """The ids under eos_token_id of a JSON file; none if there is no file. Raises DataError."""
+    """The ids under eos_token_id of a JSON file, and of its text_config if it has one; none if there is no
+    file. Raises DataError."""
     if not path.is_file():
         return set()
     try:
-        eos = json.loads(path.read_bytes()).get("eos_token_id")
+        content = json.loads(path.read_bytes())
+        named = [each.get("eos_token_id") for each in (content, content.get("text_config") or {})]
     except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as a JSON object: {error}") from error
-    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return {token for eos in named for token in _checked(eos, path, vocab)}
+
+
+def _checked(eos: Any, path: Path, vocab: int) -> list[int]:
+    ids: list[Any] = [] if eos is None else eos if isinstance(eos, list) else [eos]
     for token in ids:
         if type(token) is not int:
             raise DataError(f"{path}: eos_token_id must be an id or a list of ids, got {eos!r:.80}")
@@ -118,4 +125,4 @@ def _declared(path: Path, vocab: int) -> set[int]:
                 f"{path}: eos_token_id: no model of {vocab} tokens can sample {token}; "
                 f"expected 0 to {vocab - 1}"
             )
-    return set(ids)
+    return ids

@@ -15,7 +15,6 @@ Flags = dict[str, str | int | float | bool]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Families whose model in this SGLang reads a file of KV scales; the others refuse to start with one.
 READS_SCALES = ("apertus", "llama", "qwen2", "qwen3")
-HAS_MAMBA = ("qwen3_next",)
 # Disables what has no kernel without CUDA, and limits what would take all of a machine's memory.
 ON_CPU: Flags = {
     "device": "cpu",
@@ -37,6 +36,7 @@ def flags_of(config: Config, shape: ModelShape, number: int, device: str) -> Fla
     serve, model = config.serve, config.models.drawing
     check_rope(shape)
     check_served(config)
+    check_layers(shape)
     _check_scalars(shape, model)
     flags: Flags = {
         "model-path": str(Path(model.path).absolute()),
@@ -88,6 +88,18 @@ def check_rope(shape: ModelShape) -> None:
             f"config.json: attention_factor {yarn.scale:g} of its RoPE is unknown to SGLang {SGLANG}, which "
             f"takes {yarn.scale_in_sglang:g}: add attn_factor {factor:.9g} beside it, or use "
             "rollout.engine=inprocess"
+        )
+
+
+def check_layers(shape: ModelShape) -> None:
+    """Raises ConfigError if a server would have other types of layers: it reads an interval, not types."""
+    if shape.linear is None:
+        return
+    full = [i + 1 for i, kind in enumerate(shape.layer_types) if kind == "full_attention"]
+    if not full or full != list(range(full[0], shape.layers + 1, full[0])):
+        raise ConfigError(
+            f"config.json: layer_types: SGLang {SGLANG} has full attention in every n-th layer "
+            f"(full_attention_interval), and here it is in layers {full}: use rollout.engine=inprocess"
         )
 
 
@@ -168,7 +180,7 @@ def check_kv_cache(config: Config, shape: ModelShape) -> None:
 def _mamba(mamba: Mamba | None, shape: ModelShape) -> Flags:
     if mamba is None:
         return {}
-    if shape.family not in HAS_MAMBA:
+    if shape.linear is None:
         raise ConfigError(f"serve.mamba: {shape.family} has no linear attention")
     return {
         "mamba-ssm-dtype": mamba.ssm_dtype,

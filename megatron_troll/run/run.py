@@ -157,11 +157,11 @@ class Run:
         said = remarks(self.task.config.objective, self.task.objective)
         if self.made_with is not None:
             said = (*said, *self.made_with.provenance.remarks)
-        summary = Summary(state.before, state.after, state.seconds, self.task.config.seed, said)
         config = self.task.config
         if self.rollout_model is not None and config.models.rollout is not None and config.checkpoint.export:
             folder, path = self.session.folder.hf_rollout, config.models.rollout.path
-            export(self.rollout_model.model, folder, path, ends=self.task.stops.exported)
+            said = (*said, *export(self.rollout_model.model, folder, path, ends=self.task.stops.exported))
+        summary = Summary(state.before, state.after, state.seconds, config.seed, said)
         self.session.complete(self.policy.model, summary, self.task.stops.exported)
 
 

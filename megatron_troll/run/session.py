@@ -80,15 +80,18 @@ class Session:
     def complete(self, model: MegatronModel, summary: Summary, ends: Sequence[int]) -> None:
         """Export the model with the ids `ends` as its ends of sequence, write the summary and the report.
         Blocks on all ranks."""
+        exported: list[str] = []
         if self.config.checkpoint.export:
-            export(model, self.folder.hf, self.config.policy.path, ends=ends)
+            exported = export(model, self.folder.hf, self.config.policy.path, ends=ends)
 
         def write() -> None:
             # The plotting libraries take a second to import: only the rank that plots waits for them.
             from megatron_troll.observe.report import report
             from megatron_troll.observe.runs import NoMetricsError
 
-            told = (*summary.remarks, *self.losses)
+            for line in exported:
+                self.progress.say(f"{self.folder.hf}: {line}")
+            told = (*summary.remarks, *self.losses, *exported)
             write_summary(self.folder.summary, replace(summary, remarks=told))
             try:
                 report([self.folder.root], self.folder.report)

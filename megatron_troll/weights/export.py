@@ -12,8 +12,8 @@ from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel.groups import Group
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.folder import FolderWriter, check_target
+from megatron_troll.weights.original import original, slots, together
 from megatron_troll.weights.placement import held_parameters, shard_group
-from megatron_troll.weights.source import carried_by
 from megatron_troll.weights.table import Place, Table, Tensors, tensors_of
 
 MAX_SHARD_BYTES = 5 * 2**30
@@ -47,27 +47,30 @@ def save(
     source_folder: str | Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     ends: Sequence[int] = (),
-) -> None:
+) -> list[str]:
     """Write `model` to `folder` in Hugging Face format: safetensors in files of at most `max_shard_bytes`
     (one tensor at least), their index, and the config, tokenizer and carried tensors of `source_folder`;
-    `ends`, if any, become the ends of sequence of its generation_config.json.
+    experts are stacked or apart as they are there; `ends`, if any, become the ends of sequence of its
+    generation_config.json. Returns what a reader of the export should know.
     Rank 0 writes; an earlier export at `folder` is replaced once the new one is on disk. Rank 0 holds one
-    file in memory. Blocks until it is done on every rank.
+    file in memory, and a stacked tensor. Blocks until it is done on every rank.
 
-    Raises ValueError if `folder` holds anything but an earlier export, or `source_folder` has no config.
+    Raises ValueError if `folder` holds anything but an earlier export, or `source_folder` has no config;
+    FileNotFoundError if it lacks tensors that the export must have.
     """
-    target, source = Path(folder), Path(source_folder)
+    target, source, table = Path(folder), Path(source_folder), table_of(model.shape)
     model.groups.world.first(lambda: check_target(target, source))
 
-    def write(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    def write(tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
+        begun = original(source, table)
         with FolderWriter(target, source, max_shard_bytes, ends) as writer:
-            for name, tensor in tensors:
+            for name, tensor in together(tensors, slots(table, begun.stacked)):
                 writer.add(name, tensor)
-            carried = carried_by(source, table_of(model.shape))
-            for name in carried.names:
-                writer.add(name, carried.source.read(name))
+            for name in begun.carried.names:
+                writer.add(name, begun.carried.source.read(name), trained=False)
+        return begun.remarks
 
-    first_takes(model, write)
+    return first_takes(model, write)
 
 
 def first_takes[T](model: MegatronModel, take: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from megatron_troll.weights.quantised import quantisation_of, without_settings
 from megatron_troll.weights.tensor_file import TensorFileWriter
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+DTYPE_KEYS = ("dtype", "torch_dtype")
 COMPANIONS = (
     GENERATION_CONFIG,
     "tokenizer.json",
@@ -28,6 +30,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Of a vision tower.
+PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
 def check_target(folder: Path, source_folder: Path) -> None:
@@ -35,7 +39,8 @@ def check_target(folder: Path, source_folder: Path) -> None:
     missing, be empty, or hold an earlier export."""
     if not (source_folder / CONFIG).is_file():
         raise ConfigError(
-            f"{source_folder / CONFIG} not found: the export takes config and tokenizer from there"
+            f"{source_folder / CONFIG} not found: the export takes config, tokenizer and all that is not "
+            "trained from there"
         )
     if folder.resolve() == source_folder.resolve():
         raise ConfigError(f"{folder} is the folder the model came from: export to another one")
@@ -55,7 +60,7 @@ class FolderWriter:
         self.folder, self.source_folder, self.max_bytes = folder, source_folder, max_bytes
         self.part = folder.with_name(f".{folder.name}.part")
         self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
+        self._pending_bytes = self._total_bytes = 0
         self._files: list[tuple[str, ...]] = []
         self._dtypes: dict[torch.dtype, int] = {}
 
@@ -75,13 +80,16 @@ class FolderWriter:
         else:
             shutil.rmtree(self.part)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Copy `tensor` to the host; before that, write the pending file if it would become too large."""
+    def add(self, name: str, tensor: Tensor, *, trained: bool = True) -> None:
+        """Copy `tensor` to the host; before that, write the pending file if it would become too large. The
+        config names the dtype of the `trained` ones."""
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
             self._write_pending()
         self._pending[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         self._pending_bytes += tensor.nbytes
-        self._dtypes[tensor.dtype] = self._dtypes.get(tensor.dtype, 0) + tensor.nbytes
+        self._total_bytes += tensor.nbytes
+        if trained:
+            self._dtypes[tensor.dtype] = self._dtypes.get(tensor.dtype, 0) + tensor.nbytes
 
     def _write_pending(self) -> None:
         pending = sorted(self._pending.items(), key=lambda item: -item[1].itemsize)
@@ -97,7 +105,7 @@ class FolderWriter:
         self._write_pending()
         for i in range(len(self._files)):
             (self.part / str(i)).rename(self.part / file_name(i, len(self._files)))
-        write_index(self.part, self._files, sum(self._dtypes.values()))
+        write_index(self.part, self._files, self._total_bytes)
         write_companions(self.part, self.source_folder, self._dtypes)
         write_ends(self.part, self.ends)
         for path in (*self.part.iterdir(), self.part):
@@ -133,15 +141,28 @@ def left_out_of(source_folder: Path) -> list[str]:
 
 
 def write_companions(folder: Path, source_folder: Path, dtypes: Mapping[torch.dtype, int]) -> None:
-    """Copy tokenizer and config of `source_folder`; the config names the dtype that has most of the bytes.
-    Settings of quantisation are left out: the weights have none."""
-    config = without_settings(json.loads((source_folder / CONFIG).read_text()))
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(max(dtypes, key=lambda dtype: dtypes[dtype])).removeprefix("torch.")
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    for name in COMPANIONS:
+    """Copy tokenizer, preprocessors and config of `source_folder`. The config names the dtype that has most
+    of the bytes, and settings of quantisation are left out: the weights have none. If it says so already, it
+    is the same file."""
+    read = json.loads((source_folder / CONFIG).read_text())
+    dtype = str(max(dtypes, key=lambda dtype: dtypes[dtype])).removeprefix("torch.")
+    config = _of_dtype(without_settings(read), dtype)
+    if config == read:
+        shutil.copyfile(source_folder / CONFIG, folder / CONFIG)
+    else:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    for name in (*COMPANIONS, *PREPROCESSORS):
         if (source_folder / name).is_file():
             shutil.copyfile(source_folder / name, folder / name)
+
+
+def _of_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """`config` with `dtype` where it names one, for the whole or for its text; for the whole if nowhere."""
+    text = config.get("text_config")
+    named: dict[str, Any] = {key: dtype for key in DTYPE_KEYS if key in config}
+    if isinstance(text, dict) and any(key in text for key in DTYPE_KEYS):
+        named["text_config"] = text | {key: dtype for key in DTYPE_KEYS if key in text}
+    return config | (named or {DTYPE_KEYS[0]: dtype})
 
 
 def write_ends(folder: Path, ends: Sequence[int]) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +15,8 @@ from megatron_troll.mcore.checkpoint_sums import check_folder_sums
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.parallel.groups import Group
 from megatron_troll.weights.families import table_of
-from megatron_troll.weights.folder_source import FolderSource, holds_weights
+from megatron_troll.weights.families.parts import VISION
+from megatron_troll.weights.folder_source import FolderSource
 from megatron_troll.weights.scaled import Scaled, open_folder
 from megatron_troll.weights.table import Table
 
@@ -142,9 +142,10 @@ class Unstacked:
         return tensor if index is None else tensor[index]
 
     def _expand(self, name: str, pieces: tuple[str, ...], layer: int) -> None:
-        """Replace a stacked tensor by its pieces; one that cannot hold them stays, for `check` to report."""
+        """Replace a stacked tensor by its pieces; one that cannot hold them, or beside which there are some,
+        stays, for `check` to report."""
         shape = self._shapes.get(name, ())
-        if len(shape) < 2 or shape[1] % len(pieces):
+        if len(shape) < 2 or shape[1] % len(pieces) or pieces[0].format(l=layer, e=0) in self._shapes:
             return
         del self._shapes[name]
         for expert in range(shape[0]):
@@ -152,32 +153,6 @@ class Unstacked:
                 single = piece.format(l=layer, e=expert)
                 self._inside[single] = (name, expert, i, len(pieces))
                 self._shapes[single] = (shape[1] // len(pieces), *shape[2:])
-
-
-# In a folder with a Megatron checkpoint, carried tensors have a folder of their own.
-CARRIED = "carried"
-
-
-@dataclass(frozen=True)
-class Carried:
-    """Tensors `names` of `source`: they belong to the checkpoint, but to no model of ours."""
-
-    source: Source
-    names: tuple[str, ...]
-
-
-def carried_by(folder: Path, table: Table) -> Carried:
-    """The carried tensors of a folder with a model of `table`; none if it has no weights."""
-    place = folder / CARRIED if is_checkpoint(folder) else folder
-    if not table.carried or not holds_weights(place):
-        return Carried(TensorSource({}), ())
-    return carried_in(open_folder(place), table)
-
-
-def carried_in(source: Source, table: Table) -> Carried:
-    """The carried tensors among those of `source`."""
-    carried = (name for name in source.shapes if table.carried and name.startswith(table.carried))
-    return Carried(source, tuple(carried))
 
 
 # Written by some tools although config.json ties the head to the embedding.
@@ -195,6 +170,15 @@ def check_folder(folder: str | Path, shape: ModelShape) -> None:
     """Raise ConfigError or FileNotFoundError unless `folder` holds a model of `shape`. Reads headers only."""
     table = table_of(shape)
     check(Unstacked(open_source(folder, shape), table), table, tied=shape.tied)
+
+
+def check_random(shape: ModelShape) -> None:
+    """Raise ConfigError if random weights of `shape` would not be a whole model."""
+    if VISION in table_of(shape).carried:
+        raise ConfigError(
+            f"init=random: a {shape.family} has a vision tower, which is not made here: write the "
+            "text_config of config.json as a config.json of its own"
+        )
 
 
 def check(source: Source, table: Table, *, tied: bool) -> None:

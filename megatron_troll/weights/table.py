@@ -189,6 +189,19 @@ class Table:
             for name, tensor in zip(place.names, place.entry.hf, strict=True)
         }
 
+    def renamed(self, start: str, new: str) -> "Table":
+        """This table with Hugging Face names that begin with `new` instead of `start`; others stay."""
+
+        def rename(name: str) -> str:
+            return new + name.removeprefix(start) if name.startswith(start) else name
+
+        entries = (
+            replace(entry, hf=tuple(replace(tensor, name=rename(tensor.name)) for tensor in entry.hf))
+            for entry in self.entries
+        )
+        stacked = (Stacked(rename(each.name), tuple(map(rename, each.pieces))) for each in self.stacked)
+        return replace(self, entries=tuple(entries), stacked=tuple(stacked))
+
     def find(self, name: str) -> Place | None:
         """The place of a Megatron parameter, with the layer and expert numbers as in `name` (an expert's is
         local to its rank); None if no entry has it."""

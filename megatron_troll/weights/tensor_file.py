@@ -203,15 +203,28 @@ class TensorFileWriter:
     def __init__(self, file: BinaryIO, layout: Layout) -> None:
         self._file = file
         self._left = iter(layout.items())
+        self._unfinished: tuple[str, torch.dtype, int] = ("", torch.uint8, 0)
         sizes = [dtype.itemsize for dtype, _ in layout.values()]
         assert sizes == sorted(sizes, reverse=True), "order the tensors by the size of their elements"
         file.write(_header(layout))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor of the layout."""
+        assert not self._unfinished[2], self._unfinished
         expected = next(self._left)
         assert (name, (tensor.dtype, tuple(tensor.shape))) == expected, (name, tensor.shape, expected)
         self._file.write(as_bytes(tensor.cpu().contiguous()))
+
+    def write_piece(self, name: str, tensor: Tensor) -> None:
+        """Write the next piece of the next tensor of the layout, in the order of its memory."""
+        if not self._unfinished[2]:
+            expected, (dtype, shape) = next(self._left)
+            self._unfinished = (expected, dtype, nbytes(dtype, shape))
+        expected, dtype, left = self._unfinished
+        assert (name, tensor.dtype) == (expected, dtype), (name, tensor.dtype, expected, dtype)
+        assert tensor.nbytes <= left, (name, tensor.shape, left)
+        self._file.write(as_bytes(tensor.cpu().contiguous()))
+        self._unfinished = (name, dtype, left - tensor.nbytes)
 
 
 def _header(layout: Layout) -> bytes:

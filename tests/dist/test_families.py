@@ -52,7 +52,7 @@ def made(config: dict, folder: Path, tokens: Tensor) -> Reference:
     with torch.no_grad():
         logits = model(tokens).logits
         generated = torch.stack([greedy(model, sequence) for sequence in sequences_of(tokens)])
-    if "num_experts" in config:
+    if shape_of(config).experts:
         model.set_experts_implementation("eager")  # the grouped one has no float64
     model.double()
     loss_at(model, tokens).backward()
@@ -81,7 +81,7 @@ def test_a_family_equals_hugging_face(
     family: str, layout: str, references: dict[str, Reference], results: dict[str, list[dict[str, Result]]]
 ) -> None:
     reference, seen = references[family], torch.zeros(4, 24, dtype=torch.bool)
-    tolerance = LINEAR_ATTENTION if "next" in family else 1e-5
+    tolerance = LINEAR_ATTENTION if shape_of(FAMILIES[family]).linear else 1e-5
     for result in (rank[family] for rank in results[layout]):
         assert result.groups == expected_groups(2, LAYOUTS[layout])
         assert result.differing == []

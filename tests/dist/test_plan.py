@@ -14,7 +14,7 @@ from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.compose import compose
 from tests.dist.plan_worker import BUCKET, measure
 from tests.dist.tiny import DENSE, MOE, NEXT
-from tests.dist.tiny_families import APERTUS, LLAMA, QWEN2, SMOLLM3
+from tests.dist.tiny_families import APERTUS, LLAMA, QWEN2, QWEN3_5_MOE, QWEN3_5_TEXT, SMOLLM3
 
 TOKENS = 256
 # Bytes a token of what plans leave out: what tensor-parallel ranks tell each other in the head, and sums of
@@ -69,6 +69,8 @@ CASES = {
     "smollm3-pp2-bf16": Case(2, {"pp": 2}, SMOLLM3, BF16),
     "qwen2-selective": Case(1, {}, QWEN2, BF16 | SELECTIVE),
     "hybrid": Case(1, {}, NEXT, BF16),
+    "dense-hybrid-tp2": Case(2, {"tp": 2}, QWEN3_5_TEXT, BF16),
+    "hybrid-beside-vision-ep2": Case(2, {"ep": 2}, QWEN3_5_MOE, BF16 | {"recompute": "full"}),
     "hybrid-tp2-cp2-ep2": Case(4, {"tp": 2, "cp": 2, "ep": 2}, NEXT),
 }
 

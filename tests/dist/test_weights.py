@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_troll.config import Layout, Model
@@ -28,6 +29,7 @@ from tests.dist.harness import RankPool
 from tests.dist.layout_table import LAYOUTS, Sizes, expected_groups, formed_groups
 from tests.dist.parameters import parameters_by_name
 from tests.dist.tiny import DENSE, MOE, NEXT, started, unpacked, write_reference
+from tests.dist.tiny_families import QWEN3_5_MOE
 
 QWEN3_30B_A3B = PRESETS / "models" / "Qwen3-30B-A3B" / "config.json"
 
@@ -184,12 +186,50 @@ def test_the_exported_folder_opens_in_transformers(
         assert torch.equal(model(tokens).logits, expected)
 
 
-def load_and_save(folder: str, target: str) -> None:
+def load_and_save(folder: str, target: str) -> list[str]:
     layout = Layout(tp=2, ep=2)
     with started(layout) as groups:
         model = build(Model(path=folder, dtype="fp32", layout=layout), read_shape(folder), groups)
         load(model, FolderSource(folder))
-        save(model, target, folder, max_shard_bytes=100_000)
+        return save(model, target, folder, max_shard_bytes=100_000)
+
+
+def test_an_export_has_the_form_and_the_untrained_tensors_of_its_start(
+    ranks2: RankPool, tmp_path: Path
+) -> None:
+    """Experts stacked in one layer and apart in another, under expert parallelism: ranks take turns."""
+    source = tmp_path / "hf"
+    write_reference(QWEN3_5_MOE, source)
+    begun = FolderSource(source)
+    tensors = {name: begun.read(name) for name in begun.shapes} | {"mtp.fc.weight": torch.randn(48, 96)}
+    prefix = "model.language_model.layers.1.mlp.experts."
+    names = [[f"{prefix}{expert}.{kind}_proj.weight" for kind in ("gate", "up")] for expert in range(8)]
+    tensors[f"{prefix}gate_up_proj"] = torch.stack(
+        [torch.cat([tensors.pop(name) for name in of_expert]) for of_expert in names]
+    )
+    save_file(tensors, source / "model.safetensors")
+    messages = ranks2.run(load_and_save, str(source), str(tmp_path / "export"))
+    exported = FolderSource(tmp_path / "export")
+    assert exported.shapes.keys() == tensors.keys()
+    assert [name for name in tensors if not torch.equal(exported.read(name), tensors[name])] == []
+    assert (tmp_path / "export" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    told = [
+        f"mtp.* (prediction heads): not trained, as in {source} (tensors: 1)",
+        f"model.visual.* (vision tower): not trained, as in {source} (tensors: 21)",
+    ]
+    assert messages == [told, told]
+    (source / "model.safetensors").unlink()
+    with pytest.raises(RuntimeError, match=f"{source} has no weights: an export takes the vision tower"):
+        ranks2.run(export_random, str(source), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def export_random(folder: str, target: str) -> None:
+    layout = Layout(tp=2, ep=2)
+    with started(layout) as groups:
+        model = build(Model(path=folder, dtype="fp32", layout=layout), read_shape(folder), groups)
+        load(model, RandomSource(model.shape, seed=1))
+        save(model, target, folder)
 
 
 def test_a_refused_target_raises_on_every_rank(ranks2: RankPool, references: dict[str, Reference]) -> None:

@@ -1,5 +1,6 @@
 """A tiny Qwen3, Qwen3-MoE and Qwen3-Next: Hugging Face configs, and models with weights worth testing."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from megatron_troll.config import Layout
 from megatron_troll.mcore.parallel import leave, start
+from megatron_troll.mcore.shape import shape_of
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import MicroBatch
 
@@ -60,13 +62,14 @@ STEEP = ("embed", "mlp.gate.weight", "conv1d")
 def reference(config: dict[str, Any], seed: int = 0) -> "PreTrainedModel":
     """The Hugging Face model in fp32 with eager attention. No weight is trivial: norms differ from one, and
     the router is steep enough that rounding does not change the chosen experts."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**config), attn_implementation="eager", dtype=torch.float32
+    kind = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    model = kind.from_config(
+        AutoConfig.for_model(**copy.deepcopy(config)), attn_implementation="eager", dtype=torch.float32
     ).eval()
     generator = torch.Generator().manual_seed(seed)
-    zero_centred = config["model_type"] == "qwen3_next"
+    zero_centred = shape_of(config).zero_centred_norms
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)

@@ -63,6 +63,42 @@ MOE_YARN = MOE | {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate"
 NEXT_LINEAR = NEXT | {
     "rope_parameters": NEXT["rope_parameters"] | {"rope_type": "linear", "factor": 2.0},
 }
+# Of two layers each of both kinds; text at equal positions on three axes.
+QWEN3_5 = {
+    key: value
+    for key, value in NEXT.items()
+    if key not in ("intermediate_size", "norm_topk_prob", "use_sliding_window")
+} | {
+    "head_dim": 32,
+    "rope_parameters": YARN
+    | {"partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    "router_aux_loss_coef": 0.001,
+}
+DENSE_ONLY = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "router_aux_loss_coef")
+QWEN3_5_TEXT = {
+    key: value
+    for key, value in QWEN3_5.items()
+    if key not in (*DENSE_ONLY, "shared_expert_intermediate_size")
+} | {
+    "model_type": "qwen3_5_text",
+    "intermediate_size": 80,
+    "rope_parameters": QWEN3_5["rope_parameters"] | {"rope_type": "default", "rope_theta": 1e4},
+}
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+QWEN3_5_MOE = {
+    "model_type": "qwen3_5_moe",
+    "text_config": QWEN3_5 | {"model_type": "qwen3_5_moe_text"},
+    "vision_config": VISION,
+    "tie_word_embeddings": False,
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -73,4 +109,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-yarn": QWEN3_YARN,
     "qwen3_moe-yarn": MOE_YARN,
     "qwen3_next-linear": NEXT_LINEAR,
+    "qwen3_5_text": QWEN3_5_TEXT,
+    "qwen3_5_moe-yarn": QWEN3_5_MOE,
 }

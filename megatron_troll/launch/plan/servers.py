@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_troll.config import Config, ConfigError
 from megatron_troll.launch.plan.saved.flow import FLOAT
-from megatron_troll.launch.sglang_flags import check_kv_cache, check_rope, check_sizes
+from megatron_troll.launch.sglang_flags import check_kv_cache, check_layers, check_rope, check_sizes
 from megatron_troll.mcore.shape import ModelShape
 
 BF16, FP8 = 2, 1
@@ -68,6 +68,7 @@ def check_servers(config: Config, world: int, shape: ModelShape, parameters: int
         return
     check_sizes(serve, shape)
     check_rope(shape)
+    check_layers(shape)
     check_kv_cache(config, shape)
     if config.rollout.sglang.colocated and serve.servers * serve.tp > world:
         raise ConfigError(

@@ -17,6 +17,7 @@ def decoder(
     norm_eps: float = 1e-6,
     max_positions: int = 32768,
     partial: float | None = None,
+    ffn: int | None = None,
 ) -> ModelShape:
     """The shape of a model whose layers have attention and a dense MLP, as in Qwen3; a reader replaces what
     differs in its family.
@@ -25,11 +26,10 @@ def decoder(
     types      type of each layer; None: full attention in all
     tied, norm_eps, max_positions   what an absent key means
     partial    the same for the rotated fraction of a head; None: whole heads are rotated
+    ffn        size of the dense MLP, 0 if no layer has one; None: its key must be there
     """
     groups = groups or fields.size("num_key_value_heads")
     _check_heads(fields, head_dim, groups)
-    if partial is None:
-        whole_heads(fields)
     fields.only("attention_dropout", 0, None)
     positions = fields.size("max_position_embeddings", max_positions)
     every: tuple[LayerType, ...] = ("full_attention",) * fields.size("num_hidden_layers")
@@ -41,7 +41,7 @@ def decoder(
         heads=fields.size("num_attention_heads"),
         kv_heads=groups,
         head_dim=head_dim,
-        ffn=fields.size("intermediate_size"),
+        ffn=fields.size("intermediate_size") if ffn is None else ffn,
         experts=0,
         experts_per_token=0,
         expert_ffn=0,
@@ -52,7 +52,7 @@ def decoder(
         init_std=fields.number("initializer_range", 0.02),
         max_positions=positions,
         softcap=_softcap(fields),
-        rotary_fraction=1.0 if partial is None else read_fraction(fields, head_dim, partial),
+        rotary_fraction=_fraction(fields, head_dim, partial),
         rope_scaling=read_scaling(fields, positions),
     )
 
@@ -65,6 +65,13 @@ def _check_heads(fields: Fields, head_dim: int, groups: int) -> None:
         )
     if head_dim % 2:
         raise fields.error(f"head_dim {head_dim} must be even: rotation takes dimensions in pairs")
+
+
+def _fraction(fields: Fields, head_dim: int, partial: float | None) -> float:
+    if partial is not None:
+        return read_fraction(fields, head_dim, partial)
+    whole_heads(fields)
+    return 1.0
 
 
 def kv_heads(fields: Fields) -> int:

@@ -7,6 +7,8 @@ from megatron_troll.weights.table import Entry, HFTensor, Stacked, Tensors
 
 HF = "model.layers.{l}."
 MEGATRON = "decoder.layers.{l}."
+# Beginnings of the names of multi-token prediction and of a vision tower: neither is built nor trained here.
+MTP, VISION = "mtp.", "model.visual."
 
 STACKED = (
     Stacked(

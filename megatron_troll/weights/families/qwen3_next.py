@@ -12,6 +12,7 @@ from megatron_troll.mcore.shape import LinearAttention, ModelShape
 from megatron_troll.weights.families.parts import (
     HF,
     MEGATRON,
+    MTP,
     STACKED,
     embeddings,
     experts,
@@ -21,8 +22,8 @@ from megatron_troll.weights.families.parts import (
 )
 from megatron_troll.weights.table import Entry, HFTensor, Table, Tensors
 
-# Multi-token prediction layers: neither built nor trained here.
-CARRIED = ("mtp.",)
+LINEAR = HF + "linear_attn."
+IN_PROJ = (MEGATRON + "self_attention.in_proj.weight",)
 
 
 def table(shape: ModelShape) -> Table:
@@ -31,15 +32,16 @@ def table(shape: ModelShape) -> Table:
     entries = (
         *embeddings(shape),
         *layer_norms(shape),
-        *_attention(shape),
-        *_delta_net(shape.linear, shape.hidden),
+        *gated_attention(shape),
+        *delta_net(shape.linear, shape.hidden, _projections(shape.linear, shape.hidden)),
         *experts(shape),
-        *_shared_expert(shape),
+        *shared_expert(shape),
     )
-    return Table(entries, shape.layer_types, shape.experts, STACKED, CARRIED)
+    return Table(entries, shape.layer_types, shape.experts, STACKED, (MTP,))
 
 
-def _attention(shape: ModelShape) -> tuple[Entry, ...]:
+def gated_attention(shape: ModelShape) -> tuple[Entry, ...]:
+    """Full attention with an output gate."""
     hidden, groups, width = shape.hidden, shape.kv_heads, shape.head_dim
     query, key = shape.heads * width, groups * width
     hf, megatron = HF + "self_attn.", MEGATRON + "self_attention."
@@ -70,9 +72,9 @@ def _attention(shape: ModelShape) -> tuple[Entry, ...]:
     return tuple(entry.only("full_attention") for entry in entries)
 
 
-def _delta_net(linear: LinearAttention, hidden: int) -> tuple[Entry, ...]:
+def _projections(linear: LinearAttention, hidden: int) -> Entry:
+    """The projections of the input of Gated DeltaNet, whose rows Hugging Face interleaves."""
     key, value, heads = linear.key_width, linear.value_width, linear.value_heads
-    hf, megatron = HF + "linear_attn.", MEGATRON + "self_attention."
     # Rows of one key head: query, key, value, z in one tensor, b and a in the other.
     inner = (linear.key_dim, linear.key_dim, value // linear.key_heads, value // linear.key_heads)
     outer = (heads // linear.key_heads,) * 2
@@ -84,24 +86,33 @@ def _delta_net(linear: LinearAttention, hidden: int) -> tuple[Entry, ...]:
     def join(parts: Tensors) -> Tensors:
         return _by_key_head(parts[:4], linear), _by_key_head(parts[4:], linear)
 
+    projections = (
+        HFTensor(LINEAR + "in_proj_qkvz.weight", (2 * key + 2 * value, hidden)),
+        HFTensor(LINEAR + "in_proj_ba.weight", (2 * heads, hidden)),
+    )
+    return Entry(projections, IN_PROJ, separate, join, axis=0)
+
+
+def delta_net(linear: LinearAttention, hidden: int, projections: Entry) -> tuple[Entry, ...]:
+    """Gated DeltaNet; `projections` of its input have the parts q, k, v, z, b, a."""
+    key, value, heads = linear.key_width, linear.value_width, linear.value_heads
+    megatron = MEGATRON + "self_attention."
+
     def cut(tensors: Tensors) -> Tensors:
         """Channels -> those of q, k and v."""
         return tensors[0].split([key, key, value])
 
-    projections = (
-        HFTensor(hf + "in_proj_qkvz.weight", (2 * key + 2 * value, hidden)),
-        HFTensor(hf + "in_proj_ba.weight", (2 * heads, hidden)),
-    )
-    convolution = HFTensor(hf + "conv1d.weight", (2 * key + value, 1, linear.conv))
-    output = HFTensor(hf + "out_proj.weight", (hidden, value))
+    convolution = HFTensor(LINEAR + "conv1d.weight", (2 * key + value, 1, linear.conv))
+    output = HFTensor(LINEAR + "out_proj.weight", (hidden, value))
     entries = (
-        Entry(projections, (megatron + "in_proj.weight",), separate, join, axis=0),
+        projections,
         Entry((convolution,), (megatron + "conv1d.weight",), cut, lambda parts: (torch.cat(parts),), axis=0),
-        Entry((HFTensor(hf + "dt_bias", (heads,), init="ones"),), (megatron + "dt_bias",), axis=0),
-        Entry((HFTensor(hf + "A_log", (heads,), init="decay"),), (megatron + "A_log",), axis=0),
+        Entry((HFTensor(LINEAR + "dt_bias", (heads,), init="ones"),), (megatron + "dt_bias",), axis=0),
+        Entry((HFTensor(LINEAR + "A_log", (heads,), init="decay"),), (megatron + "A_log",), axis=0),
         # Not zero-centred, unlike every other norm.
         Entry(
-            (HFTensor(hf + "norm.weight", (linear.value_dim,), init="ones"),), (megatron + "out_norm.weight",)
+            (HFTensor(LINEAR + "norm.weight", (linear.value_dim,), init="ones"),),
+            (megatron + "out_norm.weight",),
         ),
         Entry((output,), (megatron + "out_proj.weight",), axis=1),
     )
@@ -120,7 +131,7 @@ def _by_key_head(kinds: Tensors, linear: LinearAttention) -> Tensor:
     return torch.cat([kind.reshape(linear.key_heads, -1, width) for kind in kinds], 1).reshape(-1, width)
 
 
-def _shared_expert(shape: ModelShape) -> tuple[Entry, ...]:
+def shared_expert(shape: ModelShape) -> tuple[Entry, ...]:
     megatron = MEGATRON + "mlp.shared_experts."
     gate = HFTensor(HF + "mlp.shared_expert_gate.weight", (1, shape.hidden))
     first, second = megatron + "linear_fc1.weight", megatron + "linear_fc2.weight"

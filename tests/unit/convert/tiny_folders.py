@@ -18,19 +18,19 @@ from megatron_troll.parallel.groups import ALONE
 from megatron_troll.weights.folder_source import FolderSource
 from megatron_troll.weights.source import RandomSource
 from tests.dist.tiny import DENSE, MOE, NEXT
-from tests.dist.tiny_families import APERTUS, QWEN2
+from tests.dist.tiny_families import APERTUS, QWEN2, QWEN3_5_TEXT
 
 # Files of this size are many in a tiny model.
 SMALL = Options(shard_bytes=100_000)
 MODELS = {"dense": DENSE, "moe": MOE, "tied": MOE | {"tie_word_embeddings": True}, "hybrid": NEXT}
-MODELS |= {"qwen2": QWEN2, "apertus": APERTUS}
+MODELS |= {"qwen2": QWEN2, "apertus": APERTUS, "dense hybrid": QWEN3_5_TEXT}
 MTP = {"mtp.fc.weight": torch.randn(48, 96), "mtp.layers.0.count": torch.arange(3)}
 
 
 def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
     """Random tensors of a model, in fp32, with those that it carries."""
     source, generator = RandomSource(shape_of(config), seed=0), torch.Generator().manual_seed(0)
-    carried = MTP if config["model_type"] == "qwen3_next" else {}
+    carried = MTP if shape_of(config).linear else {}
     noise = {name: 0.1 * torch.rand(shape, generator=generator) for name, shape in source.shapes.items()}
     return {name: source.read(name) + noise[name] for name in source.shapes} | carried
 

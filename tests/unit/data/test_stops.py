@@ -44,6 +44,17 @@ def test_stop_texts_and_both_configs_join_it(folder, tokenizer):
     assert (stops.ids, stops.exported) == ((0, 2, 3, 4), (2, 3, 4))
 
 
+def test_an_end_of_sequence_may_stand_beside_the_sizes_of_the_text(folder, tokenizer):
+    """As in Qwen3.5, whose config has a vision tower too."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({"model_type": "qwen3_5", "text_config": config | {"eos_token_id": 2}}))
+    assert stop_tokens(ChatTemplate(tokenizer), folder, VOCAB).exported == (2, 4)
+    path.write_text(json.dumps({"text_config": {"eos_token_id": VOCAB}}))
+    with pytest.raises(DataError, match=f"config.json: eos_token_id: no model of {VOCAB} tokens can sample"):
+        stop_tokens(ChatTemplate(tokenizer), folder, VOCAB)
+
+
 def test_the_token_that_a_warm_start_teaches_is_a_stop_token(folder, tokenizer):
     template = as_base_model(folder, tokenizer)
     ids, mask = encode_chat([Message("user", "sort 21"), Message("assistant", "12", train=True)], template)

@@ -35,7 +35,9 @@ def test_added_tokens_without_a_row_of_the_embedding_are_named(tokenizer):
         check_vocab(tokenizer, 53)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "apertus"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "smollm3", "apertus", "qwen3_5", "qwen3_5_moe_text"]
+)
 def test_the_family_does_not_change_the_tokenizer(folder, tokenizer, family):
     """transformers would take Qwen2.5's rules for splitting text in a folder with a Qwen2.5 model."""
     config = json.loads((folder / "config.json").read_text())

@@ -19,9 +19,9 @@ from megatron_troll.config import (
 )
 from megatron_troll.launch import sglang_flags
 from megatron_troll.launch.sglang_flags import check_address, flags_of
-from megatron_troll.mcore.shape import ModelShape, shape_of
-from tests.dist.tiny import DENSE, MOE
-from tests.dist.tiny_families import APERTUS
+from megatron_troll.mcore.shape import shape_of
+from tests.dist.tiny import DENSE, MOE, NEXT
+from tests.dist.tiny_families import APERTUS, QWEN3_5_TEXT
 
 MOE_SHAPE, DENSE_SHAPE = shape_of(MOE), shape_of(DENSE)
 
@@ -106,11 +106,20 @@ def test_linear_attention_only_where_there_is_some() -> None:
     asked = config(mamba=Mamba(ssm_dtype="bfloat16", cache_strategy="extra_buffer", memory_ratio=0.5))
     with pytest.raises(ConfigError, match="qwen3_moe has no linear attention"):
         flags_of(asked, MOE_SHAPE, 0, "cuda")
-    hybrid = ModelShape(**(vars(MOE_SHAPE) | {"family": "qwen3_next"}))
-    flags = flags_of(asked, hybrid, 0, "cuda")
+    flags = flags_of(asked, shape_of(NEXT), 0, "cuda")
     assert flags["mamba-ssm-dtype"] == "bfloat16"
     assert flags["mamba-radix-cache-strategy"] == "extra_buffer"
     assert flags["mamba-full-memory-ratio"] == 0.5
+
+
+def test_layers_that_a_server_would_have_otherwise() -> None:
+    first = QWEN3_5_TEXT | {"layer_types": ["full_attention", "linear_attention"] * 2}
+    for there in (first, NEXT | {"layer_types": ["linear_attention"] * 4}):
+        with pytest.raises(
+            ConfigError, match=r"layer_types: SGLang .* has full attention in every n-th layer"
+        ):
+            flags_of(config(), shape_of(there), 0, "cuda")
+    flags_of(config(), shape_of(QWEN3_5_TEXT), 0, "cuda")
 
 
 def test_scalars_that_a_server_would_round() -> None:

@@ -1,5 +1,6 @@
 """Frequencies of the rotary embedding, and its attention factor, against transformers'; what is refused."""
 
+import copy
 import re
 from typing import Any
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
 from megatron_troll.config import ConfigError
 from megatron_troll.mcore.rotary import attention_factor, inverse_frequencies
 from megatron_troll.mcore.shape import Yarn, shape_of
 from tests.dist.tiny import DENSE, NEXT
-from tests.dist.tiny_families import LLAMA3
+from tests.dist.tiny_families import LLAMA3, QWEN3_5_TEXT
 
 HEADS = {"head_dim": 128, "max_position_embeddings": 131072}
 LLAMA_3_2 = LLAMA3 | {"rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192}
@@ -49,6 +51,21 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(scaling: dic
         frequencies, factor = theirs(config)
         torch.testing.assert_close(inverse_frequencies(shape), frequencies, rtol=1e-7, atol=0)
         assert attention_factor(shape) == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("section", [[2, 1, 1], [0, 3, 1], None])
+@pytest.mark.parametrize("kind", [{"rope_type": "default", "rope_theta": 1e4}, YARN])
+def test_three_axes_turn_text_like_one(section: list[int] | None, kind: dict[str, Any]) -> None:
+    rope = kind | {"partial_rotary_factor": 0.25, "mrope_interleaved": True}
+    rope |= {"mrope_section": section} if section else {}
+    config: dict[str, Any] = QWEN3_5_TEXT | {"rope_parameters": rope}
+    shape, positions = shape_of(config), torch.arange(100)
+    there: Any = AutoConfig.for_model(**copy.deepcopy(config))
+    embedding = Qwen3_5TextRotaryEmbedding(there)
+    cos, sin = embedding(torch.zeros(1), positions.expand(3, 1, -1))
+    angles = torch.outer(positions.float(), inverse_frequencies(shape)).repeat(1, 2)
+    torch.testing.assert_close(cos[0], angles.cos() * attention_factor(shape), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sin[0], angles.sin() * attention_factor(shape), rtol=0, atol=1e-6)
 
 
 def test_settings_of_older_files() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from megatron_troll.config.load import PRESETS
 from megatron_troll.mcore.layout import check_layout
 from megatron_troll.mcore.shape import LinearAttention, read_shape, shape_of
 from tests.dist.tiny import DENSE, MOE, NEXT
-from tests.dist.tiny_families import APERTUS, LLAMA, LLAMA_TIED, QWEN2, SMOLLM3
+from tests.dist.tiny_families import (
+    APERTUS,
+    LLAMA,
+    LLAMA_TIED,
+    QWEN2,
+    QWEN3_5_MOE,
+    QWEN3_5_TEXT,
+    SMOLLM3,
+)
 
 QWEN3_NEXT_80B_A3B = PRESETS / "models" / "Qwen3-Next-80B-A3B-Instruct" / "config.json"
 
@@ -26,6 +35,37 @@ def test_the_published_hybrid() -> None:
     assert (shape.shared_expert_ffn, shape.rotary_fraction, shape.rope_theta) == (512, 0.25, 1e7)
     assert shape.output_gate
     assert shape.zero_centred_norms
+
+
+def in_text(**changed: Any) -> dict[str, Any]:
+    """`text_config` of a model with a vision tower, with some keys changed."""
+    return {"text_config": QWEN3_5_MOE["text_config"] | changed}
+
+
+def in_rope(**changed: Any) -> dict[str, Any]:
+    return {"rope_parameters": QWEN3_5_TEXT["rope_parameters"] | changed}
+
+
+def test_a_text_config_is_read_like_the_config_of_the_text_alone() -> None:
+    beside_vision, alone = shape_of(QWEN3_5_MOE), shape_of(QWEN3_5_MOE["text_config"])
+    assert (beside_vision.family, alone.family) == ("qwen3_5_moe", "qwen3_5_moe_text")
+    assert replace(alone, family="qwen3_5_moe") == beside_vision
+    assert (alone.ffn, alone.shared_expert_ffn, alone.rotary_fraction) == (0, 56, 0.25)
+
+
+def test_settings_of_quantisation_are_left_to_those_who_read_weights() -> None:
+    for config in (QWEN3_5_MOE, QWEN3_5_TEXT):
+        assert shape_of(config | {"quantization_config": {"quant_method": "fp8"}}) == shape_of(config)
+
+
+@pytest.mark.parametrize("keys", [{}, {"tie_word_embeddings": True}])
+def test_the_head_is_tied_as_said_beside_the_text(keys: dict[str, Any]) -> None:
+    text = without(QWEN3_5_MOE["text_config"], "tie_word_embeddings") | keys
+    assert shape_of(QWEN3_5_MOE | {"tie_word_embeddings": True, "text_config": text}).tied
+
+
+def test_the_auxiliary_loss_of_a_config_is_not_read() -> None:
+    assert shape_of(QWEN3_5_MOE | in_text(router_aux_loss_coef=1.0)) == shape_of(QWEN3_5_MOE)
 
 
 def test_layer_types_come_before_the_interval() -> None:
@@ -43,6 +83,7 @@ def test_other_families_have_full_attention_only(config: dict[str, Any]) -> None
     assert (shape.shared_expert_ffn, shape.rotary_fraction) == (0, 1.0)
 
 
+INTERVAL = "full_attention_interval 4 gives other layers than layer_types, and programs differ"
 REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (NEXT, {"layer_types": ["mamba"] * 4}, "layer_types: 'mamba' is not supported"),
     (NEXT, {"num_hidden_layers": 5}, "layer_types names 4 layers, num_hidden_layers is 5"),
@@ -124,6 +165,42 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (APERTUS, {"post_norm": True}, "post_norm: True is not supported (only False)"),
     (APERTUS, {"qk_norm": False}, "qk_norm: False is not supported (only True)"),
     (
+        QWEN3_5_TEXT,
+        {"model_type": "qwen3_5"},
+        "'text_config' is missing (without a vision tower, it is a qwen",
+    ),
+    (QWEN3_5_MOE, {"text_config": [1]}, "text_config '[1]' must be an object or null"),
+    (QWEN3_5_MOE, in_text(model_type="qwen3_5_text"), "text_config: model_type: 'qwen3_5_text' is not supp"),
+    (QWEN3_5_MOE, {"tie_word_embeddings": True}, "is True beside text_config (absent: false) and False in"),
+    (QWEN3_5_MOE, in_text(hidden_size="4"), "config.json: text_config: hidden_size '4' must be a whole"),
+    (QWEN3_5_MOE, in_text(use_sliding_window=True), "text_config: use_sliding_window: True is not supported"),
+    (QWEN3_5_MOE, in_text(norm_topk_prob=False), "text_config: norm_topk_prob: False is not supported"),
+    (QWEN3_5_MOE, in_text(mlp_only_layers=[1]), "text_config: mlp_only_layers: [1] is not supported"),
+    (
+        QWEN3_5_MOE,
+        in_text(quantization_config={"bits": 4}),
+        "text_config: quantization_config: {'bits': 4} i",
+    ),
+    (QWEN3_5_TEXT, {"full_attention_interval": 4}, INTERVAL),
+    (QWEN3_5_TEXT, {"attn_output_gate": False}, "attn_output_gate: False is not supported (only True)"),
+    (QWEN3_5_TEXT, {"output_gate_type": "sigmoid"}, "output_gate_type: 'sigmoid' is not supported"),
+    (QWEN3_5_TEXT, {"attention_bias": True}, "attention_bias: True is not supported (only False)"),
+    (QWEN3_5_TEXT, {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported (only 'silu')"),
+    (
+        QWEN3_5_TEXT,
+        {"layer_types": ["sliding_attention"] * 4},
+        "layer_types: 'sliding_attention' is not supp",
+    ),
+    (
+        QWEN3_5_TEXT,
+        in_rope(mrope_section=[2, 1]),
+        "rope_parameters: mrope_section '[2, 1]' must be three who",
+    ),
+    (QWEN3_5_TEXT, in_rope(mrope_section=[11, 11, 10]), "that add up to the 4 pairs of dimensions that are"),
+    (QWEN3_5_TEXT, in_rope(mrope_interleaved=1), "rope_parameters: mrope_interleaved 1 must be true or fal"),
+    (QWEN3_5_TEXT, in_rope(rope_type="mrope"), "rope_parameters: rope type 'mrope' is not supported"),
+    (QWEN3_5_TEXT, in_rope(rope_type="yarn", factor=2, beta=1), "'beta' is no key of rope type 'yarn'"),
+    (
         APERTUS,
         {"rope_parameters": None, "rope_theta": 5e5},
         "rope_theta says): give rope_parameters",
@@ -167,6 +244,10 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
         SMOLLM3 | {"no_rope_layers": [1, 1, 0, 1, 0, 0]},
         APERTUS,
         without(APERTUS, "rms_norm_eps", "max_position_embeddings", "num_key_value_heads"),
+        QWEN3_5_TEXT,
+        without(QWEN3_5_TEXT, "rms_norm_eps", "max_position_embeddings", "layer_types", "rope_parameters")
+        | {"rope_theta": 1e4},
+        QWEN3_5_MOE["text_config"],
     ],
     ids=str,
 )
@@ -185,7 +266,9 @@ def test_an_absent_key_means_what_it_means_to_hugging_face(config: dict[str, Any
     rotated = getattr(there, "no_rope_layers", [1] * shape.layers)
     assert [shape.rotates(layer) for layer in layers] == [bool(rotated[layer]) for layer in layers]
     if shape.experts:
-        assert (shape.experts, shape.norm_topk) == (there.num_experts, there.norm_topk_prob)
+        # Without that key in its config, a family always norms.
+        norm = getattr(there, "norm_topk_prob", True)
+        assert (shape.experts, shape.norm_topk) == (there.num_experts, norm)
 
 
 REQUIRED = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "rope_parameters")

@@ -10,7 +10,7 @@ moe/experts.py      TEGroupedMLP (grouped GEMM), SequentialMLP; also moe/shared_
 from typing import Any
 
 from tests.dist.tiny import DENSE, MOE, NEXT
-from tests.dist.tiny_families import APERTUS, LLAMA, QWEN2
+from tests.dist.tiny_families import APERTUS, LLAMA, QWEN2, QWEN3_5_MOE, QWEN3_5_TEXT
 
 OUTSIDE = (
     "embedding.word_embeddings.weight",
@@ -60,6 +60,17 @@ MODELS: dict[str, tuple[dict[str, Any], Layers]] = {
     "sequential": (MOE, {"full_attention": ATTENTION + ROUTER + SEQUENTIAL}),
     "hybrid": (
         NEXT,
+        {
+            "full_attention": ATTENTION + ROUTER + GROUPED + SHARED,
+            "linear_attention": DELTA_NET + ROUTER + GROUPED + SHARED,
+        },
+    ),
+    "dense hybrid": (
+        QWEN3_5_TEXT,
+        {"full_attention": ATTENTION + MLP, "linear_attention": DELTA_NET + MLP},
+    ),
+    "hybrid beside vision": (
+        QWEN3_5_MOE,
         {
             "full_attention": ATTENTION + ROUTER + GROUPED + SHARED,
             "linear_attention": DELTA_NET + ROUTER + GROUPED + SHARED,

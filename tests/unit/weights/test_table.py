@@ -16,7 +16,7 @@ from megatron_troll.weights.source import TensorSource, check
 from megatron_troll.weights.table import Entry, HFTensor, Table, parameters_of
 from tests.dist.parameters import unshard
 from tests.dist.tiny import DENSE, MOE, NEXT
-from tests.dist.tiny_families import FAMILIES
+from tests.dist.tiny_families import FAMILIES, QWEN3_5_MOE, QWEN3_5_TEXT
 from tests.unit.weights.recorded_names import MODELS, OUTSIDE
 
 QWEN3_30B_A3B = PRESETS / "models" / "Qwen3-30B-A3B" / "config.json"
@@ -33,6 +33,7 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     """Any sizes that SHARDS divides where it must; any vocabulary."""
     groups = SHARDS * draw(st.integers(1, 2))
     config = draw(st.sampled_from([DENSE, MOE, NEXT, *FAMILIES.values()]))
+    config = config.get("text_config", config)
     key_heads = SHARDS * draw(st.integers(1, 2))
     sizes = {
         "vocab_size": draw(st.integers(1, 40)),
@@ -114,6 +115,30 @@ def test_projections_of_linear_attention_are_sorted_by_kind_and_each_is_cut_by_h
     assert second == [2, 20, 200, 201, 2000, 2001, -3, -4, -30, -40]
 
 
+def test_projections_that_are_apart_already_are_cut_by_heads() -> None:
+    sizes = {"hidden_size": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    sizes |= {"linear_key_head_dim": 1, "linear_value_head_dim": 1}
+    table = table_of(shape_of(QWEN3_5_TEXT | sizes))
+    entry = entry_of(table, "decoder.layers.0.self_attention.in_proj.weight")
+    qkv, z = [1, 2, 10, 20, 100, 101, 200, 201], [1000, 1001, 2000, 2001]
+    b, a = [-1, -2, -3, -4], [-10, -20, -30, -40]
+    tensors = tuple(torch.tensor(rows)[:, None] for rows in (qkv, z, b, a))
+    first, second = (entry.shard(tensors, rank, 2)[:, 0].tolist() for rank in (0, 1))
+    assert first == [1, 10, 100, 101, 1000, 1001, -1, -2, -10, -20]
+    assert second == [2, 20, 200, 201, 2000, 2001, -3, -4, -30, -40]
+
+
+def test_beside_a_vision_tower_only_the_names_differ() -> None:
+    alone = table_of(shape_of(QWEN3_5_MOE["text_config"]))
+    beside = table_of(shape_of(QWEN3_5_MOE))
+    assert list(beside.tensors()) == [
+        name.replace("model.", "model.language_model.", 1) for name in alone.tensors()
+    ]
+    assert {each.name.format(l=0) for each in beside.stacked} == {
+        f"model.language_model.layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down")
+    }
+
+
 def test_each_layer_of_a_hybrid_has_the_tensors_of_its_type() -> None:
     names = table_of(shape_of(NEXT)).tensors()
     for layer, kind in enumerate(NEXT["layer_types"]):
@@ -124,9 +149,19 @@ def test_each_layer_of_a_hybrid_has_the_tensors_of_its_type() -> None:
 
 @pytest.mark.parametrize(
     ("config", "extra", "carried"),
-    [(NEXT, "mtp.fc.weight", True), (NEXT, "mtpx.weight", False), (MOE, "mtp.fc.weight", False)],
+    [
+        (NEXT, "mtp.fc.weight", True),
+        (NEXT, "mtpx.weight", False),
+        (NEXT, "model.visual.x", False),
+        (MOE, "mtp.fc.weight", False),
+        (QWEN3_5_MOE, "mtp.fc.weight", True),
+        (QWEN3_5_MOE, "model.visual.x", True),
+        (QWEN3_5_MOE, "model.language_model.x", False),
+        (QWEN3_5_TEXT, "mtp.fc.weight", True),
+        (QWEN3_5_TEXT, "model.visual.x", False),
+    ],
 )
-def test_only_the_multi_token_prediction_of_a_hybrid_is_carried(
+def test_only_multi_token_prediction_and_a_vision_tower_are_carried(
     config: dict[str, Any], extra: str, carried: bool
 ) -> None:
     table = table_of(shape_of(config))

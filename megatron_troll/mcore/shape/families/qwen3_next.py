@@ -12,17 +12,17 @@ from megatron_troll.mcore.shape.model_shape import LayerType, LinearAttention, M
 
 def read(fields: Fields) -> ModelShape:
     qwen3.check(fields)
-    shape = decoder(fields, fields.size("head_dim"), types=_layer_types(fields), partial=0.25)
+    shape = decoder(fields, fields.size("head_dim"), types=hybrid_types(fields), partial=0.25)
     return replace(
         with_experts(fields, shape, fields.size("num_experts"), norm_topk=True),
         shared_expert_ffn=fields.size("shared_expert_intermediate_size"),
-        linear=_linear(fields),
+        linear=linear_attention(fields),
         output_gate=True,
         zero_centred_norms=True,
     )
 
 
-def _layer_types(fields: Fields) -> tuple[LayerType, ...]:
+def hybrid_types(fields: Fields) -> tuple[LayerType, ...]:
     """`layer_types`; if absent, full attention in every `full_attention_interval`-th layer."""
     interval = fields.size("full_attention_interval", 4)
     default: tuple[LayerType, ...] = tuple(
@@ -32,7 +32,8 @@ def _layer_types(fields: Fields) -> tuple[LayerType, ...]:
     return layer_types(fields, default, get_args(LayerType))
 
 
-def _linear(fields: Fields) -> LinearAttention:
+def linear_attention(fields: Fields) -> LinearAttention:
+    """The sizes of the Gated DeltaNet layers."""
     sizes = LinearAttention(
         key_heads=fields.size("linear_num_key_heads"),
         value_heads=fields.size("linear_num_value_heads"),
