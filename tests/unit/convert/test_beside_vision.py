@@ -194,11 +194,18 @@ def test_block_scaled_fp8_is_dequantised_in_text_and_heads(tmp_path: Path) -> No
         tensors[name] = (codes.float() * whole[:, : tensor.shape[1]]).bfloat16()
     source = published(config, tmp_path / "hf", quantised)
     conversion = ToMegatron(source, SMALL)
-    assert conversion.remarks == ["dequantised 120 tensors of block-scaled FP8 to bfloat16"]
+    (remark,) = conversion.remarks
+    assert "120 FP8 weights are multiplied by their scales" in remark
     run(conversion, tmp_path / "mcore")
     back = to_hugging_face(tmp_path / "mcore", tmp_path / "back")
     assert_equal(read_all(back), tensors)
     assert json.loads((back / "config.json").read_text()) == BFLOAT16["experts"]
+    # The export of a run takes over the same.
+    carried = original(source, table_of(read_shape(source))).carried
+    assert_equal(
+        {name: carried.source.read(name) for name in carried.names},
+        {name: tensor for name, tensor in tensors.items() if name.startswith(("mtp.", "model.visual."))},
+    )
 
 
 def test_a_folder_without_weights_gives_no_vision_tower(tmp_path: Path) -> None:
