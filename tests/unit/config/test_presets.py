@@ -41,3 +41,18 @@ def test_training_starts_from_what_the_warm_start_exports():
     warm, troll = load(EXAMPLES / "cpu_warm_start.yaml"), load(EXAMPLES / "cpu_troll.yaml")
     assert troll.policy.path == f"{warm.runs}/{warm.name}/hf"
     assert (warm.policy.init, troll.policy.init) == ("random", "pretrained")
+
+
+def test_the_recipe_of_a_real_model_is_judged_on_questions_that_taught_nothing():
+    warm, troll = load(EXAMPLES / "lm_warm_start.yaml"), load(EXAMPLES / "lm_troll.yaml")
+    answers, before, after = (load(EXAMPLES / f"lm_{name}.yaml") for name in ("answers", "before", "after"))
+    assert troll.policy.path == before.policy.path == f"{warm.runs}/{warm.name}/hf"
+    assert after.policy.path == f"{troll.runs}/{troll.name}/hf"
+    assert after.eval == before.eval
+    trained = troll.data.sources["names"]
+    options = {"size": troll.data.held_out}
+    assert all(of.gym == trained.gym.model_copy(update=options) for of in before.eval.values())
+    assert all(
+        of.instruction == trained.instruction for of in (*before.eval.values(), *answers.eval.values())
+    )
+    assert answers.eval["names"].gym.seed != trained.gym.seed == warm.data.sources["names"].gym.seed
