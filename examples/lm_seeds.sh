@@ -25,7 +25,7 @@ for seed in "$@"; do
   supervised warm
   $mtroll train $configs/lm_troll.yaml "${run[@]}" "$warm" name=troll resume=true
   $mtroll train $configs/lm_troll.yaml "${run[@]}" "$warm" name=shuffled-rewards train.shuffle_rewards=true resume=true
-  supervised more-warm-start "$warm" sft.sequences=128
+  supervised more-warm-start "$warm" sft.steps=80
 done
 for seed in "$@"; do
   for name in warm more-warm-start troll shuffled-rewards; do
