@@ -51,7 +51,7 @@ def ranks() -> Iterator[RankPool]:
 @pytest.fixture(scope="module")
 @torch.no_grad()
 def given() -> Activations:
-    """The old policy is the model; in the current one all matrices but the head differ by 4% of their size."""
+    """The old policy is the model; in the current one, all matrices but the head are 4% off."""
     model = AutoModelForCausalLM.from_pretrained(folder(), dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(folder())(TEXT, return_tensors="pt")["input_ids"]
     generator = torch.Generator().manual_seed(0)
