@@ -2,8 +2,6 @@
 generated with, and trained for two steps on three ranks that hold a third of the vocabulary each."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from megatron_troll.data.tokenizer import load_tokenizer
 from megatron_troll.observe.rollouts import read_step
 from tests.e2e.exported import largest_gap
 from tests.e2e.workplace import REPOSITORY, Workplace, succeed
+from tests.smollm2 import folder
 
 IDS = REPOSITORY / "tests" / "unit" / "convert" / "recorded" / "smollm2_ids.json"
 TOKENS = 200
@@ -42,8 +41,7 @@ SHORT = (
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     place = Workplace(tmp_path_factory.mktemp("smollm2"))
-    tool = REPOSITORY / "tools" / "smollm2.py"
-    subprocess.run([sys.executable, str(tool), str(place.root / "model")], check=True)
+    (place.root / "model").symlink_to(folder())
     rows = [{"messages": [{"role": "user", "content": text}], "answer": "none"} for text in ASKED]
     (place.root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place.root / "greedy.yaml").write_text(GREEDY)

@@ -1,10 +1,12 @@
 """The documentation is true: commands parse, files exist, examples load, nothing is left to do."""
 
+import json
 import re
 from pathlib import Path
 
 import bench_tables
 import pytest
+import sparse_error_page
 
 from megatron_troll.cli.main import parser
 from megatron_troll.config import Config, Layout, known_methods
@@ -102,6 +104,12 @@ def test_measured_tables_are_those_of_their_files() -> None:
     assert bench_tables.page(text) == text, "run tools/bench_tables.py"
     files = {file for _, file, _ in bench_tables.BLOCK.findall(text)}
     assert files == {path.name for path in (ROOT / "docs").glob("bench_*.json")}
+
+
+def test_the_errors_of_sparsifying_are_those_of_their_file() -> None:
+    text = sparse_error_page.PAGE.read_text()
+    found = json.loads(sparse_error_page.RECORD.read_text())
+    assert sparse_error_page.page(text, found) == text, "run tools/sparse_error.py"
 
 
 def test_the_demo_is_described_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

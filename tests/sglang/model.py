@@ -1,6 +1,9 @@
 """The model that the test servers serve: tiny, with every weight away from trivial, and K = 64 of its law."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.data.chat import tokenized
 from megatron_troll.data.demo_model import END, character_tokenizer
@@ -15,12 +18,14 @@ END_ID = TOKENIZER.convert_tokens_to_ids(END)
 VOCAB = 64
 CONFIG = MOE | {"vocab_size": VOCAB, "eos_token_id": END_ID}
 TEXTS = ("sort 3142", "add 17 and 25", "hello", "what is 9*9?", "abc", "x" * 40)
-PROMPTS = tuple(
-    tokenized(
-        [Prompt(f"p{i}", (Message("user", text),), "") for i, text in enumerate(TEXTS)],
-        ChatTemplate(TOKENIZER),
-    )
-)
+
+
+def prompts_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
+    asked = [Prompt(f"p{i}", (Message("user", text),), "") for i, text in enumerate(texts)]
+    return tuple(tokenized(asked, ChatTemplate(tokenizer)))
+
+
+PROMPTS = prompts_of(TEXTS, TOKENIZER)
 
 
 def write_model(folder: Path, seed: int = 0, **changes: object) -> Path:
@@ -31,5 +36,5 @@ def write_model(folder: Path, seed: int = 0, **changes: object) -> Path:
     return folder
 
 
-def ends(folder: Path) -> tuple[int, ...]:
-    return stop_tokens(ChatTemplate(load_tokenizer(folder)), folder, VOCAB).ids
+def ends(folder: Path, vocab: int = VOCAB) -> tuple[int, ...]:
+    return stop_tokens(ChatTemplate(load_tokenizer(folder)), folder, vocab).ids

@@ -30,13 +30,15 @@ def projected(p: Tensor, q: Tensor, bound: float) -> Tensor:
 def _onto_bound(p: Tensor, q: Tensor, bound: float) -> Tensor:
     """pi [N, V] with KL(pi || q) = bound < KL(p || q)."""
 
+    log_p, log_q = p.log(), q.log()
+
     def at(eta: Tensor) -> Tensor:
-        return ((eta[:, None] * q.log() + p.log()) / (eta[:, None] + 1)).softmax(1)
+        return ((eta[:, None] * log_q + log_p) / (eta[:, None] + 1)).softmax(1)
 
     lo = torch.zeros(len(p), dtype=p.dtype)
     hi = torch.full_like(lo, 1e9)
     with torch.no_grad():
-        for _ in range(200):
+        for _ in range(100):
             eta = (lo + hi) / 2
             over = kl(at(eta), q) > bound
             lo, hi = torch.where(over, eta, lo), torch.where(over, hi, eta)
