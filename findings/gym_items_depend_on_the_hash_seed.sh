@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# reasoning_gym: some data sets draw from the elements of a Python set of strings, whose order differs from process to
-# process unless PYTHONHASHSEED is set. With one seed, two ranks, or a run and its continuation, have other questions,
-# or other reference answers to the same questions. No GPU.
+# reasoning_gym: some data sets draw from, or search in, Python sets whose order follows the hashes of strings, which
+# differ from process to process unless PYTHONHASHSEED is set. With one seed, two ranks, or a run and its continuation,
+# have other questions, or other reference answers to the same questions. No GPU.
 set -euo pipefail
 
 tmp=$(mktemp -d)
