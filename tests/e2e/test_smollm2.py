@@ -14,7 +14,7 @@ from tests.e2e.workplace import REPOSITORY, Workplace, succeed
 from tests.smollm2 import folder
 
 IDS = REPOSITORY / "tests" / "unit" / "convert" / "recorded" / "smollm2_ids.json"
-TOKENS = 200
+TOKENS = 40
 ASKED = (
     *("Write a short story about a lighthouse.", "Explain why the sky is blue."),
     *("Name three uses of copper.", "What is a prime number?", "Describe Paris in winter."),
@@ -34,7 +34,8 @@ SHORT = (
     *("train", str(REPOSITORY / "examples" / "configs" / "lm_troll.yaml"), "name=short"),
     *("models.policy.path=model", "models.policy.layout={tp: 3}", "launch.ranks=3"),
     *("rollout.prompts=4", "rollout.samples=4", "rollout.sampling.max_tokens=24"),
-    *("train.steps=2", "evaluation.prompts=4", "data.sources.sums.gym.size=64", "data.held_out=16"),
+    "data.sources.names.reward={name: 'tests.e2e.rewards:Checksum'}",
+    *("train.steps=2", "evaluation.prompts=4", "data.sources.names.gym.size=64", "data.held_out=16"),
 )
 
 
