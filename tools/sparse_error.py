@@ -29,7 +29,7 @@ from megatron_troll.data.gym.library import first_seed, item, open_set
 # (K, delta), and the probability of a token left out (arXiv 2510.03817, Table 3 and App. A.4).
 SETTINGS = ((16, 1e-4), (64, 1e-5), (256, 1e-6))
 P_D = 1e-12
-# Steps of AdamW on one batch: as many updates as runs make of it. The rest is that of examples/configs/lm_troll.yaml.
+# Steps of AdamW on one batch: as many updates as runs make of it. The rest is that of lm_troll.yaml.
 UPDATES = (1, 4)
 LR, BETAS, GRAD_NORM = 1e-5, (0.9, 0.99), 1.0
 # Positions whose rows are held at once.
