@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megatron_troll.config import Layout, Model
 from megatron_troll.convert.plan import BothFormats
-from megatron_troll.launch.local import free_port, rank_environment
+from megatron_troll.launch.local import rank_environment
+from megatron_troll.launch.ports import free_port
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import build

@@ -4,7 +4,6 @@ import codecs
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron_troll.launch.ports import free_port
 from megatron_troll.launch.slurm.network import interface_with
 from megatron_troll.system import ASKING, LAST_WORDS, REFUSED, end_with_parent
 
@@ -156,13 +156,6 @@ def rank_environment(rank: int, world: int, port: int, threads: int) -> dict[str
         "OMP_NUM_THREADS": str(threads),
         **chosen,
     }
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
 
 
 def _spawn(argv: Sequence[str], env: dict[str, str], number: int, log_dir: Path) -> Rank:

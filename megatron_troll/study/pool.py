@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_troll.config import ConfigError, Layout
-from megatron_troll.launch.local import free_port, rank_environment
+from megatron_troll.launch.local import rank_environment
+from megatron_troll.launch.ports import free_port
 from megatron_troll.mcore import parallel
 from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.model import MegatronModel

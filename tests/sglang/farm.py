@@ -13,7 +13,7 @@ from typing import Self
 
 import httpx
 
-from megatron_troll.launch.local import free_port
+from megatron_troll.launch.ports import free_port
 from megatron_troll.launch.servers import environment
 from megatron_troll.launch.sglang_flags import ON_CPU, Flags
 

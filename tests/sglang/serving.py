@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from megatron_troll.config import SGLang
-from megatron_troll.launch.local import free_port
+from megatron_troll.launch.ports import free_port
 from megatron_troll.launch.servers import environment
 from megatron_troll.rollout.sglang.client import NamedRequest
 from tests.sglang.asking import VERSIONS, Asked, Asking

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_troll.launch.local import free_port
+from megatron_troll.launch.ports import free_port
 from tests.e2e.exported import largest_gap
 from tests.e2e.workplace import REPOSITORY, Workplace, finish, succeed
 from tests.sglang.farm import PYTHON

@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_troll.launch.ports import free_port
+
 LIMIT_S = 60.0
 # Preempted jobs have GRACE_S to save. cred_expire bounds how long a requeued job waits.
 GRACE_S = 60
@@ -108,9 +110,12 @@ class Cluster:
         return [f"vn{number}" for number in range(self.nodes)]
 
     def _write(self) -> None:
-        host, ports = socket.gethostname().split(".")[0], free_ports(self.nodes + 1)
-        text = CONFIG.format(host=host, user="root", root=self.root, port=ports[0])
-        for name, port in zip(self._names, ports[1:]):
+        host = socket.gethostname().split(".")[0]
+        ports = set[int]()
+        while len(ports) < self.nodes + 1:
+            ports.add(free_port())
+        text = CONFIG.format(host=host, user="root", root=self.root, port=ports.pop())
+        for name, port in zip(self._names, ports):
             text += NODE.format(name=name, host=host, port=port)
             (self.root / f"spool.{name}").mkdir()
         (self.root / "state").mkdir()
@@ -132,16 +137,6 @@ class Cluster:
             f"--log-file={folder}/log",
             f"--seed-file={folder}/seed",
         )
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def end(pid: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_troll.launch.local import free_port
+from megatron_troll.launch.ports import free_port
 from tests.e2e.conftest import demo, finished, warm
 from tests.e2e.workplace import REPOSITORY, Workplace
 from tests.slurm.cluster import Cluster

@@ -1,17 +1,13 @@
 """The rendezvous of a job's ranks: rank 0 writes its address and port to a file that every node sees."""
 
-import errno
 import json
-import random
-import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_troll.launch.ports import free_port
 from megatron_troll.system import write_atomic
 
-# Below the ephemeral ports, which any process may take at any time.
-PORTS = range(20_000, 32_000)
 PERIOD_S = 0.2
 
 
@@ -41,18 +37,3 @@ def attend(file: Path, timeout_s: float) -> Meeting:
             )
         time.sleep(PERIOD_S)
     return Meeting(**json.loads(file.read_text()))
-
-
-def free_port(address: str) -> int:
-    """Return a free port of PORTS. Raises OSError if all are taken or `address` is not one of this
-    machine."""
-    for port in random.sample(PORTS, len(PORTS)):
-        with socket.socket() as probe:
-            try:
-                probe.bind((address, port))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-            else:
-                return port
-    raise OSError(f"every TCP port of {address} from {PORTS.start} to {PORTS.stop - 1} is taken")
