@@ -108,7 +108,7 @@ class TopK:
     logits  [N, W] float32 or better, after temperature; -inf on unused slots. May require grad.
     count   [N] int64
     place   [N] int64, slot of the sampled token; NO_ID if its logit is -inf and it has no slot
-    lse     [N] logsumexp over the full vocabulary of the same logits, so that logits - lse are
+    lse     [N] float64, logsumexp over the full vocabulary of the same logits, so that logits - lse are
             log-probabilities; None if the full row was never computed (`support: old`)
     vocab   number of tokens V, padded rows excluded
     """

@@ -278,4 +278,6 @@ def _with_sampled(ids: Tensor, logits: Tensor, target: Tensor, target_logp: Tens
     place = torch.where(outside, count, found.int().argmax(1))
     ids[outside, count[outside]] = target[outside]
     logits[outside, count[outside]] = target_logp[outside]
-    return TopK(ids, logits, count + outside, place, lse=torch.zeros(len(ids)), vocab=vocab)
+    return TopK(
+        ids, logits, count + outside, place, lse=torch.zeros(len(ids), dtype=torch.float64), vocab=vocab
+    )

@@ -56,7 +56,7 @@ class Head:
             kept: self._record(hidden, target, kept, lse, chosen, beside.old) for kept in reads.supports
         }
         return HeadOutputs(
-            logp=rows.target - rows.lse if rows is not None and reads.logp else None,
+            logp=rows.logp if rows is not None and reads.logp else None,
             topk=None if reads.topk is None else records[reads.topk],
             entropy=None if rows is None else rows.entropy if reads.entropy else rows.entropy.detach(),
             at_rollout=self._at_rollout(hidden, lse, beside.rollout) if reads.at_rollout else None,
@@ -80,7 +80,7 @@ class Head:
         """Return the log-probs of the sampled tokens [N], and the data to read the same positions again."""
         hidden = self.entered(hidden)
         rows, _, _ = self.shard.selection(hidden, target, 0)
-        return rows.target - rows.lse, Frozen(self, hidden, rows.lse)
+        return rows.logp, Frozen(self, hidden, rows.lse)
 
     def _rows(
         self, hidden: Tensor, target: Tensor, reads: HeadRequest
@@ -101,7 +101,8 @@ class Head:
             raise ValueError("the objective reads the rollout engine's top-K, and the rollouts have none")
         assert lse is not None
         with torch.no_grad():
-            return self.shard.logits_at(hidden, record.ids) - lse[:, None]
+            logits = self.shard.logits_at(hidden, record.ids)
+            return (logits - lse[:, None]).to(logits.dtype)
 
     def _kl(self, hidden: Tensor, lse: Tensor | None, frozen: "Frozen | None") -> Tensor:
         if frozen is None:
@@ -116,7 +117,7 @@ class Head:
         """sum_v p_v^2 [N], from the logsumexp of twice the logits, that is, at half the temperature."""
         assert lse is not None
         twice, _, _ = replace(self, temperature=self.temperature / 2).shard.selection(hidden, target, 0)
-        return (twice.lse - 2 * lse).exp()
+        return (twice.lse - 2 * lse).exp().to(twice.target.dtype)
 
     def _record(
         self,
@@ -155,7 +156,7 @@ class Selection:
 @dataclass(frozen=True)
 class Frozen:
     """Saved results of a frozen model's forward over N positions: its final hidden states [N, h] and the
-    logsumexp [N] of its head."""
+    logsumexp [N] of its head, float64."""
 
     head: Head
     hidden: Tensor

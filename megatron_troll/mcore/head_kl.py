@@ -16,7 +16,8 @@ def full_kl(
     head: HeadShard, hidden: Tensor, lse: Tensor, frozen: HeadShard, at: Tensor, q_lse: Tensor
 ) -> Tensor:
     """KL(p || q) [N] in nats: p = exp(logit - lse) of `head` at hidden states `hidden` [N, h], q of `frozen`
-    at its own hidden states `at` [N, h'], with logsumexp q_lse [N]. Differentiable in p.
+    at its own hidden states `at` [N, h'], with logsumexp q_lse [N]; both logsumexps in float64.
+    Differentiable in p.
 
     dKL/dlogit_v = p_v (log p_v - log q_v - KL). Forward and backward hold a few chunks of logits; backward
     recomputes them. All-reduces N numbers.
@@ -39,7 +40,7 @@ class _FullKl(Function):
         q_lse: Tensor,
     ) -> Tensor:
         ctx.head, ctx.frozen = head, frozen
-        total = torch.zeros_like(lse)
+        total = torch.zeros_like(lse, dtype=torch.promote_types(head.weight.dtype, torch.float32))
         for rows, _, p, log_ratio in _chunks(head, hidden, lse, frozen, at, q_lse):
             total[rows] = (p * log_ratio).sum(1)
         head.tp.all_reduce(total)
@@ -71,9 +72,9 @@ def _chunks(
     for start in range(0, len(hidden), head.shard.chunk):
         rows = slice(start, start + head.shard.chunk)
         logits, other = _logits(head, hidden[rows]), _logits(frozen, at[rows])
-        log_p = logits - lse[rows, None]
-        p = log_p.exp()
-        yield rows, logits, p, torch.where(p > 0, log_p - (other - q_lse[rows, None]), 0.0)
+        p = (logits - lse[rows, None].to(logits.dtype)).exp()
+        shift = (lse[rows, None] - q_lse[rows, None]).to(logits.dtype)
+        yield rows, logits, p, torch.where(p > 0, logits - other - shift, 0.0)
 
 
 def _logits(head: HeadShard, hidden: Tensor) -> Tensor:

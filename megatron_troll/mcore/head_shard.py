@@ -23,12 +23,17 @@ from megatron_troll.parallel.groups import Group
 
 @dataclass(frozen=True)
 class Rows:
-    """Statistics of N positions over the whole vocabulary: logsumexp and entropy of the logits, logit of the
-    sampled token; [N] float32."""
+    """Statistics of N positions over the whole vocabulary: logsumexp (float64) and entropy (float32, nats) of
+    the logits, logit of the sampled token (float32); [N]."""
 
     lse: Tensor
     entropy: Tensor
     target: Tensor
+
+    @property
+    def logp(self) -> Tensor:
+        """Log-prob of the sampled token, float32."""
+        return (self.target - self.lse).to(self.target.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class HeadShard:
     def _together(self, lse: Tensor, mean: Tensor, target: Tensor) -> Rows:
         lses = shards.stacked(lse, self.tp)
         whole = lses.logsumexp(0)
-        mean = ((lses - whole).exp() * shards.stacked(mean, self.tp)).sum(0)
+        entropy = whole - ((lses - whole).exp() * shards.stacked(mean, self.tp)).sum(0)
         target = self.transform.apply(shards.stacked(target, self.tp).amax(0))
-        return Rows(whole, whole - mean, target)
+        return Rows(whole, entropy.to(target.dtype), target)
 
 
 def shard_of(model: MegatronModel, temperature: float, chunk: int | None = None) -> HeadShard:

@@ -39,7 +39,7 @@ def log_probs(topk: TopK, side: str) -> Tensor:
     """[N, W] full-softmax log-probabilities, -inf on unused slots."""
     if topk.lse is None:
         raise ValueError(f"the {side} record has no logsumexp, and so no full-softmax log-probs")
-    return topk.logits - topk.lse[:, None]
+    return (topk.logits - topk.lse[:, None]).to(topk.logits.dtype)
 
 
 def at_sampled(values: Tensor, topk: TopK) -> Tensor:

@@ -38,8 +38,9 @@ TOLERANCE = 1e-5
 HIDDEN: dict[Dtype, float] = {"fp32": TOLERANCE, "bf16": 2**-8}
 # How far rounding may move logits when tokens are chosen.
 LOGITS: dict[Dtype, float] = {"fp32": 1e-4, "bf16": 0.25}
-# How far it may move the mass of a prefix: four units in the last place of a float32 logsumexp from 16 to 32.
-MASS = 2**-17
+# How far it may move the mass of a prefix: a few units in the last place of a float32 sum of probabilities; in
+# bf16, the mass beyond the prefix, about DELTA, by as much as a logit.
+MASS: dict[Dtype, float] = {"fp32": 2**-21, "bf16": LOGITS["bf16"] * DELTA}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,6 @@ def is_prefix(logp: Tensor, chosen: Tensor, dtype: Dtype) -> bool:
     if not 0 < count <= K:
         return False
     mass = best.exp().cumsum(0)
-    enough = count == K or mass[count - 1] >= 1 - DELTA - MASS
-    needed = count == 1 or mass[count - 2] < 1 - DELTA + MASS
+    enough = count == K or mass[count - 1] >= 1 - DELTA - MASS[dtype]
+    needed = count == 1 or mass[count - 2] < 1 - DELTA + MASS[dtype]
     return bool(enough and needed and logp[chosen].min() >= best[count - 1] - LOGITS[dtype])

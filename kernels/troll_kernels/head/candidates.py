@@ -14,7 +14,7 @@ from troll_kernels.topk import top_k
 class Candidates(NamedTuple):
     """Statistics and top-K of N rows of this shard; see `rows.RowStatistics` and `topk.top_k`.
 
-    lse, mean [N] of the transformed logits; target [N] raw; values [N, K] raw, columns [N, K].
+    lse [N] float64 and mean [N] of the transformed logits; target [N] raw; values [N, K] raw, columns [N, K].
     For 16-bit weights, values and target are rounded to the dtype of the GEMM's output: precise enough for
     selection, but ratios of two policies need `logits_at`.
     """
@@ -44,4 +44,6 @@ def candidates(hidden: Tensor, weight: Tensor, target: Tensor, k: int, shard: Sh
 
 def _of_no_rows(hidden: Tensor, k: int) -> Candidates:
     none = hidden.new_empty(0)
-    return Candidates(none, none, none, none.new_empty(0, k), none.new_empty(0, k, dtype=torch.int64))
+    return Candidates(
+        none.double(), none, none, none.new_empty(0, k), none.new_empty(0, k, dtype=torch.int64)
+    )

@@ -17,9 +17,10 @@ from troll_kernels.weight_grad import add_weight_grad
 
 
 class DenseStatistics(NamedTuple):
-    """Statistics of N rows of this shard, all differentiable: lse and mean [N] of the transformed logits,
-    target [N] raw. The log-prob of the target is transform.apply(target) - lse, the entropy lse - mean. The
-    formulas in `rows.row_statistics` combine shards, and autograd through them combines the gradients."""
+    """Statistics of N rows of this shard, all differentiable: lse [N] float64 and mean [N] of the transformed
+    logits, target [N] raw. The log-prob of the target is transform.apply(target) - lse, the entropy
+    lse - mean. The formulas in `rows.row_statistics` combine shards, and autograd through them combines the
+    gradients."""
 
     lse: Tensor
     mean: Tensor
@@ -46,7 +47,8 @@ class _Dense(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, shard: Shard, main_grad: Tensor | None
     ) -> tuple[Tensor, ...]:
-        out = tuple(widened(hidden[:0]).new_empty(len(hidden)) for _ in DenseStatistics._fields)
+        lse, mean, found = widened(hidden[:0]).new_empty(3, len(hidden))
+        out = lse.double(), mean, found
         for rows, logits in shard.chunks(hidden, weight):
             statistics = row_statistics(logits, shard.width, target[rows], shard.transform, WIDEST)
             for whole, part in zip(out, statistics[:3]):
@@ -62,7 +64,7 @@ class _Dense(torch.autograd.Function):
         ctx: Any, lse_grad: Tensor | None, mean_grad: Tensor | None, target_grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, target, lse, mean = ctx.saved_tensors
-        lse_grad = torch.zeros_like(lse) if lse_grad is None else lse_grad
+        lse_grad = torch.zeros_like(mean) if lse_grad is None else lse_grad.to(mean.dtype)
         wanted = ctx.main_grad is not None or ctx.needs_input_grad[1]
         sums = grad_sums(weight, ctx.main_grad) if wanted else None
         hidden_sum = torch.empty_like(hidden)

@@ -44,7 +44,7 @@ def _grad(
     transform: Transform,
 ) -> Tensor:
     transformed = transform.apply(raw)
-    grad = (transformed - lse[:, None]).exp_()
+    grad = (transformed - lse.to(transformed.dtype)[:, None]).exp_()
     if mean_grad is None:
         grad *= lse_grad[:, None]
     else:

@@ -27,7 +27,7 @@ def logits_grad_kernel(
         tanh = tl.maximum(x / cap, -1.0)
         slope *= 1.0 - tanh * tanh
     x *= inverse_temperature
-    lse = tl.load(LSE + row)
+    lse = tl.load(LSE + row).to(tl.float32)
     factor = tl.load(LSE_GRAD + row)
     if WITH_MEAN:
         factor += tl.load(MEAN_GRAD + row) * (1.0 + x - tl.load(MEAN + row))
@@ -48,7 +48,7 @@ def to_logits_grad(
     rows, columns = logits.shape
     if logits.numel():
         logits_grad_kernel[(rows, triton.cdiv(columns, BLOCK))](
-            logits, lse, mean, lse_grad.contiguous(), lse if mean_grad is None else mean_grad.contiguous(),
+            logits, lse, mean, lse_grad.contiguous(), mean if mean_grad is None else mean_grad.contiguous(),
             logits.stride(0), columns, width, 1.0 / transform.temperature, transform.cap or 1.0,
             **_constants(transform.cap is not None, mean_grad is not None), num_warps=WARPS,
         )  # fmt: skip
@@ -59,7 +59,7 @@ def _constants(capped: bool, with_mean: bool) -> dict[str, int | bool]:
 
 
 def builds() -> list[Build]:
-    pointers = dict.fromkeys(("LSE", "MEAN", "LSE_GRAD", "MEAN_GRAD"), "*fp32")
+    pointers = {"LSE": "*fp64"} | dict.fromkeys(("MEAN", "LSE_GRAD", "MEAN_GRAD"), "*fp32")
     numbers = {"stride": ALIGNED, "columns": ALIGNED, "width": "i32"}
     numbers |= dict.fromkeys(("inverse_temperature", "cap"), "fp32")
     forms = [("bf16", False, False), ("bf16", True, True), ("fp32", False, True)]

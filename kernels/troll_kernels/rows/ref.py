@@ -12,10 +12,11 @@ SMALLEST_EXPONENT = {torch.float32: -200.0, torch.float64: -800.0}
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of C rows; float32, or float64 for float64 logits.
+    """Statistics of C rows; float32, or float64 for float64 logits, but for lse.
 
-    lse [C]     logsumexp of the transformed logits; -inf if all logits of the row are -inf; NaN or +inf if
-                the row holds a NaN or +inf, so checking lse checks the row
+    lse [C]     logsumexp of the transformed logits, float64: in float32 its rounding alone, up to 1e-6, moves
+                the mass of a prefix by a tenth of the delta at which it is cut. -inf if all logits of the
+                row are -inf; NaN or +inf if the row holds a NaN or +inf, so checking lse checks the row
     mean [C]    sum_v p_v logit_v, so that the entropy is lse - mean (nats); 0 where lse is -inf
     target [C]  raw logit of the target, -inf if another shard holds it
     tile_max [C, ceil(width / tile)]   largest raw logit of each tile
@@ -56,7 +57,7 @@ def _block(real: Tensor, transform: Transform, tile: int) -> tuple[Tensor, Tenso
     p = exponent.exp()
     mass = p.sum(1)
     mean = exponent.mul_(p).sum(1) / mass + shift
-    return shift + mass.log(), mean.masked_fill(mass == 0, 0.0), tile_max
+    return shift.double() + mass.double().log(), mean.masked_fill(mass == 0, 0.0), tile_max
 
 
 def _tile_max(real: Tensor, tile: int) -> Tensor:

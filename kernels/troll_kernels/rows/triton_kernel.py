@@ -1,6 +1,7 @@
 """Triton kernel of rows/ref.py: one program per row, every logit read once.
 
-Exponentials are in base 2. Each tile of a step has its own running sums, so no step waits for another warp.
+Exponentials are in base 2, of differences of logits: the product of a logit of 20 with a scale is rounded by
+1e-6. Each tile of a step has its own running sums, so no step waits for another warp.
 """
 
 import warnings
@@ -33,16 +34,16 @@ def capped(x, cap):
 
 @triton.jit
 def _absorb(x, top, mass, moment, scale, cap, CAPPED: tl.constexpr):
-    """Update the running maximum (base 2), mass and first moment, each [TILES], with x [TILES, TILE]; also
-    return the maximum of each tile."""
+    """Update the running maximum (before the scale), mass and first moment, each [TILES], with x
+    [TILES, TILE]; also return the maximum of each tile."""
     tile_max = tl.max(x, 1)
     highest = tile_max
     if CAPPED:
         x = capped(x, cap)
         highest = capped(highest, cap)
-    new_top = tl.maximum(top, highest * scale)
-    p = tl.exp2(x * scale - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
+    new_top = tl.maximum(top, highest)
+    p = tl.exp2((x - new_top[:, None]) * scale)
+    shrink = tl.exp2((top - new_top) * scale)
     mass = mass * shrink + tl.sum(p, 1)
     moment = moment * shrink + tl.sum(p * x, 1)
     return new_top, mass, moment, tl.where(tile_max > FLOOR, tile_max, float("-inf"))
@@ -59,7 +60,7 @@ def rows_kernel(
     tile = tl.arange(0, TILES)
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     scale = inverse_temperature * LOG2E
-    top = tl.full((TILES,), FLOOR, tl.float32) * scale
+    top = tl.full((TILES,), FLOOR, tl.float32)
     mass = tl.zeros((TILES,), tl.float32)
     moment = tl.zeros((TILES,), tl.float32)
     whole = width // (TILES * TILE)
@@ -76,10 +77,10 @@ def rows_kernel(
         tile += whole * TILES
         tl.store(maxima + tile, tile_max, mask=tile < tiles)
     row_top = tl.max(top, 0)
-    share = tl.exp2(top - row_top)
+    share = tl.exp2((top - row_top) * scale)
     row_mass = tl.sum(mass * share, 0)
-    empty = row_top <= scale * FLOOR
-    lse = (row_top + tl.log2(row_mass)) / LOG2E
+    empty = row_top <= FLOOR
+    lse = (row_top * inverse_temperature).to(tl.float64) + tl.log(row_mass.to(tl.float64))
     mean = tl.sum(moment * share, 0) / row_mass * inverse_temperature
     tl.store(LSE + row, tl.where(empty, float("-inf"), lse))
     tl.store(MEAN + row, tl.where(empty, 0.0, mean))
@@ -99,18 +100,20 @@ def row_statistics(
             stacklevel=2,
         )
     rows, tiles = len(logits), triton.cdiv(width, tile)
-    numbers = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
+    lse = torch.empty(rows, dtype=torch.float64, device=logits.device)
+    mean, found = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     tile_max = torch.empty(rows, tiles, dtype=torch.float32, device=logits.device)
     if rows and width:
         constants = _constants(tile, transform.cap is not None)
         rows_kernel[(rows,)](
-            logits, target, *numbers, tile_max,
+            logits, target, lse, mean, found, tile_max,
             logits.stride(0), width, tiles, 1.0 / transform.temperature, transform.cap or 1.0,
             **constants, num_warps=WARPS,
         )  # fmt: skip
-    elif rows:
-        numbers[:] = torch.tensor([LOWEST, 0.0, LOWEST], device=logits.device)[:, None]
-    lse, mean, found = numbers
+    else:
+        lse.fill_(LOWEST)
+        mean.zero_()
+        found.fill_(LOWEST)
     return RowStatistics(lse, mean, found, tile_max)
 
 
@@ -125,7 +128,8 @@ def builds() -> list[Build]:
             f"{dtype} tile {tile}{' capped' if capped else ''}",
             rows_kernel,
             {"X": DTYPES[dtype], "TARGET": "*i64"}
-            | dict.fromkeys(("LSE", "MEAN", "FOUND", "TILE_MAX"), "*fp32")
+            | {"LSE": "*fp64"}
+            | dict.fromkeys(("MEAN", "FOUND", "TILE_MAX"), "*fp32")
             | {"stride": ALIGNED, "width": "i32", "tiles": "i32"}
             | dict.fromkeys(("inverse_temperature", "cap"), "fp32"),
             _constants(tile, capped),

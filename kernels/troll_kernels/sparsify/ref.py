@@ -14,9 +14,9 @@ LOWEST = float("-inf")
 def in_prefix(values: Tensor, lse: Tensor, delta: float) -> Tensor:
     """Mask of candidates kept by the 1 - delta rule: the shortest prefix with that much full-softmax mass.
 
-    values [N, K] logits, descending, -inf on padding; lse [N] logsumexp over the full vocabulary.
-    Returns [N, K] bool. -inf is never kept. The mass is summed in float64, because float32 sums
-    move entries across the threshold. NaN is kept, so that it reaches the loss.
+    values [N, K] logits, descending, -inf on padding; lse [N] logsumexp over the full vocabulary,
+    float64: see rows.RowStatistics. Returns [N, K] bool. -inf is never kept. The mass is summed in float64,
+    because float32 sums move entries across the threshold. NaN is kept, so that it reaches the loss.
     """
     mass = (values.detach().double() - lse.detach().double()[:, None]).exp()
     before = mass.cumsum(1) - mass

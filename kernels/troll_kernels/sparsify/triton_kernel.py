@@ -180,7 +180,7 @@ def _builds(k: int) -> list[Build]:
 
 def _build(label: str, kernel: Any, constants: dict[str, float | int]) -> Build:
     types = dict.fromkeys(("IDS", "TARGET", "OUT_IDS", "COUNT", "PLACE", "APPENDED"), "*i64")
-    types |= {"KEPT": "*i8"} | dict.fromkeys(("k", "width", "vocab"), "i32")
+    types |= {"KEPT": "*i8", "LSE": "*fp64"} | dict.fromkeys(("k", "width", "vocab"), "i32")
     names = [name for name in kernel.arg_names if name not in constants]
     arguments = {name: types.get(name, "*fp32") for name in names}
     return Build(label, kernel, arguments, constants, 4, streams=False)

@@ -26,7 +26,7 @@ def test_against_autograd(implementation, dtype, with_mean, transform, width, he
     loss = (lse * lse_grad).sum() + (0.0 if mean_grad is None else (mean * mean_grad).sum())
     (expected,) = torch.autograd.grad(loss, raw)
 
-    numbers = lse.detach().float(), mean.detach().float(), lse_grad, mean_grad
+    numbers = lse.detach(), mean.detach().float(), lse_grad, mean_grad
     implementation("logits_grad").to_logits_grad(logits, width, *numbers, transform)
     tolerance = 5e-6 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(logits[:, :width].double(), expected, rtol=tolerance, atol=tolerance / 10)
