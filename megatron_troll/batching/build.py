@@ -74,7 +74,7 @@ class _Read(NamedTuple):
     """Where one rollout's loss tokens are predicted, [n] each: rows of the flat micro-batch, and indices of
     the tokens in the response."""
 
-    index: Tensor
+    rows: Tensor
     step: Tensor
 
 
@@ -123,7 +123,7 @@ def build(
         cu_seqlens=_starts(lengths) if form.packed else None,
         max_seqlen=max((piece.start for piece in tree.pieces), default=0) + max(lengths),
         tree=_packed_tree(tree),
-        index=torch.cat([torch.empty(0, dtype=torch.int64), *(read.index for read in reads)]),
+        index=torch.cat([torch.empty(0, dtype=torch.int64), *(read.rows for read in reads)]),
         target=_read(picked, steps, lambda r: r.response_ids, torch.int64),
         sequence=sequence,
         position=_read(picked, steps, lambda r: np.cumsum(r.mask > 0) - 1, torch.int64),

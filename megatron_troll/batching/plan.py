@@ -251,7 +251,8 @@ def _fill_parts(parts: Sequence[_Part], capacity: Capacity) -> list[MicroBatchIn
     """First fit of whole parts, the largest first; one larger than the budget is cut into as few as fit."""
     filled: list[list[int]] = []
     sizes: list[int] = []
-    for part in sorted((piece for part in parts for piece in _within(part, capacity)), key=lambda p: -p.cost):
+    pieces = [piece for part in parts for piece in _within(part, capacity)]
+    for part in sorted(pieces, key=lambda piece: -piece.cost):
         fits = (m for m, size in enumerate(sizes) if size + part.cost <= capacity.token_budget)
         m = next(fits, None)
         if m is None:

@@ -29,19 +29,21 @@ def shared_prefixes(rollouts: Sequence[Rollout]) -> list[Prefixes]:
     A prefix ends with the prompt or, in an episode of several turns, where its mask changes. A rollout
     without a response has none, because its last prompt token predicts nothing and is not read.
     """
-    numbers: dict[tuple[str, int, bytes], int] = {}
+    numbers: dict[tuple[tuple[str, int], bytes], int] = {}
     copies: Counter[int] = Counter()
     paths: list[list[tuple[int, int]]] = []
     for rollout in rollouts:
         ids, start, path = tokens_read(rollout), 0, []
         parent = ("group", rollout.group)
         for end in _ends(rollout):
-            node = numbers.setdefault((*parent, ids[start:end].tobytes()), len(numbers))
+            node = numbers.setdefault((parent, ids[start:end].tobytes()), len(numbers))
             copies[node] += 1
             path.append((end, node))
             parent, start = ("node", node), end
         paths.append(path)
-    return [tuple(Prefix(end, node, copies[node]) for end, node in path if copies[node] > 1) for path in paths]
+    return [
+        tuple(Prefix(end, node, copies[node]) for end, node in path if copies[node] > 1) for path in paths
+    ]
 
 
 def tokens_read(rollout: Rollout) -> np.ndarray:

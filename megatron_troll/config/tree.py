@@ -133,8 +133,8 @@ class Train(Node):
     )
     share_prefixes: bool | None = Field(
         default=None,
-        description="read a prompt once for all responses of its group in a micro-batch, and where an episode "
-        "forks after it; default: on a CPU, with packing",
+        description="read a prompt once for all responses of its group in a micro-batch, and an episode once "
+        "for those that fork from it; default: on a CPU, with packing",
     )
     replay: Literal["none", "old", "rollout"] = Field(
         default="none",

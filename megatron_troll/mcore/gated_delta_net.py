@@ -200,10 +200,8 @@ class GatedDeltaNet(MegatronModule):
             sequences, after = self._again(self._mix, rows[batch.key], before, batch.length)
             real = torch.arange(batch.key.shape[1], device=rows.device) < batch.length[:, None]
             mixed = mixed.index_put((batch.key[real],), sequences[real])
-            kept = batch.kept
-            memories = Memory(
-                torch.cat([memories.inputs, after.inputs[kept]]), torch.cat([memories.state, after.state[kept]])
-            )
+            pairs = (memories.inputs, after.inputs), (memories.state, after.state)
+            memories = Memory(*(torch.cat([held, new[batch.kept]]) for held, new in pairs))
         return mixed
 
     def _extend(self, rows: Tensor, hidden: Tensor, memories: dict[int, Memory]) -> Tensor:
@@ -238,7 +236,7 @@ class GatedDeltaNet(MegatronModule):
         before = inputs.new_zeros(len(rows), weight.shape[-1] - 1, inputs.shape[-1])
         seen = torch.cat([before if memory is None else memory.inputs, inputs], 1)
         convolved = F.silu(F.conv1d(seen.mT, weight, groups=inputs.shape[-1])).mT
-        *rule, decay, beta = self._rule_inputs(convolved, b, a)
+        query, key, value, decay, beta = self._rule_inputs(convolved, b, a)
         newest = seen[:, rows.shape[1] :]
         if length is not None:
             # What neither decays a state nor writes to it leaves it as it is.
@@ -246,7 +244,8 @@ class GatedDeltaNet(MegatronModule):
             decay, beta = decay.masked_fill(padding, 0.0), beta.masked_fill(padding, 0.0)
             at = length[:, None] + torch.arange(before.shape[1], device=rows.device)
             newest = seen[torch.arange(len(rows), device=rows.device)[:, None], at]
-        mixed, state = delta_rule(*rule, decay, beta, None if memory is None else memory.state)
+        state = None if memory is None else memory.state
+        mixed, state = delta_rule(query, key, value, decay, beta, state)
         return mixed.flatten(2), Memory(newest, state)
 
     def _mix_flat(self, rows: Tensor, flat: Flat) -> Tensor:

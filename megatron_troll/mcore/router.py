@@ -34,8 +34,8 @@ from megatron_troll.types import SHARES
 
 
 class StepBalancedRouter(TopKRouter):
-    """TopKRouter with both kinds of balancing. Counts are int64, in units of token / SHARES: sums in any order
-    are the same, and casting the model leaves them unchanged.
+    """TopKRouter with both kinds of balancing. Counts are int64, in units of token / SHARES: sums in any
+    order are the same, and casting the model leaves them unchanged.
 
     counts        [E] tokens sent to each expert while `counting`; after `share_counts` the total
     loads         [E] the same in the step's training forwards; after `share_loads` the total
@@ -191,8 +191,8 @@ def move_biases(chunks: list[nn.Module]) -> None:
 
 
 def expert_loads(chunks: list[nn.Module], pp: Group) -> dict[int, Tensor]:
-    """{layer, counted from 0: loads [E] float64, in tokens, on the host} for all layers, on every rank. Blocks
-    on the pipeline."""
+    """{layer, counted from 0: loads [E] float64, in tokens, on the host} for all layers, on every rank.
+    Blocks on the pipeline."""
     mine = {layer_of(router): router.loads.cpu().double() / SHARES for router in routers(chunks)}
     return over_stages(mine, pp)
 

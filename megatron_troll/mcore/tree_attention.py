@@ -36,7 +36,9 @@ class AttentionPart:
     used: Tensor | None = None
 
 
-def parts_of(tree: PackedTree, starts: Sequence[int], keys: Sequence[Tensor], cp: Group) -> list[AttentionPart]:
+def parts_of(
+    tree: PackedTree, starts: Sequence[int], keys: Sequence[Tensor], cp: Group
+) -> list[AttentionPart]:
     """The parts of packed sequences at `starts` [S + 1], counted over all context-parallel ranks; keys[i]:
     row of each position of sequence i in the flat tokens of all of them."""
     ends = _ends(tree)
@@ -44,7 +46,8 @@ def parts_of(tree: PackedTree, starts: Sequence[int], keys: Sequence[Tensor], cp
     for i, length in enumerate(tree.length):
         below = slice(starts[i + 1] // cp.size, starts[ends[i]] // cp.size)
         if length and below.stop > below.start:
-            parts.append(AttentionPart(torch.arange(below.start, below.stop)[None], keys[i][None, :length], False))
+            queries = torch.arange(below.start, below.stop)[None]
+            parts.append(AttentionPart(queries, keys[i][None, :length], False))
     return parts + _own(starts, keys, cp)
 
 
@@ -159,8 +162,8 @@ class _Parts(torch.autograd.Function):
         sums = [torch.zeros_like(tensor) for tensor in (query, key, value)]
         for part in ctx.parts:
             rows = (_rows(query, part.query), _rows(key, part.key), _rows(value, part.key))
-            grad, found, found_lse = (_rows(tensor, part.query) for tensor in (upstream, output, lse[..., None]))
-            found_lse = found_lse[..., 0]
+            grad, found = (_rows(tensor, part.query) for tensor in (upstream, output))
+            found_lse = lse[part.query].transpose(1, 2)
             if part.used is not None:
                 # exp(score - inf) = 0: the padding has no part in any gradient.
                 found_lse = found_lse.masked_fill(~part.used[:, None], torch.inf)
