@@ -41,6 +41,7 @@ def check_methods(config: Config, objective: Objective, shape: ModelShape) -> No
     _check_pair(config)
     _check_bias(config, "policy", config.policy)
     _check_replay(config, shape)
+    _check_prefixes(config)
     _check_rollout(config, objective, shape)
     check_length(longest(config), shape)
 
@@ -256,6 +257,21 @@ def _check_replay(config: Config, shape: ModelShape) -> None:
             f"train.replay=rollout: the engine {config.rollout.engine} does not return the experts it chose; "
             f"{hint}, or train.replay=old"
         )
+
+
+def _check_prefixes(config: Config) -> None:
+    """Raises ConfigError where train.share_prefixes asks for what a layout or a machine does not have."""
+    if not config.train.share_prefixes:
+        return
+    if not config.train.packing:
+        raise ConfigError("train.share_prefixes=true: padded rows share nothing; set train.packing=true")
+    models = {"policy": config.models.policy, "critic": config.models.critic}
+    for name, model in models.items():
+        if model is not None and model.layout.cp > 1 and torch.cuda.is_available():
+            raise ConfigError(
+                f"train.share_prefixes=true: on a GPU not under context parallelism; "
+                f"models.{name}.layout.cp is {model.layout.cp}"
+            )
 
 
 def check_model(name: str, model: Model, shape: ModelShape, world: int) -> None:

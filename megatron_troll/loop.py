@@ -19,8 +19,9 @@ from megatron_troll.run.run import Run, TrainState, open_run
 from megatron_troll.system import Interrupts
 from megatron_troll.task import Task
 from megatron_troll.training.critic import AdvantageEstimate, estimate
+from megatron_troll.training.learner import UpdateResult
 from megatron_troll.training.throughput import speed
-from megatron_troll.training.trainer import Unhealthy, UpdateResult
+from megatron_troll.training.trainer import Unhealthy
 from megatron_troll.types import Rollout
 
 # Probability outside the old support above which KL on that support means little (ALGORITHMS 1.8).

@@ -288,8 +288,25 @@ class LossTerms:
     per_token: dict[str, Tensor]
 
 
+# What a token counts for where routers count tokens: divided by 2 to 1,000 responses, still a large integer.
+SHARES = 1 << 20
 # Bytes of a MicroBatch: per token; in addition per token with loss; per entry of the engine's top-K.
-TOKEN_BYTES, LOSS_TOKEN_BYTES, ENTRY_BYTES = 17, 52, 12
+TOKEN_BYTES, LOSS_TOKEN_BYTES, ENTRY_BYTES = 21, 52, 12
+
+
+@dataclass(frozen=True)
+class PackedTree:
+    """How packed sequences continue one another, where prefixes are read once. A sequence comes before those
+    that continue it, and those right after it (depth first).
+
+    parent   [S] index of the sequence that each continues; -1: none
+    start    [S] position of its first token
+    length   [S] its tokens without padding
+    """
+
+    parent: tuple[int, ...]
+    start: tuple[int, ...]
+    length: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -298,9 +315,14 @@ class MicroBatch:
 
     tokens, positions  [b, s] int64 on this context-parallel rank; s is a multiple of the tensor-parallel size
     padding            [b, s] bool, True on padding
-    cu_seqlens         [S + 1] int32 padded sequence starts over all context-parallel ranks; None: unpacked
-    max_seqlen         longest padded sequence
-    index              [N] position in the flattened [b * s] whose hidden state predicts `target`
+    share              [b, s] int32, what each counts for where routers count tokens, in units of
+                       token / SHARES: a token of a shared prefix counts once over the batch, not once for
+                       each response; 0 on padding
+    cu_seqlens         [S' + 1] int32 padded sequence starts over all context-parallel ranks; None: unpacked
+    max_seqlen         no position is larger
+    tree               how sequences continue one another; None: they do not, and each is a response
+    index              [N] position in the flattened [b * s] whose hidden state predicts `target`; several
+                       tokens may have the same
     target             [N] sampled token
     sequence           [N] index of the response of this micro-batch that the token belongs to
     position           [N] index inside its response, masked tokens not counted
@@ -321,8 +343,10 @@ class MicroBatch:
     tokens: Tensor
     positions: Tensor
     padding: Tensor
+    share: Tensor
     cu_seqlens: Tensor | None
     max_seqlen: int
+    tree: PackedTree | None
     index: Tensor
     target: Tensor
     sequence: Tensor

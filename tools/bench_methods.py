@@ -9,7 +9,7 @@ from troll_kernels.sparsify import select, sparse_logp
 from troll_kernels.transform import LOWEST, widened
 
 from megatron_troll.config import ObjectiveConfig, Slot
-from megatron_troll.mcore.head import Head, HeadContext, record_of
+from megatron_troll.mcore.head import Head, HeadContext, Scan, record_of
 from megatron_troll.objectives.compose import compose
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Policy, Statistics
@@ -54,10 +54,12 @@ class SparseClip(Sparse, Clip):
 class MaterialisedHead(Head):
     """A head that uses plain autograd on logits [N, V], which are kept until backward; one rank only."""
 
-    def read(
-        self, hidden: Tensor, target: Tensor, reads: HeadRequest, beside: HeadContext | None = None
-    ) -> HeadOutputs:
-        product = F.linear(self.entered(hidden), self.model.stages[-1].output_weight)
+    def scan(self, hidden: Tensor, target: Tensor, *requests: HeadRequest) -> Scan:
+        return Scan(self.entered(hidden), target, None, None)
+
+    def outputs(self, scan: Scan, reads: HeadRequest, beside: HeadContext | None = None) -> HeadOutputs:
+        target = scan.target
+        product = F.linear(scan.hidden, self.model.stages[-1].output_weight)
         logits = self.shard.transform.apply(widened(product))
         old = None if beside is None else beside.old
         return HeadOutputs(

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megatron_troll.config import Config, Layout, Model, Models, Optimizer, RolloutConfig, Sampling, Train
 from megatron_troll.mcore import parallel
-from megatron_troll.mcore.head import Head, HeadContext
+from megatron_troll.mcore.head import Head, HeadContext, Scan
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives.objective import Objective
@@ -40,8 +40,9 @@ from megatron_troll.observe.phases import Phases
 from megatron_troll.rollout.engine import Request, Setup
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
 from megatron_troll.training.build import open_policy
+from megatron_troll.training.learner import Learner
 from megatron_troll.training.microbatches import MicroBatcher
-from megatron_troll.training.trainer import Learner, PolicyTrainer
+from megatron_troll.training.trainer import PolicyTrainer
 from megatron_troll.types import HeadOutputs, HeadRequest, Prompt, Rollout
 
 BOUND = 1e-6
@@ -92,10 +93,11 @@ SHAPES = {
 class NoHead(Head):
     """A head that only averages the hidden states: such a step takes the time of everything but the head."""
 
-    def read(
-        self, hidden: Tensor, target: Tensor, reads: HeadRequest, beside: HeadContext | None = None
-    ) -> HeadOutputs:
-        return HeadOutputs(logp=1e-3 * hidden.float().mean(1), topk=None, entropy=None)
+    def scan(self, hidden: Tensor, target: Tensor, *requests: HeadRequest) -> Scan:
+        return Scan(hidden, target, None, None)
+
+    def outputs(self, scan: Scan, reads: HeadRequest, beside: HeadContext | None = None) -> HeadOutputs:
+        return HeadOutputs(logp=1e-3 * scan.hidden.float().mean(1), topk=None, entropy=None)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         return hidden.new_zeros(len(hidden), 1)

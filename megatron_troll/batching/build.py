@@ -7,12 +7,14 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_troll.batching.experts import Routing, recorded
 from megatron_troll.batching.plan import zigzag
+from megatron_troll.batching.prefixes import Piece, Prefixes, PrefixTree, counted, tokens_read, tree_of
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.types import NO_ID, MicroBatch, Rollout, TopK
+from megatron_troll.types import NO_ID, MicroBatch, PackedTree, Rollout, TopK
 
 # For each rollout: one number, or one per response token [T].
 Advantages = Sequence[float] | Sequence[np.ndarray]
@@ -24,6 +26,7 @@ class Form:
 
     vocab    number of tokens V, padded rows excluded
     packed   sequences one after the other in [1, s]; otherwise one per row, right padded, in [b, s]
+    shared   prefixes that rollouts share are read once; needs `packed`
     topk     entries kept of the engine's record; 0: none
     temperature  the trainer divides its logits by this
     routing  the routers that replay the rollouts' experts; None: no replay
@@ -31,6 +34,7 @@ class Form:
 
     vocab: int
     packed: bool = True
+    shared: bool = False
     cp_rank: int = 0
     cp_size: int = 1
     tp_size: int = 1
@@ -57,14 +61,20 @@ class Form:
 
 
 class _Row(NamedTuple):
-    """Columns of one padded sequence, each [s].
-
-    step   index of the response token that the position predicts; NO_ID if none, or it carries no loss
-    """
+    """Columns [s] of one padded piece: tokens, positions in their rollout, whether they are padding, and
+    what they count for (`prefixes.counted`)."""
 
     tokens: Tensor
     positions: Tensor
     padding: Tensor
+    share: Tensor
+
+
+class _Read(NamedTuple):
+    """Where one rollout's loss tokens are predicted, [n] each: rows of the flat micro-batch, and indices of
+    the tokens in the response."""
+
+    rows: Tensor
     step: Tensor
 
 
@@ -74,62 +84,100 @@ def build(
     weights: Sequence[float],
     chosen: Sequence[int],
     form: Form,
+    prefixes: Sequence[Prefixes] | None = None,
 ) -> MicroBatch:
-    """Build the micro-batch of rollouts `chosen`, on the host. `weights`: one number per rollout.
+    """Build the micro-batch of rollouts `chosen`, on the host. `weights`: one number per rollout. `prefixes`:
+    `shared_prefixes` of the rollouts, by default none.
 
     The model reads prompt + response without its last token; the N positions are those that predict a
-    response token whose mask is 1 and that lie on this context-parallel rank. If packed, the padding of the
-    total is added to the last sequence. If `chosen` is empty, there is one sequence of padding, so that the
-    forward still runs: N = 0, `rollouts` is empty, and cu_seqlens has that one sequence.
+    response token whose mask is 1 and that lie on this context-parallel rank. With `form.shared` several
+    tokens may be predicted from one position, and the rollouts of the micro-batch are in the order of their
+    prefixes, not in that of `chosen`. If packed, the padding of the total is added to the last sequence. If
+    `chosen` is empty, there is one sequence of padding, so that the forward still runs: N = 0, `rollouts` is
+    empty, and cu_seqlens has that one sequence.
 
     `rollout_topk` is None if `form.topk` is 0 or a rollout has no engine record. Raises ValueError naming a
     sample that is malformed, lacks the experts to replay, or has a different temperature from the trainer's.
     """
-    picked = [rollouts[i] for i in chosen]
-    for rollout in picked:
-        _check(rollout, form)
-    inputs = [_input(rollout) for rollout in picked] or [(torch.empty(0, dtype=torch.int64),) * 2]
-    lengths = _padded_lengths([len(tokens) for tokens, _ in inputs], form)
-    rows = [_local(tokens, step, length, form) for (tokens, step), length in zip(inputs, lengths)]
+    for i in chosen:
+        _check(rollouts[i], form)
+    prefixes = prefixes or [()] * len(rollouts)
+    ids = {i: tokens_read(rollouts[i]) for i in chosen}
+    tree = tree_of(chosen, {i: len(read) for i, read in ids.items()}, prefixes if form.shared else None)
+    picked = [rollouts[i] for i in tree.rollouts]
+    lengths = _padded_lengths([piece.end - piece.start for piece in tree.pieces] or [0], form)
+    rows = [
+        _local(ids[piece.rollout], piece, prefixes[piece.rollout], length, form)
+        for piece, length in zip(tree.pieces, lengths)
+    ] or [_padding(lengths[0], form)]
     whole = _Row(*(torch.cat(column) for column in zip(*rows)))
-    index = (whole.step != NO_ID).nonzero()[:, 0]
-    steps = [row.step[row.step != NO_ID] for row in rows[: len(picked)]]
+    reads = _reads(picked, tree, rows)
+    steps = [read.step for read in reads]
     sequence = torch.arange(len(picked)).repeat_interleave(torch.tensor([len(s) for s in steps]).long())
     shape = (1 if form.packed else len(rows), -1)
     return MicroBatch(
         tokens=whole.tokens.view(shape),
         positions=whole.positions.view(shape),
         padding=whole.padding.view(shape),
+        share=whole.share.view(shape),
         cu_seqlens=_starts(lengths) if form.packed else None,
-        max_seqlen=max(lengths),
-        index=index,
+        max_seqlen=max((piece.start for piece in tree.pieces), default=0) + max(lengths),
+        tree=_packed_tree(tree),
+        index=torch.cat([torch.empty(0, dtype=torch.int64), *(read.rows for read in reads)]),
         target=_read(picked, steps, lambda r: r.response_ids, torch.int64),
         sequence=sequence,
         position=_read(picked, steps, lambda r: np.cumsum(r.mask > 0) - 1, torch.int64),
-        weight=torch.tensor([weights[i] for i in chosen], dtype=torch.float32)[sequence],
-        advantage=_advantage(advantages, picked, chosen, steps),
-        response_advantage=_response_advantage(advantages, chosen),
+        weight=torch.tensor([weights[i] for i in tree.rollouts], dtype=torch.float32)[sequence],
+        advantage=_advantage(advantages, picked, tree.rollouts, steps),
+        response_advantage=_response_advantage(advantages, tree.rollouts),
         rollout_logp=_read(picked, steps, lambda r: r.logp, torch.float32),
         rollout_topk=_topk(picked, steps, form),
         uniform=_read(picked, steps, lambda r: r.uniform, torch.float64),
-        rollouts=tuple(chosen),
+        rollouts=tree.rollouts,
         groups=tuple(rollout.group for rollout in picked),
         batch_size=len(rollouts),
-        experts=_experts(picked, rows, form),
+        experts=_experts(rollouts, tree.pieces, rows, form),
     )
 
 
-def _experts(picked: Sequence[Rollout], rows: Sequence[_Row], form: Form) -> dict[int, Tensor] | None:
-    """`MicroBatch.experts`; zeros on padding."""
+def _packed_tree(tree: PrefixTree) -> PackedTree | None:
+    """None if no piece follows another."""
+    if all(piece.parent == -1 for piece in tree.pieces):
+        return None
+    columns = zip(*((piece.parent, piece.start, piece.end - piece.start) for piece in tree.pieces))
+    return PackedTree(*(tuple(column) for column in columns))
+
+
+def _reads(picked: Sequence[Rollout], tree: PrefixTree, rows: Sequence[_Row]) -> list[_Read]:
+    """Where the loss tokens of each rollout are predicted, by position."""
+    starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
+    reads = []
+    for rollout, path in zip(picked, tree.paths):
+        parts = [_read_in(rollout, rows[at], int(starts[at])) for at in path]
+        reads.append(_Read(*(torch.cat(column) for column in zip(*parts))))
+    return reads
+
+
+def _read_in(rollout: Rollout, row: _Row, start: int) -> _Read:
+    step = row.positions - (len(rollout.prompt_ids) - 1)
+    carries_loss = torch.from_numpy(np.flatnonzero(rollout.mask > 0))
+    at = (~row.padding & torch.isin(step, carries_loss)).nonzero()[:, 0]
+    return _Read(start + at, step[at])
+
+
+def _experts(
+    rollouts: Sequence[Rollout], pieces: Sequence[Piece], rows: Sequence[_Row], form: Form
+) -> dict[int, Tensor] | None:
+    """`MicroBatch.experts`; zeros on padding. A shared prefix has the experts of one of its rollouts."""
     routing = form.routing
     if routing is None:
         return None
     held = [
         np.zeros((len(row.tokens), routing.model_layers, routing.per_token), routing.dtype) for row in rows
     ]
-    for rollout, row, into in zip(picked, rows, held):
+    for piece, row, into in zip(pieces, rows, held):
         real = ~row.padding.numpy()
-        into[real] = recorded(rollout, routing)[row.positions.numpy()[real]]
+        into[real] = recorded(rollouts[piece.rollout], routing)[row.positions.numpy()[real]]
     # Routers receive the tokens in the order [s, b].
     whole = np.concatenate(held)[:, None] if form.packed else np.stack(held, axis=1)
     mine = np.split(whole, form.tp_size)[routing.tp_rank]
@@ -182,16 +230,6 @@ def _check(rollout: Rollout, form: Form) -> None:
         )
 
 
-def _input(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Tokens of one rollout that the model reads, and `_Row.step` of each."""
-    prompt = len(rollout.prompt_ids)
-    tokens = torch.from_numpy(np.concatenate([rollout.prompt_ids, rollout.response_ids])[:-1]).long()
-    step = torch.full_like(tokens, NO_ID)
-    carries_loss = torch.from_numpy(np.flatnonzero(rollout.mask > 0))
-    step[prompt - 1 + carries_loss] = carries_loss
-    return tokens, step
-
-
 def _padded_lengths(lengths: Sequence[int], form: Form) -> list[int]:
     """Padded lengths over all context-parallel ranks; none is 0. If not packed, all are the same."""
     if not form.packed:
@@ -206,18 +244,23 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _local(tokens: Tensor, step: Tensor, length: int, form: Form) -> _Row:
-    """The sequence padded on the right to `length` and cut to this context-parallel rank."""
-    missing = length - len(tokens)
-    positions = torch.arange(length)
+def _local(ids: np.ndarray, piece: Piece, prefixes: Prefixes, length: int, form: Form) -> _Row:
+    """The piece padded on the right to `length` and cut to this context-parallel rank."""
+    real = piece.end - piece.start
+    pad = (0, length - real)
     whole = _Row(
-        tokens=torch.nn.functional.pad(tokens, (0, missing)),
-        positions=positions,
-        padding=positions >= len(tokens),
-        step=torch.nn.functional.pad(step, (0, missing), value=NO_ID),
+        tokens=F.pad(torch.from_numpy(ids[piece.start : piece.end]), pad),
+        positions=piece.start + torch.arange(length),
+        padding=torch.arange(length) >= real,
+        share=F.pad(torch.from_numpy(counted(piece, prefixes)), pad),
     )
     mine = zigzag(length, form.cp_size, form.cp_rank)
     return _Row(*(column[mine] for column in whole))
+
+
+def _padding(length: int, form: Form) -> _Row:
+    """A piece without tokens."""
+    return _local(np.empty(0, dtype=np.int64), Piece(0, 0, 0, -1, 0), (), length, form)
 
 
 def _starts(lengths: Sequence[int]) -> Tensor:

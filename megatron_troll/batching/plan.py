@@ -3,7 +3,7 @@
 Every rank computes the same plan from the same lengths and seed, so nothing has to be sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,8 @@ from megatron_troll.objectives.aggregation import Aggregation, token_weights
 from megatron_troll.types import Rollout
 
 MicroBatchIndices = tuple[int, ...]
+# How far, of its share of the tokens, a rank may be from it to leave a group whole.
+SLACK = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ class UpdatePlan:
 
 
 def plan(
-    lengths: Sequence[int], groups: Sequence[int], schedule: UpdateSchedule, capacity: Capacity
+    lengths: Sequence[int],
+    groups: Sequence[int],
+    schedule: UpdateSchedule,
+    capacity: Capacity,
+    shared: Sequence[int] | None = None,
 ) -> UpdatePlan:
     """Assign each response i, of `lengths[i]` tokens and prompt group `groups[i]`.
 
@@ -73,15 +79,29 @@ def plan(
     step. Within a step the responses are balanced over ranks and packed into micro-batches, longest first;
     one that is longer than the budget has a micro-batch of its own. Raises ValueError if a step would have no
     group.
+
+    `shared`: a micro-batch reads the first shared[i] tokens of response i once for all of its group. Then
+    groups stay whole where ranks stay balanced, and in a micro-batch where the budget admits it.
     """
     per_epoch = _steps_per_epoch(schedule, len(set(groups)))
-    costs = [-(-max(length, 1) // capacity.align) * capacity.align for length in lengths]
     steps = []
     for epoch in range(schedule.epochs):
         for chosen in _deal(groups, per_epoch, seed=(schedule.seed, epoch)):
-            longest_first = sorted(chosen, key=lambda i: (-costs[i], i))
-            steps.append(PlannedStep(epoch, _arrange(longest_first, costs, capacity)))
+            if shared is None:
+                costs = [_padded(length, capacity) for length in lengths]
+                longest_first = sorted(chosen, key=lambda i: (-costs[i], i))
+                filled = [
+                    _fill(rank, costs, capacity) for rank in _balance(longest_first, costs, capacity.dp)
+                ]
+            else:
+                parts = _parts(chosen, lengths, groups, shared, capacity)
+                filled = [_fill_parts(rank, capacity) for rank in _balance_parts(parts, capacity.dp)]
+            steps.append(PlannedStep(epoch, _evened(filled, capacity)))
     return UpdatePlan(tuple(steps))
+
+
+def _padded(length: int, capacity: Capacity) -> int:
+    return -(-max(length, 1) // capacity.align) * capacity.align
 
 
 def _steps_per_epoch(schedule: UpdateSchedule, n_groups: int) -> int:
@@ -109,10 +129,10 @@ def _deal(groups: Sequence[int], steps: int, seed: tuple[int, int]) -> list[list
     return dealt
 
 
-def _arrange(
-    longest_first: Sequence[int], costs: Sequence[int], capacity: Capacity
+def _evened(
+    ranks: Sequence[Sequence[MicroBatchIndices]], capacity: Capacity
 ) -> tuple[tuple[MicroBatchIndices, ...], ...]:
-    ranks = [_fill(rank, costs, capacity) for rank in _balance(longest_first, costs, capacity.dp)]
+    """The micro-batches of each rank, with empty ones until every rank has the same, allowed number."""
     most = max(1, *(len(rank) for rank in ranks))
     count = -(-most // capacity.multiple) * capacity.multiple
     return tuple(tuple(rank) + ((),) * (count - len(rank)) for rank in ranks)
@@ -146,6 +166,110 @@ def _fill(longest_first: Sequence[int], costs: Sequence[int], capacity: Capacity
             filled[m].append(i)
             sizes[m] += adds[m]
     return [tuple(members) for members in filled]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Responses of one group, `own` tokens of each behind a prefix of `prefix` tokens that is read once."""
+
+    prefix: int
+    responses: tuple[int, ...]
+    own: tuple[int, ...]
+
+    @property
+    def cost(self) -> int:
+        return self.prefix + sum(self.own)
+
+    def cut(self, at: int) -> tuple["_Part", "_Part"]:
+        """The first `at` responses, and the others."""
+        return (
+            _Part(self.prefix, self.responses[:at], self.own[:at]),
+            _Part(self.prefix, self.responses[at:], self.own[at:]),
+        )
+
+    def fitting(self, room: float) -> int:
+        """How many of the first responses cost at most `room` with their prefix."""
+        costs = self.prefix + np.cumsum(self.own)
+        return int(np.searchsorted(costs, room, side="right"))
+
+
+def _parts(
+    chosen: Sequence[int],
+    lengths: Sequence[int],
+    groups: Sequence[int],
+    shared: Sequence[int],
+    capacity: Capacity,
+) -> list[_Part]:
+    """The responses that share a prefix, the largest part first; one that shares none is a part."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for i in chosen:
+        members.setdefault((groups[i], shared[i]) if shared[i] else (-1, i), []).append(i)
+    parts = []
+    for (_, prefix), responses in members.items():
+        alone = not shared[responses[0]]
+        own = tuple(_padded(lengths[i] - (0 if alone else prefix), capacity) for i in responses)
+        parts.append(_Part(0 if alone else _padded(prefix, capacity), tuple(responses), own))
+    return sorted(parts, key=lambda part: (-part.cost, part.responses))
+
+
+def _balance_parts(parts: Sequence[_Part], ranks: int) -> list[list[_Part]]:
+    """Deal the parts, in a row, to the ranks, with the smallest share for which the ranks suffice. A part is
+    cut where a rank's share ends within it, unless it exceeds the share by less than SLACK: at most
+    `ranks` - 1 prefixes are read twice."""
+    low, high = 0, sum(part.cost for part in parts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_dealt(parts, middle)) <= ranks else (middle, high)
+    shares = _dealt(parts, high)
+    return shares + [[]] * (ranks - len(shares))
+
+
+def _dealt(parts: Sequence[_Part], share: int) -> list[list[_Part]]:
+    """The parts in a row, in shares of at most `share` tokens and SLACK, or of one response."""
+    shares: list[list[_Part]] = [[]]
+    room = share
+    for part in parts:
+        rest = part
+        while rest.cost > room + SLACK * share:
+            at = rest.fitting(room)
+            if at == 0 and not shares[-1]:
+                at = 1
+            if at:
+                first, rest = rest.cut(at)
+                shares[-1].append(first)
+            if not rest.responses:
+                break
+            shares.append([])
+            room = share
+        if rest.responses:
+            shares[-1].append(rest)
+            room -= rest.cost
+    return shares
+
+
+def _fill_parts(parts: Sequence[_Part], capacity: Capacity) -> list[MicroBatchIndices]:
+    """First fit of whole parts, the largest first; one larger than the budget is cut into as few as fit."""
+    filled: list[list[int]] = []
+    sizes: list[int] = []
+    pieces = [piece for part in parts for piece in _within(part, capacity)]
+    for part in sorted(pieces, key=lambda piece: -piece.cost):
+        fits = (m for m, size in enumerate(sizes) if size + part.cost <= capacity.token_budget)
+        m = next(fits, None)
+        if m is None:
+            filled.append([*part.responses])
+            sizes.append(part.cost)
+        else:
+            filled[m] += part.responses
+            sizes[m] += part.cost
+    return [tuple(members) for members in filled]
+
+
+def _within(part: _Part, capacity: Capacity) -> Iterator[_Part]:
+    """The part in pieces of at most the budget, or of one response."""
+    while len(part.responses) > 1 and part.cost > capacity.token_budget:
+        first, part = part.cut(max(1, part.fitting(capacity.token_budget)))
+        yield first
+    yield part
 
 
 def step_weights(

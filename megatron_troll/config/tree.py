@@ -131,6 +131,11 @@ class Train(Node):
     packing: bool = Field(
         default=True, description="sequences end to end in one row; false: a padded row each"
     )
+    share_prefixes: bool | None = Field(
+        default=None,
+        description="read a prompt once for all responses of its group in a micro-batch, and an episode once "
+        "for those that fork from it; default: on a CPU, with packing",
+    )
     replay: Literal["none", "old", "rollout"] = Field(
         default="none",
         description="experts that the policy's training forwards repeat: those of the old policy's forward "

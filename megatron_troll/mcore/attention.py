@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_troll.batching.plan import zigzag
-from megatron_troll.mcore.packing import PackedSequences, SequenceBucket
+from megatron_troll.mcore.packing import PackedSequences
+from megatron_troll.mcore.tree_attention import attend, attend_masked
 from megatron_troll.parallel.groups import Group
 
 
@@ -107,7 +108,7 @@ class CoreAttention(MegatronModule):
         """query [s, b, n, d] or packed [t, n, d]; attention_mask [b, 1, sq, sk] bool, True hides a key, only
         for generation. Returns [s, b, n * d] or [t, n * d]."""
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params.buckets)
+            return self._packed(query, key, value, packed_seq_params)
         if attention_mask is not None:
             return _flat(self._attend(*map(_batch_first, (query, key, value)), mask=~attention_mask))
         if self.cp.size == 1:
@@ -134,12 +135,14 @@ class CoreAttention(MegatronModule):
         )
         return gathered
 
-    def _packed(
-        self, query: Tensor, key: Tensor, value: Tensor, buckets: tuple[SequenceBucket, ...]
-    ) -> Tensor:
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         key, value = self._gather(key), self._gather(value)
+        if packed.mask is not None:
+            return attend_masked(query, key, value, packed.mask, self.scale).flatten(1)
+        if packed.parts:
+            return attend(query, key, value, packed.parts, self.scale).flatten(1)
         output = query.new_zeros(query.shape)
-        for bucket in buckets:
+        for bucket in packed.buckets:
             rows = [t[index].transpose(1, 2) for t, index in
                     ((query, bucket.query), (key, bucket.key), (value, bucket.key))]  # fmt: skip
             attended = self._causal(*rows).transpose(1, 2)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_troll.batching.plan import zigzag
 from megatron_troll.mcore.delta_rule import delta_rule, kernels_for, unit, wide
-from megatron_troll.mcore.packing import Flat, PackedSequences
+from megatron_troll.mcore.packing import Continued, Flat, PackedSequences
 from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel.groups import Group
 
@@ -179,6 +179,8 @@ class GatedDeltaNet(MegatronModule):
     def _packed(self, rows: Tensor, packed: PackedSequences) -> Tensor:
         """Mix packed rows [cp x t, 1, w]. Positions that belong to no sequence give zeros."""
         mixed, flat = rows.new_zeros(rows.shape[0], self.mine.value), packed.flat
+        if packed.continued:
+            return self._continued(rows[:, 0], packed.continued, mixed)[:, None]
         if flat is not None and kernels_for(rows.device, rows.dtype):
             sequences = self._again(self._mix_flat, rows[flat.key, 0], flat)
             return mixed.index_copy(0, flat.key, sequences)[:, None]
@@ -186,6 +188,21 @@ class GatedDeltaNet(MegatronModule):
             sequences = self._whole(rows[bucket.key, 0])
             mixed = mixed.index_put((bucket.key[bucket.real],), sequences[bucket.real])
         return mixed[:, None]
+
+    def _continued(self, rows: Tensor, batches: Sequence[Continued], mixed: Tensor) -> Tensor:
+        """Mix rows [cp x t, w] of sequences that continue one another, into zeros `mixed`: each starts from
+        the memory that the one before it has left."""
+        inputs = rows.new_zeros(1, self.conv1d.kernel_size[0] - 1, sum(self.mine.convolved))
+        heads, key, value = self.mine.b, self.key_head[1], self.value_head[1]
+        memories = Memory(inputs, wide(rows).new_zeros(1, heads, key, value))
+        for batch in batches:
+            before = Memory(memories.inputs[batch.before], memories.state[batch.before])
+            sequences, after = self._again(self._mix, rows[batch.key], before, batch.length)
+            real = torch.arange(batch.key.shape[1], device=rows.device) < batch.length[:, None]
+            mixed = mixed.index_put((batch.key[real],), sequences[real])
+            pairs = (memories.inputs, after.inputs), (memories.state, after.state)
+            memories = Memory(*(torch.cat([held, new[batch.kept]]) for held, new in pairs))
+        return mixed
 
     def _extend(self, rows: Tensor, hidden: Tensor, memories: dict[int, Memory]) -> Tensor:
         """Mix rows [s, b, w] that follow the positions in `memories`. The last row of `hidden` [b, 1, s, end]
@@ -208,18 +225,28 @@ class GatedDeltaNet(MegatronModule):
         mixed: Any = checkpoint(mix, *inputs, **named, use_reentrant=False, preserve_rng_state=False)
         return mixed
 
-    def _mix(self, rows: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+    def _mix(
+        self, rows: Tensor, memory: Memory | None, length: Tensor | None = None
+    ) -> tuple[Tensor, Memory]:
         """Apply convolution and delta rule to whole sequences [B, L, w], or to the positions after `memory`.
-        Returns [B, L, heads x Dv] for this rank's heads, and the new memory."""
+        Returns [B, L, heads x Dv] for this rank's heads, and the new memory: that after the last position or
+        after the first `length` [B]."""
         inputs, b, a = self._split(rows)
         weight = self._convolution()
         before = inputs.new_zeros(len(rows), weight.shape[-1] - 1, inputs.shape[-1])
         seen = torch.cat([before if memory is None else memory.inputs, inputs], 1)
         convolved = F.silu(F.conv1d(seen.mT, weight, groups=inputs.shape[-1])).mT
-        mixed, state = delta_rule(
-            *self._rule_inputs(convolved, b, a), None if memory is None else memory.state
-        )
-        return mixed.flatten(2), Memory(seen[:, rows.shape[1] :], state)
+        query, key, value, decay, beta = self._rule_inputs(convolved, b, a)
+        newest = seen[:, rows.shape[1] :]
+        if length is not None:
+            # What neither decays a state nor writes to it leaves it as it is.
+            padding = (torch.arange(rows.shape[1], device=rows.device) >= length[:, None])[..., None]
+            decay, beta = decay.masked_fill(padding, 0.0), beta.masked_fill(padding, 0.0)
+            at = length[:, None] + torch.arange(before.shape[1], device=rows.device)
+            newest = seen[torch.arange(len(rows), device=rows.device)[:, None], at]
+        state = None if memory is None else memory.state
+        mixed, state = delta_rule(query, key, value, decay, beta, state)
+        return mixed.flatten(2), Memory(newest, state)
 
     def _mix_flat(self, rows: Tensor, flat: Flat) -> Tensor:
         """Apply convolution and fused delta rule to whole sequences end to end: [T, w] to [T, heads x Dv]."""

@@ -49,8 +49,25 @@ class Head:
 
         Whole rows are computed only if needed: `support: old` by itself gives no entropy and no logsumexp.
         """
-        hidden, beside = self.entered(reporting(hidden, self.model)), beside or HeadContext()
-        rows, chosen = self._rows(hidden, target, reads)
+        return self.outputs(self.scan(hidden, target, reads), reads, beside)
+
+    def scan(self, hidden: Tensor, target: Tensor, *requests: HeadRequest) -> "Scan":
+        """Compute the whole rows that `requests` need, once for all of them; arguments as in `read`. Only the
+        first is differentiated, and only if gradients are enabled."""
+        hidden = self.entered(reporting(hidden, self.model))
+        backward = requests[0].full_softmax and torch.is_grad_enabled()
+        rows = self.shard.rows(hidden, target) if backward else None
+        own = [kept for each in requests for kept in each.own]
+        chosen = None
+        if own or (rows is None and any(_whole_rows(each) for each in requests)):
+            k = max((kept.k for kept in own), default=0)
+            chosen = Selection(*self.shard.selection(hidden, target, k))
+        return Scan(hidden, target, rows or (chosen.rows if chosen else None), chosen)
+
+    def outputs(self, scan: "Scan", reads: HeadRequest, beside: "HeadContext | None" = None) -> HeadOutputs:
+        """What `read` returns, from a scan that `reads` was among the requests of."""
+        hidden, target, chosen, beside = scan.hidden, scan.target, scan.chosen, beside or HeadContext()
+        rows = scan.rows if _whole_rows(reads) else None
         lse = None if rows is None else rows.lse if reads.full else rows.lse.detach()
         records = {
             kept: self._record(hidden, target, kept, lse, chosen, beside.old) for kept in reads.supports
@@ -81,19 +98,6 @@ class Head:
         hidden = self.entered(hidden)
         rows, _, _ = self.shard.selection(hidden, target, 0)
         return rows.logp, Frozen(self, hidden, rows.lse)
-
-    def _rows(
-        self, hidden: Tensor, target: Tensor, reads: HeadRequest
-    ) -> tuple[Rows | None, "Selection | None"]:
-        """Compute the needed whole rows, with gradient if something is differentiated through them, and the
-        candidates for records that choose their own ids."""
-        backward = reads.full_softmax and torch.is_grad_enabled()
-        rows = self.shard.rows(hidden, target) if backward else None
-        if not reads.own and (backward or not (reads.full_softmax or reads.at_rollout)):
-            return rows, None
-        k = max((kept.k for kept in reads.own), default=0)
-        chosen = Selection(*self.shard.selection(hidden, target, k))
-        return rows or chosen.rows, chosen
 
     def _at_rollout(self, hidden: Tensor, lse: Tensor | None, record: TopK | None) -> Tensor:
         """Log-probabilities [N, W] at the ids of `record`, -inf on its unused slots."""
@@ -135,6 +139,26 @@ class Head:
             assert chosen is not None
             ids, count, place = chosen.support(target, support)
         return TopK(ids, self.shard.logits_at(hidden, ids), count, place, lse, self.model.shape.vocab)
+
+
+def _whole_rows(reads: HeadRequest) -> bool:
+    return bool(reads.own) or reads.full_softmax or reads.at_rollout
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was computed from whole rows of N positions: hidden [N, h] in the head's dtype and target [N];
+    rows, if something needs them, with gradient if something is differentiated through them; chosen: the
+    candidates for records that choose their own ids."""
+
+    hidden: Tensor
+    target: Tensor
+    rows: Rows | None
+    chosen: "Selection | None"
+
+    def detach(self) -> "Scan":
+        rows = self.rows and Rows(*(column.detach() for column in vars(self.rows).values()))
+        return replace(self, hidden=self.hidden.detach(), rows=rows)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from megatron_troll.mcore.options import check_muon_layout, check_options
 from megatron_troll.mcore.packing import packed_sequences
 from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.rotary import inverse_frequencies
-from megatron_troll.mcore.router import replaying, routers
+from megatron_troll.mcore.router import routers, routing
 from megatron_troll.mcore.shape import ModelShape
 from megatron_troll.mcore.transformer_config import transformer_config
-from megatron_troll.parallel.groups import Groups
+from megatron_troll.parallel.groups import ALONE, Groups
 from megatron_troll.types import MicroBatch
 
 # Megatron's default bucket size in parameters: BUCKET, or BUCKET_PER_RANK x ranks if that is larger.
@@ -210,8 +210,8 @@ def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor
     the final ones; this rank's slice under sequence parallelism. Routers replay `batch.experts`, if any."""
     packed = None
     if batch.cu_seqlens is not None:
-        packed = packed_sequences(batch.cu_seqlens, batch.max_seqlen, model.groups.cp)
-    with replaying(chunk, batch.experts):
+        packed = packed_sequences(batch.cu_seqlens, batch.max_seqlen, model.groups.cp, batch.tree)
+    with routing(chunk, batch.experts, _of_routers(model, batch.share)):
         hidden = chunk(
             batch.tokens,
             batch.positions,
@@ -221,6 +221,12 @@ def forward(model: MegatronModel, chunk: nn.Module, batch: MicroBatch) -> Tensor
         )
     model.progress()
     return hidden
+
+
+def _of_routers(model: MegatronModel, share: Tensor) -> Tensor:
+    """`MicroBatch.share` of the tokens that this rank's routers see, in their order [s, b], flat."""
+    tp = model.groups.tp if model.config.sequence_parallel else ALONE
+    return share.t().chunk(tp.size)[tp.rank].flatten()
 
 
 def layer_remarks(model: MegatronModel) -> list[str]:

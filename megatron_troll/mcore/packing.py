@@ -1,15 +1,20 @@
 """Packed sequences in Megatron's format, with the index lists that our attention layers need."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_troll.batching.plan import zigzag
+from megatron_troll.mcore.tree_attention import AttentionPart, block_mask, last_readers, parts_of
 from megatron_troll.parallel.groups import Group
+from megatron_troll.types import PackedTree
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,61 @@ class Flat:
     starts_cpu: Tensor
 
 
+@dataclass(frozen=True)
+class Continued:
+    """Sequences of similar length that a recurrent layer processes as one dense batch of B, after those that
+    they continue. Memories are numbered in the order in which they are kept; number 0 is the empty one.
+
+    key     [B, L] row of each position in the flat tokens of all context-parallel ranks
+    length  [B] positions without padding
+    before  [B] number of the memory that each sequence continues
+    kept    indices of the sequences whose memory is kept
+    """
+
+    key: Tensor
+    length: Tensor
+    before: Tensor
+    kept: Tensor
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's THD parameters, with the sequences as dense batches (`buckets_of`) and flat (`flat_of`).
+    """Megatron's THD parameters, with what our layers need: the sequences as dense batches (`buckets_of`) and
+    flat (`flat_of`) or, if they continue one another, the parts of their attention (on a GPU its mask) and
+    batches for recurrent layers.
 
-    position  [t] int64, index of each token inside its sequence, for the tokens of all context-parallel ranks
+    position  [t] int64, position of each token in its rollout, for the tokens of all context-parallel ranks
     """
 
     buckets: tuple[SequenceBucket, ...] = ()
     flat: Flat | None = None
     position: Tensor | None = None
+    parts: tuple[AttentionPart, ...] = ()
+    mask: BlockMask | None = None
+    continued: tuple[Continued, ...] = ()
 
 
-def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSequences:
+def packed_sequences(
+    cu_seqlens: Tensor, max_seqlen: int, cp: Group, tree: PackedTree | None = None
+) -> PackedSequences:
     """THD parameters for padded sequence starts `cu_seqlens` [S + 1] int32, counted over all
-    context-parallel ranks. Copies cu_seqlens to the host once."""
+    context-parallel ranks. Copies cu_seqlens to the host once. Raises ValueError for a tree on a GPU under
+    context parallelism."""
     starts, device = cu_seqlens.tolist(), cu_seqlens.device
+    first = [0] * (len(starts) - 1) if tree is None else tree.start
+    position = [at + torch.arange(end - start) for at, (start, end) in zip(first, pairwise(starts))]
+    layout: dict[str, Any] = {"position": torch.cat(position).to(device)}
+    if tree is None:
+        layout |= {"buckets": tuple(buckets_of(starts, cp, device)), "flat": flat_of(starts, cp, device)}
+    else:
+        keys = [_keys(starts, i, cp) for i in range(len(starts) - 1)]
+        layout["continued"] = tuple(continued_of(tree, keys, device))
+        if device.type == "cuda":
+            if cp.size > 1:
+                raise ValueError("shared prefixes under context parallelism need a CPU")
+            layout["mask"] = block_mask(last_readers(tree, starts).to(device))
+        else:
+            layout["parts"] = tuple(parts_of(tree, starts, keys, cp))
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -69,9 +113,7 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int, cp: Group) -> PackedSe
         cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
-        buckets=tuple(buckets_of(starts, cp, device)),
-        flat=flat_of(starts, cp, device),
-        position=torch.cat([torch.arange(end - start) for start, end in pairwise(starts)]).to(device),
+        **layout,
     )
 
 
@@ -104,6 +146,27 @@ def flat_of(starts: list[int], cp: Group, device: torch.device) -> Flat:
     starts_cpu = F.pad(lengths.cumsum(0), (1, 0))
     sequence = torch.arange(len(keys)).repeat_interleave(lengths)
     return Flat(torch.cat(keys).to(device), sequence.to(device), starts_cpu.to(device), starts_cpu)
+
+
+def continued_of(tree: PackedTree, keys: Sequence[Tensor], device: torch.device) -> list[Continued]:
+    """The sequences grouped by depth in the tree and the power of two above their length."""
+    depth = [0] * len(keys)
+    for i, parent in enumerate(tree.parent):
+        depth[i] = 0 if parent == -1 else depth[parent] + 1
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, length in enumerate(tree.length):
+        if length:
+            groups.setdefault((depth[i], (length - 1).bit_length()), []).append(i)
+    parents, number, batches = set(tree.parent), {-1: 0}, []
+    for _, members in sorted(groups.items()):
+        kept = [at for at, i in enumerate(members) if i in parents]
+        before = [number[tree.parent[i]] for i in members]
+        number |= {members[at]: len(number) + n for n, at in enumerate(kept)}
+        lengths = [tree.length[i] for i in members]
+        key = _pad([keys[i][:length] for i, length in zip(members, lengths)])
+        columns = (torch.tensor(column, dtype=torch.int64) for column in (lengths, before, kept))
+        batches.append(Continued(*(column.to(device) for column in (key, *columns))))
+    return batches
 
 
 def _keys(starts: list[int], i: int, cp: Group) -> Tensor:

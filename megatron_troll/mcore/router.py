@@ -3,7 +3,9 @@
 Megatron balances over a micro-batch, or over a running mean of micro-batches; both change with the layout.
 Here the loads f_e are counted over the whole step by a forward without gradient, so that
 loss = c E / (k T^2) sum_e f_e sum_t p_te (Switch Transformer, arXiv:2101.03961, eq. 4, over the step's T
-tokens as in arXiv:2501.11873) is a plain sum over tokens: any layout gives the same gradient.
+tokens as in arXiv:2501.11873) is a plain sum over tokens: any layout gives the same gradient. A token of a
+prefix that several responses share counts once, not once for each (`MicroBatch.share`), whether each response
+reads its own copy or all read one.
 
 Balancing without a loss (arXiv:2408.15664): a bias on each expert's score changes which experts are chosen,
 not the weights of the chosen ones; after every step it decreases for experts above the mean load and
@@ -28,10 +30,12 @@ from torch import Tensor, nn
 
 from megatron_troll.config import MoE
 from megatron_troll.parallel.groups import Group, Groups
+from megatron_troll.types import SHARES
 
 
 class StepBalancedRouter(TopKRouter):
-    """TopKRouter with both kinds of balancing. Counts are int64, so casting the model leaves them unchanged.
+    """TopKRouter with both kinds of balancing. Counts are int64, in units of token / SHARES: sums in any
+    order are the same, and casting the model leaves them unchanged.
 
     counts        [E] tokens sent to each expert while `counting`; after `share_counts` the total
     loads         [E] the same in the step's training forwards; after `share_loads` the total
@@ -77,9 +81,10 @@ class StepBalancedRouter(TopKRouter):
             real = ~padding_mask.reshape(-1, 1)
         # Recomputation runs the forward twice, first without gradient: counting only the second counts once.
         training = self.training and torch.is_grad_enabled()
-        given = self.replay.take()
-        if given is not None:
-            probs, routing_map = self._replayed(rows, given.long(), real, training)
+        given = self.replay.take() or Given(None, real[:, 0] * SHARES)
+        share = given.share[:, None]
+        if given.experts is not None:
+            probs, routing_map = self._replayed(rows, given.experts.long(), share, training)
         elif self.expert_bias is None:
             probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         else:
@@ -87,9 +92,9 @@ class StepBalancedRouter(TopKRouter):
         self.replay.record(routing_map, self.topk)
         for wanted, tally in ((self.counting, self.counts), (training, self.loads)):
             if wanted:
-                tally += (routing_map & real).sum(0)
+                tally += (routing_map * share).sum(0)
         if self.coefficient and training:
-            scores = torch.softmax(rows.float(), dim=-1) * real
+            scores = torch.softmax(rows.float(), dim=-1) * (share / SHARES)
             probs = MoEAuxLossAutoScaler.apply(probs, self._loss(scores))
         return probs, routing_map
 
@@ -105,13 +110,15 @@ class StepBalancedRouter(TopKRouter):
             scores = scores + self.expert_bias
         return scores.topk(self.topk, dim=-1).indices
 
-    def _replayed(self, logits: Tensor, given: Tensor, real: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """Route real tokens (`real` [n, 1]) to `given` [n, k]; padding, and tokens whose routing was not
-        recorded, to the router's own choice. Returns the same as `_weighed`."""
-        own, known = self._own(logits), given[:, :1] < self._experts
+    def _replayed(
+        self, logits: Tensor, given: Tensor, share: Tensor, training: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Route real tokens (`share` [n, 1] not 0) to `given` [n, k]; padding, and tokens whose routing was
+        not recorded, to the router's own choice. Returns the same as `_weighed`."""
+        own, known, real = self._own(logits), given[:, :1] < self._experts, share > 0
         if training:
-            self.changed += ((given[:, :, None] != own[:, None]).all(-1) & real & known).sum()
-            self.left_out += (real & ~known).sum()
+            self.changed += ((given[:, :, None] != own[:, None]).all(-1) * known * share).sum()
+            self.left_out += (~known * share).sum()
         return self._weighed(logits, torch.where(real & known, given, own))
 
     def _weighed(self, logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,9 +132,10 @@ class StepBalancedRouter(TopKRouter):
 
     def _loss(self, scores: Tensor) -> Tensor:
         experts, chosen = self._experts, self.config.moe_router_topk
-        tokens = self.counts.sum() / chosen
+        counts = self.counts / SHARES
+        tokens = counts.sum() / chosen
         scale = self.coefficient * experts / (chosen * tokens.clamp(min=1) ** 2)
-        return scale * (self.counts * scores.sum(0)).sum()
+        return scale * (counts * scores.sum(0)).sum()
 
 
 def routers(chunks: list[nn.Module]) -> list[StepBalancedRouter]:
@@ -183,16 +191,19 @@ def move_biases(chunks: list[nn.Module]) -> None:
 
 
 def expert_loads(chunks: list[nn.Module], pp: Group) -> dict[int, Tensor]:
-    """{layer, counted from 0: loads [E] int64 on the host} for all layers, on every rank. Blocks on the
-    pipeline."""
-    mine = {layer_of(router): router.loads.to("cpu", copy=True) for router in routers(chunks)}
+    """{layer, counted from 0: loads [E] float64, in tokens, on the host} for all layers, on every rank.
+    Blocks on the pipeline."""
+    mine = {layer_of(router): router.loads.cpu().double() / SHARES for router in routers(chunks)}
     return over_stages(mine, pp)
 
 
-def replay_tallies(chunks: list[nn.Module], pp: Group) -> dict[int, tuple[int, int]]:
+def replay_tallies(chunks: list[nn.Module], pp: Group) -> dict[int, tuple[float, float]]:
     """{layer, counted from 0: choices of the step that replay changed, tokens that it left out} for all
     layers, on every rank. Blocks on the pipeline."""
-    mine = {layer_of(router): (int(router.changed), int(router.left_out)) for router in routers(chunks)}
+    mine = {
+        layer_of(router): (int(router.changed) / SHARES, int(router.left_out) / SHARES)
+        for router in routers(chunks)
+    }
     return over_stages(mine, pp)
 
 
@@ -224,13 +235,13 @@ def recording(chunks: list[nn.Module]) -> Iterator[dict[int, list[Tensor]]]:
 
 
 @contextmanager
-def replaying(chunk: nn.Module, experts: Mapping[int, Tensor] | None) -> Iterator[None]:
-    """Make the routers of `chunk` send the tokens of the forward in the block to `experts`
-    (`MicroBatch.experts`), also when that forward is recomputed. None: no replay."""
-    found = routers([chunk]) if experts is not None else []
+def routing(chunk: nn.Module, experts: Mapping[int, Tensor] | None, share: Tensor) -> Iterator[None]:
+    """Make the routers of `chunk` count the n tokens of the forward in the block as `share` [n] of
+    token / SHARES and send them to `experts` (`MicroBatch.experts`), also when that forward is recomputed.
+    None: no replay."""
+    found = routers([chunk])
     for router in found:
-        assert experts is not None
-        router.replay.begin(experts[layer_of(router)])
+        router.replay.begin(Given(None if experts is None else experts[layer_of(router)], share))
     try:
         yield
     finally:
@@ -238,30 +249,42 @@ def replaying(chunk: nn.Module, experts: Mapping[int, Tensor] | None) -> Iterato
             router.replay.end()
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a router is told of the n tokens of one forward.
+
+    experts  [n, k] to which it sends them; None: it chooses itself
+    share    [n] integers, what each counts for, in units of token / SHARES; 0 on padding
+    """
+
+    experts: Tensor | None
+    share: Tensor
+
+
 @dataclass
 class Replay:
-    """Choices that one router records and replays.
+    """Choices that one router records, and what it is given.
 
     recorded  choices [n, k] of each forward; None: nothing is recorded
-    given     choices [n, k] for the current forward; None: no forward runs, or the router chooses itself
-    waiting   choices for forwards that the backward pass will recompute, in order: every schedule runs the
-              backwards of a chunk's micro-batches in the order of their forwards
+    given     for the current forward; None: no forward runs, or it is one of generation
+    waiting   for forwards that the backward pass will recompute, in order: every schedule runs the backwards
+              of a chunk's micro-batches in the order of their forwards
     """
 
     recorded: list[Tensor] | None = None
-    given: Tensor | None = None
+    given: Given | None = None
     recomputed: bool = False
-    waiting: deque[Tensor] = field(default_factory=deque)
+    waiting: deque[Given] = field(default_factory=deque)
 
-    def begin(self, experts: Tensor) -> None:
-        """Start a forward that replays `experts`. If gradients are enabled, a backward will follow."""
-        self.given, self.recomputed = experts, torch.is_grad_enabled()
+    def begin(self, given: Given) -> None:
+        """Start a forward. If gradients are enabled, a backward will follow."""
+        self.given, self.recomputed = given, torch.is_grad_enabled()
 
     def end(self) -> None:
         self.given = None
 
-    def take(self) -> Tensor | None:
-        """The choices that the router must replay now. A call outside of a forward is a recomputation."""
+    def take(self) -> Given | None:
+        """What holds for the current call, one outside of a forward being a recomputation."""
         if self.given is None:
             return self.waiting.popleft() if self.waiting else None
         # A checkpointed layer first runs without gradient, then again in backward, which needs the choices.

@@ -24,7 +24,8 @@ from megatron_troll.mcore.xielu import XIELU
 
 
 class MaskedTEAttention(TEDotProductAttention):
-    """Transformer Engine's attention; generation, which masks the left padding, uses ours instead."""
+    """Transformer Engine's attention; generation, which masks the left padding, and sequences that continue
+    one another use ours instead."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -32,8 +33,10 @@ class MaskedTEAttention(TEDotProductAttention):
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """`inputs` as in CoreAttention: query, key, value, attention_mask."""
-        masked = inputs[3] is not None
-        return self.masked(*inputs) if masked else super().forward(*inputs, **options)
+        packed = options.get("packed_seq_params")
+        if packed is not None and packed.mask is not None:
+            return self.masked(*inputs, packed_seq_params=packed)
+        return self.masked(*inputs) if inputs[3] is not None else super().forward(*inputs, **options)
 
 
 def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlockSubmodules:

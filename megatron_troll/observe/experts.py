@@ -33,11 +33,11 @@ def _entropy(load: Tensor) -> float:
 
 
 def replay_metrics(
-    tallies: Mapping[int, tuple[int, int]], loads: Mapping[int, Tensor], per_token: int
+    tallies: Mapping[int, tuple[float, float]], loads: Mapping[int, Tensor], per_token: int
 ) -> dict[str, float]:
     """Shares of router choices that replay changed, and of tokens that it left out because their routing was
     not recorded, from layer -> (changed choices, tokens left out), the loads and the experts of a token."""
-    chosen = {layer: int(load.sum()) for layer, load in loads.items()}
+    chosen = {layer: float(load.sum()) for layer, load in loads.items()}
     shares = {layer: changed / max(1, chosen[layer]) for layer, (changed, _) in tallies.items()}
     total = max(1, sum(chosen.values()))
     return {

@@ -28,10 +28,11 @@ from megatron_troll.system import Interrupts, write_atomic
 from megatron_troll.task import Task, prepare
 from megatron_troll.training.build import open_policy
 from megatron_troll.training.critic import Critic, open_critic
+from megatron_troll.training.learner import Learner
 from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.reference import open_reference
 from megatron_troll.training.rollout_model import RolloutModel, open_rollout_model
-from megatron_troll.training.trainer import Learner, PolicyTrainer
+from megatron_troll.training.trainer import PolicyTrainer
 from megatron_troll.weights.export import save as export
 
 # Parts of what a run is made with (made_with.py) that rollouts and their rewards come from.

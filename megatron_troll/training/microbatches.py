@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_troll.batching.build import Advantages, Form, build
 from megatron_troll.batching.experts import Routing
 from megatron_troll.batching.plan import Capacity, PlannedStep, UpdateSchedule, plan, step_weights
+from megatron_troll.batching.prefixes import shared_prefixes
 from megatron_troll.config import Config, Layout
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
@@ -67,19 +68,20 @@ class MicroBatcher:
         temperature: float,
     ) -> list[list[MicroBatch]]:
         config, groups, form = self.config, self.model.groups, self._form(temperature)
-        lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
+        prefixes = shared_prefixes(rollouts)
         arranged = plan(
-            lengths,
+            [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts],
             [rollout.group for rollout in rollouts],
             schedule,
             capacity(config, self.layout, groups, form.align),
+            [found[0].end if found else 0 for found in prefixes] if form.shared else None,
         )
         length = config.objective.sum_norm_length or config.rollout.sampling.max_tokens
         table = frequencies(rollouts, form.vocab) if config.observe.energy else None
 
         def batch(update: PlannedStep, chosen: Sequence[int]) -> MicroBatch:
             weights = step_weights(rollouts, update.responses, aggregation, length)
-            built = build(rollouts, advantages, weights, chosen, form)
+            built = build(rollouts, advantages, weights, chosen, form, prefixes)
             counted = built if table is None else replace(built, frequency=table[built.target])
             return counted.to(device())
 
@@ -95,10 +97,17 @@ class MicroBatcher:
             self.model.groups,
             self.model.shape.vocab,
             packed=self.config.train.packing,
+            shared=shares_prefixes(self.config),
             topk=self.topk,
             temperature=temperature,
             routing=routing_of(self.model) if self.replay else None,
         )
+
+
+def shares_prefixes(config: Config) -> bool:
+    """Whether micro-batches read a prefix once for all rollouts that share it."""
+    wanted = config.train.share_prefixes
+    return wanted if wanted is not None else config.train.packing and device().type == "cpu"
 
 
 def carries_loss(rollouts: Sequence[Rollout], update: PlannedStep) -> bool:

@@ -25,8 +25,9 @@ from megatron_troll.objectives.trust_region.clip import Clip
 from megatron_troll.observe.phases import Phases
 from megatron_troll.task import Task
 from megatron_troll.training.build import open_policy
+from megatron_troll.training.learner import combine, finite, split
 from megatron_troll.training.microbatches import MicroBatcher
-from megatron_troll.training.trainer import PolicyTrainer, combine, finite, split
+from megatron_troll.training.trainer import PolicyTrainer
 from megatron_troll.types import HeadOutputs, HeadRequest, MicroBatch, Rollout, TopK
 
 # Metrics reported of its updates, by their names in objectives.

@@ -1,15 +1,13 @@
 """One policy under one objective: old records, batch statistics, gradients, optimizer steps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_troll.batching.build import Advantages
-from megatron_troll.mcore.head import Head, HeadContext
+from megatron_troll.mcore.head import Head, HeadContext, Scan
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import expert_loads, recording, replay_tallies, routers
@@ -20,12 +18,16 @@ from megatron_troll.objectives.slots import Diagnostics, Statistics
 from megatron_troll.objectives.supervised import Supervised
 from megatron_troll.observe.experts import expert_metrics, replay_metrics
 from megatron_troll.observe.metrics import Reducer
-from megatron_troll.observe.phases import Phases
 from megatron_troll.parallel.segments import segments
 from megatron_troll.parallel.vocab import gather_logits, kl
-from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.reference import Reference, ReferenceOutputs
-from megatron_troll.types import NO_ID, HeadOutputs, LossTerms, MicroBatch, ObjectiveInputs, Rollout
+from megatron_troll.types import (
+    HeadOutputs,
+    HeadRequest,
+    LossTerms,
+    MicroBatch,
+    ObjectiveInputs,
+)
 
 PROBED_POSITIONS = 16
 PROBED: Diagnostics = {"true_kl": ("mean",), "sparse_kl": ("mean",), "outside_mass": ("mean", "max")}
@@ -39,11 +41,13 @@ class Unhealthy(RuntimeError):
 @dataclass(frozen=True)
 class Gradients:
     """Result of one accumulation on this rank: the step's loss summed over all ranks, reduced diagnostics,
-    and the indices of rollouts with a non-finite objective (last stage only)."""
+    the indices of rollouts with a non-finite objective (last stage only), and the old policy's readings
+    beside which it was made, one per micro-batch on the last stage."""
 
     loss: float
     metrics: dict[str, float]
     broken: tuple[int, ...]
+    old: list[HeadOutputs]
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,9 @@ class OldPolicyOutputs:
 class PolicyTrainer:
     """Trains one policy under one objective.
 
-    `old: trainer` reads the policy at the start of the update in a separate forward pass; `old: engine` uses
-    the rollout engine's record. Old readings stay on the last stage's device until the batch is done: 12
+    `old: trainer` reads the policy at the start of the update, in a forward pass of its own where later steps
+    move the weights (`accumulate` reads it with the step's own forward where they are equal); `old: engine`
+    uses the rollout engine's record. Old readings stay on the last stage's device until the batch is done: 12
     bytes x (K + 1) per loss token and record, on every tensor-parallel rank. The readings of a `reference`
     stay there too, with the hidden state of each token if logits are computed from it again. `aggregation`:
     how the weights of the micro-batches average tokens. `replay: old` repeats the experts of the old policy's
@@ -79,43 +84,45 @@ class PolicyTrainer:
 
     def old_readings(self, batches: Sequence[MicroBatch]) -> OldPolicyOutputs:
         """Read the policy before its update, once per micro-batch. Blocks on every rank."""
-        broken: list[int] = []
-        checked = self.objective.prepare_old if self.old == "engine" else self.objective.check_old
-
-        def prepared(i: int, readings: HeadOutputs) -> HeadOutputs:
-            assert readings.logp is not None
-            finite = torch.isfinite(readings.logp)
-            if bool(finite.all()):
-                return checked(readings)
-            broken.extend(rollouts_of(batches[i], ~finite))
-            return readings
-
-        if self.replay == "old":
-            with recording(self.trainable.model.chunks) as chosen:
-                readings = self._read_old(batches, prepared)
-            batches = with_experts(batches, chosen)
-        else:
-            readings = self._read_old(batches, prepared)
-        return OldPolicyOutputs(readings, self.agree_on(broken), list(batches))
-
-    def _read_old(
-        self, batches: Sequence[MicroBatch], prepared: Callable[[int, HeadOutputs], HeadOutputs]
-    ) -> list[HeadOutputs]:
         if self.old == "engine":
-            records = [engine_readings(batch) for batch in batches]
-            return [prepared(i, record) for i, record in enumerate(records)] if self._last else []
-        reads = replace(self.objective.reads_old, logp=True)
+            records = [engine_readings(batch) for batch in batches] if self._last else []
+            readings = [self._checked(batch, record) for batch, record in zip(batches, records)]
+            return OldPolicyOutputs(readings, self.unusable(batches, readings), list(batches))
 
         def read(i: int, hidden: Tensor) -> HeadOutputs:
-            readings = self.head.read(
-                hidden, batches[i].target, reads, HeadContext(rollout=batches[i].rollout_topk)
-            )
-            probe = self.head.probe(hidden, probed_rows(len(hidden)).to(hidden.device))
-            return prepared(i, replace(readings, probe=probe))
+            return self._old_of(batches[i], self.head.scan(hidden, batches[i].target, self._reads_old))
 
-        return infer(self.trainable.model, batches, read)
+        with recording(self.trainable.model.chunks if self.replay == "old" else []) as chosen:
+            readings = infer(self.trainable.model, batches, read)
+        given = with_experts(batches, chosen) if self.replay == "old" else list(batches)
+        return OldPolicyOutputs(readings, self.unusable(batches, readings), given)
 
-    def agree_on(self, rollouts: Sequence[int]) -> tuple[int, ...]:
+    @property
+    def _reads_old(self) -> HeadRequest:
+        return replace(self.objective.reads_old, logp=True)
+
+    @torch.no_grad()
+    def _old_of(self, batch: MicroBatch, scan: Scan) -> HeadOutputs:
+        """The old policy's readings, from hidden states of the weights at the start of the update."""
+        context = HeadContext(rollout=batch.rollout_topk)
+        readings = self.head.outputs(scan.detach(), self._reads_old, context)
+        rows = probed_rows(len(scan.target)).to(scan.hidden.device)
+        return self._checked(batch, replace(readings, probe=self.head.probe(scan.hidden.detach(), rows)))
+
+    def _checked(self, batch: MicroBatch, readings: HeadOutputs) -> HeadOutputs:
+        """The readings as the objective uses them; as they are if a log-prob is not finite."""
+        if _not_finite(readings).any():
+            return readings
+        objective = self.objective
+        return (objective.prepare_old if self.old == "engine" else objective.check_old)(readings)
+
+    def unusable(self, batches: Sequence[MicroBatch], old: Sequence[HeadOutputs]) -> tuple[int, ...]:
+        """The rollouts, on any rank, with a log-prob of the old policy that is NaN or infinite. Blocks."""
+        return self.agree_on(
+            {i for batch, readings in zip(batches, old) for i in rollouts_of(batch, _not_finite(readings))}
+        )
+
+    def agree_on(self, rollouts: Iterable[int]) -> tuple[int, ...]:
         """The union of `rollouts` over all ranks, ascending. Blocks."""
         named = self.trainable.model.groups.world.all_gather_objects(sorted(rollouts))
         return tuple(sorted({i for part in named for i in part}))
@@ -132,19 +139,28 @@ class PolicyTrainer:
     def accumulate(
         self,
         batches: Sequence[MicroBatch],
-        old: Sequence[HeadOutputs],
+        old: Sequence[HeadOutputs] | None,
         kept: Sequence[ReferenceOutputs | None],
     ) -> Gradients:
-        """Compute the gradients of one optimizer step, in `main_grad`, from zero. `kept`: the reference's
+        """Compute the gradients of one optimizer step, in `main_grad`, from zero. `old`: the readings of the
+        old policy; None: its weights are these, and this step's own forward reads it. `kept`: the reference's
         outputs; without a reference, None for each micro-batch. Blocks on every rank."""
-        statistics = self._statistics(batches, old, kept)
+        beside: list[HeadOutputs] = [] if old is None else [*old]
+        # Of one micro-batch, the sums are known when its loss is computed.
+        alone = len(batches) == 1 and not self._balancing
+        statistics = None if alone else self._statistics(batches, beside, kept)
+        read_already = bool(beside)
         reducer = self._reducer({**self.objective.diagnostics, **PROBED, "entropy": ("mean",)})
         losses: list[Tensor] = []
         objectives: list[Tensor] = []
 
         def loss(i: int, hidden: Tensor) -> tuple[Tensor, None]:
-            inputs = self._inputs(batches[i], hidden, old[i], kept[i])
-            terms = self.objective.loss(inputs, statistics)
+            inputs = self._inputs(batches[i], hidden, beside[i] if read_already else None, kept[i])
+            if not read_already:
+                assert i == len(beside)
+                beside.append(inputs.old)
+            sums = self._summed([self.objective.statistics(inputs)]) if alone else statistics
+            terms = self.objective.loss(inputs, sums)
             # If the new policy's full rows are not computed, only the old policy's entropy may be known.
             entropy = inputs.old.entropy if inputs.new.entropy is None else inputs.new.entropy
             extra = {} if entropy is None else {"entropy": entropy}
@@ -168,7 +184,7 @@ class PolicyTrainer:
             metrics |= replay_metrics(
                 replay_tallies(model.chunks, model.groups.pp), loads, model.shape.experts_per_token
             )
-        return Gradients(total, metrics, tuple(sorted(broken)))
+        return Gradients(total, metrics, tuple(sorted(broken)), beside)
 
     def _probed(self, hidden: Tensor, inputs: ObjectiveInputs, terms: LossTerms) -> dict[str, Tensor]:
         """Diagnostics from full rows at the probed positions [M]: the true KL(new || old), the sparse one,
@@ -189,32 +205,48 @@ class PolicyTrainer:
     def _statistics(
         self,
         batches: Sequence[MicroBatch],
-        old: Sequence[HeadOutputs],
+        old: list[HeadOutputs],
         kept: Sequence[ReferenceOutputs | None],
     ) -> Statistics | None:
         """Run a forward pass of the whole step without gradient, if the objective or the balancing loss needs
-        sums over all of it. Returns the objective's, on the last stage. Blocks."""
-        model = self.trainable.model
-        balancing = any(router.coefficient for router in routers(model.chunks))
-        if not (balancing or self.objective.needs_statistics):
+        sums over all of it. Returns the objective's, on the last stage. If `old` is empty, this pass reads
+        the old policy and fills it, on the last stage. Blocks."""
+        if not (self._balancing or self.objective.needs_statistics):
             return None
+        read_already = bool(old)
 
         def read(i: int, hidden: Tensor) -> Statistics | None:
-            if not self.objective.needs_statistics:
+            if not self.objective.needs_statistics and read_already:
                 return None
-            return self.objective.statistics(self._inputs(batches[i], hidden, old[i], kept[i]))
+            inputs = self._inputs(batches[i], hidden, old[i] if read_already else None, kept[i])
+            if not read_already:
+                old.append(inputs.old)
+            return self.objective.statistics(inputs)
 
-        parts = survey(model, batches, read)
-        if not self.objective.needs_statistics or not self._last:
+        return self._summed(survey(self.trainable.model, batches, read))
+
+    @property
+    def _balancing(self) -> bool:
+        return any(router.coefficient for router in routers(self.trainable.model.chunks))
+
+    def _summed(self, parts: Sequence[Statistics | None]) -> Statistics | None:
+        """The sum of `parts`, one per micro-batch, over all ranks of the last stage; None on other stages and
+        if the objective needs none. Blocks."""
+        found = [part for part in parts if part is not None]
+        if not found:
             return None
-        totals = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
-        return {name: model.groups.dp_cp.all_reduce(total) for name, total in totals.items()}
+        totals = {name: torch.stack([part[name] for part in found]).sum(0) for name in found[0]}
+        dp_cp = self.trainable.model.groups.dp_cp
+        return {name: dp_cp.all_reduce(total) for name, total in totals.items()}
 
     def _inputs(
-        self, batch: MicroBatch, hidden: Tensor, old: HeadOutputs, kept: ReferenceOutputs | None
+        self, batch: MicroBatch, hidden: Tensor, old: HeadOutputs | None, kept: ReferenceOutputs | None
     ) -> ObjectiveInputs:
+        """Readings of the policy at `hidden`, beside `old`; None: the old policy's are read there too."""
         reads, frozen = self.objective.reads, None if kept is None else kept.frozen
-        new = self.head.read(hidden, batch.target, reads, HeadContext(old, batch.rollout_topk, frozen))
+        scan = self.head.scan(hidden, batch.target, reads, *([self._reads_old] if old is None else []))
+        old = self._old_of(batch, scan) if old is None else old
+        new = self.head.outputs(scan, reads, HeadContext(old, batch.rollout_topk, frozen))
         reference = None
         if kept is not None:
             assert self.reference is not None
@@ -258,6 +290,12 @@ def engine_readings(batch: MicroBatch) -> HeadOutputs:
     return HeadOutputs(batch.rollout_logp, topk, None, at_rollout=None if topk is None else topk.logits)
 
 
+def _not_finite(readings: HeadOutputs) -> Tensor:
+    """[N] bool."""
+    assert readings.logp is not None
+    return ~torch.isfinite(readings.logp)
+
+
 def with_experts(batches: Sequence[MicroBatch], chosen: Mapping[int, Sequence[Tensor]]) -> list[MicroBatch]:
     """The micro-batches with the experts that the routers chose in one forward pass of each."""
     return [
@@ -274,98 +312,3 @@ def probed_rows(n: int) -> Tensor:
 def rollouts_of(batch: MicroBatch, marked: Tensor) -> list[int]:
     """The rollouts to which the marked [N] tokens of a micro-batch belong. Waits for the device."""
     return [batch.rollouts[i] for i in batch.sequence[marked].unique().tolist()]
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """Result of training on a rollout batch: metrics over its updates (means; max and min for names that end
-    in these), the number of updates skipped for NaN or Inf, the rollouts at fault if they are known, and the
-    number of updates without a token that carries loss."""
-
-    metrics: dict[str, float]
-    skipped: int
-    broken: tuple[int, ...]
-    masked: int = 0
-
-
-@dataclass(frozen=True)
-class Learner:
-    """Turns rollouts into the optimizer steps that `config.train` asks for."""
-
-    trainer: PolicyTrainer
-    batcher: MicroBatcher
-    phases: Phases
-
-    def learn(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> UpdateResult:
-        """Train on `rollouts` (the whole batch, on every rank). `step` seeds the plan. Blocks on every
-        rank."""
-        unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.batcher.topk))
-        if unusable:
-            return UpdateResult({}, self.batcher.config.train.updates, unusable)
-        planned = self.batcher.updates(rollouts, advantages, step)
-        updates = [update for update in planned if update]
-        masked = len(planned) - len(updates)
-        if not updates:
-            return UpdateResult({}, 0, (), masked)
-        every = [batch for update in updates for batch in update]
-        with self.phases("old_policy"):
-            old = self.trainer.old_readings(every)
-        if old.broken:
-            return UpdateResult({}, len(updates), old.broken, masked)
-        kept = self._references(every)
-        rows = [self.trainer.mismatch(every, old.readings)]
-        broken: set[int] = set()
-        parts = (split(each, updates) for each in (old.batches, old.readings, kept))
-        for update, readings, references in zip(*parts):
-            with self.phases("forward_backward"):
-                gradients = self.trainer.accumulate(update, readings, references)
-            with self.phases("optimizer"):
-                grad_norm = self.trainer.trainable.step_if_finite(gradients.loss)
-                if grad_norm is None:
-                    broken |= set(self.trainer.agree_on(gradients.broken))
-                    continue
-            rows.append({"loss": gradients.loss, "grad_norm": grad_norm, **gradients.metrics})
-        skipped = len(updates) + 1 - len(rows)
-        return UpdateResult(combine(rows), skipped, tuple(sorted(broken)), masked)
-
-    def _references(self, batches: Sequence[MicroBatch]) -> Sequence[ReferenceOutputs | None]:
-        if self.trainer.reference is None:
-            return [None] * len(batches)
-        with self.phases("reference"):
-            return self.trainer.reference.keep(batches)
-
-
-def finite(rollout: Rollout, topk: int) -> bool:
-    """Whether the engine's log-probs of all tokens that carry loss, and of their first `topk` entries, are
-    finite."""
-    carries_loss = rollout.mask > 0
-    if not np.isfinite(rollout.logp[carries_loss]).all():
-        return False
-    if topk == 0 or rollout.topk is None:
-        return True
-    ids, logp = rollout.topk.ids[carries_loss, :topk], rollout.topk.logp[carries_loss, :topk]
-    return bool(np.isfinite(logp[ids != NO_ID]).all())
-
-
-def split[T](parts: Sequence[T], updates: Sequence[Sequence[MicroBatch]]) -> list[list[T]]:
-    """Group `parts`, one per micro-batch, by update; empty lists if there are none (not the last stage)."""
-    starts = np.cumsum([0, *(len(update) for update in updates)])
-    return [list(parts[start : start + len(update)]) for start, update in zip(starts, updates)]
-
-
-def combine(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Combine the rows of several updates into one: the largest of */max, the smallest of */min, else the
-    mean over the rows that have the name."""
-    named: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            named.setdefault(name, []).append(value)
-    return {name: _together(name, values) for name, values in named.items()}
-
-
-def _together(name: str, values: list[float]) -> float:
-    if name.endswith("/max"):
-        return max(values)
-    if name.endswith("/min"):
-        return min(values)
-    return sum(values) / len(values)

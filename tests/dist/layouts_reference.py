@@ -5,6 +5,7 @@ objectives are written out over the whole vocabulary. Nothing here uses batching
 objectives of the package.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Reference:
     def expected(self, objective: str, aux: float) -> Expected:
         """Of a named objective, plus the balancing loss with coefficient `aux` in the gradients."""
         loss = -self.value(objective)
-        total = loss + aux * balancing_loss(self.now) if aux else loss
+        total = loss + aux * balancing_loss(self.now, counted(self.batch.rollouts)) if aux else loss
         self.model.zero_grad()
         total.backward(retain_graph=True)
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -221,15 +222,28 @@ def routers_watched(model: nn.Module, given: Tensor | None) -> Iterator[list[Ten
         hook.remove()
 
 
-def balancing_loss(read: Read) -> Tensor:
-    """Switch Transformer's (arXiv:2101.03961, eq. 4) for top-k over all tokens, summed over the layers:
-    E sum_e f_e P_e, f_e the fraction of choices that fell on expert e, P_e its mean probability."""
+def balancing_loss(read: Read, share: Tensor) -> Tensor:
+    """Switch Transformer's (arXiv:2101.03961, eq. 4) for top-k over all tokens, of which each counts `share`
+    [T], summed over the layers: E sum_e f_e P_e, f_e the fraction of choices that fell on expert e, P_e its
+    mean probability."""
     losses = []
     for layer, logits in enumerate(read.routing):
-        experts, picks = logits.shape[1], read.experts[:, layer].flatten()
-        fraction = torch.bincount(picks, minlength=experts) / len(picks)
-        losses.append(experts * (fraction * logits.softmax(1).mean(0)).sum())
+        experts, picks = logits.shape[1], read.experts[:, layer]
+        chosen = F.one_hot(picks, experts).sum(1).double()
+        fraction = (share @ chosen) / (share.sum() * picks.shape[1])
+        losses.append(experts * (fraction * (share @ logits.softmax(1) / share.sum())).sum())
     return torch.stack(losses).sum()
+
+
+def counted(rollouts: Sequence[Rollout]) -> Tensor:
+    """[T] of every sequence: a prompt's tokens count once for all responses of its group."""
+    sizes = Counter(rollout.group for rollout in rollouts)
+    parts = []
+    for rollout in rollouts:
+        part = torch.ones(len(rollout.prompt_ids) + len(rollout.response_ids) - 1, dtype=torch.float64)
+        part[: len(rollout.prompt_ids)] = 1 / sizes[rollout.group]
+        parts.append(part)
+    return torch.cat(parts)
 
 
 def tokens_of(batch: Batch) -> Tokens:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_troll.batching.build import Form, build
 from megatron_troll.batching.experts import Routing
 from megatron_troll.batching.plan import Capacity, UpdateSchedule, plan, step_weights
+from megatron_troll.batching.prefixes import shared_prefixes
 from megatron_troll.config import Layout, Model
 from megatron_troll.mcore import model as mcore
 from megatron_troll.mcore.head import Head
@@ -41,7 +42,7 @@ from tests.dist.tiny import started
 @dataclass(frozen=True)
 class Case:
     """One accumulation: an objective by name, how the batch is cut, the balancing loss's coefficient, whose
-    log-probs are the old policy, whose experts are replayed."""
+    log-probs are the old policy, whose experts are replayed, whether prompts are read once for a group."""
 
     objective: str
     packed: bool
@@ -49,6 +50,7 @@ class Case:
     aux: float
     old: Old = "trainer"
     replay: Replay = "none"
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def cut(
     form = Form(
         vocab=batch.config["vocab_size"],
         packed=case.packed,
+        shared=case.shared,
         cp_rank=groups.cp.rank,
         cp_size=groups.cp.size,
         tp_size=groups.tp.size,
@@ -131,6 +134,7 @@ def cut(
         temperature=TEMPERATURE,
         routing=routing if case.replay == "rollout" else None,
     )
+    prefixes = shared_prefixes(batch.rollouts)
     step = plan(
         [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in batch.rollouts],
         [rollout.group for rollout in batch.rollouts],
@@ -142,10 +146,11 @@ def cut(
             multiple=layout.pp if layout.vpp else 1,
             packed=case.packed,
         ),
+        [found[0].end if found else 0 for found in prefixes] if case.shared else None,
     ).steps[0]
     weights = step_weights(batch.rollouts, step.responses, OBJECTIVES[case.objective].aggregation, None)
     return [
-        build(batch.rollouts, batch.advantages, weights, chosen, form)
+        build(batch.rollouts, batch.advantages, weights, chosen, form, prefixes)
         for chosen in step.ranks[groups.dp.rank]
     ]
 

@@ -69,6 +69,26 @@ def run_methods(cut: Cut, batch: Batch, frozen: str, names: Sequence[str]) -> di
         return {name: accumulate(trainers[name], arranged[name], old[name]) for name in names}
 
 
+def run_first_steps(
+    cut: Cut, batch: Batch, frozen: str, names: Sequence[str]
+) -> dict[str, tuple[Outcome, Outcome]]:
+    """The first optimizer step of an update, beside old readings made in a pass before it and by its own."""
+    layout = Layout(**cut.sizes)
+    config = Model(path=frozen, dtype="fp32", layout=layout, optimizer=Optimizer(distributed=False))
+    with started(layout) as groups:
+        model = build(config, shape_of(MOE), groups)
+        policy = trainable(model, config.optimizer, total_steps=1)
+        beside = open_reference(config, model, TEMPERATURE, HeadRequest())
+        load(model, TensorSource(batch.before))
+        outcomes = {}
+        for name in names:
+            batches, learner = arrange(name, cut, batch, model), trainer(name, policy, beside)
+            old = learner.old_readings(batches).readings
+            own = None if METHODS[name].config.old == "trainer" else old
+            outcomes[name] = accumulate(learner, batches, old), accumulate(learner, batches, own)
+        return outcomes
+
+
 def arrange(name: str, cut: Cut, batch: Batch, model: MegatronModel) -> list[MicroBatch]:
     """This rank's micro-batches of one optimizer step over the whole batch."""
     objective = METHODS[name].config
@@ -95,7 +115,9 @@ def trainer(name: str, policy: Trainable, beside: Reference | None) -> PolicyTra
     return PolicyTrainer(policy, objective, head, config.old, reference, config.aggregation)
 
 
-def accumulate(trainer: PolicyTrainer, batches: Sequence[MicroBatch], old: Sequence[HeadOutputs]) -> Outcome:
+def accumulate(
+    trainer: PolicyTrainer, batches: Sequence[MicroBatch], old: Sequence[HeadOutputs] | None
+) -> Outcome:
     model, reference = trainer.trainable.model, trainer.reference
     kept = [None] * len(batches) if reference is None else reference.keep(batches)
     result = trainer.accumulate(batches, old, kept)

@@ -33,12 +33,13 @@ from tests.dist.layouts_worker import Case, Outcome, RankResult, run_cases, run_
 from tests.dist.tiny import MOE, NEXT
 
 CASES = (
-    Case("clip", packed=True, token_budget=64, aux=0.0),
+    Case("clip", packed=True, token_budget=64, aux=0.0, shared=True),
     Case("clip", packed=False, token_budget=96, aux=1.0),
     Case("troll-own", packed=True, token_budget=4096, aux=0.0),
     Case("troll-own", packed=False, token_budget=40, aux=1.0),
     Case("troll-old", packed=True, token_budget=1, aux=1.0),
     Case("troll-old", packed=False, token_budget=4096, aux=0.0),
+    Case("troll-own", packed=True, token_budget=40, aux=1.0, shared=True),
 )
 HYBRID_CASES = (CASES[0], CASES[3])
 ENGINE = (

@@ -5,6 +5,8 @@ methods_batch.py has the batch, methods_table.py the methods, methods_oracle.py 
 methods_worker.py what ranks run.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from tests.dist.layouts_checks import check_metrics, worst_gradient
 from tests.dist.methods_batch import Batch, make_methods_batch
 from tests.dist.methods_oracle import Expected, Oracle
 from tests.dist.methods_table import METHODS
-from tests.dist.methods_worker import Cut, Outcome, run_methods
+from tests.dist.methods_worker import Cut, Outcome, run_first_steps, run_methods
 from tests.dist.tiny import MOE, reference
 
 TOLERANCE = 1e-5
@@ -33,7 +35,7 @@ LAYOUTS = {
     "pp2": (2, Cut({"pp": 2}, packed=True, token_budget=24), EVERY),
     "dp2": (2, Cut({}, packed=False, token_budget=48), EVERY),
     "tp2-ep2": (2, Cut({"tp": 2, "ep": 2}, packed=True, token_budget=40), EVERY),
-    "cp2-dp2": (4, Cut({"cp": 2}, packed=True, token_budget=40), FEW),
+    "cp2-dp2": (4, Cut({"cp": 2}, packed=True, token_budget=24), FEW),
     "tp2-pp2-etp2": (4, Cut({"tp": 2, "pp": 2, "etp": 2}, packed=True, token_budget=4096), FEW),
 }
 
@@ -96,6 +98,23 @@ def test_a_layout_gives_what_full_rows_give(
             worst, tensor = worst_gradient(ranks[0][name].gradients, wanted)
             assert worst <= TOLERANCE, f"{name}: {tensor} differs by {worst:.1e}"
     assert any(() in rank[names[0]].rollouts for rank in ranks) == (layout in WITH_EMPTY_MICRO_BATCHES)
+
+
+@pytest.mark.parametrize("layout", ["one-rank", "pp2", "dp2"])
+def test_the_first_step_reads_the_old_policy_with_its_own_forward(
+    layout: str, batch: Batch, frozen: str, request: pytest.FixtureRequest
+) -> None:
+    """The loss, metrics and gradients are those beside readings of a pass of its own, to the last bit."""
+    world, cut, names = LAYOUTS[layout]
+    one_micro_batch = replace(cut, token_budget=4096)
+    for each in (cut, one_micro_batch):
+        ranks = request.getfixturevalue(f"ranks{world}").run(run_first_steps, each, batch, frozen, names)
+        for name in names:
+            apart, together = ranks[0][name]
+            assert together.loss == apart.loss, name
+            assert together.metrics == pytest.approx(apart.metrics, rel=0.0, abs=0.0, nan_ok=True), name
+            for tensor, gradient in apart.gradients.items():
+                assert torch.equal(together.gradients[tensor], gradient), (name, tensor)
 
 
 @pytest.mark.parametrize("name", METHODS)

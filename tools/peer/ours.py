@@ -35,8 +35,9 @@ from megatron_troll.observe.phases import Phases
 from megatron_troll.rollout.engine import Request, Setup
 from megatron_troll.rollout.engines.inprocess import InProcessEngine
 from megatron_troll.training.build import open_policy
+from megatron_troll.training.learner import Learner
 from megatron_troll.training.microbatches import MicroBatcher
-from megatron_troll.training.trainer import Learner, PolicyTrainer
+from megatron_troll.training.trainer import PolicyTrainer
 from megatron_troll.types import Prompt
 
 

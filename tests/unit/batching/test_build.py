@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from megatron_troll.batching.build import Form, build
+from megatron_troll.batching.prefixes import shared_prefixes
 from megatron_troll.types import (
     ENTRY_BYTES,
     LOSS_TOKEN_BYTES,
+    SHARES,
     TOKEN_BYTES,
     MicroBatch,
+    PackedTree,
     Rollout,
     TokenTopK,
 )
@@ -122,6 +125,54 @@ def test_a_packed_batch_on_one_screen() -> None:
     assert batch.weight.tolist() == [0.25, 0.25, 0.25, 0.125]
     assert batch.advantage.tolist() == [0.5, 0.5, 0.5, -1.0]
     assert batch.rollouts == (0, 1)
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_prefixes_are_read_once_and_every_loss_token_is_predicted(cp: int, tp: int) -> None:
+    """Each token is predicted from the place before it, in a sequence that its response is read in."""
+    rollouts = [*ROLLOUTS, *(dataclasses.replace(ROLLOUTS[0], response_ids=ROLLOUTS[i].response_ids,
+                mask=ROLLOUTS[i].mask, logp=ROLLOUTS[i].logp, uniform=ROLLOUTS[i].uniform, sample=i)
+                for i in (1, 2, 5))]  # fmt: skip
+    chosen, found = [7, 4, 0, 8, 6], []
+    form = Form(VOCAB, shared=True, cp_size=cp, tp_size=tp)
+    prefixes = shared_prefixes(rollouts)
+    advantages, weights = [float(i) for i in range(9)], [i / 10 for i in range(9)]
+    for rank in range(cp):
+        at = dataclasses.replace(form, cp_rank=rank)
+        batch = build(rollouts, advantages, weights, chosen, at, prefixes)
+        assert batch.tree is not None
+        assert batch.tokens.shape == batch.share.shape
+        assert batch.tokens.shape[1] % tp == 0
+        assert set(batch.rollouts) == set(chosen)
+        assert batch.max_seqlen > batch.positions.max()
+        for n in range(len(batch.target)):
+            i = batch.rollouts[batch.sequence[n]]
+            place = int(batch.positions.flatten()[batch.index[n]])
+            t = place + 1 - len(rollouts[i].prompt_ids)
+            whole = np.concatenate([rollouts[i].prompt_ids, rollouts[i].response_ids])
+            assert batch.tokens.flatten()[batch.index[n]] == whole[place]
+            assert batch.target[n] == rollouts[i].response_ids[t]
+            assert batch.advantage[n] == i
+            assert batch.weight[n] == np.float32(i / 10)
+            found.append((i, t))
+    assert sorted(found) == sorted((i, t) for i in chosen for t in np.flatnonzero(rollouts[i].mask).tolist())
+
+
+def test_a_shared_prompt_on_one_screen() -> None:
+    rollouts = [rollout([1, 2], [5, 6]), rollout([1, 2], [7, 8, 9])]
+    batch = build(
+        rollouts, [1.0, -1.0], [1.0, 1.0], [0, 1], Form(VOCAB, shared=True), shared_prefixes(rollouts)
+    )
+    assert batch.tokens.tolist() == [[1, 2, 5, 7, 8]]
+    assert batch.positions.tolist() == [[0, 1, 2, 2, 3]]
+    assert batch.cu_seqlens is not None
+    assert batch.cu_seqlens.tolist() == [0, 2, 3, 5]
+    assert batch.tree == PackedTree(parent=(-1, 0, 0), start=(0, 2, 2), length=(2, 1, 2))
+    assert batch.index.tolist() == [1, 2, 1, 3, 4]
+    assert batch.target.tolist() == [5, 6, 7, 8, 9]
+    assert batch.sequence.tolist() == [0, 0, 1, 1, 1]
+    assert (batch.share == SHARES).all()
 
 
 def test_zigzag_gives_each_rank_an_early_and_a_late_chunk() -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +60,58 @@ def each_response_once_an_epoch(result: UpdatePlan, n: int, epochs: int) -> None
     for epoch in range(epochs):
         seen = Counter(i for step in result.steps if step.epoch == epoch for i in step.responses)
         assert seen == Counter(range(n))
+
+
+@given(problems(), st.integers(0, 40))
+@settings(max_examples=200, deadline=None)
+def test_plans_that_share_prefixes_keep_theirs(
+    problem: tuple[list[int], list[int], UpdateSchedule, Capacity], prompt: int
+) -> None:
+    own, groups, schedule, capacity = problem
+    shared = [prompt * (group % 3) for group in groups]
+    lengths = [prefix + length for prefix, length in zip(shared, own)]
+    result = plan(lengths, groups, schedule, capacity, shared)
+    assert result == plan(lengths, groups, schedule, capacity, shared)
+    each_response_once_an_epoch(result, len(lengths), schedule.epochs)
+
+    def cost(responses: tuple[int, ...]) -> int:
+        prefixes = {groups[i]: padded(shared[i], capacity.align) for i in responses if shared[i]}
+        return sum(prefixes.values()) + sum(padded(lengths[i] - shared[i], capacity.align) for i in responses)
+
+    for step in result.steps:
+        counts = {len(rank) for rank in step.ranks}
+        assert len(counts) == 1
+        assert counts.pop() % capacity.multiple == 0
+        for rank in step.ranks:
+            for micro_batch in rank:
+                assert cost(micro_batch) <= capacity.token_budget or len(micro_batch) == 1
+        # A prefix is read twice only where a rank or a budget ends.
+        ranks = [{groups[i] for m in rank for i in m if shared[i]} for rank in step.ranks]
+        assert sum(map(len, ranks)) < len({groups[i] for i in step.responses}) + capacity.dp
+
+
+def test_groups_stay_whole_and_ranks_balanced() -> None:
+    """16 prompts of 60 to 100 tokens, 16 responses of 8 to 128 each, on 8 ranks."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(60, 101, 16).repeat(16).tolist()
+    lengths = [prefix + int(length) for prefix, length in zip(shared, rng.integers(8, 129, 256))]
+    groups = [i // 16 for i in range(256)]
+    (step,) = plan(lengths, groups, UpdateSchedule(1, 1, 0), Capacity(dp=8, token_budget=4096), shared).steps
+    sizes = []
+    read = 0
+    for rank in step.ranks:
+        prefixes = sum(shared[16 * group] for m in rank for group in {groups[i] for i in m})
+        sizes.append(prefixes + sum(lengths[i] - shared[i] for m in rank for i in m))
+        read += prefixes
+    once = sum(shared[::16])
+    assert (sum(shared) - read) / (sum(shared) - once) > 0.9
+    assert max(sizes) < 1.1 * sum(sizes) / 8
+
+
+def test_a_budget_cuts_a_group_into_as_few_as_fit() -> None:
+    capacity = Capacity(dp=1, token_budget=30)
+    (step,) = plan([20, 20, 20, 20, 20], [0] * 5, UpdateSchedule(1, 1, 0), capacity, [10] * 5).steps
+    assert step.ranks == (((0, 1), (2, 3), (4,)),)
 
 
 def test_a_plan_on_one_screen() -> None:

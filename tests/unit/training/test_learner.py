@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_troll.training.trainer import combine, finite
+from megatron_troll.training.learner import combine, finite
 from megatron_troll.types import NO_ID, Prompt, Rollout, TokenTopK
 
 
