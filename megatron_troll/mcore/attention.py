@@ -1,13 +1,12 @@
 """Core attention on torch's scaled_dot_product_attention, for the local layer spec.
 
 Megatron's own local attention supports neither packed sequences nor context parallelism. This one supports
-both, and the masks and KV caches of in-process generation.
+both, and the KV cache of in-process generation.
 
 Under context parallelism a rank computes, for each chunk of queries it holds, causal attention to the keys up
 to the chunk's end. This needs no mask, and neither forward nor backward holds positions x positions.
 """
 
-from collections.abc import Callable
 from functools import reduce
 from typing import Any, override
 
@@ -23,23 +22,19 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_troll.batching.plan import zigzag
+from megatron_troll.mcore.kv_cache import Extension
 from megatron_troll.mcore.packing import PackedSequences
 from megatron_troll.mcore.tree_attention import attend, attend_masked
 from megatron_troll.parallel.groups import Group
 
 
 class CachedSelfAttention(SelfAttention):
-    """Megatron's self-attention.
-
-    attention_factor   scale of the sines and cosines of the rotary embedding
-    stored             converts new keys and values to the form in which generation's KV cache holds them;
-                       Megatron caches keys before their rotary embedding
-    """
+    """Megatron's self-attention. `attention_factor`: scale of the sines and cosines of the rotary
+    embedding."""
 
     def __init__(self, *args: Any, attention_factor: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._yarn_concentration_factor = attention_factor
-        self.stored: Callable[[Tensor], Tensor] | None = None
 
     @override
     def forward(
@@ -54,14 +49,6 @@ class CachedSelfAttention(SelfAttention):
         return super().forward(
             *inputs, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **options
         )
-
-    @override
-    def _adjust_key_value_for_inference(
-        self, context: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if self.stored is not None:
-            key, value = self.stored(key), self.stored(value)
-        return super()._adjust_key_value_for_inference(context, query, key, value, *args, **kwargs)
 
     @override
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
@@ -91,6 +78,7 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         assert pg_collection is not None
         assert config.kv_channels is not None
+        self.layer_number = layer_number
         self.scale = softmax_scale or config.kv_channels**-0.5
         handle = pg_collection.cp
         self.cp = Group(handle, handle.rank(), handle.size())
@@ -105,12 +93,10 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """query [s, b, n, d] or packed [t, n, d]; attention_mask [b, 1, sq, sk] bool, True hides a key, only
-        for generation. Returns [s, b, n * d] or [t, n * d]."""
+        """query [s, b, n, d] or packed [t, n, d]. Returns [s, b, n * d] or [t, n * d]."""
+        assert attention_mask is None
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
-        if attention_mask is not None:
-            return _flat(self._attend(*map(_batch_first, (query, key, value)), mask=~attention_mask))
         if self.cp.size == 1:
             return _flat(self._causal(*map(_batch_first, (query, key, value))))
         return self._padded_cp(query, key, value)
@@ -142,12 +128,29 @@ class CoreAttention(MegatronModule):
         if packed.parts:
             return attend(query, key, value, packed.parts, self.scale).flatten(1)
         output = query.new_zeros(query.shape)
+        if packed.generation is not None:
+            key, value = self._generated(query, key, value, packed.generation, output)
         for bucket in packed.buckets:
             rows = [t[index].transpose(1, 2) for t, index in
                     ((query, bucket.query), (key, bucket.key), (value, bucket.key))]  # fmt: skip
             attended = self._causal(*rows).transpose(1, 2)
             output = output.index_put((bucket.query[bucket.used],), attended[bucket.used])
         return output.flatten(1)
+
+    def _generated(
+        self, query: Tensor, key: Tensor, value: Tensor, generation: Extension, output: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend from the rows of a cache, which are extended, and keep what the prompts before them leave.
+        Returns keys and values [t, g, d] as the cache holds them."""
+        key, value = generation.stored(key), generation.stored(value)
+        prompts = slice(generation.prompt_tokens)
+        generation.keep(self.layer_number, key[prompts], value[prompts])
+        rows = slice(generation.prompt_tokens, None)
+        if len(generation.lengths):
+            keys, values = generation.extend(self.layer_number, key[rows], value[rows])
+            attended = self._attend(query[rows][:, :, None], keys, values, mask=generation.mask)
+            output[rows] = attended[:, :, 0]
+        return key, value
 
     def _padded_cp(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = self._gather(key), self._gather(value)

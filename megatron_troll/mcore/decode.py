@@ -1,37 +1,33 @@
-"""KV-cached forwards of the training model, for generation in the trainer's own processes.
+"""Forwards of the training model that read prompts and extend sequences, for generation in the trainer's own
+processes.
 
-One batch of left-padded prompts is prefilled, then extended token by token. Rotary embeddings depend only on
-distances, so left padding only changes which keys are hidden. Sequence parallelism is off during generation,
-because a decode step has only one position to shard. Context parallelism is refused. Linear attention layers
-keep a state instead of keys and values; padding does not change it (gated_delta_net.py).
+A forward has the tokens of new prompts and one token of each sequence under way, end to end in one packed
+row. A prompt is read once for all that start behind it. Sequence parallelism is off during generation,
+because few tokens would be left to a rank. Context parallelism is refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
 from megatron_troll.config import ConfigError
-from megatron_troll.mcore.attention import CachedSelfAttention
+from megatron_troll.mcore.kv_cache import KvCache, Prefix
 from megatron_troll.mcore.model import MegatronModel, bare
+from megatron_troll.mcore.packing import PackedSequences, generating
+from megatron_troll.mcore.parallel import device
 
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 SWITCHED_OFF = ("training", "sequence_parallel", "reduce_scatter_embeddings")
 
 
 @contextmanager
-def generation_mode(model: MegatronModel, kv_cache: Literal["auto", "fp8_e4m3"]) -> Iterator[None]:
-    """Switch to evaluation mode, without gradients and sequence parallelism. For fp8_e4m3, keys and values
-    are rounded to that format with scale 1 (saturating) as they enter the cache; the states of linear
-    attention stay fp32. Everything is restored at the end.
-
-    Servers with such a cache store keys after the rotary embedding. Here they are rounded before it: after
-    it, the rounding would depend on the padding of a row, and so the sampled tokens on the layout.
-    """
+def generation_mode(model: MegatronModel) -> Iterator[None]:
+    """Switch to evaluation mode, without gradients and sequence parallelism. Everything is restored at the
+    end."""
     if model.groups.cp.size > 1:
         raise ConfigError(
             f"the in-process engine does not generate under context parallelism (cp={model.groups.cp.size}): "
@@ -39,17 +35,12 @@ def generation_mode(model: MegatronModel, kv_cache: Literal["auto", "fp8_e4m3"])
         )
     modules = [module for chunk in model.chunks for module in chunk.modules()]
     switches = _true_switches([*modules, model.config])
-    attentions = [module for module in modules if isinstance(module, CachedSelfAttention)]
     try:
         for owner, attribute in switches:
             setattr(owner, attribute, False)
-        for attention in attentions:
-            attention.stored = round_to_fp8 if kv_cache == "fp8_e4m3" else None
         with torch.no_grad():
             yield
     finally:
-        for attention in attentions:
-            attention.stored = None
         for owner, attribute in switches:
             setattr(owner, attribute, True)
 
@@ -63,30 +54,41 @@ def _true_switches(owners: list[object]) -> list[tuple[object, str]]:
     ]
 
 
-def round_to_fp8(tensor: Tensor) -> Tensor:
-    """Round to the nearest float8_e4m3fn values, saturating, in the tensor's own dtype. Idempotent."""
-    return tensor.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(tensor.dtype)
-
-
 class Decoder:
-    """The state of one batch inside `generation_mode`: which of its first positions are padding, its KV cache
-    (2 x layers of full attention x max_length x B x kv_heads / tp x head_dim on each pipeline stage), and a
-    `gated_delta_net.Memory` for each layer of linear attention."""
+    """The sequences under way inside `generation_mode`, a row each, and their cache (2 x layers of full
+    attention x rows x max_length x kv_heads / tp x head_dim on each pipeline stage, and a
+    `gated_delta_net.Memory` a row for each layer of linear attention). For fp8_e4m3, keys and values are
+    rounded to that format with scale 1 (saturating) after the rotary embedding, as servers store them; the
+    memories of linear attention stay fp32."""
 
-    def __init__(self, model: MegatronModel, padding: Tensor, max_length: int) -> None:
-        """padding [B, P] bool, True on left padding; max_length counts prompt and answer."""
+    def __init__(
+        self, model: MegatronModel, rows: int, max_length: int, kv_cache: Literal["auto", "fp8_e4m3"] = "auto"
+    ) -> None:
+        """max_length counts prompt and answer."""
         self.model = model
-        self.context = StaticInferenceContext(padding.shape[0], max_length)
-        self.padding = torch.zeros(padding.shape[0], max_length, dtype=torch.bool, device=padding.device)
-        self.padding[:, : padding.shape[1]] = padding
+        self.tokens_read = 0
+        self.cache = KvCache(rows, max_length, fp8=kv_cache == "fp8_e4m3")
 
-    def extend(self, tokens: Tensor) -> Tensor | None:
-        """Append tokens [B, s] (the padded prompts first, then one per call). Returns the hidden states
-        [B, h] of the last position on the last pipeline stage, None on others. Blocks on the pipeline."""
-        start = self.context.sequence_len_offset
-        end = start + tokens.shape[1]
-        positions = torch.arange(start, end, device=tokens.device).expand_as(tokens)
-        mask = self._mask(start, end)
+    def extend(self, prompts: Sequence[np.ndarray], tokens: Tensor) -> tuple[list[Prefix], Tensor | None]:
+        """Read `prompts`, and extend every row by its token of `tokens` [B]. Returns the prompts as prefixes
+        behind which rows can start (`cache.add`), and the hidden states [B, h] of the rows on the last
+        pipeline stage, None on others. `tokens_read` grows by all tokens, those of the prompts first. There
+        must be a prompt or a row. Blocks on the pipeline."""
+        ids = torch.cat([*(torch.from_numpy(prompt).long().to(device()) for prompt in prompts), tokens])
+        firsts = self.tokens_read + np.cumsum([0, *map(len, prompts)])
+        prefixes = [Prefix(len(prompt), int(first)) for prompt, first in zip(prompts, firsts)]
+        packed = generating(self.cache, prefixes, device())
+        hidden = self._through_stages(ids[None], packed)
+        self.tokens_read += len(ids)
+        self.cache.lengths = [length + 1 for length in self.cache.lengths]
+        if hidden is None:
+            return prefixes, None
+        for prefix in prefixes:
+            prefix.hidden = hidden[prefix.first - int(firsts[0]) + prefix.length - 1, 0]
+        return prefixes, hidden[len(ids) - len(tokens) :, 0]
+
+    def _through_stages(self, ids: Tensor, packed: PackedSequences) -> Tensor | None:
+        """Hidden states [t, 1, h] of tokens ids [1, t] on the last pipeline stage, None on others."""
         hidden: Tensor | None = None
         pp, stages = self.model.groups.pp, self.model.groups.pp.size * len(self.model.chunks)
         for stage in range(stages):
@@ -94,33 +96,25 @@ class Decoder:
                 continue
             chunk = self.model.chunks[stage // pp.size]
             if stage > 0 and pp.size > 1:
-                hidden = self._receive(tokens, chunk)
-            hidden = self._forward(chunk, hidden, tokens, positions, mask)
+                hidden = self._receive(ids)
+            hidden = self._forward(chunk, hidden, ids, packed)
             if stage < stages - 1 and pp.size > 1:
                 dist.send(hidden.contiguous(), group=pp.handle, group_dst=(pp.rank + 1) % pp.size)
-        self.context.sequence_len_offset = end
-        return hidden[-1] if self.model.groups.is_last_stage and hidden is not None else None
+        return hidden if self.model.groups.is_last_stage else None
 
     def _forward(
-        self, chunk: nn.Module, received: Tensor | None, tokens: Tensor, positions: Tensor, mask: Tensor
+        self, chunk: nn.Module, received: Tensor | None, ids: Tensor, packed: PackedSequences
     ) -> Tensor:
         stage = bare(chunk)
         stage.set_input_tensor(received)  # pyright: ignore[reportArgumentType]
-        hidden = chunk(tokens, positions, mask, inference_context=self.context)
+        assert packed.position is not None
+        hidden = chunk(ids, packed.position[None], None, packed_seq_params=packed)
         self.model.progress()
         return hidden
 
-    def _receive(self, tokens: Tensor, chunk: nn.Module) -> Tensor:
+    def _receive(self, ids: Tensor) -> Tensor:
         pp = self.model.groups.pp
-        shape = (tokens.shape[1], tokens.shape[0], self.model.shape.hidden)
-        hidden = torch.empty(shape, dtype=self.model.config.params_dtype, device=tokens.device)
+        shape = (ids.shape[1], 1, self.model.shape.hidden)
+        hidden = torch.empty(shape, dtype=self.model.config.params_dtype, device=ids.device)
         dist.recv(hidden, group=pp.handle, group_src=(pp.rank - 1) % pp.size)
         return hidden
-
-    def _mask(self, start: int, end: int) -> Tensor:
-        """Mask [B, 1, end - start, end], True on hidden keys: later ones and padding. A padding query sees
-        itself, so that no row is empty."""
-        query = torch.arange(start, end, device=self.padding.device)[:, None]
-        key = torch.arange(end, device=self.padding.device)
-        hidden = (key > query) | (self.padding[:, None, :end] & (key != query))
-        return hidden[:, None]

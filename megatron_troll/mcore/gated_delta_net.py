@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_troll.batching.plan import zigzag
 from megatron_troll.mcore.delta_rule import delta_rule, kernels_for, unit, wide
+from megatron_troll.mcore.kv_cache import Extension
 from megatron_troll.mcore.packing import Continued, Flat, PackedSequences
 from megatron_troll.mcore.parallel import device
 from megatron_troll.parallel.groups import Group
@@ -152,18 +153,13 @@ class GatedDeltaNet(MegatronModule):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
-        inference_context: Any = None,
         packed_seq_params: PackedSequences | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """`attention_mask` and `inference_context` are used only for generation (decode.py)."""
         projected, _bias = self.in_proj(hidden_states)
         *convolved, z, b, a = projected.split(self.widths.projected, -1)
         rows = self.exchange.to_heads([*convolved, b, a])
-        if inference_context is not None:
-            assert attention_mask is not None
-            mixed = self._extend(rows, attention_mask, inference_context.key_value_memory_dict)
-        elif packed_seq_params is not None:
+        if packed_seq_params is not None:
             mixed = self._packed(rows, packed_seq_params)
         else:
             mixed = self._padded(rows)
@@ -179,6 +175,8 @@ class GatedDeltaNet(MegatronModule):
     def _packed(self, rows: Tensor, packed: PackedSequences) -> Tensor:
         """Mix packed rows [cp x t, 1, w]. Positions that belong to no sequence give zeros."""
         mixed, flat = rows.new_zeros(rows.shape[0], self.mine.value), packed.flat
+        if packed.generation is not None:
+            return self._generated(rows[:, 0], packed, packed.generation, mixed)[:, None]
         if packed.continued:
             return self._continued(rows[:, 0], packed.continued, mixed)[:, None]
         if flat is not None and kernels_for(rows.device, rows.dtype):
@@ -204,14 +202,26 @@ class GatedDeltaNet(MegatronModule):
             memories = Memory(*(torch.cat([held, new[batch.kept]]) for held, new in pairs))
         return mixed
 
-    def _extend(self, rows: Tensor, hidden: Tensor, memories: dict[int, Memory]) -> Tensor:
-        """Mix rows [s, b, w] that follow the positions in `memories`. The last row of `hidden` [b, 1, s, end]
-        is True only on padding, which is on the left and, set to zero, has no effect."""
-        padding = hidden[:, 0, -1, -rows.shape[0] :]
-        mixed, memories[self.layer_number] = self._mix(
-            rows.transpose(0, 1).masked_fill(padding[..., None], 0), memories.get(self.layer_number)
-        )
-        return mixed.transpose(0, 1)
+    def _generated(
+        self, rows: Tensor, packed: PackedSequences, generation: Extension, mixed: Tensor
+    ) -> Tensor:
+        """Mix rows [t, w] of prompts and of one more token of each row of a cache, into zeros `mixed`. The
+        prompts leave their memories, the cache has those of its rows."""
+        for batch in packed.continued:
+            sequences, after = self._mix(rows[batch.key], None, batch.length)
+            real = torch.arange(batch.key.shape[1], device=rows.device) < batch.length[:, None]
+            mixed[batch.key[real]] = sequences[real]
+            for row, i in enumerate(batch.members):
+                generation.prompts[i].fixed[self.layer_number] = after.inputs[row], after.state[row]
+        count = len(generation.lengths)
+        if count:
+            held = generation.cache.fixed[self.layer_number]
+            new = rows[generation.prompt_tokens :, None]
+            extended, after = self._mix(new, Memory(*(tensor[:count] for tensor in held)))
+            mixed[generation.prompt_tokens :] = extended[:, 0]
+            for tensor, now in zip(held, (after.inputs, after.state)):
+                tensor[:count] = now
+        return mixed
 
     def _whole(self, rows: Tensor) -> Tensor:
         """Mix whole sequences [B, L, w]."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_troll.batching.plan import zigzag
+from megatron_troll.mcore.kv_cache import Extension, KvCache, Prefix
 from megatron_troll.mcore.tree_attention import AttentionPart, block_mask, last_readers, parts_of
-from megatron_troll.parallel.groups import Group
+from megatron_troll.parallel.groups import ALONE, Group
 from megatron_troll.types import PackedTree
 
 
@@ -55,12 +57,14 @@ class Continued:
     """Sequences of similar length that a recurrent layer processes as one dense batch of B, after those that
     they continue. Memories are numbered in the order in which they are kept; number 0 is the empty one.
 
+    members index of each sequence
     key     [B, L] row of each position in the flat tokens of all context-parallel ranks
     length  [B] positions without padding
     before  [B] number of the memory that each sequence continues
     kept    indices of the sequences whose memory is kept
     """
 
+    members: tuple[int, ...]
     key: Tensor
     length: Tensor
     before: Tensor
@@ -71,7 +75,7 @@ class Continued:
 class PackedSequences(PackedSeqParams):
     """Megatron's THD parameters, with what our layers need: the sequences as dense batches (`buckets_of`) and
     flat (`flat_of`) or, if they continue one another, the parts of their attention (on a GPU its mask) and
-    batches for recurrent layers.
+    batches for recurrent layers; in a forward of generation, what it does.
 
     position  [t] int64, position of each token in its rollout, for the tokens of all context-parallel ranks
     """
@@ -82,6 +86,7 @@ class PackedSequences(PackedSeqParams):
     parts: tuple[AttentionPart, ...] = ()
     mask: BlockMask | None = None
     continued: tuple[Continued, ...] = ()
+    generation: Extension | None = None
 
 
 def packed_sequences(
@@ -114,6 +119,34 @@ def packed_sequences(
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
         **layout,
+    )
+
+
+def generating(cache: KvCache, prompts: Sequence[Prefix], device: torch.device) -> PackedSequences:
+    """Pack the tokens of `prompts` end to end, and then one token of each row of `cache`, which goes on where
+    its row ends."""
+    lengths = [prefix.length for prefix in prompts]
+    starts = np.cumsum([0, *lengths]).tolist()
+    sizes = [*lengths, *([1] * len(cache.lengths))]
+    cu_seqlens = torch.tensor([0, *sizes]).cumsum(0).int().to(device)
+    position = torch.cat([*map(torch.arange, lengths), torch.tensor(cache.lengths, dtype=torch.int64)])
+    longest = max([*lengths, *(length + 1 for length in cache.lengths)])
+    before = torch.tensor(cache.lengths, dtype=torch.int64, device=device)
+    seen = torch.arange(max(cache.lengths, default=0) + 1, device=device) <= before[:, None]
+    alone = PackedTree((-1,) * len(lengths), (0,) * len(lengths), tuple(lengths))
+    keys = [_keys(starts, i, ALONE) for i in range(len(lengths))]
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        buckets=tuple(buckets_of(starts, ALONE, device)),
+        position=position.to(device),
+        continued=tuple(continued_of(alone, keys, device)),
+        generation=Extension(cache, prompts, before, seen[:, None, None]),
     )
 
 
@@ -165,7 +198,7 @@ def continued_of(tree: PackedTree, keys: Sequence[Tensor], device: torch.device)
         lengths = [tree.length[i] for i in members]
         key = _pad([keys[i][:length] for i, length in zip(members, lengths)])
         columns = (torch.tensor(column, dtype=torch.int64) for column in (lengths, before, kept))
-        batches.append(Continued(*(column.to(device) for column in (key, *columns))))
+        batches.append(Continued(tuple(members), *(column.to(device) for column in (key, *columns))))
     return batches
 
 

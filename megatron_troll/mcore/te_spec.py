@@ -24,8 +24,7 @@ from megatron_troll.mcore.xielu import XIELU
 
 
 class MaskedTEAttention(TEDotProductAttention):
-    """Transformer Engine's attention; generation, which masks the left padding, and sequences that continue
-    one another use ours instead."""
+    """Transformer Engine's attention; generation and sequences that continue one another use ours instead."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,9 +33,10 @@ class MaskedTEAttention(TEDotProductAttention):
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """`inputs` as in CoreAttention: query, key, value, attention_mask."""
         packed = options.get("packed_seq_params")
-        if packed is not None and packed.mask is not None:
+        ours = packed is not None and (packed.mask is not None or packed.generation is not None)
+        if ours:
             return self.masked(*inputs, packed_seq_params=packed)
-        return self.masked(*inputs) if inputs[3] is not None else super().forward(*inputs, **options)
+        return super().forward(*inputs, **options)
 
 
 def block_spec(shape: ModelShape, layers: Sequence[LayerType]) -> TransformerBlockSubmodules:

@@ -18,11 +18,12 @@ def sample_key(seed: int, round: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def uniforms(keys: Sequence[int], position: int) -> np.ndarray:
-    """One float64 in [0, 1) per key for token `position` of its answer: the 53 high bits of output `position`
-    of SplitMix64 (Steele, Lea, Flood 2014), seeded with the key."""
+def uniforms(keys: Sequence[int], position: int | Sequence[int]) -> np.ndarray:
+    """One float64 in [0, 1) per key for token `position` of its answer, one for all or one each: the 53 high
+    bits of output `position` of SplitMix64 (Steele, Lea, Flood 2014), seeded with the key."""
     with np.errstate(over="ignore"):
-        z = np.asarray(keys, dtype=np.uint64) + np.uint64(position + 1) * GOLDEN_GAMMA
+        steps = np.asarray(position, dtype=np.uint64) + np.uint64(1)
+        z = np.asarray(keys, dtype=np.uint64) + steps * GOLDEN_GAMMA
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))

@@ -14,7 +14,6 @@ from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.schedule import accumulate
 from megatron_troll.mcore.shape import read_shape
-from megatron_troll.rollout.engines.inprocess import left_pad
 from megatron_troll.types import HeadRequest, MicroBatch
 from megatron_troll.weights.export import stream
 from megatron_troll.weights.families import table_of
@@ -117,17 +116,22 @@ def loss_at(model: torch.nn.Module, tokens: Tensor) -> Tensor:
 
 
 def generate(model: MegatronModel, tokens: Tensor) -> Tensor:
-    """The likeliest tokens [B, GENERATED] after the sequences, padded on the left to one batch."""
+    """The likeliest tokens [B, GENERATED] after the sequences."""
     pp, tp = model.groups.pp, model.groups.tp
-    ids, padding = left_pad([sequence.numpy() for sequence in sequences_of(tokens)])
+    prompts = [sequence.numpy() for sequence in sequences_of(tokens)]
     found = []
-    with generation_mode(model, "auto"):
-        decoder = Decoder(model, padding, ids.shape[1] + GENERATED)
+    with generation_mode(model):
+        decoder = Decoder(model, len(prompts), tokens.shape[1] + GENERATED)
+        prefixes, _ = decoder.extend(prompts, torch.empty(0, dtype=torch.long))
+        for prefix in prefixes:
+            decoder.cache.add(prefix)
+        last = [prefix.hidden for prefix in prefixes if prefix.hidden is not None]
+        hidden = torch.stack(last) if last else None
         for _ in range(GENERATED):
-            hidden = decoder.extend(ids)
-            ids = torch.empty(len(tokens), 1, dtype=torch.long)
+            ids = torch.empty(len(tokens), dtype=torch.long)
             if hidden is not None:
                 shards = tp.all_gather(Head(model).logits(hidden))
-                ids = torch.cat(shards, -1)[:, : model.shape.vocab].argmax(-1, keepdim=True)
+                ids = torch.cat(shards, -1)[:, : model.shape.vocab].argmax(-1)
             found.append(pp.broadcast(ids, pp.size - 1).clone())
-    return torch.cat(found, 1)
+            _, hidden = decoder.extend([], found[-1])
+    return torch.stack(found, 1)

@@ -1,5 +1,6 @@
 """In-process generation: cached decoding is the full forward, and every layout draws the same tokens."""
 
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_troll.config import Sampling
-from megatron_troll.mcore.decode import Decoder, round_to_fp8
+from megatron_troll.mcore.decode import Decoder
 from megatron_troll.mcore.head import Head
+from megatron_troll.mcore.kv_cache import Prefix, round_to_fp8
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.schedule import accumulate
 from megatron_troll.types import HeadRequest, Rollout
@@ -231,11 +233,13 @@ def raise_in_generation(model: MegatronModel, case: Case) -> None:
     """On every rank, at the third step."""
     extend, calls = Decoder.extend, []
 
-    def failing(decoder: Decoder, tokens: Tensor) -> Tensor | None:
+    def failing(
+        decoder: Decoder, prompts: Sequence[np.ndarray], tokens: Tensor
+    ) -> tuple[list[Prefix], Tensor | None]:
         calls.append(tokens)
         if len(calls) == 3:
             raise FloatingPointError("on purpose")
-        return extend(decoder, tokens)
+        return extend(decoder, prompts, tokens)
 
     with patch.object(Decoder, "extend", failing), pytest.raises(FloatingPointError, match="on purpose"):
         generate(model, case)

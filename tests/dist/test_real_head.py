@@ -38,8 +38,8 @@ TOLERANCE = 1e-5
 HIDDEN: dict[Dtype, float] = {"fp32": TOLERANCE, "bf16": 2**-8}
 # How far rounding may move logits when tokens are chosen.
 LOGITS: dict[Dtype, float] = {"fp32": 1e-4, "bf16": 0.25}
-# How far it may move the mass of a prefix: by a few units in the last place of a float32 sum of probabilities;
-# in bf16, what is beyond the prefix, about DELTA, by as much as a logit.
+# How far it may move the mass of a prefix: by a few units in the last place of a float32 sum. In bf16, what
+# lies beyond the prefix, about DELTA, moves by as much as a logit.
 MASS: dict[Dtype, float] = {"fp32": 2**-21, "bf16": LOGITS["bf16"] * DELTA}
 
 

@@ -13,7 +13,7 @@ from megatron_troll.config import Layout
 from megatron_troll.mcore.parallel import leave, start
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.parallel.groups import Groups
-from megatron_troll.types import MicroBatch
+from megatron_troll.types import SHARES, MicroBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,8 +108,10 @@ def unpacked(tokens: Tensor, positions: Tensor, length: int, index: Tensor, targ
         tokens=tokens,
         positions=positions.expand_as(tokens),
         padding=torch.zeros_like(tokens, dtype=torch.bool),
+        share=torch.full_like(tokens, SHARES, dtype=torch.int32),
         cu_seqlens=None,
         max_seqlen=length,
+        tree=None,
         index=index,
         target=target,
         sequence=index // tokens.shape[1],

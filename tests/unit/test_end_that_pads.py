@@ -10,8 +10,9 @@ import torch
 
 from megatron_troll.batching.build import Form, build
 from megatron_troll.config.load import load
-from megatron_troll.rollout.engine import Completion, Request, Setup, rollout_of
-from megatron_troll.rollout.engines.inprocess import DecodeStep, answers_of
+from megatron_troll.mcore.kv_cache import Prefix
+from megatron_troll.rollout.engine import Request, Setup, rollout_of
+from megatron_troll.rollout.engines.drawing import Drawn, UnderWay, completions
 from megatron_troll.task import Task, demonstrations, prepare
 from megatron_troll.types import Rollout
 from tests.unit.demo_task import write_config
@@ -52,10 +53,14 @@ def carry_loss(rollout: Rollout, other: Rollout, packed: bool) -> list[int]:
 
 
 def sampled(task: Task, ids: list[int]) -> Rollout:
-    """The rollout of an answer of which the engine drew `ids` before it saw that it had ended."""
-    steps = [DecodeStep(torch.tensor([index]), torch.tensor([-0.5]), None, None) for index in ids]
-    (answer,) = answers_of(steps, task.stop_ids, version=0)
-    assert isinstance(answer, Completion)
+    """The rollout of an answer for which the engine draws `ids`."""
+    rows, steps = UnderWay(1, torch.device("cpu")), []
+    rows.add(0, Prefix(0, 0))
+    for index in ids:
+        steps.append(Drawn(tuple(rows.requests), torch.tensor([index]), torch.tensor([-0.5])))
+        if rows.take(steps[-1].token, task.stop_ids, len(ids)):
+            break
+    (answer,) = completions(steps, rows.counts, task.stop_ids, version=0)
     prompt = task.prompts.train[0]
     setup = Setup(task.config, None, Path(), task.tokenizer, task.stop_ids)  # pyright: ignore[reportArgumentType]
     request = Request(prompt, 0, 0, prompt.ids.astype(np.int64))
