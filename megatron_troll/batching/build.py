@@ -168,7 +168,7 @@ def _read_in(rollout: Rollout, row: _Row, start: int) -> _Read:
 def _experts(
     rollouts: Sequence[Rollout], pieces: Sequence[Piece], rows: Sequence[_Row], form: Form
 ) -> dict[int, Tensor] | None:
-    """`MicroBatch.experts`; zeros on padding. A shared prefix has the experts of one of its rollouts."""
+    """`MicroBatch.experts`; zeros on padding. The rollouts of a shared prefix recorded the same."""
     routing = form.routing
     if routing is None:
         return None

@@ -23,8 +23,9 @@ class Prefix:
 Prefixes = tuple[Prefix, ...]
 
 
-def shared_prefixes(rollouts: Sequence[Rollout]) -> list[Prefixes]:
-    """The prefixes that each rollout shares with others of its group, shortest first.
+def shared_prefixes(rollouts: Sequence[Rollout], replay: bool = False) -> list[Prefixes]:
+    """The prefixes that each rollout shares with others of its group, shortest first; with `replay` only
+    where the experts that they recorded are the same, too.
 
     A prefix ends with the prompt or, in an episode of several turns, where its mask changes. A rollout
     without a response has none, because its last prompt token predicts nothing and is not read.
@@ -36,7 +37,10 @@ def shared_prefixes(rollouts: Sequence[Rollout]) -> list[Prefixes]:
         ids, start, path = tokens_read(rollout), 0, []
         parent = ("group", rollout.group)
         for end in _ends(rollout):
-            node = numbers.setdefault((parent, ids[start:end].tobytes()), len(numbers))
+            piece = ids[start:end].tobytes()
+            if replay and rollout.experts is not None:
+                piece += rollout.experts[start:end].tobytes()
+            node = numbers.setdefault((parent, piece), len(numbers))
             copies[node] += 1
             path.append((end, node))
             parent, start = ("node", node), end

@@ -68,7 +68,7 @@ class MicroBatcher:
         temperature: float,
     ) -> list[list[MicroBatch]]:
         config, groups, form = self.config, self.model.groups, self._form(temperature)
-        prefixes = shared_prefixes(rollouts)
+        prefixes = shared_prefixes(rollouts, self.replay)
         arranged = plan(
             [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts],
             [rollout.group for rollout in rollouts],

@@ -89,6 +89,7 @@ class Reference:
         _fill(self.model, batch.now)
         given = {"none": None, "old": self.before.experts, "rollout": recorded(batch)}[replay]
         self.now = read(self.model, batch.rollouts, given)
+        self.share = counted(batch.rollouts, shared=replay != "rollout")
         self.kept_before = _support(self.before, self.tokens)
         self.kept_now = _support(self.now, self.tokens)
 
@@ -101,7 +102,7 @@ class Reference:
     def expected(self, objective: str, aux: float) -> Expected:
         """Of a named objective, plus the balancing loss with coefficient `aux` in the gradients."""
         loss = -self.value(objective)
-        total = loss + aux * balancing_loss(self.now, counted(self.batch.rollouts)) if aux else loss
+        total = loss + aux * balancing_loss(self.now, self.share) if aux else loss
         self.model.zero_grad()
         total.backward(retain_graph=True)
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -235,13 +236,14 @@ def balancing_loss(read: Read, share: Tensor) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def counted(rollouts: Sequence[Rollout]) -> Tensor:
-    """[T] of every sequence: a prompt's tokens count once for all responses of its group."""
+def counted(rollouts: Sequence[Rollout], shared: bool) -> Tensor:
+    """[T] of every sequence: a prompt's tokens count once for all responses of its group, if `shared`: they
+    recorded the same experts, or none."""
     sizes = Counter(rollout.group for rollout in rollouts)
     parts = []
     for rollout in rollouts:
         part = torch.ones(len(rollout.prompt_ids) + len(rollout.response_ids) - 1, dtype=torch.float64)
-        part[: len(rollout.prompt_ids)] = 1 / sizes[rollout.group]
+        part[: len(rollout.prompt_ids)] /= sizes[rollout.group] if shared else 1
         parts.append(part)
     return torch.cat(parts)
 

@@ -134,7 +134,7 @@ def cut(
         temperature=TEMPERATURE,
         routing=routing if case.replay == "rollout" else None,
     )
-    prefixes = shared_prefixes(batch.rollouts)
+    prefixes = shared_prefixes(batch.rollouts, case.replay == "rollout")
     step = plan(
         [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in batch.rollouts],
         [rollout.group for rollout in batch.rollouts],

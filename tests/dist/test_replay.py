@@ -30,6 +30,7 @@ CASES = (
     Case("clip", packed=False, token_budget=96, aux=0.0, replay="old"),
     Case("troll-own", packed=False, token_budget=40, aux=1.0, replay="rollout"),
     Case("troll-own", packed=True, token_budget=1, aux=1.0, replay="old"),
+    Case("clip", packed=True, token_budget=64, aux=1.0, replay="old", shared=True),
 )
 RECOMPUTED_EXPERTS = {"recompute": "selective", "recompute_modules": ("core_attn", "moe")}
 LAYOUTS_RUN: dict[str, dict[str, Any]] = {
@@ -90,10 +91,12 @@ def test_layout_gives_the_loss_and_gradients_of_plain_autograd(
 
 
 def changes(reference: Reference) -> torch.Tensor:
-    """[layers] share of the replayed choices that the routers, as they are now, would not have made."""
+    """[layers] share of the replayed choices that the routers, as they are now, would not have made; tokens
+    of a prompt that responses share count once."""
     own = torch.stack([logits.topk(CHOSEN, 1).indices for logits in reference.now.routing], 1)
     given = reference.now.experts
-    return (given[..., :, None] != own[..., None, :]).all(-1).double().mean((0, 2))
+    changed = (given[..., :, None] != own[..., None, :]).all(-1).double().mean(2)
+    return reference.share @ changed / reference.share.sum()
 
 
 def test_replay_changes_choices(references: dict[Replay, Reference]) -> None:
