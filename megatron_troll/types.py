@@ -333,6 +333,7 @@ class MicroBatch:
     rollouts           [S] index of each response in the rollout batch
     groups             [S] prompt group of each response
     batch_size         responses in the whole rollout batch
+    apart              tokens that the responses would read, each on its own
     frequency          [N] float32, share of the rollout batch's loss tokens that are the same token;
                        None: not counted
     experts            layer, counted from 0 -> [n, k] uint8 or uint16, for every layer with experts on this
@@ -360,6 +361,7 @@ class MicroBatch:
     rollouts: tuple[int, ...]
     groups: tuple[int, ...]
     batch_size: int
+    apart: int
     frequency: Tensor | None = None
     experts: Mapping[int, Tensor] | None = None
 

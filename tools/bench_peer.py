@@ -1,13 +1,14 @@
 """Time and memory of an RL step beside TRL's GRPOTrainer, on the same model, prompts and updates.
 
     tools/environment.sh .venv-trl && .venv-trl/bin/pip install -r tools/peer/requirements.txt
-    python tools/bench_peer.py MODEL [--updates 4] [--repeats 5] [--json FILE]
+    python tools/bench_peer.py MODEL [--updates 4] [--repeats 5] [--build FOLDER] [--alone] [--json FILE]
 
 MODEL is a Hugging Face folder (tools/smollm2.py makes one). A step generates 8 answers of exactly 32 tokens
 to 16 prompts of 60 to 100 tokens (uniform) and trains on them in micro-batches of equally many tokens. The
 sides are processes that live as long as the bench and take turns, one step each, so that other load slows
 all; a side that waits computes nothing. The first turn of each is a warm-up. Memory is the peak PSS of a
-side's processes during its own turns.
+side's processes during its own turns. `--build`: a checkout of another commit, which trains with TROLL too.
+`--alone`: without TRL.
 """
 
 import argparse
@@ -36,6 +37,7 @@ LENGTHS = (60, 100)
 SEQUENCES = 16
 TOKEN_BUDGET = SEQUENCES * (sum(LENGTHS) // 2 + TOKENS)
 MEASURES = ("step", "generation", "update")
+METHODS = {"PPO-clip": "clip", "TROLL": "troll"}
 
 
 @dataclass
@@ -129,17 +131,24 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Side]:
     wanted.write_text(json.dumps(settings))
     files = [str(arguments.model), str(prompts), str(wanted)]
     peer = str(ROOT / ".venv-trl" / "bin" / "python")
-    commands = {
-        "TRL, PPO-clip": [peer, str(ROOT / "tools" / "peer" / "trl_grpo.py"), *files],
-        "ours, PPO-clip": [sys.executable, str(ROOT / "tools" / "peer" / "ours.py"), *files, "clip"],
-        "ours, TROLL": [sys.executable, str(ROOT / "tools" / "peer" / "ours.py"), *files, "troll"],
-    }
+    commands = {"TRL, PPO-clip": [peer, str(ROOT / "tools" / "peer" / "trl_grpo.py"), *files]}
+    if arguments.alone:
+        commands = {}
+    if arguments.build is not None:
+        commands["another build, TROLL"] = ours(arguments.build.resolve(), files, "troll")
+    commands |= {f"ours, {name}": ours(ROOT, files, method) for name, method in METHODS.items()}
     with ExitStack() as running:
         sides = [Side(name, running.enter_context(started(command))) for name, command in commands.items()]
         for turn in range(arguments.repeats + 1):
             for side in sides:
                 side.turn(counts=turn > 0)
     return sides
+
+
+def ours(build: Path, files: Sequence[str], method: str) -> list[str]:
+    """Command of a side that runs this project as it stands in the folder `build`."""
+    path = f"PYTHONPATH={build}:{build / 'kernels'}"
+    return ["env", path, sys.executable, str(build / "tools" / "peer" / "ours.py"), *files, method]
 
 
 @contextmanager
@@ -163,22 +172,25 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--updates", type=int, choices=(1, 2, 4), default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--build", type=Path, default=None)
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sides = measure(arguments, Path(folder))
-    peer = sides[0]
+    first = sides[0]
     rows: list[dict[str, Any]] = []
     for side in sides:
         row: dict[str, Any] = {"side": side.name, "updates": arguments.updates, "peak_mib": side.peak_mib}
         for name in MEASURES:
-            row |= {f"{name}_s": side.median(name), f"{name}_of_peer": side.median(name) / peer.median(name)}
-        rows.append(row | {"memory_of_peer": side.peak_mib / peer.peak_mib, "turns": side.turns})
-        print(
-            f"{side.name}: step {row['step_s']:.2f} s ({row['step_of_peer']:.2f} of TRL's), generation "
-            f"{row['generation_s']:.2f} s ({row['generation_of_peer']:.2f}), update {row['update_s']:.2f} s "
-            f"({row['update_of_peer']:.2f}), memory {side.peak_mib:.0f} MiB ({row['memory_of_peer']:.2f})"
-        )
+            row |= {
+                f"{name}_s": side.median(name),
+                f"{name}_of_first": side.median(name) / first.median(name),
+            }
+        rows.append(row | {"memory_of_first": side.peak_mib / first.peak_mib, "turns": side.turns})
+        figures = ", ".join(f"{n} {row[f'{n}_s']:.2f} s ({row[f'{n}_of_first']:.2f})" for n in MEASURES)
+        memory = f"memory {side.peak_mib:.0f} MiB ({row['memory_of_first']:.2f})"
+        print(f"{side.name}: {figures}, {memory}; in brackets, of {first.name}")
     if arguments.json is not None:
         bench_record.write(arguments.json, bench_record.record("cpu", rows))
     return 0

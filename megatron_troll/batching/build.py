@@ -136,6 +136,7 @@ def build(
         rollouts=tree.rollouts,
         groups=tuple(rollout.group for rollout in picked),
         batch_size=len(rollouts),
+        apart=sum(map(len, ids.values())),
         experts=_experts(rollouts, tree.pieces, rows, form),
     )
 

@@ -62,6 +62,12 @@ RUN = (
     Field("lr", "", "learning rate of the last update"),
     Field("skipped_updates", "updates", "updates skipped because of NaN or Inf"),
     Field(
+        "spared_tokens",
+        "share",
+        "tokens of shared prompts that were read once (train.share_prefixes), of those that reading every "
+        "response on its own repeats; absent if it repeats none",
+    ),
+    Field(
         "masked_updates",
         "updates",
         "updates that no optimizer took, because no token of them carries loss (all of them masked)",

@@ -54,7 +54,7 @@ class Learner:
         kept = split(self._references(every), updates)
         steps = [*updates[:first], *split(old.batches, updates[first:])]
         readings = [*[None] * first, *split(old.readings, updates[first:])]
-        rows: list[dict[str, float]] = []
+        rows = [self.trainer.spared(every)]
         broken: set[int] = set()
         for number, (update, before, references) in enumerate(zip(steps, readings, kept)):
             with self.phases("forward_backward"):
@@ -64,7 +64,7 @@ class Learner:
                 unusable = self.trainer.unusable(update, found)
                 if unusable:
                     return UpdateResult({}, len(updates), unusable, masked)
-                rows.append(self.trainer.mismatch(every, [*found, *old.readings]))
+                rows[0] |= self.trainer.mismatch(every, [*found, *old.readings])
             with self.phases("optimizer"):
                 grad_norm = self.trainer.trainable.step_if_finite(gradients.loss)
                 if grad_norm is None:

@@ -22,6 +22,7 @@ from megatron_troll.parallel.segments import segments
 from megatron_troll.parallel.vocab import gather_logits, kl
 from megatron_troll.training.reference import Reference, ReferenceOutputs
 from megatron_troll.types import (
+    SHARES,
     HeadOutputs,
     HeadRequest,
     LossTerms,
@@ -135,6 +136,19 @@ class PolicyTrainer:
             gap = readings.logp - batch.rollout_logp
             reducer.add({"rollout_trainer_kl": gap.expm1() - gap, "rollout_trainer_gap": gap.abs()})
         return self._from_last_stage(reducer)
+
+    def spared(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """Metric of the tokens of shared prefixes that were read once instead of again, as a share of those
+        that reading every response on its own repeats; {} if it repeats none. Blocks."""
+        groups = self.trainable.model.groups
+        once = torch.stack([batch.share.sum() for batch in batches]).sum().double() / SHARES
+        mine = [(sum(batch.tree.length) if batch.tree else batch.apart, batch.apart) for batch in batches]
+        # All context-parallel ranks of a micro-batch know its lengths, and each has a part of its tokens.
+        read, apart = (sum(column) if groups.cp.rank == 0 else 0 for column in zip(*mine))
+        total = torch.tensor([read, apart, 0.0], dtype=torch.float64, device=once.device)
+        total[2] = once
+        read, apart, once = groups.dp_cp.all_reduce(total).tolist()
+        return {"spared_tokens": (apart - read) / (apart - once)} if apart - once >= 1.0 else {}
 
     def accumulate(
         self,

@@ -125,6 +125,7 @@ def unpacked(tokens: Tensor, positions: Tensor, length: int, index: Tensor, targ
         rollouts=rows,
         groups=rows,
         batch_size=len(rows),
+        apart=tokens.numel(),
     )
 
 

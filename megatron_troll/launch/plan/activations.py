@@ -35,9 +35,19 @@ def work_of(config: Config, ranks: Ranks) -> Work:
     budget = max(train.token_budget // align * align, length)
     responses = -(-config.rollout.prompts * config.rollout.samples // ranks.dp)
     step = -(-responses * train.epochs // train.updates)
-    micro = -(-step // (budget // length))
+    micro = -(-step // _responses(config, budget, length, align))
     multiple = ranks.layout.pp if ranks.layout.vpp else 1
     return Work(longest, responses, -(-micro // multiple) * multiple, budget)
+
+
+def _responses(config: Config, budget: int, length: int, align: int) -> int:
+    """Responses of maximum length that a micro-batch holds."""
+    prompt, samples = data_of(config).max_prompt_tokens, config.rollout.samples
+    own = -(-(length - prompt) // align) * align
+    if not config.train.share_prefixes:
+        return budget // length
+    groups = budget // (prompt + samples * own)
+    return groups * samples or max(1, (budget - prompt) // own)
 
 
 def in_flight(ranks: Ranks, stage: int, micro_batches: int) -> int:

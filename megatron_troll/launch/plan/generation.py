@@ -8,6 +8,7 @@ from megatron_troll.launch.plan.activations import Work, flow_of, working_set
 from megatron_troll.launch.plan.models import Planned
 from megatron_troll.launch.plan.saved.flow import FLOAT
 from megatron_troll.launch.plan.servers import GIB, server_share, state_of_sequence, values_of_token
+from megatron_troll.rollout.engines.drawing import PROMPT_TOKENS
 
 # Bytes per element of a whole row of logits, on the last stage: logits and their gathered shards, log-probs,
 # probabilities, and a cumulative sum in fp64.
@@ -32,15 +33,17 @@ def _in_process(config: Config, drawing: Planned, work: Work, stage: int) -> dic
     ranks, shape, flow = drawing.ranks, drawing.shape, flow_of(drawing, work)
     tp, prompt = ranks.layout.tp, data_of(config).max_prompt_tokens
     sequences = min(config.rollout.max_sequences, work.responses)
+    # What one forward reads of prompts: at least one, and as many as PROMPT_TOKENS hold.
+    read = max(prompt, min(sequences * prompt, PROMPT_TOKENS))
     chunks = [ranks.layers(stage, chunk, shape.layers) for chunk in range(ranks.chunks)]
     kinds = [shape.layer_types[layer] for layers in chunks for layer in layers]
     token = flow.width * values_of_token(shape, kinds, tp)
     held = token * (prompt + config.rollout.sampling.max_tokens)
     held += state_of_sequence(shape, kinds, tp, flow.width)
     # Sequence parallelism is off during generation: every tensor-parallel rank has all tokens.
-    prefill = working_set(replace(flow, tokens=sequences * prompt * tp)) + sequences * prompt**2
+    prefill = working_set(replace(flow, tokens=(sequences + read) * tp))
     return {
-        "caches": sequences * held,
+        "caches": sequences * held + read * token,
         "prefill": prefill,
         "rows": sequences * ROW * shape.vocab if stage == ranks.layout.pp - 1 else 0,
     }
