@@ -96,7 +96,8 @@ def train_step(run: Run, state: TrainState) -> TrainState:
         failure = evaluate(run, step, metrics)
     state = run.since(replace(state, after=metrics.get(HELD_OUT, state.after)), began)
     seconds = time.perf_counter() - began
-    metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.world.size)
+    spared = metrics.get("spared_tokens", 0.0)
+    metrics |= speed(config, run.task.shape, rollouts, seconds, run.session.world.size, spared)
     with rescued(run, state):
         run.session.log(step, metrics, seconds)
         alarm(run, step, metrics)

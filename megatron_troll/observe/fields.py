@@ -309,7 +309,12 @@ PHASES = (
     Field("generation", "s", "sampling the rollout batch"),
     Field("sync", "s", "sending the new weights to the engine"),
     Field("reward", "s", "verifying the answers"),
-    Field("old_policy", "s", "no-gradient forward that records the old policy (objective.old=trainer)"),
+    Field(
+        "old_policy",
+        "s",
+        "no-gradient forward that records the old policy for all updates but the first, which reads it with "
+        "its own forward (objective.old=trainer)",
+    ),
     Field("reference", "s", "forward of the frozen reference model"),
     Field("critic", "s", "the critic's values and its updates"),
     Field("rollout_model", "s", "the rollout model's updates, and the policy's forward for their targets"),

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_troll.config import Config
 from megatron_troll.mcore.shape import shape_of
-from megatron_troll.training.throughput import cost_of, speed
+from megatron_troll.training.throughput import cost_of, repeated_tokens, speed
 from tests.dist.tiny import DENSE, MOE, NEXT
 from tests.unit.batching.samples import rollout
 
@@ -32,10 +32,10 @@ def test_a_hybrid_has_gates_a_shared_expert_and_states() -> None:
     assert cost.attention == 2 * 8 * 16
 
 
-@pytest.mark.parametrize(("old", "forwards"), [("trainer", 2), ("engine", 1)])
-def test_the_forward_of_the_old_policy_counts_where_the_trainer_does_it(old: str, forwards: int) -> None:
-    """A step of one second on 2 devices of 1 TFLOP/s each. Training is three forwards; a token of a sequence
-    of 5 sees 2.5 others on average."""
+@pytest.mark.parametrize(("old", "forwards"), [("trainer", 1.75), ("engine", 1.0)])
+def test_the_forward_of_the_old_policy_counts_where_the_trainer_does_it(old: str, forwards: float) -> None:
+    """A step of one second on 2 devices of 1 TFLOP/s each. Training is three forwards; the first of 4 updates
+    reads the old policy with its own; a token of a sequence of 5 sees 2.5 others on average."""
     described = {"name": "x", "models": {"policy": {"path": "x", "dtype": "bf16"}}}
     config = Config.model_validate(described | {"objective": {"old": old}, "observe": {"peak_tflops": 1.0}})
     shape = shape_of(DENSE)
@@ -44,3 +44,14 @@ def test_the_forward_of_the_old_policy_counts_where_the_trainer_does_it(old: str
     of_a_forward = 5 * (2 * cost.parameters + 4 * cost.attention * 2.5)
     assert figures["tokens_per_s"] == 5
     assert figures["mfu"] == pytest.approx((forwards + 3) * of_a_forward / 2e12)
+
+
+def test_prompts_that_were_not_read_again_do_not_count() -> None:
+    group = [rollout([1, 2, 3], [4, 5]), rollout([1, 2, 3], [6, 7])]
+    assert repeated_tokens(group) == 3
+    described = {"name": "x", "models": {"policy": {"path": "x", "dtype": "bf16"}}}
+    config = Config.model_validate(
+        described | {"objective": {"old": "engine"}, "observe": {"peak_tflops": 1.0}}
+    )
+    apart, shared = (speed(config, shape_of(DENSE), group, 1.0, 1, spared)["mfu"] for spared in (0.0, 1.0))
+    assert shared / apart == pytest.approx((10 + 3 * 7) / (10 + 3 * 10))
