@@ -57,6 +57,18 @@ class Task:
     def stop_ids(self) -> tuple[int, ...]:
         return self.stops.ids
 
+    @property
+    def engine_top_k(self) -> int:
+        """Top-K entries of the rollout engine that something reads; 0: nothing does."""
+        objective = self.objective
+        read = (
+            self.config.objective.old == "engine"
+            or objective.rollout_k > 0
+            or objective.reads.at_rollout
+            or objective.reads_old.at_rollout
+        )
+        return self.config.rollout.top_k if read else 0
+
     def __str__(self) -> str:
         return "\n".join(filter(None, (str(self.prompts), self.stops.remark, *self.remarks)))
 

@@ -69,7 +69,10 @@ class RolloutConfig(Node):
         "got the same reward (DAPO's dynamic sampling); 0: none",
     )
     sampling: Sampling = Sampling()
-    top_k: Natural = Field(default=64, description="top-K entries the engine returns per position; 0: none")
+    top_k: Natural = Field(
+        default=64,
+        description="top-K entries the engine returns per position, if something reads them; 0: none",
+    )
     max_sequences: Positive = Field(
         default=512, description="sequences decoded at once on one data-parallel rank"
     )

@@ -61,5 +61,8 @@ def open_judged(task: Task, model: MegatronModel) -> Engine:
 
 
 def _setup(task: Task, model: MegatronModel, source: Model) -> Setup:
-    prompts = task.prompts.train[:SHOWN]
-    return Setup(task.config, model, Path(source.path), task.tokenizer, task.stop_ids, prompts)
+    config, prompts = task.config, task.prompts.train[:SHOWN]
+    # The engine is not asked for what nothing reads.
+    asked = config.rollout.model_copy(update={"top_k": task.engine_top_k})
+    config = config.model_copy(update={"rollout": asked})
+    return Setup(config, model, Path(source.path), task.tokenizer, task.stop_ids, prompts)

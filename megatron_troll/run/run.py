@@ -246,21 +246,10 @@ def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
 
 
 def open_batcher(task: Task, policy: Trainable) -> MicroBatcher:
-    """The policy's MicroBatcher; the engine's record is packed only if something reads it."""
-    config, objective = task.config, task.objective
-    read = (
-        config.objective.old == "engine"
-        or objective.rollout_k > 0
-        or objective.reads.at_rollout
-        or objective.reads_old.at_rollout
-    )
-    return MicroBatcher(
-        config,
-        policy.model,
-        config.policy.layout,
-        config.rollout.top_k if read else 0,
-        replay=config.train.replay == "rollout",
-    )
+    """The policy's MicroBatcher."""
+    config = task.config
+    replay = config.train.replay == "rollout"
+    return MicroBatcher(config, policy.model, config.policy.layout, task.engine_top_k, replay)
 
 
 def open_checkpoints(

@@ -124,6 +124,22 @@ def test_the_engines_record_must_hold_what_a_mask_reads(config: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("overrides", "asked"),
+    [
+        ((), 0),
+        (("objective.old=engine",), 64),
+        (("objective.correction={name: jackpot}",), 64),
+        (("objective.trust_region={name: cppo, divergence: topk_tv}",), 64),
+        (("objective.old=engine", "rollout.top_k=128"), 128),
+    ],
+)
+def test_the_engine_is_asked_for_its_record_where_something_reads_it(
+    config: Path, overrides: tuple[str, ...], asked: int
+) -> None:
+    assert task(config, *overrides).engine_top_k == asked
+
+
 def test_the_engines_record_must_hold_what_the_trust_region_reads(config: Path) -> None:
     assert "rollout.top_k=8: objective.old=engine needs at least 64" in refusal(
         config, "objective.old=engine", "rollout.top_k=8"
