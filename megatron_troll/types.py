@@ -296,8 +296,8 @@ TOKEN_BYTES, LOSS_TOKEN_BYTES, ENTRY_BYTES = 21, 52, 12
 
 @dataclass(frozen=True)
 class PackedTree:
-    """How packed sequences continue one another, where prefixes are read once. A sequence comes before those
-    that continue it, and those right after it (depth first).
+    """Tree of packed sequences that continue one another, where prefixes are read once. A sequence comes
+    before those that continue it, and those right after it (depth first).
 
     parent   [S] index of the sequence that each continues; -1: none
     start    [S] position of its first token

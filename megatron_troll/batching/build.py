@@ -1,7 +1,7 @@
 """Build one micro-batch of one rank from the rollouts chosen for it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -71,8 +71,8 @@ class _Row(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """Where one rollout's loss tokens are predicted, [n] each: rows of the flat micro-batch, and indices of
-    the tokens in the response."""
+    """Places at which one rollout's loss tokens are predicted, [n] each: rows of the flat micro-batch, and
+    indices of the tokens in the response."""
 
     rows: Tensor
     step: Tensor
@@ -90,26 +90,17 @@ def build(
     `shared_prefixes` of the rollouts, by default none.
 
     The model reads prompt + response without its last token; the N positions are those that predict a
-    response token whose mask is 1 and that lie on this context-parallel rank. With `form.shared` several
-    tokens may be predicted from one position, and the rollouts of the micro-batch are in the order of their
-    prefixes, not in that of `chosen`. If packed, the padding of the total is added to the last sequence. If
-    `chosen` is empty, there is one sequence of padding, so that the forward still runs: N = 0, `rollouts` is
-    empty, and cu_seqlens has that one sequence.
+    response token whose mask is 1 and that lie on this context-parallel rank. With `form.shared` one position
+    may predict several, and rollouts are in the order of their prefixes, not in that of `chosen`. If packed,
+    the padding of the total is added to the last sequence. If `chosen` is empty, there is one sequence of
+    padding, so that the forward still runs: N = 0, and `rollouts` is empty.
 
     `rollout_topk` is None if `form.topk` is 0 or a rollout has no engine record. Raises ValueError naming a
     sample that is malformed, lacks the experts to replay, or has a different temperature from the trainer's.
     """
-    for i in chosen:
-        _check(rollouts[i], form)
-    prefixes = prefixes or [()] * len(rollouts)
-    ids = {i: tokens_read(rollouts[i]) for i in chosen}
-    tree = tree_of(chosen, {i: len(read) for i, read in ids.items()}, prefixes if form.shared else None)
+    ids = {i: _checked(rollouts[i], form) for i in chosen}
+    tree, lengths, rows = _laid_out(ids, prefixes or [()] * len(rollouts), form)
     picked = [rollouts[i] for i in tree.rollouts]
-    lengths = _padded_lengths([piece.end - piece.start for piece in tree.pieces] or [0], form)
-    rows = [
-        _local(ids[piece.rollout], piece, prefixes[piece.rollout], length, form)
-        for piece, length in zip(tree.pieces, lengths)
-    ] or [_padding(lengths[0], form)]
     whole = _Row(*(torch.cat(column) for column in zip(*rows)))
     reads = _reads(picked, tree, rows)
     steps = [read.step for read in reads]
@@ -124,15 +115,12 @@ def build(
         max_seqlen=max((piece.start for piece in tree.pieces), default=0) + max(lengths),
         tree=_packed_tree(tree),
         index=torch.cat([torch.empty(0, dtype=torch.int64), *(read.rows for read in reads)]),
-        target=_read(picked, steps, lambda r: r.response_ids, torch.int64),
+        **_per_token(picked, steps),
         sequence=sequence,
-        position=_read(picked, steps, lambda r: np.cumsum(r.mask > 0) - 1, torch.int64),
         weight=torch.tensor([weights[i] for i in tree.rollouts], dtype=torch.float32)[sequence],
         advantage=_advantage(advantages, picked, tree.rollouts, steps),
         response_advantage=_response_advantage(advantages, tree.rollouts),
-        rollout_logp=_read(picked, steps, lambda r: r.logp, torch.float32),
         rollout_topk=_topk(picked, steps, form),
-        uniform=_read(picked, steps, lambda r: r.uniform, torch.float64),
         rollouts=tree.rollouts,
         groups=tuple(rollout.group for rollout in picked),
         batch_size=len(rollouts),
@@ -141,8 +129,32 @@ def build(
     )
 
 
+def _per_token(picked: Sequence[Rollout], steps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The columns [N] that are read from the rollouts, by their fields of a micro-batch."""
+    return {
+        "target": _read(picked, steps, lambda r: r.response_ids, torch.int64),
+        "position": _read(picked, steps, lambda r: np.cumsum(r.mask > 0) - 1, torch.int64),
+        "rollout_logp": _read(picked, steps, lambda r: r.logp, torch.float32),
+        "uniform": _read(picked, steps, lambda r: r.uniform, torch.float64),
+    }
+
+
+def _laid_out(
+    ids: Mapping[int, np.ndarray], prefixes: Sequence[Prefixes], form: Form
+) -> tuple[PrefixTree, list[int], list[_Row]]:
+    """Lay out rollouts of tokens `ids`: their pieces, the padded lengths of these over all context-parallel
+    ranks, and what this rank has of each; one of padding if there is none."""
+    tree = tree_of(list(ids), {i: len(read) for i, read in ids.items()}, prefixes if form.shared else None)
+    lengths = _padded_lengths([piece.end - piece.start for piece in tree.pieces] or [0], form)
+    rows = [
+        _local(ids[piece.rollout], piece, prefixes[piece.rollout], length, form)
+        for piece, length in zip(tree.pieces, lengths)
+    ]
+    return tree, lengths, rows or [_padding(lengths[0], form)]
+
+
 def _packed_tree(tree: PrefixTree) -> PackedTree | None:
-    """None if no piece follows another."""
+    """Return the tree as a micro-batch holds it; None if no piece follows another."""
     if all(piece.parent == -1 for piece in tree.pieces):
         return None
     columns = zip(*((piece.parent, piece.start, piece.end - piece.start) for piece in tree.pieces))
@@ -150,7 +162,7 @@ def _packed_tree(tree: PrefixTree) -> PackedTree | None:
 
 
 def _reads(picked: Sequence[Rollout], tree: PrefixTree, rows: Sequence[_Row]) -> list[_Read]:
-    """Where the loss tokens of each rollout are predicted, by position."""
+    """Find where the loss tokens of each rollout are predicted, by position."""
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
     reads = []
     for rollout, path in zip(picked, tree.paths):
@@ -206,7 +218,8 @@ def _response_advantage(advantages: Advantages, chosen: Sequence[int]) -> Tensor
     return torch.tensor([float(advantages[i]) for i in chosen], dtype=torch.float32)
 
 
-def _check(rollout: Rollout, form: Form) -> None:
+def _checked(rollout: Rollout, form: Form) -> np.ndarray:
+    """Return the tokens that the model reads. Raises the ValueErrors of `build`."""
     if len(rollout.prompt_ids) == 0:
         raise ValueError(
             f"sample {rollout.name}: the prompt has no tokens, so nothing predicts the first response token"
@@ -229,6 +242,7 @@ def _check(rollout: Rollout, form: Form) -> None:
         raise ValueError(
             f"sample {rollout.name}: engine log-prob of response token {bad[0]} is {rollout.logp[bad[0]]}"
         )
+    return tokens_read(rollout)
 
 
 def _padded_lengths(lengths: Sequence[int], form: Form) -> list[int]:

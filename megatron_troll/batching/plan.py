@@ -188,7 +188,7 @@ class _Part:
         )
 
     def fitting(self, room: float) -> int:
-        """How many of the first responses cost at most `room` with their prefix."""
+        """Number of the first responses that cost at most `room` with their prefix."""
         costs = self.prefix + np.cumsum(self.own)
         return int(np.searchsorted(costs, room, side="right"))
 

@@ -65,7 +65,7 @@ class Head:
         return Scan(hidden, target, rows or (chosen.rows if chosen else None), chosen)
 
     def outputs(self, scan: "Scan", reads: HeadRequest, beside: "HeadContext | None" = None) -> HeadOutputs:
-        """What `read` returns, from a scan that `reads` was among the requests of."""
+        """Compute what `read` returns from a scan that `reads` was among the requests of."""
         hidden, target, chosen, beside = scan.hidden, scan.target, scan.chosen, beside or HeadContext()
         rows = scan.rows if _whole_rows(reads) else None
         lse = None if rows is None else rows.lse if reads.full else rows.lse.detach()
@@ -147,9 +147,9 @@ def _whole_rows(reads: HeadRequest) -> bool:
 
 @dataclass(frozen=True)
 class Scan:
-    """What was computed from whole rows of N positions: hidden [N, h] in the head's dtype and target [N];
-    rows, if something needs them, with gradient if something is differentiated through them; chosen: the
-    candidates for records that choose their own ids."""
+    """Results from whole rows of N positions: hidden [N, h] in the head's dtype and target [N]; rows, if
+    something needs them, with gradient if something is differentiated through them; chosen: the candidates
+    for records that choose their own ids."""
 
     hidden: Tensor
     target: Tensor

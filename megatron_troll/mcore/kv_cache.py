@@ -1,4 +1,4 @@
-"""What layers keep of sequences under way: keys and values, or the memories of linear attention."""
+"""Cache of sequences under way: keys and values, or the memories of linear attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -251,7 +251,7 @@ def routing(chunk: nn.Module, experts: Mapping[int, Tensor] | None, share: Tenso
 
 @dataclass(frozen=True)
 class Given:
-    """What a router is told of the n tokens of one forward.
+    """Orders to a router for the n tokens of one forward.
 
     experts  [n, k] to which it sends them; None: it chooses itself
     share    [n] integers, what each counts for, in units of token / SHARES; 0 on padding
@@ -284,7 +284,7 @@ class Replay:
         self.given = None
 
     def take(self) -> Given | None:
-        """What holds for the current call, one outside of a forward being a recomputation."""
+        """Return what holds for the current call, one outside of a forward being a recomputation."""
         if self.given is None:
             return self.waiting.popleft() if self.waiting else None
         # A checkpointed layer first runs without gradient, then again in backward, which needs the choices.

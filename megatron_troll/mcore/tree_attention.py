@@ -52,7 +52,7 @@ def parts_of(
 
 
 def _ends(tree: PackedTree) -> list[int]:
-    """For each sequence, the index after the last that continues it."""
+    """Return for each sequence the index after the last that continues it."""
     ends = list(range(1, len(tree.parent) + 1))
     for i, parent in reversed(list(enumerate(tree.parent))):
         if parent != -1:
@@ -61,8 +61,8 @@ def _ends(tree: PackedTree) -> list[int]:
 
 
 def _own(starts: Sequence[int], keys: Sequence[Tensor], cp: Group) -> list[AttentionPart]:
-    """What queries see of their own sequences: sequences of similar length, padded to the longest, in one
-    part. Under context parallelism a rank holds two chunks of each: each of them sees itself and what is
+    """Parts in which queries see their own sequences: sequences of similar length, padded to the longest, in
+    one part. Under context parallelism a rank holds two chunks of each: each of them sees itself and what is
     before it, in sequences of one length."""
     buckets: dict[int, list[int]] = {}
     for i, (start, end) in enumerate(pairwise(starts)):

@@ -61,17 +61,8 @@ RUN = (
     Field("grad_norm", "", "global gradient norm before clipping, mean over the updates"),
     Field("lr", "", "learning rate of the last update"),
     Field("skipped_updates", "updates", "updates skipped because of NaN or Inf"),
-    Field(
-        "spared_tokens",
-        "share",
-        "tokens of shared prompts that were read once (train.share_prefixes), of those that reading every "
-        "response on its own repeats; absent if it repeats none",
-    ),
-    Field(
-        "masked_updates",
-        "updates",
-        "updates that no optimizer took, because no token of them carries loss (all of them masked)",
-    ),
+    Field("spared_tokens", "share", "repeated prompt tokens that were not read again (train.share_prefixes)"),
+    Field("masked_updates", "updates", "updates not taken, because no token of them carries loss"),
     Field("staleness", "rollout batches", "batches trained on between sampling and training this one"),
     Field(
         "version_age",
@@ -309,12 +300,7 @@ PHASES = (
     Field("generation", "s", "sampling the rollout batch"),
     Field("sync", "s", "sending the new weights to the engine"),
     Field("reward", "s", "verifying the answers"),
-    Field(
-        "old_policy",
-        "s",
-        "no-gradient forward that records the old policy for all updates but the first, which reads it with "
-        "its own forward (objective.old=trainer)",
-    ),
+    Field("old_policy", "s", "forward that records the old policy for all updates but the first"),
     Field("reference", "s", "forward of the frozen reference model"),
     Field("critic", "s", "the critic's values and its updates"),
     Field("rollout_model", "s", "the rollout model's updates, and the policy's forward for their targets"),

@@ -1,4 +1,4 @@
-"""From requests to completions: what the in-process engine knows of its sequences, without any forward."""
+"""Book-keeping of the in-process engine, from requests that wait to completions; no forward runs here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_troll.cli.main import main
+from megatron_troll.rollout.engines.drawing import PROMPT_TOKENS
 
 JACKPOT = Path(__file__).parents[4] / "examples" / "configs" / "qwen3_8b_jackpot.yaml"
 CONFIG = """
@@ -75,7 +76,8 @@ def test_evaluations_beside_a_rollout_model_hold_caches_of_the_policy(
 ) -> None:
     assert main(["plan", str(JACKPOT), f"rollout.engine={engine}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["worst"]["generation"]["caches"] == 80 * (2048 + 8192) * 36 * 2 * 8 * 128 * 2 // 2
+    tokens = 80 * (2048 + 8192) + PROMPT_TOKENS  # those of the rows, and of prompts that are read
+    assert found["worst"]["generation"]["caches"] == tokens * 36 * 2 * 8 * 128 * 2 // 2
 
 
 def test_replayed_experts_count(config: str, capsys: pytest.CaptureFixture[str]) -> None:
