@@ -20,6 +20,7 @@ from megatron_troll.system import Interrupts
 from megatron_troll.task import Task
 from megatron_troll.training.critic import AdvantageEstimate, estimate
 from megatron_troll.training.learner import UpdateResult
+from megatron_troll.training.microbatches import beyond_budget
 from megatron_troll.training.throughput import speed
 from megatron_troll.training.trainer import Unhealthy
 from megatron_troll.types import Rollout
@@ -74,6 +75,8 @@ def train_step(run: Run, state: TrainState) -> TrainState:
     if config.observe.rollouts:
         with rescued(run, state):
             run.session.world.first(lambda: keep(run, batch, rewards, estimated, step))
+    if told := beyond_budget(rollouts, config.train.token_budget):
+        run.session.progress.say(f"step {step}: {told}")
     learned, state = learn(run, rollouts, estimated, state)
     metrics = {
         **batch.metrics,

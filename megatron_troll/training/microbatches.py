@@ -110,6 +110,20 @@ def shares_prefixes(config: Config) -> bool:
     return wanted if wanted is not None else config.train.packing and device().type == "cpu"
 
 
+def beyond_budget(rollouts: Sequence[Rollout], token_budget: int) -> str | None:
+    """Describe the rollouts that a micro-batch within the budget cannot hold, naming the longest; None if
+    there are none."""
+    lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
+    count, longest = sum(length > token_budget for length in lengths), int(np.argmax(lengths))
+    if not count:
+        return None
+    return (
+        f"sample {rollouts[longest].name} has {lengths[longest]:,} tokens with its prompt, more than "
+        f"train.token_budget={token_budget}: {count} of {len(rollouts)} samples get micro-batches of their "
+        "own, over the budget"
+    )
+
+
 def carries_loss(rollouts: Sequence[Rollout], update: PlannedStep) -> bool:
     """Whether any token of an optimizer step carries loss, on whichever rank."""
     return any(bool((rollouts[i].mask > 0).any()) for i in update.responses)

@@ -86,6 +86,10 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
         ("objective.kl.name=k3", "models.reference: missing; objective.kl=k3"),
         ("rollout.prompts=10", "rollout.prompts=10 is more than the 9 training prompts"),
         ("train.epochs=3", "make it a multiple of train.epochs=3"),
+        (
+            "train={share_prefixes: true, packing: false}",
+            "true: padded rows share nothing",
+        ),
         ("data.files=[none.jsonl]", "none.jsonl: no such file"),
         ("data.max_prompt_tokens=3", "line 1: prompt '0' has 9 tokens, over data.max_prompt_tokens=3"),
         ("data.held_out=0", "data.held_out: got 0, expected an integer >= 1"),
