@@ -22,6 +22,7 @@ CHANGEABLE = (
     "runs",
     "train.steps",
     "train.token_budget",
+    "train.share_prefixes",
     "rollout.max_sequences",
     "rollout.sglang.*",
     "models.*.layout.*",
