@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_troll.batching.plan import zigzag
 from megatron_troll.mcore.kv_cache import Extension, KvCache, Prefix
 from megatron_troll.mcore.tree_attention import AttentionPart, block_mask, last_readers, parts_of
 from megatron_troll.parallel.groups import ALONE, Group
 from megatron_troll.types import PackedTree
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class PackedSequences(PackedSeqParams):
     flat: Flat | None = None
     position: Tensor | None = None
     parts: tuple[AttentionPart, ...] = ()
-    mask: BlockMask | None = None
+    mask: "BlockMask | None" = None
     continued: tuple[Continued, ...] = ()
     generation: Extension | None = None
 

@@ -10,15 +10,17 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megatron_troll.batching.plan import zigzag
 from megatron_troll.parallel.groups import Group
 from megatron_troll.types import PackedTree
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -109,17 +111,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[AttentionP
     return output
 
 
-def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """The same on a GPU, for query [t, n, d] and key and value [t, g, d]; `mask` from `block_mask`."""
-    flex: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: "BlockMask", scale: float) -> Tensor:
+    """Compute the same on a GPU for query [t, n, d], key and value [t, g, d]; `mask` is from `block_mask`."""
+    flex = _flex_attention(query.is_cuda)
     rows = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
     gqa = query.size(1) != key.size(1)
     return flex(*rows, block_mask=mask, scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
 
 
-def block_mask(until: Tensor) -> BlockMask:
+def block_mask(until: Tensor) -> "BlockMask":
     """The mask of all layers, from `last_readers` [t]: a row sees those at or before it that it is before the
     end of. Holds a number for each block of 128 x 128."""
+
+    from torch.nn.attention.flex_attention import create_block_mask  # seconds of importing, for a GPU alone
 
     def seen(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < until[key])
@@ -129,8 +133,10 @@ def block_mask(until: Tensor) -> BlockMask:
 
 
 @functools.cache
-def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention)
+def _flex_attention(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
 
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
