@@ -35,7 +35,8 @@ class Story:
 def story(finished: Workplace) -> Story:
     with finished.held():
         first = finished.start("train", "runs/finished", "name=again")
-        wait_until(lambda: (finished.run("again") / "heartbeat").exists(), first)
+        heartbeat = finished.run("again") / "heartbeat" / "rank_0.json"
+        wait_until(lambda: heartbeat.exists() and '"evaluation"' in heartbeat.read_text(), first)
         addresses = listening(first)
         second = finished.mtroll(*CONTINUE, "name=again")
         first.send_signal(signal.SIGTERM)
