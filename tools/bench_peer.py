@@ -74,7 +74,8 @@ class Side:
         ended = threading.Event()
 
         def watch() -> None:
-            while counts and not ended.wait(0.1):
+            # To count the pages of a process of gigabytes takes a part of a second, and slows it.
+            while counts and not ended.wait(1.0):
                 self.peak_mib = max(self.peak_mib, pss_mib(self.process.pid))
 
         watcher = threading.Thread(target=watch)
