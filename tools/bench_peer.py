@@ -188,7 +188,8 @@ def main() -> int:
                 f"{name}_s": side.median(name),
                 f"{name}_of_first": side.median(name) / first.median(name),
             }
-        rows.append(row | {"memory_of_first": side.peak_mib / first.peak_mib, "turns": side.turns})
+        row |= {"memory_of_first": side.peak_mib / first.peak_mib, "turns": side.turns}
+        rows.append(row)
         figures = ", ".join(f"{n} {row[f'{n}_s']:.2f} s ({row[f'{n}_of_first']:.2f})" for n in MEASURES)
         memory = f"memory {side.peak_mib:.0f} MiB ({row['memory_of_first']:.2f})"
         print(f"{side.name}: {figures}, {memory}; in brackets, of {first.name}")
