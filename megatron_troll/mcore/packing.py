@@ -112,14 +112,19 @@ def packed_sequences(
             layout["mask"] = block_mask(last_readers(tree, starts).to(device))
         else:
             layout["parts"] = tuple(parts_of(tree, starts, keys, cp))
+    return _thd(cu_seqlens, max_seqlen, **layout)
+
+
+def _thd(cu_seqlens: Tensor, longest: int, **layout: Any) -> PackedSequences:
+    """Megatron's parameters, the same for queries and keys, and the fields that are ours."""
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         cu_seqlens_q_padded=cu_seqlens,
         cu_seqlens_kv_padded=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
         **layout,
     )
 
@@ -137,14 +142,9 @@ def generating(cache: KvCache, prompts: Sequence[Prefix], device: torch.device) 
     seen = torch.arange(max(cache.lengths, default=0) + 1, device=device) <= before[:, None]
     alone = PackedTree((-1,) * len(lengths), (0,) * len(lengths), tuple(lengths))
     keys = [_keys(starts, i, ALONE) for i in range(len(lengths))]
-    return PackedSequences(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+    return _thd(
+        cu_seqlens,
+        longest,
         buckets=tuple(buckets_of(starts, ALONE, device)),
         position=position.to(device),
         continued=tuple(continued_of(alone, keys, device)),

@@ -114,9 +114,10 @@ def beyond_budget(rollouts: Sequence[Rollout], token_budget: int) -> str | None:
     """Describe the rollouts that a micro-batch within the budget cannot hold, naming the longest; None if
     there are none."""
     lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
-    count, longest = sum(length > token_budget for length in lengths), int(np.argmax(lengths))
+    count = sum(length > token_budget for length in lengths)
     if not count:
         return None
+    longest = int(np.argmax(lengths))
     return (
         f"sample {rollouts[longest].name} has {lengths[longest]:,} tokens with its prompt, more than "
         f"train.token_budget={token_budget}: {count} of {len(rollouts)} samples get micro-batches of their "

@@ -34,11 +34,12 @@ from tests.dist.tiny import MOE, started
 
 @dataclass(frozen=True)
 class Cut:
-    """How a step becomes micro-batches on the ranks of a layout."""
+    """How a step becomes micro-batches on the ranks of a layout; `shared`: packed ones read a prompt once."""
 
     sizes: dict[str, int]
     packed: bool
     token_budget: int
+    shared: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,12 @@ def arrange(name: str, cut: Cut, batch: Batch, model: MegatronModel) -> list[Mic
         data=Data(files=("none",)),
         rollout=RolloutConfig(sampling=Sampling(temperature=TEMPERATURE)),
         objective=objective,
-        train=Train(updates=1, packing=cut.packed, token_budget=cut.token_budget),
+        train=Train(
+            updates=1,
+            packing=cut.packed,
+            share_prefixes=cut.packed and cut.shared,
+            token_budget=cut.token_budget,
+        ),
     )
     advantages = batch.token_advantages if objective.advantage.name == "gae" else batch.advantages
     batcher = MicroBatcher(config, model, Layout(**cut.sizes), topk=ENGINE_K)

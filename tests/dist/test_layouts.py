@@ -41,7 +41,7 @@ CASES = (
     Case("troll-old", packed=False, token_budget=4096, aux=0.0),
     Case("troll-own", packed=True, token_budget=40, aux=1.0, shared=True),
 )
-HYBRID_CASES = (CASES[0], CASES[3])
+HYBRID_CASES = (CASES[0], CASES[2], CASES[3])
 ENGINE = (
     Case("clip", packed=True, token_budget=64, aux=0.0, old="engine"),
     Case("troll-old", packed=True, token_budget=4096, aux=0.0, old="engine"),

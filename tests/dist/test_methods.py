@@ -32,7 +32,7 @@ LAYOUTS = {
     "one-rank": (1, Cut({}, packed=False, token_budget=96), EVERY),
     "cp2-packed": (2, Cut({"cp": 2}, packed=True, token_budget=48), EVERY),
     "cp2-padded": (2, Cut({"cp": 2}, packed=False, token_budget=96), EVERY),
-    "pp2": (2, Cut({"pp": 2}, packed=True, token_budget=24), EVERY),
+    "pp2": (2, Cut({"pp": 2}, packed=True, token_budget=24, shared=False), EVERY),
     "dp2": (2, Cut({}, packed=False, token_budget=48), EVERY),
     "tp2-ep2": (2, Cut({"tp": 2, "ep": 2}, packed=True, token_budget=40), EVERY),
     "cp2-dp2": (4, Cut({"cp": 2}, packed=True, token_budget=24), FEW),
