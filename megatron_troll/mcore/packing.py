@@ -111,7 +111,7 @@ def packed_sequences(
                 raise ValueError("shared prefixes under context parallelism need a CPU")
             layout["mask"] = block_mask(last_readers(tree, starts).to(device))
         else:
-            layout["parts"] = tuple(parts_of(tree, starts, keys, cp))
+            layout["parts"] = tuple(parts_of(tree, starts, keys, buckets_of(starts, cp, device), cp))
     return _thd(cu_seqlens, max_seqlen, **layout)
 
 

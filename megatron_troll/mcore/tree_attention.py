@@ -7,9 +7,8 @@ no backward on CPU.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,8 @@ from megatron_troll.types import PackedTree
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from megatron_troll.mcore.packing import SequenceBucket
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,15 @@ class AttentionPart:
 
 
 def parts_of(
-    tree: PackedTree, starts: Sequence[int], keys: Sequence[Tensor], cp: Group
+    tree: PackedTree,
+    starts: Sequence[int],
+    keys: Sequence[Tensor],
+    buckets: Sequence["SequenceBucket"],
+    cp: Group,
 ) -> list[AttentionPart]:
     """The parts of packed sequences at `starts` [S + 1], counted over all context-parallel ranks; keys[i]:
-    row of each position of sequence i in the flat tokens of all of them."""
+    row of each position of sequence i in the flat tokens of all of them. `buckets`: the sequences, each
+    apart."""
     ends = _ends(tree)
     parts = []
     for i, length in enumerate(tree.length):
@@ -50,7 +56,7 @@ def parts_of(
         if length and below.stop > below.start:
             queries = torch.arange(below.start, below.stop)[None]
             parts.append(AttentionPart(queries, keys[i][None, :length], False))
-    return parts + _own(starts, keys, cp)
+    return parts + [part for bucket in buckets for part in _own(bucket, cp)]
 
 
 def _ends(tree: PackedTree) -> list[int]:
@@ -62,35 +68,17 @@ def _ends(tree: PackedTree) -> list[int]:
     return ends
 
 
-def _own(starts: Sequence[int], keys: Sequence[Tensor], cp: Group) -> list[AttentionPart]:
-    """Parts in which queries see their own sequences: sequences of similar length, padded to the longest, in
-    one part. Under context parallelism a rank holds two chunks of each: each of them sees itself and what is
-    before it, in sequences of one length."""
-    buckets: dict[int, list[int]] = {}
-    for i, (start, end) in enumerate(pairwise(starts)):
-        if end > start:
-            size = end - start
-            buckets.setdefault((size - 1).bit_length() if cp.size == 1 else size, []).append(i)
-    parts = []
-    for members in buckets.values():
-        if cp.size == 1:
-            rows = [torch.arange(starts[i], starts[i + 1]) for i in members]
-            used = _padded([torch.ones(len(row), dtype=torch.bool) for row in rows])
-            parts.append(AttentionPart(_padded(rows), _padded(rows), True, None if used.all() else used))
-            continue
-        size = starts[members[0] + 1] - starts[members[0]]
-        mine = torch.stack([starts[i] // cp.size + torch.arange(size // cp.size) for i in members])
-        theirs = torch.stack([keys[i] for i in members])
-        for chunk, at in zip(mine.chunk(2, 1), zigzag(size, cp.size, cp.rank).chunk(2)):
-            first, last = int(at[0]), int(at[-1]) + 1
-            parts.append(AttentionPart(chunk, theirs[:, first:last], True))
-            if first:
-                parts.append(AttentionPart(chunk, theirs[:, :first], False))
-    return parts
-
-
-def _padded(rows: list[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+def _own(bucket: "SequenceBucket", cp: Group) -> Iterator[AttentionPart]:
+    """Parts in which queries see their own sequences. Under context parallelism a rank holds two chunks of
+    each: each of them sees itself and what is before it."""
+    if cp.size == 1:
+        yield AttentionPart(bucket.query, bucket.key, True, None if bucket.used.all() else bucket.used)
+        return
+    for chunk, at in zip(bucket.query.chunk(2, 1), zigzag(bucket.key.shape[1], cp.size, cp.rank).chunk(2)):
+        first, last = int(at[0]), int(at[-1]) + 1
+        yield AttentionPart(chunk, bucket.key[:, first:last], True)
+        if first:
+            yield AttentionPart(chunk, bucket.key[:, :first], False)
 
 
 def last_readers(tree: PackedTree, starts: Sequence[int]) -> Tensor:
