@@ -1,7 +1,8 @@
 # make env    set up .venv           make train  the demo, from prompts to a reward curve
 # make check  lint, types, layers    make test   the tests
 # make lm     the same with a real model, SmolLM2-135M, on 2 cores (docs/lm.md)
-# make test-slurm       the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root)
+# make test-slurm       the job scripts under a real Slurm of two virtual nodes; installs Slurm (Debian, root);
+#                       SLURM="goes_on or refuses": those of these names
 # make sglang-env       SGLang without CUDA, in .venv-sglang, 3 GB, for
 # make test-sglang      tests against real SGLang servers
 # make nemo-env         set up .venv-nemo: nemo-run and what it needs
@@ -78,7 +79,7 @@ slurm:
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
 
 test-slurm: env slurm sglang-env
-	$(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest tests/slurm $(if $(SLURM),-k "$(SLURM)")
 
 test-nemo: env nemo-env
 	$(BIN)/python -m pytest tests/nemo -m "not slurm"

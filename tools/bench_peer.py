@@ -3,12 +3,12 @@
     tools/environment.sh .venv-trl && .venv-trl/bin/pip install -r tools/peer/requirements.txt
     python tools/bench_peer.py MODEL [--updates 4] [--repeats 5] [--build FOLDER] [--alone] [--json FILE]
 
-MODEL is a Hugging Face folder (tools/smollm2.py makes one). A step generates 8 answers of exactly 32 tokens
-to 16 prompts of 60 to 100 tokens (uniform) and trains on them in micro-batches of equally many tokens. The
-sides are processes that live as long as the bench and take turns, one step each, so that other load slows
-all; a side that waits computes nothing. The first turn of each is a warm-up. Memory is the peak PSS of a
-side's processes during its own turns. `--build`: a checkout of another commit, which trains with TROLL too.
-`--alone`: without TRL.
+MODEL is a Hugging Face folder (tools/smollm2.py and tools/peer/hybrid.py make one). A step generates 8
+answers of exactly 32 tokens to 16 prompts of 60 to 100 tokens (uniform; `--lengths`) and trains on them in
+micro-batches of equally many tokens. The sides are processes that live as long as the bench and take turns,
+one step each, so that other load slows all; a side that waits computes nothing. The first turn of each is a
+warm-up. Memory is the peak PSS of a side's processes during its own turns. `--build`: a checkout of another
+commit, which trains with TROLL too. `--alone`: without TRL.
 """
 
 import argparse
@@ -33,9 +33,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 ROOT = Path(__file__).parents[1]
 PROMPTS, SAMPLES, TOKENS = 16, 8, 32
 LENGTHS = (60, 100)
-# Sequences a micro-batch, of 80 + 32 tokens on average.
+# Sequences a micro-batch.
 SEQUENCES = 16
-TOKEN_BUDGET = SEQUENCES * (sum(LENGTHS) // 2 + TOKENS)
 MEASURES = ("step", "generation", "update")
 METHODS = {"PPO-clip": "clip", "TROLL": "troll"}
 
@@ -99,8 +98,10 @@ def pss_mib(pid: int) -> float:
     return total / 1024
 
 
-def prompts_of(tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """Texts of 60 to 100 tokens: words that are one token each."""
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase, count: int, lengths: tuple[int, int] = LENGTHS
+) -> list[str]:
+    """Texts of as many tokens, drawn uniformly from both `lengths` on: words that are one token each."""
     chance = random.Random(0)
     words = sorted(
         token[1:]
@@ -109,7 +110,7 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
     )
     texts = []
     for _ in range(count):
-        length = chance.randint(*LENGTHS)
+        length = chance.randint(*lengths)
         texts.append("".join(f" {word}" for word in chance.choices(words, k=length)))
         assert len(tokenizer(texts[-1])["input_ids"]) == length  # pyright: ignore[reportArgumentType]
     return texts
@@ -122,13 +123,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Side]:
         "tokens": TOKENS,
         "updates": arguments.updates,
         "sequences": SEQUENCES,
-        "token_budget": TOKEN_BUDGET,
+        "token_budget": SEQUENCES * (sum(arguments.lengths) // 2 + TOKENS),
         "threads": os.cpu_count(),
         "folder": str(folder / "trl"),
     }
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    texts = prompts_of(tokenizer, PROMPTS * (arguments.repeats + 1), tuple(arguments.lengths))
     prompts, wanted = folder / "prompts.json", folder / "settings.json"
-    prompts.write_text(json.dumps(prompts_of(tokenizer, PROMPTS * (arguments.repeats + 1))))
+    prompts.write_text(json.dumps(texts))
     wanted.write_text(json.dumps(settings))
     files = [str(arguments.model), str(prompts), str(wanted)]
     peer = str(ROOT / ".venv-trl" / "bin" / "python")
@@ -173,6 +175,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--updates", type=int, choices=(1, 2, 4), default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lengths", type=int, nargs=2, default=LENGTHS, help="fewest and most prompt tokens")
     parser.add_argument("--build", type=Path, default=None)
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
@@ -194,7 +197,7 @@ def main() -> int:
         memory = f"memory {side.peak_mib:.0f} MiB ({row['memory_of_first']:.2f})"
         print(f"{side.name}: {figures}, {memory}; in brackets, of {first.name}")
     if arguments.json is not None:
-        bench_record.write(arguments.json, bench_record.record("cpu", rows))
+        bench_record.write(arguments.json, bench_record.record("cpu", rows, lengths=arguments.lengths))
     return 0
 
 

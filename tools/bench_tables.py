@@ -1,4 +1,4 @@
-"""Rewrite the tables of docs/head.md from the JSON that bench_head.py and bench_step.py wrote:
+"""Rewrite the tables of docs/head.md and docs/sharing.md from the JSON that the benches wrote:
 
 python tools/bench_tables.py
 
@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import sharing_tables
+
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "head.md"
+PAGES = (DOCS / "head.md", DOCS / "sharing.md")
 BLOCK = re.compile(r"(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Record = dict[str, Any]
@@ -27,6 +29,9 @@ def page(text: str) -> str:
 
 def table(file: str) -> str:
     record = json.loads((DOCS / file).read_text())
+    for kind, lines in sharing_tables.KINDS.items():
+        if file.startswith(kind):
+            return "\n".join([where(record), "", *lines(record)]) + "\n"
     return of_head(record) if file.startswith("bench_head") else of_step(record)
 
 
@@ -123,5 +128,6 @@ def where(record: Record) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for written in PAGES:
+        written.write_text(page(written.read_text()))
     sys.exit(0)
