@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_troll.batching.uniforms import key_of
 from megatron_troll.data.rows import DataError
-from megatron_troll.types import Prompt, Rollout, TokenTopK
+from megatron_troll.types import Prompt, Rollout, TokenTopK, marked
 
-PER_TOKEN = ("response_ids", "mask", "logp", "uniform", "versions")
+PER_TOKEN = ("response_ids", "marks", "logp")
 PLAIN = ("group", "sample", "text", "finish", "temperature")
 
 
@@ -21,6 +22,7 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
         "prompt_ids": _joined([rollout.prompt_ids for rollout in rollouts]),
         "prompt_ends": np.cumsum([len(rollout.prompt_ids) for rollout in rollouts], dtype=np.int64),
         "ends": np.cumsum([len(rollout.response_ids) for rollout in rollouts], dtype=np.int64),
+        "keys": np.array([rollout.key for rollout in rollouts], dtype=np.uint64),
     }
     arrays |= {name: _joined([getattr(rollout, name) for rollout in rollouts]) for name in PER_TOKEN}
     records = [rollout.topk for rollout in rollouts if rollout.topk is not None]
@@ -46,10 +48,13 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
 
 
 def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
-    """Read what `write` wrote; `prompts` by their ids. Raises DataError for a prompt not among them."""
+    """Read what `write` wrote; `prompts` by their ids. Raises DataError for a prompt not among them,
+    ValueError for arrays that no version has written."""
     plain = json.loads(path.with_suffix(".json").read_text())
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
+    if "marks" not in arrays:
+        _modernise(arrays)
     questions = np.split(arrays["prompt_ids"], arrays["prompt_ends"][:-1])
     per_token = {name: np.split(arrays[name], arrays["ends"][:-1]) for name in PER_TOKEN}
     records, experts = _records(arrays, len(plain)), _experts(arrays, len(plain))
@@ -57,6 +62,7 @@ def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
         Rollout(
             prompt=_prompt(fields.pop("prompt"), prompts, path),
             prompt_ids=questions[i],
+            key=int(arrays["keys"][i]),
             topk=records[i],
             experts=experts[i],
             **{name: parts[i] for name, parts in per_token.items()},
@@ -64,6 +70,16 @@ def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
         )
         for i, fields in enumerate(plain)
     ]
+
+
+def _modernise(arrays: dict[str, np.ndarray]) -> None:
+    """Turn the arrays of older files into today's: they had wider ids, and mask, versions and random numbers
+    of every token."""
+    for name in ("prompt_ids", "response_ids"):
+        arrays[name] = arrays[name].astype(np.int32)
+    arrays["marks"] = marked(arrays.pop("mask"), arrays.pop("versions"))
+    uniform = np.split(arrays.pop("uniform"), arrays["ends"][:-1])
+    arrays["keys"] = np.array([key_of(each) for each in uniform], dtype=np.uint64)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -61,8 +61,8 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token of each of B requests, named by index: token [B] on every stage; logp [B] and top-K [B, K] on
-    the last stage."""
+    """One token of each of B requests, named by index: token [B] on every stage; logp [B] and top-K [B, K],
+    ids int32, on the last stage."""
 
     requests: tuple[int, ...]
     token: Tensor
@@ -140,6 +140,7 @@ def completions(
         _together([getattr(step, name) for step in steps], order)
         for name in ("token", "logp", "topk_ids", "topk_logp")
     )
+    ids = None if ids is None else ids.astype(np.int32)
     answers = []
     for i, (count, end) in enumerate(zip(counts, ends.tolist(), strict=True)):
         mine = slice(end - count, end)
@@ -147,13 +148,13 @@ def completions(
         assert logp is not None
         topk = None
         if topk_ids is not None and topk_logp is not None:
-            topk = TokenTopK(topk_ids[mine].astype(np.int32), topk_logp[mine])
+            topk = TokenTopK(topk_ids[mine], topk_logp[mine])
         answers.append(
             Completion(
                 ids=ids[mine],
                 logp=logp[mine],
                 topk=topk,
-                versions=np.full(count, version, dtype=np.int64),
+                versions=np.full(count, version, dtype=np.int32),
                 finish="stop" if ids[mine][-1] in stop_ids else "length",
                 experts=None if experts is None else experts[i],
             )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from troll_kernels.topk import largest
 
+from megatron_troll.batching.uniforms import uniforms
 from megatron_troll.config import Sampling
 from megatron_troll.mcore.decode import Decoder, generation_mode
 from megatron_troll.mcore.head import Head
@@ -14,7 +15,7 @@ from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import recording
 from megatron_troll.rollout.engine import Completion, Engine, Request, Setup, rollout_of
 from megatron_troll.rollout.engines.drawing import Drawn, UnderWay, Waiting, completions, experts_of
-from megatron_troll.rollout.sampling import sample, sample_key, uniforms
+from megatron_troll.rollout.sampling import sample, sample_key
 from megatron_troll.types import Rollout
 
 # What a rank reads that has nothing to read.
@@ -113,4 +114,4 @@ class InProcessEngine(Engine):
         if not self.config.top_k:
             return Drawn(requests, token, logp)
         values, ids = largest(logprobs, min(self.config.top_k, size))
-        return Drawn(requests, token, logp, ids, values)
+        return Drawn(requests, token, logp, ids.int(), values)

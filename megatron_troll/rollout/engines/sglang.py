@@ -37,9 +37,7 @@ class SGLangEngine(Engine):
         keep = setup.rollout.sglang.buffer
         self._journal = Journal(RunPaths.of(setup.config).buffer) if keep else None
         probe = setup.rollout.sglang.probe
-        self._probed = sequences([prompt.ids.astype(np.int64) for prompt in setup.prompts], probe.tokens)[
-            : probe.prompts
-        ]
+        self._probed = sequences([prompt.ids for prompt in setup.prompts], probe.tokens)[: probe.prompts]
         self.connection: Connection | None = None
         self._rank_zero = RankZero(setup.model, None)
         self._open()
