@@ -238,3 +238,5 @@ def tensors_of(parameters: Iterable[tuple[Place, Tensors]]) -> Iterator[tuple[st
     order. One parameter is in memory at a time; a tensor may share memory with it: copy it to keep it."""
     for place, parts in parameters:
         yield from zip(place.names, place.entry.from_parts(parts), strict=True)
+        # Or it would still be held while the next is made.
+        del parts
