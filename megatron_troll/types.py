@@ -74,6 +74,8 @@ class Rollout:
     group      index of the prompt in its rollout batch; sample: index among the samples of that prompt
     experts    uint8 or uint16 [P + T - 1, layers, k], ascending: the experts to which the engine's model
                sent each token it read (it did not read the last sampled one); None: not recorded
+    elsewhere  topk and experts are None here and on rank 0, until this rank asks for them
+               (rollout/records.py)
     """
 
     prompt: Prompt
@@ -89,6 +91,7 @@ class Rollout:
     finish: FinishReason
     temperature: float
     experts: np.ndarray | None = None
+    elsewhere: bool = False
 
     @property
     def name(self) -> str:

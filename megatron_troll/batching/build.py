@@ -221,6 +221,7 @@ def _response_advantage(advantages: Advantages, chosen: Sequence[int]) -> Tensor
 
 def _checked(rollout: Rollout, form: Form) -> np.ndarray:
     """Return the tokens that the model reads. Raises the ValueErrors of `build`."""
+    assert not (rollout.elsewhere and (form.topk or form.routing)), "share_records comes first"
     if len(rollout.prompt_ids) == 0:
         raise ValueError(
             f"sample {rollout.name}: the prompt has no tokens, so nothing predicts the first response token"

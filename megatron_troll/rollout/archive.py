@@ -13,6 +13,7 @@ from megatron_troll.data.rows import DataError
 from megatron_troll.types import Prompt, Rollout, TokenTopK, marked
 
 PER_TOKEN = ("response_ids", "marks", "logp")
+RECORDS = {"topk_ids", "topk_logp", "experts"}
 PLAIN = ("group", "sample", "text", "finish", "temperature")
 
 
@@ -47,12 +48,14 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     path.with_suffix(".json").write_text(json.dumps(plain))
 
 
-def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
-    """Read what `write` wrote; `prompts` by their ids. Raises DataError for a prompt not among them,
-    ValueError for arrays that no version has written."""
+def read(path: Path, prompts: Mapping[str, Prompt], *, elsewhere: bool = False) -> list[Rollout]:
+    """Read what `write` wrote; `prompts` by their ids. `elsewhere`: leave top-K and experts to rank 0, if
+    there are some (`Rollout.elsewhere`). Raises DataError for a prompt not among them, ValueError for arrays
+    that no version has written."""
     plain = json.loads(path.with_suffix(".json").read_text())
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+        recorded = bool({*file.files} & RECORDS)
+        arrays = {name: file[name] for name in file.files if not (elsewhere and name in RECORDS)}
     if "marks" not in arrays:
         _modernise(arrays)
     questions = np.split(arrays["prompt_ids"], arrays["prompt_ends"][:-1])
@@ -65,6 +68,7 @@ def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
             key=int(arrays["keys"][i]),
             topk=records[i],
             experts=experts[i],
+            elsewhere=elsewhere and recorded,
             **{name: parts[i] for name, parts in per_token.items()},
             **fields,
         )

@@ -80,7 +80,8 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
-        """Return one rollout per request, in the same order, all of them on every rank. A response ends with
+        """Return one rollout per request, in the same order, all of them on every rank; top-K and experts
+        maybe on rank 0 only (`Rollout.elsewhere`). A response ends with
         one of `setup.stop_ids`, which include the tokens of `sampling.stop`, or after `sampling.max_tokens`;
         its text omits the stop token. Batches with different `round` use different random numbers."""
 
@@ -110,8 +111,17 @@ class Engine(ABC):
         """Release the engine's resources. Called once, also after an error, and maybe on some ranks only."""
 
 
-def rollout_of(setup: Setup, request: Request, answer: Completion, sampling: Sampling, round: int) -> Rollout:
-    """Build the rollout of a completion."""
+def rollout_of(
+    setup: Setup,
+    request: Request,
+    answer: Completion,
+    sampling: Sampling,
+    round: int,
+    *,
+    elsewhere: bool = False,
+) -> Rollout:
+    """Build the rollout of a completion, of which another rank has the records (`Rollout.elsewhere`) if
+    `elsewhere`."""
     ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
     return Rollout(
         prompt=request.prompt,
@@ -127,6 +137,7 @@ def rollout_of(setup: Setup, request: Request, answer: Completion, sampling: Sam
         finish=answer.finish,
         temperature=sampling.logprob_temperature,
         experts=answer.experts,
+        elsewhere=elsewhere,
     )
 
 

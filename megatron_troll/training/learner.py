@@ -36,7 +36,10 @@ class Learner:
     def learn(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> UpdateResult:
         """Train on `rollouts` (the whole batch, on every rank). `step` seeds the plan. Blocks on every
         rank."""
-        unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.batcher.topk))
+        # Rank 0 has the engine's records of all rollouts.
+        unusable = self.trainer.trainable.model.groups.world.first(
+            lambda: tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.batcher.topk))
+        )
         if unusable:
             return UpdateResult({}, self.batcher.config.train.updates, unusable)
         planned = self.batcher.updates(rollouts, advantages, step)

@@ -10,13 +10,14 @@ from torch import Tensor
 from megatron_troll.batching.build import Advantages, Form, build
 from megatron_troll.batching.experts import Routing
 from megatron_troll.batching.plan import Capacity, PlannedStep, UpdateSchedule, plan, step_weights
-from megatron_troll.batching.prefixes import shared_prefixes
+from megatron_troll.batching.prefixes import Prefixes, shared_prefixes
 from megatron_troll.config import Config, Layout
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import layer_of, routers
 from megatron_troll.objectives.aggregation import Aggregation
 from megatron_troll.parallel.groups import Groups
+from megatron_troll.rollout.records import share_records
 from megatron_troll.types import MicroBatch, Rollout
 
 
@@ -68,7 +69,7 @@ class MicroBatcher:
         temperature: float,
     ) -> list[list[MicroBatch]]:
         config, groups, form = self.config, self.model.groups, self._form(temperature)
-        prefixes = shared_prefixes(rollouts, self.replay)
+        prefixes = self._prefixes(rollouts)
         arranged = plan(
             [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts],
             [rollout.group for rollout in rollouts],
@@ -78,6 +79,9 @@ class MicroBatcher:
         )
         length = config.objective.sum_norm_length or config.rollout.sampling.max_tokens
         table = frequencies(rollouts, form.vocab) if config.observe.energy else None
+        if self.topk or self.replay:
+            mine = {i for update in arranged.steps for chosen in update.ranks[groups.dp.rank] for i in chosen}
+            rollouts = share_records(rollouts, sorted(mine), groups)
 
         def batch(update: PlannedStep, chosen: Sequence[int]) -> MicroBatch:
             weights = step_weights(rollouts, update.responses, aggregation, length)
@@ -91,6 +95,12 @@ class MicroBatcher:
             else []
             for update in arranged.steps
         ]
+
+    def _prefixes(self, rollouts: Sequence[Rollout]) -> list[Prefixes]:
+        """The shared prefixes of all rollouts; those of recorded experts are found where the records are."""
+        if not self.replay:
+            return shared_prefixes(rollouts)
+        return self.model.groups.world.first(lambda: shared_prefixes(rollouts, replay=True))
 
     def _form(self, temperature: float) -> Form:
         return Form.of(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_troll.mcore.decode import Decoder
 from megatron_troll.mcore.kv_cache import Prefix
-from megatron_troll.mcore.router import over_stages
 from megatron_troll.parallel.groups import Group
 from megatron_troll.rollout.engine import Completion, Request
 from megatron_troll.types import TokenTopK
@@ -120,8 +119,10 @@ def experts_of(
 ) -> list[np.ndarray]:
     """Experts [t, layers, k] of the tokens of each request, from `places`, their numbers among all that were
     read, and the experts of each forward ([n, k] by layer). Blocks on the pipeline."""
-    mine = {layer: torch.cat(of_forward).cpu().numpy() for layer, of_forward in chosen.items()}
-    whole = np.stack(list(over_stages(mine, pp).values()), axis=1)
+    mine = {f"{layer:06d}": torch.cat(of_forward).cpu().numpy() for layer, of_forward in chosen.items()}
+    stages = [pp.broadcast_arrays(mine if stage == pp.rank else None, stage) for stage in range(pp.size)]
+    every = {layer: experts for stage in stages for layer, experts in stage.items()}
+    whole = np.stack([every[layer] for layer in sorted(every)], axis=1)
     return [whole[numbers] for numbers in places]
 
 
