@@ -84,7 +84,7 @@ def cut(whole: Waiting, sizes: Sequence[int]) -> list[Waiting]:
 
 
 def _narrow(batch: MicroBatch) -> MicroBatch:
-    """Hold the indices of what `build` has made in 32 bits. An engine's record is normalised: its lse is 0."""
+    """Hold the indices of what `build` has made in 32 bits. An engine's record has an lse of 0."""
     topk = batch.rollout_topk
     if topk is not None:
         topk = replace(topk, ids=topk.ids.int(), count=topk.count.int(), place=topk.place.int(), lse=None)

@@ -90,13 +90,15 @@ class Entry:
         return torch.cat([self._piece(part, rank, size) for part in parts], self.axis)
 
     def join(self, shards: list[Tensor]) -> Tensors:
-        """The parameters of all shards, in rank order -> full parts."""
+        """The parameters of all shards, in rank order -> full parts; of one shard, in its memory."""
         if self.axis is None:
             return (shards[0],)
         axis, rows = self.axis, self._rows
         widths = [self._width(count, len(shards)) for count in rows]
         columns = zip(*(shard.split(widths, axis) for shard in shards), strict=True)
-        parts = (torch.cat(column, axis) for column in columns)
+        parts = (
+            column[0].contiguous() if len(column) == 1 else torch.cat(column, axis) for column in columns
+        )
         return tuple(part.narrow(axis, 0, count) for part, count in zip(parts, rows, strict=True))
 
     @cached_property

@@ -256,3 +256,11 @@ def test_one_parameter_is_held_at_a_time() -> None:
 
 def _let_go(item: tuple[str, Tensor]) -> tuple[str, None]:
     return item[0], None
+
+
+def test_one_shard_is_not_copied() -> None:
+    whole = torch.arange(16.0).view(4, 4)
+    entry = Entry((HFTensor("w", (4, 4)),), ("w",), axis=0)
+    (part,) = entry.join([whole])
+    assert part.data_ptr() == whole.data_ptr()
+    assert torch.equal(entry.join([*whole.split(2)])[0], whole)
