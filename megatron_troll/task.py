@@ -60,13 +60,7 @@ class Task:
     @property
     def engine_top_k(self) -> int:
         """Top-K entries of the rollout engine that something reads; 0: nothing does."""
-        objective = self.objective
-        read = (
-            self.config.objective.old == "engine"
-            or objective.rollout_k > 0
-            or objective.reads.at_rollout
-            or objective.reads_old.at_rollout
-        )
+        read = self.config.objective.old == "engine" or self.objective.reads_rollout_topk
         return self.config.rollout.top_k if read else 0
 
     def __str__(self) -> str:

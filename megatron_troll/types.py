@@ -63,17 +63,19 @@ class TokenTopK:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. T counts response tokens, the stop token included.
+    """One sampled response. T counts response tokens, the stop token included: 12 bytes each, as on disk.
 
-    prompt_ids, response_ids   int64 [P], [T]
-    mask       float32 [T], 1 if the token was sampled by the policy and carries loss
+    prompt_ids, response_ids   int32 [P], [T]
+    marks      int32 [T], `mask` and `versions` in one number (`marked`)
     logp       float32 [T], engine log-probability of each sampled token, after temperature
-    uniform    float64 [T] in [0, 1), one random number per token, for methods that use it later (Jackpot)
-    versions   int64 [T], of the weights that sampled each token: rollout batches they had been trained on
+    key        64 bits from which one random number in [0, 1) per token follows (`batching.uniforms`), for
+               methods that use it later (Jackpot)
     temperature  divisor of the logits in logp and topk, before filters; the trainer divides by the same
     group      index of the prompt in its rollout batch; sample: index among the samples of that prompt
     experts    uint8 or uint16 [P + T - 1, layers, k], ascending: the experts to which the engine's model
                sent each token it read (it did not read the last sampled one); None: not recorded
+    elsewhere  topk and experts are None here and on rank 0, until this rank asks for them
+               (rollout/records.py)
     """
 
     prompt: Prompt
@@ -81,20 +83,39 @@ class Rollout:
     sample: int
     prompt_ids: np.ndarray
     response_ids: np.ndarray
-    mask: np.ndarray
+    marks: np.ndarray
     logp: np.ndarray
-    uniform: np.ndarray
+    key: int
     topk: TokenTopK | None
     text: str
     finish: FinishReason
-    versions: np.ndarray
     temperature: float
     experts: np.ndarray | None = None
+    elsewhere: bool = False
 
     @property
     def name(self) -> str:
         """Name of this sample in errors and reports."""
         return f"{self.prompt.id}#{self.sample}"
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [T], whether the token was sampled by the policy and carries loss."""
+        return (self.marks & 1).astype(bool)
+
+    @property
+    def versions(self) -> np.ndarray:
+        """int32 [T], of the weights that sampled each token: rollout batches they had been trained on."""
+        return self.marks >> 1
+
+    def masked(self) -> "Rollout":
+        """The same response, without a token that carries loss."""
+        return replace(self, marks=self.marks & ~1)
+
+
+def marked(mask: np.ndarray, versions: np.ndarray) -> np.ndarray:
+    """`Rollout.marks` of mask [T], above 0 where a token carries loss, and versions [T] from 0 to 2^30."""
+    return (versions.astype(np.int32) << 1) | (mask > 0)
 
 
 @dataclass(frozen=True)

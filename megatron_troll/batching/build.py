@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_troll.batching.experts import Routing, recorded
 from megatron_troll.batching.plan import zigzag
 from megatron_troll.batching.prefixes import Piece, Prefixes, PrefixTree, counted, tokens_read, tree_of
+from megatron_troll.batching.uniforms import token_uniforms
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.types import NO_ID, MicroBatch, PackedTree, Rollout, TopK
 
@@ -135,7 +136,7 @@ def _per_token(picked: Sequence[Rollout], steps: Sequence[Tensor]) -> dict[str, 
         "target": _read(picked, steps, lambda r: r.response_ids, torch.int64),
         "position": _read(picked, steps, lambda r: np.cumsum(r.mask > 0) - 1, torch.int64),
         "rollout_logp": _read(picked, steps, lambda r: r.logp, torch.float32),
-        "uniform": _read(picked, steps, lambda r: r.uniform, torch.float64),
+        "uniform": _read(picked, steps, lambda r: token_uniforms(r.key, len(r.response_ids)), torch.float64),
     }
 
 
@@ -220,15 +221,15 @@ def _response_advantage(advantages: Advantages, chosen: Sequence[int]) -> Tensor
 
 def _checked(rollout: Rollout, form: Form) -> np.ndarray:
     """Return the tokens that the model reads. Raises the ValueErrors of `build`."""
+    assert not (rollout.elsewhere and (form.topk or form.routing)), "share_records comes first"
     if len(rollout.prompt_ids) == 0:
         raise ValueError(
             f"sample {rollout.name}: the prompt has no tokens, so nothing predicts the first response token"
         )
     sizes = {
         "response_ids": len(rollout.response_ids),
-        "mask": len(rollout.mask),
+        "marks": len(rollout.marks),
         "logp": len(rollout.logp),
-        "uniform": len(rollout.uniform),
     }
     if len(set(sizes.values())) > 1:
         raise ValueError(f"sample {rollout.name}: arrays over the response differ in length: {sizes}")

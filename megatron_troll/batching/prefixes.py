@@ -1,5 +1,6 @@
 """Prefixes that several rollouts of a group share, and the pieces by which a micro-batch reads each once."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,10 +38,11 @@ def shared_prefixes(rollouts: Sequence[Rollout], replay: bool = False) -> list[P
         ids, start, path = tokens_read(rollout), 0, []
         parent = ("group", rollout.group)
         for end in _ends(rollout):
-            piece = ids[start:end].tobytes()
+            piece = hashlib.blake2b(ids[start:end], digest_size=16)
             if replay and rollout.experts is not None:
-                piece += rollout.experts[start:end].tobytes()
-            node = numbers.setdefault((parent, piece), len(numbers))
+                # Records from disk may be wider than fresh ones.
+                piece.update(rollout.experts[start:end].astype(np.uint16))
+            node = numbers.setdefault((parent, piece.digest()), len(numbers))
             copies[node] += 1
             path.append((end, node))
             parent, start = ("node", node), end

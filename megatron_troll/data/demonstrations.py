@@ -9,7 +9,7 @@ from megatron_troll.data.chat import Overlong, encode_chat
 from megatron_troll.data.messages import demonstration_messages
 from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
 from megatron_troll.data.template import ChatTemplate
-from megatron_troll.types import Message, Prompt, Rollout
+from megatron_troll.types import Message, Prompt, Rollout, marked
 
 
 @dataclass
@@ -67,14 +67,13 @@ def example_of(where: str, messages: tuple[Message, ...], ids: np.ndarray, mask:
         prompt=Prompt(where, messages, ""),
         group=0,
         sample=0,
-        prompt_ids=ids[:1],
-        response_ids=ids[1:],
-        mask=mask[1:],
+        prompt_ids=ids[:1].astype(np.int32),
+        response_ids=ids[1:].astype(np.int32),
+        marks=marked(mask[1:], np.zeros(len(ids) - 1)),
         logp=np.zeros(len(ids) - 1, dtype=np.float32),
-        uniform=np.zeros(len(ids) - 1),
+        key=0,
         topk=None,
         text="",
         finish="stop",
-        versions=np.zeros(len(ids) - 1, dtype=np.int64),
         temperature=1.0,
     )

@@ -17,7 +17,7 @@ from megatron_troll.config import Layout
 from megatron_troll.mcore.cpu import patches
 from megatron_troll.mcore.layout import check_world
 from megatron_troll.mcore.version import check_version
-from megatron_troll.parallel.groups import ALONE, Group, Groups, join_world
+from megatron_troll.parallel.groups import ALONE, Group, Groups, HostGroups, join_world
 
 # Hangs are detected by the watchdog (observe/hang.py); a rank may wait long for one that makes progress.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
@@ -25,6 +25,7 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
 
 # Megatron's globals for every layout of this world. Each process group has threads until `leave` ends it.
 _formed: list[dict[str, Any]] = []
+_hosts = HostGroups(COLLECTIVE_TIMEOUT)
 
 
 def device() -> torch.device:
@@ -92,6 +93,7 @@ def leave() -> None:
     for state in _formed:
         state.clear()
     _formed.clear()
+    _hosts.leave()
     parallel_state.destroy_model_parallel()
 
 
@@ -143,6 +145,8 @@ def _groups() -> Groups:
 
 
 def _group(handle: dist.ProcessGroup | None) -> Group:
+    # All ranks ask, also those that are alone: making groups is a collective of the world.
+    host = _hosts.beside(handle)
     if handle is None or handle.size() == 1:
         return ALONE
-    return Group(handle, handle.rank(), handle.size())
+    return Group(handle, handle.rank(), handle.size(), host)

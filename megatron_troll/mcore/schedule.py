@@ -9,6 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_troll.batching.waiting import at_rest
 from megatron_troll.mcore.model import MegatronModel, forward, select_hidden
 from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.router import share_counts, share_loads, start_counting, start_loads
@@ -70,7 +71,7 @@ def _run(model: MegatronModel, batches: Sequence[MicroBatch], loss: Loss, forwar
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
             num_microbatches=len(batches),
-            seq_length=max(batch.tokens.numel() for batch in batches),
+            seq_length=max(batch.tokens.numel() for batch in at_rest(batches)),
             micro_batch_size=1,
             forward_only=forward_only,
         )

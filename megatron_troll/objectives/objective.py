@@ -67,6 +67,11 @@ class Objective:
         return max(method.rollout_k for method in self.methods)
 
     @property
+    def reads_rollout_topk(self) -> bool:
+        """Whether the rollout engine's record of a token's top-K is read."""
+        return self.rollout_k > 0 or self.reads.at_rollout or self.reads_old.at_rollout
+
+    @property
     def diagnostics(self) -> Diagnostics:
         """Names that `LossTerms.per_token` may hold, with their reductions over the step. NaN entries do
         not count; a name is absent if its source (a logsumexp) is missing."""

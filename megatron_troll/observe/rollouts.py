@@ -87,7 +87,7 @@ class RolloutStore:
             finish=rollout.finish,
             tokens=[self._decode(int(token)) for token in rollout.response_ids],
             logp=[round(float(value), 4) for value in rollout.logp],
-            mask=[int(value > 0) for value in rollout.mask],
+            mask=[int(value) for value in rollout.mask],
         )
 
 

@@ -4,11 +4,12 @@ import datetime
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,16 +17,23 @@ from torch import Tensor
 # Errors that a rank passes on to the others: failures from outside, and the bases of our own errors. Any
 # other error is a bug; its rank ends with a traceback, and the launcher ends the others.
 REPORTED = (OSError, RuntimeError, ValueError)
+# Bytes of an array that are one message.
+SENT_AT_ONCE = 1 << 30
+
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Group:
     """A process group, this process's rank in it and its size. handle is None for a group of one, on
-    which every operation is the identity."""
+    which every operation is the identity. `host`: a gloo group of the same ranks, over which objects, arrays
+    and barriers go, so that ranks neither wait in a GPU's kernel nor send through its memory; None: `handle`
+    is that."""
 
     handle: dist.ProcessGroup | None
     rank: int
     size: int
+    host: dist.ProcessGroup | None = None
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce `tensor` in place and return it. Blocks until every rank of the group has called it."""
@@ -55,7 +63,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.handle)
+        dist.all_gather_object(values, value, group=self._host)
         return values
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
@@ -69,10 +77,42 @@ class Group:
         """`value` of the group's rank `source`, on every rank. Blocks."""
         if self.size == 1:
             return value
-        assert self.handle is not None
         box = [value]
-        dist.broadcast_object_list(box, dist.get_global_rank(self.handle, source), group=self.handle)
+        dist.broadcast_object_list(box, self._global(source), group=self._host)
         return box[0]
+
+    def broadcast_arrays(self, arrays: Arrays | None, source: int) -> Arrays:
+        """The arrays of the group's rank `source` (others give None), on every rank: first their shapes, then
+        the bytes of each, which nothing pickles. Blocks."""
+        if self.size == 1:
+            assert arrays is not None
+            return arrays
+        shapes = self.broadcast_object(None if arrays is None else _shapes(arrays), source)
+        received = _empty(shapes) if arrays is None else arrays
+        for part in _parts(received):
+            dist.broadcast(part, self._global(source), group=self._host)
+        return received
+
+    def send_arrays(self, arrays: Arrays, to: int) -> None:
+        """Send arrays to the group's rank `to`, which must receive them. Blocks."""
+        dist.send_object_list([_shapes(arrays)], self._global(to), group=self._host)
+        for part in _parts(arrays):
+            dist.send(part, self._global(to), group=self._host)
+
+    def receive_arrays(self, source: int) -> Arrays:
+        """Receive what the group's rank `source` sends with `send_arrays`. Blocks."""
+        box: list[Any] = [None]
+        dist.recv_object_list(box, self._global(source), group=self._host)
+        received = _empty(box[0])
+        for part in _parts(received):
+            dist.recv(part, self._global(source), group=self._host)
+        return received
+
+    def sum_arrays(self, array: np.ndarray) -> np.ndarray:
+        """Sum arrays of one shape over all ranks, in place and in host memory; returns it. Blocks."""
+        if self.size > 1:
+            dist.all_reduce(torch.from_numpy(array), group=self._host)
+        return array
 
     def each[T](self, act: Callable[[], T]) -> T:
         """Call `act` on every rank; each gets its own result. An error of a type in REPORTED on any rank is
@@ -99,7 +139,31 @@ class Group:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier(group=self.handle)
+            dist.barrier(group=self._host)
+
+    @property
+    def _host(self) -> dist.ProcessGroup | None:
+        return self.host or self.handle
+
+    def _global(self, rank: int) -> int:
+        """The rank in the world of a rank of this group."""
+        assert self.handle is not None
+        return dist.get_global_rank(self.handle, rank)
+
+
+def _shapes(arrays: Arrays) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (array.shape, array.dtype.str) for name, array in arrays.items()}
+
+
+def _empty(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> Arrays:
+    return {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def _parts(arrays: Arrays) -> Iterator[Tensor]:
+    """The memory of contiguous arrays, as bytes in pieces that gloo sends at once; none of an empty array."""
+    for array in arrays.values():
+        if array.nbytes:
+            yield from torch.from_numpy(array.reshape(-1).view(np.uint8)).split(SENT_AT_ONCE)
 
 
 ALONE = Group(None, 0, 1)
@@ -133,6 +197,44 @@ class Groups:
     @property
     def is_last_stage(self) -> bool:
         return self.pp.rank == self.pp.size - 1
+
+
+class HostGroups:
+    """The gloo groups beside those of another backend, one for each set of ranks."""
+
+    def __init__(self, timeout: datetime.timedelta) -> None:
+        self._timeout = timeout
+        self._made: dict[Hashable, tuple[dist.ProcessGroup | None, list[dist.ProcessGroup]]] = {}
+
+    def beside(self, handle: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        """A gloo group of the ranks of this rank's `handle`, which all ranks of the world must ask for, each
+        for its own; None if `handle` is one itself. Blocks until every rank has."""
+        if handle is None or dist.get_backend(handle) == "gloo":
+            return None
+        if handle == dist.group.WORLD:
+            return self._of([list(range(dist.get_world_size()))])
+        gathered: list[Any] = [None] * dist.get_world_size()
+        world = self._of([list(range(dist.get_world_size()))])
+        dist.all_gather_object(gathered, dist.get_process_group_ranks(handle), group=world)
+        return self._of(sorted({tuple(ranks) for ranks in gathered}))
+
+    def _of(self, sets: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+        key = tuple(tuple(ranks) for ranks in sets)
+        if key not in self._made:
+            mine, every = dist.new_subgroups_by_enumeration(
+                [list(ranks) for ranks in sets], timeout=self._timeout, backend="gloo"
+            )
+            # In place of a group that it is not in, a rank has a number.
+            member = mine if isinstance(mine, dist.ProcessGroup) else None
+            self._made[key] = member, [group for group in every if isinstance(group, dist.ProcessGroup)]
+        return self._made[key][0]
+
+    def leave(self) -> None:
+        """Destroy the groups."""
+        for _, every in self._made.values():
+            for group in every:
+                dist.destroy_process_group(group)
+        self._made.clear()
 
 
 def join_world(backend: str, timeout: datetime.timedelta) -> None:

@@ -1,7 +1,7 @@
 """Rewards of a rollout batch; each rank computes a share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def judge(
     keep = _gathered([share.keep for share in shares])
     _tell_errors(shares, len(rollouts), say)
     return ScoredBatch(
-        rollouts=[r if k else replace(r, mask=np.zeros_like(r.mask)) for r, k in zip(rollouts, keep)],
+        rollouts=[r if k else r.masked() for r, k in zip(rollouts, keep)],
         reward=_gathered([share.reward for share in shares]),
         success=_gathered([share.success for share in shares]),
         parts={name: _gathered([share.parts[name] for share in shares]) for name in shares[0].parts},

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_troll.batching.uniforms import key_of
 from megatron_troll.data.rows import DataError
-from megatron_troll.types import Prompt, Rollout, TokenTopK
+from megatron_troll.types import Prompt, Rollout, TokenTopK, marked
 
-PER_TOKEN = ("response_ids", "mask", "logp", "uniform", "versions")
+PER_TOKEN = ("response_ids", "marks", "logp")
+RECORDS = {"topk_ids", "topk_logp", "experts"}
 PLAIN = ("group", "sample", "text", "finish", "temperature")
 
 
@@ -21,6 +23,7 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
         "prompt_ids": _joined([rollout.prompt_ids for rollout in rollouts]),
         "prompt_ends": np.cumsum([len(rollout.prompt_ids) for rollout in rollouts], dtype=np.int64),
         "ends": np.cumsum([len(rollout.response_ids) for rollout in rollouts], dtype=np.int64),
+        "keys": np.array([rollout.key for rollout in rollouts], dtype=np.uint64),
     }
     arrays |= {name: _joined([getattr(rollout, name) for rollout in rollouts]) for name in PER_TOKEN}
     records = [rollout.topk for rollout in rollouts if rollout.topk is not None]
@@ -45,11 +48,16 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     path.with_suffix(".json").write_text(json.dumps(plain))
 
 
-def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
-    """Read what `write` wrote; `prompts` by their ids. Raises DataError for a prompt not among them."""
+def read(path: Path, prompts: Mapping[str, Prompt], *, elsewhere: bool = False) -> list[Rollout]:
+    """Read what `write` wrote; `prompts` by their ids. `elsewhere`: leave top-K and experts to rank 0, if
+    there are some (`Rollout.elsewhere`). Raises DataError for a prompt not among them, ValueError for arrays
+    that no version has written."""
     plain = json.loads(path.with_suffix(".json").read_text())
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+        recorded = bool({*file.files} & RECORDS)
+        arrays = {name: file[name] for name in file.files if not (elsewhere and name in RECORDS)}
+    if "marks" not in arrays:
+        _modernise(arrays)
     questions = np.split(arrays["prompt_ids"], arrays["prompt_ends"][:-1])
     per_token = {name: np.split(arrays[name], arrays["ends"][:-1]) for name in PER_TOKEN}
     records, experts = _records(arrays, len(plain)), _experts(arrays, len(plain))
@@ -57,13 +65,25 @@ def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
         Rollout(
             prompt=_prompt(fields.pop("prompt"), prompts, path),
             prompt_ids=questions[i],
+            key=int(arrays["keys"][i]),
             topk=records[i],
             experts=experts[i],
+            elsewhere=elsewhere and recorded,
             **{name: parts[i] for name, parts in per_token.items()},
             **fields,
         )
         for i, fields in enumerate(plain)
     ]
+
+
+def _modernise(arrays: dict[str, np.ndarray]) -> None:
+    """Turn the arrays of older files into today's: they had wider ids, and mask, versions and random numbers
+    of every token."""
+    for name in ("prompt_ids", "response_ids"):
+        arrays[name] = arrays[name].astype(np.int32)
+    arrays["marks"] = marked(arrays.pop("mask"), arrays.pop("versions"))
+    uniform = np.split(arrays.pop("uniform"), arrays["ends"][:-1])
+    arrays["keys"] = np.array([key_of(each) for each in uniform], dtype=np.uint64)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -11,8 +11,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_troll.config import Config, RolloutConfig, Sampling
-from megatron_troll.rollout.sampling import token_uniforms
-from megatron_troll.types import FinishReason, Prompt, Rollout, TokenTopK
+from megatron_troll.rollout.sampling import mask_key
+from megatron_troll.types import FinishReason, Prompt, Rollout, TokenTopK, marked
 
 if TYPE_CHECKING:
     from megatron_troll.mcore.model import MegatronModel
@@ -24,7 +24,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to generate. prompt_ids int64 [P]; group: the prompt's index in its batch; sample: number of
+    """One sample to generate. prompt_ids int32 [P]; group: the prompt's index in its batch; sample: number of
     this sample among those of the prompt in the batch."""
 
     prompt: Prompt
@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """Tokens sampled for a request, including the stop token. ids, versions int64, logp float32 [T]; experts
+    """Tokens sampled for a request, including the stop token. ids, versions int32, logp float32 [T]; experts
     if train.replay=rollout asks for them; see Rollout."""
 
     ids: np.ndarray
@@ -80,7 +80,8 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
-        """Return one rollout per request, in the same order, all of them on every rank. A response ends with
+        """Return one rollout per request, in the same order, all of them on every rank; top-K and experts
+        maybe on rank 0 only (`Rollout.elsewhere`). A response ends with
         one of `setup.stop_ids`, which include the tokens of `sampling.stop`, or after `sampling.max_tokens`;
         its text omits the stop token. Batches with different `round` use different random numbers."""
 
@@ -110,8 +111,17 @@ class Engine(ABC):
         """Release the engine's resources. Called once, also after an error, and maybe on some ranks only."""
 
 
-def rollout_of(setup: Setup, request: Request, answer: Completion, sampling: Sampling, round: int) -> Rollout:
-    """Build the rollout of a completion."""
+def rollout_of(
+    setup: Setup,
+    request: Request,
+    answer: Completion,
+    sampling: Sampling,
+    round: int,
+    *,
+    elsewhere: bool = False,
+) -> Rollout:
+    """Build the rollout of a completion, of which another rank has the records (`Rollout.elsewhere`) if
+    `elsewhere`."""
     ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
     return Rollout(
         prompt=request.prompt,
@@ -119,15 +129,15 @@ def rollout_of(setup: Setup, request: Request, answer: Completion, sampling: Sam
         sample=request.sample,
         prompt_ids=request.prompt_ids,
         response_ids=answer.ids,
-        mask=np.ones(len(answer.ids), dtype=np.float32),
+        marks=marked(np.ones(len(answer.ids), dtype=bool), answer.versions),
         logp=answer.logp,
-        uniform=token_uniforms(setup.config.seed, round, request.prompt.id, request.sample, len(answer.ids)),
+        key=mask_key(setup.config.seed, round, request.prompt.id, request.sample),
         topk=answer.topk,
         text=str(setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
         finish=answer.finish,
-        versions=answer.versions,
         temperature=sampling.logprob_temperature,
         experts=answer.experts,
+        elsewhere=elsewhere,
     )
 
 
@@ -141,7 +151,7 @@ def requests_for(prompts: Sequence[Prompt], samples: int, drawn: Counter[str] | 
     for group, prompt in enumerate(prompts):
         if not len(prompt.ids):
             raise ValueError(f"prompt {prompt.id!r} has no ids: tokenize it with data.chat.tokenized")
-        ids, first = prompt.ids.astype(np.int64), drawn[prompt.id]
-        requests += [Request(prompt, group, first + sample, ids) for sample in range(samples)]
+        first = drawn[prompt.id]
+        requests += [Request(prompt, group, first + sample, prompt.ids) for sample in range(samples)]
         drawn[prompt.id] += samples
     return requests

@@ -1,15 +1,11 @@
 """Sampling of tokens from log-probs, with one uniform number per token."""
 
 import hashlib
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_troll.config import Sampling
-
-GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def sample_key(seed: int, round: int, prompt_id: str, sample: int) -> int:
@@ -18,22 +14,9 @@ def sample_key(seed: int, round: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def uniforms(keys: Sequence[int], position: int | Sequence[int]) -> np.ndarray:
-    """One float64 in [0, 1) per key for token `position` of its answer, one for all or one each: the 53 high
-    bits of output `position` of SplitMix64 (Steele, Lea, Flood 2014), seeded with the key."""
-    with np.errstate(over="ignore"):
-        steps = np.asarray(position, dtype=np.uint64) + np.uint64(1)
-        z = np.asarray(keys, dtype=np.uint64) + steps * GOLDEN_GAMMA
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def token_uniforms(seed: int, round: int, prompt_id: str, sample: int, length: int) -> np.ndarray:
-    """[length] float64 in [0, 1), one per token of a sample, independent of those that sampled its tokens."""
-    key = sample_key(seed, round, f"mask {prompt_id}", sample)
-    return np.concatenate([uniforms([key], position) for position in range(length)] or [np.empty(0)])
+def mask_key(seed: int, round: int, prompt_id: str, sample: int) -> int:
+    """`Rollout.key`: the key of random numbers independent of those that sampled the tokens."""
+    return sample_key(seed, round, f"mask {prompt_id}", sample)
 
 
 def sample(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

@@ -127,13 +127,14 @@ class RolloutQueue:
             }
             (folder / f"{path.name}.batch.json").write_text(json.dumps(rest))
 
-    def read(self, folder: Path, prompts: Mapping[str, Prompt]) -> None:
-        """Replace all batches by those that `write` stored. Raises DataError for a prompt that is not in
+    def read(self, folder: Path, prompts: Mapping[str, Prompt], *, elsewhere: bool = False) -> None:
+        """Replace all batches by those that `write` stored, with `elsewhere` all but top-K and experts, which
+        rank 0 has (`Rollout.elsewhere`). Raises DataError for a prompt that is not in
         `prompts`, CheckpointError for a damaged file."""
         self.batches.clear()
         for file in sorted(folder.glob("pending_*.batch.json")):
             try:
-                self.batches.append(_stored(file, prompts))
+                self.batches.append(_stored(file, prompts, elsewhere))
             except DataError:
                 raise
             except DAMAGED as error:
@@ -142,10 +143,12 @@ class RolloutQueue:
                 raise damaged(file, f"{problem} ({type(error).__name__}: {error})") from None
 
 
-def _stored(file: Path, prompts: Mapping[str, Prompt]) -> BatchFuture:
+def _stored(file: Path, prompts: Mapping[str, Prompt], elsewhere: bool) -> BatchFuture:
     rest = json.loads(file.read_text())
     sampled = ScoredBatch(
-        rollouts=archive.read(file.with_name(file.name.removesuffix(".batch.json")), prompts),
+        rollouts=archive.read(
+            file.with_name(file.name.removesuffix(".batch.json")), prompts, elsewhere=elsewhere
+        ),
         reward=np.array(rest["reward"], dtype=np.float32),
         timeouts=rest["timeouts"],
         crashes=rest["crashes"],

@@ -83,7 +83,9 @@ class Run:
             say("answers that were sampled before the change and not yet trained on are left out")
             self.engine.forget(self.task.config.train.steps)
         else:
-            self.pending.read(self.checkpoints.path(state.step), prompts)
+            self.pending.read(
+                self.checkpoints.path(state.step), prompts, elsewhere=self.session.world.rank > 0
+            )
         # A run that was asked to stop before its first evaluation has no row of step 0 yet.
         self.session.begin_at(0 if state.before is None and state.step == 0 else state.step + 1)
         return state

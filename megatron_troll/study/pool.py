@@ -1,6 +1,7 @@
 """A pool of sampled responses with the full rows of a policy and its reference for every token."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def unwatched() -> None:
     """Ignore progress: this process has no watchdog."""
 
 
-def full_rows(model: MegatronModel, batches: list[MicroBatch], temperature: float) -> Tensor:
+def full_rows(model: MegatronModel, batches: Sequence[MicroBatch], temperature: float) -> Tensor:
     """[N, V] log-probabilities of the batches' tokens, on the CPU."""
     head, size = Head(model, temperature), model.shape.vocab
 

@@ -49,16 +49,15 @@ class Critic:
 
         with self.phases("critic"):
             found = infer(model, batches, read) if batches else []
-        mine = [placed(batch, each) for batch, each in zip(batches, found)]
-        # All tensor-parallel ranks have the same values: one sends them.
-        share = mine if model.groups.tp.rank == 0 else []
-        lengths = [int((rollout.mask > 0).sum()) for rollout in rollouts]
-        whole = [np.zeros(length, dtype=np.float32) for length in lengths]
-        for rank in model.groups.world.all_gather_objects(share):
-            for owner, position, value in (row for batch in rank for row in batch):
-                whole[owner][position] = value
-        joined = np.concatenate([np.zeros(0, dtype=np.float32), *whole])
-        return Values(torch.from_numpy(joined), torch.tensor(lengths, dtype=torch.int64))
+        lengths = [int(rollout.mask.sum()) for rollout in rollouts]
+        starts = np.cumsum([0, *lengths])
+        whole = np.zeros(starts[-1], dtype=np.float32)
+        # All tensor-parallel ranks have the same values: one fills them in. The others' are 0 in the sum.
+        for batch, each in zip(batches, found) if model.groups.tp.rank == 0 else ():
+            for owner, position, value in placed(batch, each):
+                whole[starts[owner] + position] = value
+        model.groups.world.sum_arrays(whole)
+        return Values(torch.from_numpy(whole), torch.tensor(lengths, dtype=torch.int64))
 
     def learn(
         self, rollouts: Sequence[Rollout], targets: Sequence[np.ndarray], step: int

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_troll.batching.build import Advantages
+from megatron_troll.batching.waiting import joined
 from megatron_troll.observe.phases import Phases
 from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.reference import ReferenceOutputs
@@ -36,7 +37,10 @@ class Learner:
     def learn(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> UpdateResult:
         """Train on `rollouts` (the whole batch, on every rank). `step` seeds the plan. Blocks on every
         rank."""
-        unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.batcher.topk))
+        # Rank 0 has the engine's records of all rollouts.
+        unusable = self.trainer.trainable.model.groups.world.first(
+            lambda: tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.batcher.topk))
+        )
         if unusable:
             return UpdateResult({}, self.batcher.config.train.updates, unusable)
         planned = self.batcher.updates(rollouts, advantages, step)
@@ -46,7 +50,8 @@ class Learner:
             return UpdateResult({}, 0, (), masked)
         # The first update's forward reads the old policy too: no step has moved the weights before it.
         first = 1 if self.trainer.old == "trainer" else 0
-        every, later = ([batch for update in part for batch in update] for part in (updates, updates[first:]))
+        every = joined(updates)
+        later = every[sum(map(len, updates[:first])) :]
         with self.phases("old_policy"):
             old = self.trainer.old_readings(later) if later else OldPolicyOutputs([], (), [])
         if old.broken:
@@ -93,10 +98,10 @@ def finite(rollout: Rollout, topk: int) -> bool:
     return bool(np.isfinite(logp[ids != NO_ID]).all())
 
 
-def split[T](parts: Sequence[T], updates: Sequence[Sequence[MicroBatch]]) -> list[list[T]]:
-    """Group `parts`, one per micro-batch, by update; empty lists if there are none (not the last stage)."""
+def split[T](parts: Sequence[T], updates: Sequence[Sequence[MicroBatch]]) -> list[Sequence[T]]:
+    """Group `parts`, one per micro-batch, by update; empty ones if there are none (not the last stage)."""
     starts = np.cumsum([0, *(len(update) for update in updates)])
-    return [list(parts[start : start + len(update)]) for start, update in zip(starts, updates)]
+    return [parts[start : start + len(update)] for start, update in zip(starts, updates)]
 
 
 def combine(rows: Sequence[dict[str, float]]) -> dict[str, float]:

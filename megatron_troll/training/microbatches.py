@@ -10,13 +10,15 @@ from torch import Tensor
 from megatron_troll.batching.build import Advantages, Form, build
 from megatron_troll.batching.experts import Routing
 from megatron_troll.batching.plan import Capacity, PlannedStep, UpdateSchedule, plan, step_weights
-from megatron_troll.batching.prefixes import shared_prefixes
+from megatron_troll.batching.prefixes import Prefixes, shared_prefixes
+from megatron_troll.batching.waiting import Waiting, cut, joined
 from megatron_troll.config import Config, Layout
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import layer_of, routers
 from megatron_troll.objectives.aggregation import Aggregation
 from megatron_troll.parallel.groups import Groups
+from megatron_troll.rollout.records import share_records
 from megatron_troll.types import MicroBatch, Rollout
 
 
@@ -31,12 +33,11 @@ class MicroBatcher:
     topk: int = 0
     replay: bool = False
 
-    def updates(
-        self, rollouts: Sequence[Rollout], advantages: Advantages, step: int
-    ) -> list[list[MicroBatch]]:
+    def updates(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> list[Waiting]:
         """This rank's micro-batches of every optimizer step. `step` seeds the plan, so that models of any
         layout use the same responses in the same steps. A step in which no token on any rank carries loss is
-        [] on every rank: without gradients, an optimizer would still decay weights and follow its momentum.
+        empty on every rank: without gradients, an optimizer would still decay weights, and follow its
+        momentum.
         """
         train, sampling = self.config.train, self.config.rollout.sampling
         seed = int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0])
@@ -45,15 +46,15 @@ class MicroBatcher:
             rollouts, advantages, schedule, self.config.objective.aggregation, sampling.temperature
         )
 
-    def once(self, rollouts: Sequence[Rollout], step: int) -> list[MicroBatch]:
+    def once(self, rollouts: Sequence[Rollout], step: int) -> Waiting:
         """Micro-batches that hold every response once, cut as by `updates`, for forward passes only."""
         train = self.config.train
         updates = self.updates(rollouts, [0.0] * len(rollouts), step)
-        return [batch for update in updates[: train.updates // train.epochs] for batch in update]
+        return joined(updates[: train.updates // train.epochs])
 
-    def supervised(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """This rank's micro-batches of one optimizer step on all `rollouts`, a mean over their tokens; [] on
-        every rank if none carries loss."""
+    def supervised(self, rollouts: Sequence[Rollout]) -> Waiting:
+        """This rank's micro-batches of one optimizer step on all `rollouts`, a mean over their tokens; empty
+        on every rank if none carries loss."""
         (update,) = self._cut(
             rollouts, [0.0] * len(rollouts), UpdateSchedule(1, 1, seed=0), "token-mean", temperature=1.0
         )
@@ -66,9 +67,9 @@ class MicroBatcher:
         schedule: UpdateSchedule,
         aggregation: Aggregation,
         temperature: float,
-    ) -> list[list[MicroBatch]]:
+    ) -> list[Waiting]:
         config, groups, form = self.config, self.model.groups, self._form(temperature)
-        prefixes = shared_prefixes(rollouts, self.replay)
+        prefixes = self._prefixes(rollouts)
         arranged = plan(
             [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts],
             [rollout.group for rollout in rollouts],
@@ -78,19 +79,25 @@ class MicroBatcher:
         )
         length = config.objective.sum_norm_length or config.rollout.sampling.max_tokens
         table = frequencies(rollouts, form.vocab) if config.observe.energy else None
+        if self.topk or self.replay:
+            mine = {i for update in arranged.steps for chosen in update.ranks[groups.dp.rank] for i in chosen}
+            rollouts = share_records(rollouts, sorted(mine), groups)
 
         def batch(update: PlannedStep, chosen: Sequence[int]) -> MicroBatch:
             weights = step_weights(rollouts, update.responses, aggregation, length)
             built = build(rollouts, advantages, weights, chosen, form, prefixes)
-            counted = built if table is None else replace(built, frequency=table[built.target])
-            return counted.to(device())
+            return built if table is None else replace(built, frequency=table[built.target])
 
-        return [
-            [batch(update, chosen) for chosen in update.ranks[groups.dp.rank]]
-            if carries_loss(rollouts, update)
-            else []
-            for update in arranged.steps
-        ]
+        taken = [carries_loss(rollouts, update) for update in arranged.steps]
+        mine = [update.ranks[groups.dp.rank] if take else () for update, take in zip(arranged.steps, taken)]
+        built = (batch(update, chosen) for update, own in zip(arranged.steps, mine) for chosen in own)
+        return cut(Waiting.of(built, device()), [*map(len, mine)])
+
+    def _prefixes(self, rollouts: Sequence[Rollout]) -> list[Prefixes]:
+        """The shared prefixes of all rollouts; those of recorded experts are found where the records are."""
+        if not self.replay:
+            return shared_prefixes(rollouts)
+        return self.model.groups.world.first(lambda: shared_prefixes(rollouts, replay=True))
 
     def _form(self, temperature: float) -> Form:
         return Form.of(

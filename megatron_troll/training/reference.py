@@ -1,10 +1,11 @@
 """The frozen reference model: one forward pass per rollout batch, read again at each update."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_troll.batching.waiting import with_experts
 from megatron_troll.config import Model
 from megatron_troll.mcore.head import Frozen, Head
 from megatron_troll.mcore.model import MegatronModel, build
@@ -36,13 +37,14 @@ class Reference:
         """Run one forward pass of the micro-batches; outputs on the last stage, [] elsewhere. Blocks on every
         rank."""
         again = bool(self.reads.supports) or self.reads.reference_kl
+        # Replayed experts are the policy's: the reference uses its own routers.
+        own = with_experts(batches, [None] * len(batches))
 
         def read(i: int, hidden: Tensor) -> ReferenceOutputs:
-            logp, frozen = self.head.freeze(hidden, batches[i].target)
+            logp, frozen = self.head.freeze(hidden, own[i].target)
             return ReferenceOutputs(logp, frozen if again else None)
 
-        # Replayed experts are the policy's: the reference uses its own routers.
-        return infer(self.model, [replace(batch, experts=None) for batch in batches], read)
+        return infer(self.model, own, read)
 
     def beside(self, kept: ReferenceOutputs, new: HeadOutputs, reads: HeadRequest) -> HeadOutputs:
         """The reference's readings that correspond to the new policy's `reads`: log-probs, and records at the

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_troll.advantages import Advantage
 from megatron_troll.batching.build import Advantages
+from megatron_troll.batching.waiting import joined
 from megatron_troll.config import Config, Distill
 from megatron_troll.config import RolloutModelConfig as RolloutModelConfig
 from megatron_troll.mcore import parallel
@@ -73,7 +74,7 @@ class RolloutModel:
             planned = self.batcher.updates(rollouts, advantages, step)
             updates = [update for update in planned if update]
             learner = with_weight(self.trainer, weight)
-            records = self._records([batch for update in updates for batch in update]) if updates else []
+            records = self._records(joined(updates)) if updates else []
             rows = [_step(learner, *parts) for parts in zip(updates, split(records, updates))]
         taken = [row for row in rows if row]
         metrics = combine(taken) | {

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_troll.batching.waiting import with_experts
 from megatron_troll.mcore.head import Head, HeadContext, Scan
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
@@ -59,7 +60,7 @@ class OldPolicyOutputs:
 
     readings: list[HeadOutputs]
     broken: tuple[int, ...]
-    batches: list[MicroBatch]
+    batches: Sequence[MicroBatch]
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,14 @@ class PolicyTrainer:
         if self.old == "engine":
             records = [engine_readings(batch) for batch in batches] if self._last else []
             readings = [self._checked(batch, record) for batch, record in zip(batches, records)]
-            return OldPolicyOutputs(readings, self.unusable(batches, readings), list(batches))
+            return OldPolicyOutputs(readings, self.unusable(batches, readings), batches)
 
         def read(i: int, hidden: Tensor) -> HeadOutputs:
             return self._old_of(batches[i], self.head.scan(hidden, batches[i].target, self._reads_old))
 
         with recording(self.trainable.model.chunks if self.replay == "old" else []) as chosen:
             readings = infer(self.trainable.model, batches, read)
-        given = with_experts(batches, chosen) if self.replay == "old" else list(batches)
+        given = with_chosen(batches, chosen) if self.replay == "old" else batches
         return OldPolicyOutputs(readings, self.unusable(batches, readings), given)
 
     @property
@@ -310,12 +311,14 @@ def _not_finite(readings: HeadOutputs) -> Tensor:
     return ~torch.isfinite(readings.logp)
 
 
-def with_experts(batches: Sequence[MicroBatch], chosen: Mapping[int, Sequence[Tensor]]) -> list[MicroBatch]:
+def with_chosen(
+    batches: Sequence[MicroBatch], chosen: Mapping[int, Sequence[Tensor]]
+) -> Sequence[MicroBatch]:
     """The micro-batches with the experts that the routers chose in one forward pass of each."""
-    return [
-        replace(batch, experts={layer: of_batch[i] for layer, of_batch in chosen.items()})
-        for i, batch in enumerate(batches)
-    ]
+    return with_experts(
+        batches,
+        [{layer: of_batch[i] for layer, of_batch in chosen.items()} for i in range(len(batches))],
+    )
 
 
 def probed_rows(n: int) -> Tensor:

@@ -27,6 +27,9 @@ class TensorBucket:
     flat: Tensor
 
 
+# What is left of two buckets holds the tensor that is copied into one of them.
+FILLED = 7 / 8
+
 Allocate = Callable[[int, torch.device], Tensor]
 
 
@@ -38,13 +41,14 @@ def allocated(size: int, device: torch.device) -> Tensor:
 def buckets(
     tensors: Iterable[tuple[str, Tensor]], max_bytes: int, allocate: Allocate = allocated
 ) -> Iterator[TensorBucket]:
-    """Copy `tensors` into buckets of at most `max_bytes` (a larger tensor has a bucket of its own), on their
-    device, in memory from `allocate`.
+    """Copy `tensors` into buckets of at most FILLED of `max_bytes` (a larger tensor has a bucket of its own),
+    on their device, in memory from `allocate`.
 
     The memory of a bucket is reused for the one after the next: finish reading a bucket before you ask for
-    that one. Holds two buckets.
+    that one. Two buckets and the tensor in hand, if that is at most a quarter of `max_bytes`, are
+    2 x `max_bytes`.
     """
-    memory = _Memory(max_bytes, allocate)
+    memory = _Memory(int(max_bytes * FILLED), allocate)
     pieces: list[Piece] = []
     flat: Tensor | None = None
     for name, tensor in tensors:
@@ -59,6 +63,8 @@ def buckets(
         end = start + tensor.nbytes
         flat[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         pieces.append(Piece(name, tuple(tensor.shape), tensor.dtype, start, end))
+        # Or it would still be held while the next is made.
+        del tensor
     if pieces:
         assert flat is not None
         yield TensorBucket(tuple(pieces), flat[: pieces[-1].end])

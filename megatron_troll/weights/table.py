@@ -90,13 +90,15 @@ class Entry:
         return torch.cat([self._piece(part, rank, size) for part in parts], self.axis)
 
     def join(self, shards: list[Tensor]) -> Tensors:
-        """The parameters of all shards, in rank order -> full parts."""
+        """The parameters of all shards, in rank order -> full parts; of one shard, in its memory."""
         if self.axis is None:
             return (shards[0],)
         axis, rows = self.axis, self._rows
         widths = [self._width(count, len(shards)) for count in rows]
         columns = zip(*(shard.split(widths, axis) for shard in shards), strict=True)
-        parts = (torch.cat(column, axis) for column in columns)
+        parts = (
+            column[0].contiguous() if len(column) == 1 else torch.cat(column, axis) for column in columns
+        )
         return tuple(part.narrow(axis, 0, count) for part, count in zip(parts, rows, strict=True))
 
     @cached_property
@@ -238,3 +240,5 @@ def tensors_of(parameters: Iterable[tuple[Place, Tensors]]) -> Iterator[tuple[st
     order. One parameter is in memory at a time; a tensor may share memory with it: copy it to keep it."""
     for place, parts in parameters:
         yield from zip(place.names, place.entry.from_parts(parts), strict=True)
+        # Or it would still be held while the next is made.
+        del parts

@@ -21,6 +21,7 @@ from megatron_troll.mcore.schedule import infer
 from megatron_troll.mcore.shape import read_shape
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.rollout.engine import Engine, Request, Setup
+from megatron_troll.rollout.records import share_records
 from megatron_troll.types import HeadRequest, MicroBatch, Prompt, Rollout, Support
 from megatron_troll.weights.load import load
 from megatron_troll.weights.source import FolderSource
@@ -102,7 +103,8 @@ def generate(model: MegatronModel, case: Case) -> list[Rollout]:
     chosen = [requests()[i] for i in case.order]
     drawing = engine(model, case)
     drawing.sync(case.round + 1)
-    return drawing.generate(chosen, case.sampling, case.round)
+    rollouts = drawing.generate(chosen, case.sampling, case.round)
+    return share_records(rollouts, range(len(rollouts)), model.groups)
 
 
 def generate_cases(sizes: Sizes, folder: str, cases: dict[str, Case], dtype: str = "fp32") -> Generated:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_troll.config import ObjectiveConfig, Optimizer, Slot
-from megatron_troll.types import FinishReason, Message, Prompt, Rollout, TokenTopK
+from megatron_troll.types import FinishReason, Message, Prompt, Rollout, TokenTopK, marked
 from tests.dist.tiny import DENSE, MOE, NEXT, logits_of, reference
 
 TEMPERATURE = 0.8
@@ -136,12 +136,11 @@ def _rollout(i: int, prompt: np.ndarray, ids: Tensor, mask: np.ndarray, law: Ten
         sample=i,
         prompt_ids=prompt,
         response_ids=ids.numpy(),
-        mask=mask,
+        marks=marked(mask, np.zeros(len(ids))),
         logp=law.gather(1, ids[:, None])[:, 0].numpy(),
-        uniform=np.zeros(len(ids)),
+        key=0,
         topk=TokenTopK(top.indices.int().numpy(), top.values.numpy()),
         text="",
         finish=finish,
-        versions=np.zeros(len(ids), dtype=np.int64),
         temperature=TEMPERATURE,
     )

@@ -62,15 +62,14 @@ def response(tokens: int, vocab: int) -> Rollout:
         prompt=Prompt("p", (Message("user", "?"),), answer=""),
         group=0,
         sample=0,
-        prompt_ids=np.zeros(1, dtype=np.int64),
+        prompt_ids=np.zeros(1, dtype=np.int32),
         response_ids=ids,
-        mask=np.ones(tokens, np.float32),
+        marks=np.ones(tokens, np.int32),
         logp=np.zeros(tokens, np.float32),
-        uniform=np.zeros(tokens),
+        key=0,
         topk=None,
         text="",
         finish="stop",
-        versions=np.zeros(tokens, np.int64),
         temperature=1.0,
     )
 

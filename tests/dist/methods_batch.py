@@ -70,7 +70,7 @@ def _recorded(rollouts: list[Rollout], engine: Tensor, generator: torch.Generato
         yield replace(
             rollout,
             logp=_placed(sampled, told, np.nan).astype(np.float32),
-            uniform=torch.rand(len(told), generator=generator, dtype=torch.float64).numpy(),
+            key=int(torch.randint(1 << 62, (), generator=generator)),
             topk=TokenTopK(
                 _placed(best.indices, told, NO_ID).astype(np.int32),
                 _placed(best.values, told, np.nan).astype(np.float32),

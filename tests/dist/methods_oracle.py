@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_troll.batching.uniforms import token_uniforms
 from megatron_troll.config import ObjectiveConfig
 from megatron_troll.mcore.shape import shape_of
 from megatron_troll.objectives import compose
@@ -92,7 +93,7 @@ class Oracle:
         rollouts, told = self.batch.rollouts, self._told
         lengths = torch.tensor([int(kept.sum()) for kept in told])
         target = np.concatenate([r.response_ids[kept] for r, kept in zip(rollouts, told)])
-        uniform = np.concatenate([r.uniform[kept] for r, kept in zip(rollouts, told)])
+        uniform = np.concatenate([token_uniforms(r.key, len(kept))[kept] for r, kept in zip(rollouts, told)])
         return Rows(
             new=self.now.logits.detach().requires_grad_(),
             old=self.before.logits,

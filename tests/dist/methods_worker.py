@@ -90,7 +90,7 @@ def run_first_steps(
         return outcomes
 
 
-def arrange(name: str, cut: Cut, batch: Batch, model: MegatronModel) -> list[MicroBatch]:
+def arrange(name: str, cut: Cut, batch: Batch, model: MegatronModel) -> Sequence[MicroBatch]:
     """This rank's micro-batches of one optimizer step over the whole batch."""
     objective = METHODS[name].config
     config = Config(

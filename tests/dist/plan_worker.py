@@ -86,13 +86,12 @@ def response(ids: np.ndarray) -> Rollout:
         sample=0,
         prompt_ids=ids[:1],
         response_ids=ids,
-        mask=np.ones(n, np.float32),
+        marks=np.ones(n, np.int32),
         logp=np.zeros(n, np.float32),
-        uniform=np.zeros(n),
+        key=0,
         topk=None,
         text="",
         finish="stop",
-        versions=np.zeros(n, np.int64),
         temperature=1.0,
     )
 

@@ -15,6 +15,7 @@ from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.router import recording, routers
 from megatron_troll.mcore.schedule import infer
 from megatron_troll.rollout.engine import Setup
+from megatron_troll.rollout.records import share_records
 from megatron_troll.training.microbatches import routing_of
 from megatron_troll.types import MicroBatch, Rollout
 from tests.dist.generation_worker import STOPS, TOKENIZER, VOCAB, opened, requests
@@ -39,6 +40,7 @@ def draw_and_replay(sizes: Sizes, folder: str) -> Choices:
         )
         engine = rollout.build(Setup(config, model, Path(config.policy.path), TOKENIZER, STOPS))
         rollouts = engine.generate(requests(), Sampling(max_tokens=8), 1)
+        rollouts = share_records(rollouts, range(len(rollouts)), model.groups)
         batches = packed(model, rollouts)
         free = [replace(batch, experts=None) for batch in batches]
         unchanged = agreement(model, batches, chosen(model, free))

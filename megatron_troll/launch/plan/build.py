@@ -8,7 +8,7 @@ from megatron_troll import rollout
 from megatron_troll.batching.experts import expert_dtype
 from megatron_troll.checks import check_methods
 from megatron_troll.config import Config
-from megatron_troll.launch.plan import communication, generation, head
+from megatron_troll.launch.plan import batches, communication, generation, head
 from megatron_troll.launch.plan.activations import (
     Work,
     activations_of,
@@ -24,7 +24,6 @@ from megatron_troll.launch.plan.servers import BF16, GIB, ServerShare, check_ser
 from megatron_troll.mcore.layout import Cut, cuts, smallest_world
 from megatron_troll.objectives.compose import compose, resolve
 from megatron_troll.objectives.objective import Objective
-from megatron_troll.types import ENTRY_BYTES, LOSS_TOKEN_BYTES, TOKEN_BYTES
 from megatron_troll.weights.table import parameters_of
 
 
@@ -69,7 +68,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run. All bytes are of one rank, except `sync`: the bytes that each server receives."""
+    """The plan of a run. All bytes are of one rank, except `sync`: the bytes that each server receives.
+    host: those of rollouts and micro-batches in host memory."""
 
     config: Config
     world: int
@@ -82,6 +82,7 @@ class Plan:
     traffic: communication.Traffic
     servers: list[ServerShare]
     sync: int
+    host: dict[str, int]
     limit: int
 
     @property
@@ -109,6 +110,7 @@ class Plan:
             "traffic": asdict(self.traffic),
             "servers": [asdict(server) for server in self.servers],
             "sync": self.sync,
+            "host": self.host,
             "limit": self.limit,
             "fits": self.fits,
         }
@@ -142,6 +144,7 @@ def plan(config: Config, ranks: int | None = None) -> Plan:
             drawing.shape, drawn, work.tokens, _limit(launch.device_gib * server_share(config))
         ),
         sync=BF16 * drawn,
+        host=batches.on_host(config, objective, work, policy),
         limit=_limit(launch.device_gib - launch.reserve_gib),
     )
 
@@ -189,7 +192,8 @@ def _stage(config: Config, models: Sequence[Planned], objective: Objective, work
             "optimizer": sum(s.optimizer for s in states[rank]),
         },
         training={"activations": max(used.kept, *others, 0)} | beside,
-        generation=generation.held(config, policy, drawing_of(models), work, stage),
+        generation=generation.held(config, policy, drawing_of(models), work, stage)
+        | generation.sync(config, stage),
         host=sum(s.host for s in states[rank]),
         in_flight=used.in_flight,
         activations={mode: found.kept for mode, found in modes.items()},
@@ -211,13 +215,11 @@ def _beside(
     last = stage == layout.pp - 1
     tokens = work.responses * work.tokens // layout.cp
     answers = work.responses * config.rollout.sampling.max_tokens // layout.cp
-    entries = config.rollout.top_k if config.objective.old == "engine" else 0
     return {
         "head": head.saved_by_head(flow, objective) if last else 0,
         "logits": head.logits_of(flow, objective).used if last else 0,
         "records": head.records_of(answers, flow, objective, config.models.rollout) if last else 0,
-        "batch": config.train.epochs
-        * (TOKEN_BYTES * tokens + (LOSS_TOKEN_BYTES + ENTRY_BYTES * entries) * answers),
+        "batch": batches.in_use(config, objective, work, layout.cp),
         "replay": _replayed(config, policy, stage, tokens),
         "pipeline": between_stages(policy, flow, stage, flying),
         "working set": working_set(flow),

@@ -13,6 +13,7 @@ from megatron_troll.rollout.engines.drawing import PROMPT_TOKENS
 # Bytes per element of a whole row of logits, on the last stage: logits and their gathered shards, log-probs,
 # probabilities, and a cumulative sum in fp64.
 ROW = 6 * FLOAT
+MIB = 1 << 20
 
 
 def held(config: Config, policy: Planned, drawing: Planned, work: Work, stage: int) -> dict[str, int]:
@@ -26,6 +27,15 @@ def held(config: Config, policy: Planned, drawing: Planned, work: Work, stage: i
     here += [] if drawing is policy else [policy]
     engines = [_in_process(config, planned, work, stage) for planned in here]
     return found | max(engines, key=lambda engine: sum(engine.values()), default={})
+
+
+def sync(config: Config, stage: int) -> dict[str, int]:
+    """Bytes that a sync of weights to servers holds on rank 0, which the first stage has: two buckets
+    (weights/buckets.py); via disk they are in host memory."""
+    sending = config.rollout.sglang.sync
+    if config.rollout.engine != "sglang" or sending.via == "disk":
+        return {}
+    return {"weight sync": 2 * sending.bucket_mib * MIB if stage == 0 else 0}
 
 
 def _in_process(config: Config, drawing: Planned, work: Work, stage: int) -> dict[str, int]:

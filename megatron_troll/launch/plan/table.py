@@ -66,6 +66,11 @@ def notes(plan: Plan) -> Iterator[str]:
     layers = "Transformer Engine's layers" if plan.te else "the local layers"
     yield f"activations are those of {layers}; working set and what Transformer Engine keeps are estimates"
     yield f"weight sync: {_size(plan.sync)} in bf16 to every server"
+    rollouts, records, waiting = (_size(plan.host[name]) for name in ("rollouts", "records", "micro-batches"))
+    yield (
+        f"in host memory: {rollouts} of rollouts on every rank, {records} of their top-K and experts on rank "
+        f"0, and {waiting} of micro-batches that wait"
+    )
 
 
 def _layout(plan: Plan) -> Table:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_troll.mcore.decode import Decoder
 from megatron_troll.mcore.kv_cache import Prefix
-from megatron_troll.mcore.router import over_stages
 from megatron_troll.parallel.groups import Group
 from megatron_troll.rollout.engine import Completion, Request
 from megatron_troll.types import TokenTopK
@@ -61,8 +60,8 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token of each of B requests, named by index: token [B] on every stage; logp [B] and top-K [B, K] on
-    the last stage."""
+    """One token of each of B requests, named by index: token [B] on every stage; logp [B] and top-K [B, K],
+    ids int32, on the last stage."""
 
     requests: tuple[int, ...]
     token: Tensor
@@ -120,8 +119,10 @@ def experts_of(
 ) -> list[np.ndarray]:
     """Experts [t, layers, k] of the tokens of each request, from `places`, their numbers among all that were
     read, and the experts of each forward ([n, k] by layer). Blocks on the pipeline."""
-    mine = {layer: torch.cat(of_forward).cpu().numpy() for layer, of_forward in chosen.items()}
-    whole = np.stack(list(over_stages(mine, pp).values()), axis=1)
+    mine = {f"{layer:06d}": torch.cat(of_forward).cpu().numpy() for layer, of_forward in chosen.items()}
+    stages = [pp.broadcast_arrays(mine if stage == pp.rank else None, stage) for stage in range(pp.size)]
+    every = {layer: experts for stage in stages for layer, experts in stage.items()}
+    whole = np.stack([every[layer] for layer in sorted(every)], axis=1)
     return [whole[numbers] for numbers in places]
 
 
@@ -140,6 +141,7 @@ def completions(
         _together([getattr(step, name) for step in steps], order)
         for name in ("token", "logp", "topk_ids", "topk_logp")
     )
+    ids = None if ids is None else ids.astype(np.int32)
     answers = []
     for i, (count, end) in enumerate(zip(counts, ends.tolist(), strict=True)):
         mine = slice(end - count, end)
@@ -147,13 +149,13 @@ def completions(
         assert logp is not None
         topk = None
         if topk_ids is not None and topk_logp is not None:
-            topk = TokenTopK(topk_ids[mine].astype(np.int32), topk_logp[mine])
+            topk = TokenTopK(topk_ids[mine], topk_logp[mine])
         answers.append(
             Completion(
                 ids=ids[mine],
                 logp=logp[mine],
                 topk=topk,
-                versions=np.full(count, version, dtype=np.int64),
+                versions=np.full(count, version, dtype=np.int32),
                 finish="stop" if ids[mine][-1] in stop_ids else "length",
                 experts=None if experts is None else experts[i],
             )

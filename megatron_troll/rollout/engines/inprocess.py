@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from troll_kernels.topk import largest
 
+from megatron_troll.batching.uniforms import uniforms
 from megatron_troll.config import Sampling
 from megatron_troll.mcore.decode import Decoder, generation_mode
 from megatron_troll.mcore.head import Head
@@ -14,7 +15,8 @@ from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import recording
 from megatron_troll.rollout.engine import Completion, Engine, Request, Setup, rollout_of
 from megatron_troll.rollout.engines.drawing import Drawn, UnderWay, Waiting, completions, experts_of
-from megatron_troll.rollout.sampling import sample, sample_key, uniforms
+from megatron_troll.rollout.records import on_rank_0
+from megatron_troll.rollout.sampling import sample, sample_key
 from megatron_troll.types import Rollout
 
 # What a rank reads that has nothing to read.
@@ -23,7 +25,7 @@ NOTHING = np.zeros(1, dtype=np.int64)
 
 class InProcessEngine(Engine):
     """Samples with a KV cache on the training weights under TP, EP, PP and DP: each data-parallel rank
-    generates its share of the requests, up to `max_sequences` at a time, then all ranks gather everything. A
+    generates its share of the requests, up to `max_sequences` at a time, then all ranks gather the answers. A
     prompt is read once for all its samples, and the place of one that ended is taken by the next. The same
     requests, `sampling` and `round` give the same tokens on any layout: a token's uniform is keyed by (seed,
     round, prompt id, sample, position)."""
@@ -43,17 +45,18 @@ class InProcessEngine(Engine):
         return {}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, round: int) -> list[Rollout]:
-        """See Engine. Each rank holds every rollout's ids, log-probs and top-K in host memory."""
+        """See Engine. Each rank holds every rollout's ids and log-probs in host memory, rank 0 their top-K
+        and experts too."""
         dp = self.model.groups.dp
         # Neighbours, which share prompts, stay together.
         mine = range(len(requests) * dp.rank // dp.size, len(requests) * (dp.rank + 1) // dp.size)
         with generation_mode(self.model):
             answers = self._draw([requests[i] for i in mine], sampling, round)
-        answers = self.model.groups.pp.broadcast_object(answers, self.model.groups.pp.size - 1)
-        shares = dp.all_gather_objects(answers)
-        every = [answer for share in shares for answer in share]
+        recorded = bool(self.config.top_k) or self._records
+        every = on_rank_0(answers, self.model.groups, recorded)
+        elsewhere = recorded and self.model.groups.world.rank > 0
         return [
-            rollout_of(self.setup, request, answer, sampling, round)
+            rollout_of(self.setup, request, answer, sampling, round, elsewhere=elsewhere)
             for request, answer in zip(requests, every, strict=True)
         ]
 
@@ -113,4 +116,4 @@ class InProcessEngine(Engine):
         if not self.config.top_k:
             return Drawn(requests, token, logp)
         values, ids = largest(logprobs, min(self.config.top_k, size))
-        return Drawn(requests, token, logp, ids, values)
+        return Drawn(requests, token, logp, ids.int(), values)

@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_troll.config import RunPaths, Sampling
 from megatron_troll.rollout.engine import Engine, Request, Setup, rollout_of
+from megatron_troll.rollout.records import packed, unpacked
 from megatron_troll.rollout.sampling import sample_key
 from megatron_troll.rollout.sglang import probe as diagnosis
 from megatron_troll.rollout.sglang import weights
@@ -23,7 +24,8 @@ from megatron_troll.types import Rollout
 
 class SGLangEngine(Engine):
     """Rank 0 sends the requests and broadcasts the answers to all ranks: there is only one view of which
-    servers exist, and each request is answered once. All ranks hold every rollout of a batch."""
+    servers exist, and each request is answered once. All ranks hold every rollout of a batch, rank 0 the
+    top-K and experts too."""
 
     generates_elsewhere = True
     returns_experts = True
@@ -37,9 +39,7 @@ class SGLangEngine(Engine):
         keep = setup.rollout.sglang.buffer
         self._journal = Journal(RunPaths.of(setup.config).buffer) if keep else None
         probe = setup.rollout.sglang.probe
-        self._probed = sequences([prompt.ids.astype(np.int64) for prompt in setup.prompts], probe.tokens)[
-            : probe.prompts
-        ]
+        self._probed = sequences([prompt.ids for prompt in setup.prompts], probe.tokens)[: probe.prompts]
         self.connection: Connection | None = None
         self._rank_zero = RankZero(setup.model, None)
         self._open()
@@ -87,12 +87,14 @@ class SGLangEngine(Engine):
             while not self._rank_zero.first(drawing.complete):
                 assert self._version is not None
                 weights.sync(self._rank_zero, self._version, self._pause)
-            drawn = self._rank_zero.first(
-                lambda connection: [drawing.answers[i] for i in range(len(questions))]
-            )
+            world = self.setup.model.groups.world
+            drawn = [drawing.answers[i] for i in range(len(questions))] if world.rank == 0 else None
+            arrays = world.broadcast_arrays(None if drawn is None else packed(drawn), 0)
+            answers = unpacked(arrays) if drawn is None else drawn
+            elsewhere = world.rank > 0 and (self.setup.rollout.top_k > 0 or self._replays)
             return [
-                rollout_of(self.setup, request, answer, sampling, round)
-                for request, answer in zip(requests, drawn, strict=True)
+                rollout_of(self.setup, request, answer, sampling, round, elsewhere=elsewhere)
+                for request, answer in zip(requests, answers, strict=True)
             ]
 
         return finish
@@ -118,12 +120,16 @@ class SGLangEngine(Engine):
     def _pause(self) -> Pause:
         """Treatment of the requests in flight by a sync. After a retraction the record of experts is that of
         a second reading; an aborted answer keeps that of its first part."""
-        return "abort" if self.setup.config.train.replay == "rollout" else "retract"
+        return "abort" if self._replays else "retract"
+
+    @property
+    def _replays(self) -> bool:
+        return self.setup.config.train.replay == "rollout"
 
     def _question(self, request: Request, sampling: Sampling, round: int) -> NamedRequest:
         shape = self.setup.model.shape
         vocab, routed = shape.vocab, None
-        if self.setup.config.train.replay == "rollout":
+        if self._replays:
             routed = Routed(shape.layers, shape.experts_per_token, shape.experts)
         ask = GenerationRequest(
             ids=request.prompt_ids.tolist(),

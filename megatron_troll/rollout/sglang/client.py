@@ -174,8 +174,8 @@ class Client:
             await asyncio.gather(*(self._http.post(url, "/abort_request", {"rid": rid}) for url in urls))
 
     def _numbered(self, part: Part, server: ServerState) -> np.ndarray:
-        """[T] int64, version of the weights of each token. Raises BadReply if they are not from this run."""
-        versions = np.empty(len(part.ids), dtype=np.int64)
+        """[T] int32, version of the weights of each token. Raises BadReply if they are not from this run."""
+        versions = np.empty(len(part.ids), dtype=np.int32)
         for span in part.spans:
             number = self._versions.number(span.version)
             if span.end > span.start and number is None:

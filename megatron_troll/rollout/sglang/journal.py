@@ -119,13 +119,13 @@ def _answer(head: dict[str, Any], body: bytes) -> Completion:
     at = 0
     for key, shape in head["shapes"].items():
         count = int(np.prod(shape))
-        arrays[key] = np.frombuffer(body, DTYPES[key], count, at).reshape(shape)
+        arrays[key] = np.frombuffer(body, DTYPES[key], count, at).reshape(shape).copy()
         at += arrays[key].nbytes
     return Completion(
-        ids=arrays["ids"].astype(np.int64),
+        ids=arrays["ids"],
         logp=arrays["logp"],
         topk=TokenTopK(arrays["topk_ids"], arrays["topk_logp"]) if "topk_ids" in arrays else None,
-        versions=arrays["versions"].astype(np.int64),
+        versions=arrays["versions"],
         finish=head["finish"],
         experts=arrays.get("experts"),
     )

@@ -92,13 +92,12 @@ def _batch(one: Probed, model: MegatronModel) -> MicroBatch:
         sample=0,
         prompt_ids=one.ids[: -one.scored],
         response_ids=one.ids[-one.scored :],
-        mask=np.ones(one.scored, dtype=np.float32),
+        marks=np.ones(one.scored, dtype=np.int32),
         logp=nothing,
-        uniform=np.zeros(one.scored),
+        key=0,
         topk=None,
         text="",
         finish="stop",
-        versions=np.zeros(one.scored, dtype=np.int64),
         temperature=1.0,
     )
     return build([rollout], [0.0], [0.0], [0], Form.of(model.groups, model.shape.vocab)).to(device())

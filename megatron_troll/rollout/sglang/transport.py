@@ -95,9 +95,13 @@ def _by_file_name() -> Iterator[None]:
 
 
 def shared(size: int, device: torch.device) -> Tensor:
-    """Memory that servers can map. Sharing a bucket only after it is filled would hold it twice."""
+    """Memory that servers can map, [size] uint8. Sharing a bucket only after it is filled would hold it
+    twice, and `share_memory_` would write every page of one that is filled in part."""
+    if device.type != "cpu":
+        return allocated(size, device)
     with _by_file_name():
-        return allocated(size, device).share_memory_()
+        storage = torch.UntypedStorage._new_shared(size, device=device)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 @dataclass(frozen=True)

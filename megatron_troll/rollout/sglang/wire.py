@@ -93,7 +93,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """Result of one request: ids int64, logp float32 [T], top-K and the weights behind each token; the
+    """Result of one request: ids int32, logp float32 [T], top-K and the weights behind each token; the
     experts of all tokens that the server read, if it sampled any."""
 
     ids: np.ndarray
@@ -153,7 +153,7 @@ def _ids(values: list[Any], vocab: int) -> np.ndarray:
     ids = np.array(values, dtype=np.int64)
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab):
         raise BadReply(f"token {ids.max()} is outside of the policy's vocabulary of {vocab}: another model?")
-    return ids
+    return ids.astype(np.int32)
 
 
 def _finish(meta: Mapping[str, Any], ids: np.ndarray, ask: GenerationRequest) -> FinishReason:

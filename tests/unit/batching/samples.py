@@ -22,15 +22,14 @@ def rollout(
         prompt=Prompt("p", (Message("user", "?"),), answer=""),
         group=0,
         sample=sample,
-        prompt_ids=np.array(prompt, dtype=np.int64),
+        prompt_ids=np.array(prompt, dtype=np.int32),
         response_ids=ids,
-        mask=np.ones(len(ids), np.float32) if mask is None else np.array(mask, np.float32),
+        marks=np.ones(len(ids), np.int32) if mask is None else np.array(mask, np.int32),
         logp=(-0.01 * ids).astype(np.float32),
-        uniform=np.linspace(0.0, 0.9, len(ids)),
+        key=sample,
         topk=topk,
         text="",
         finish="stop",
-        versions=np.zeros(len(ids), dtype=np.int64),
         temperature=1.0,
     )
 

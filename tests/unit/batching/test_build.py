@@ -132,7 +132,7 @@ def test_a_packed_batch_on_one_screen() -> None:
 def test_prefixes_are_read_once_and_every_loss_token_is_predicted(cp: int, tp: int) -> None:
     """Each token is predicted from the place before it, in a sequence that its response is read in."""
     rollouts = [*ROLLOUTS, *(dataclasses.replace(ROLLOUTS[0], response_ids=ROLLOUTS[i].response_ids,
-                mask=ROLLOUTS[i].mask, logp=ROLLOUTS[i].logp, uniform=ROLLOUTS[i].uniform, sample=i)
+                marks=ROLLOUTS[i].marks, logp=ROLLOUTS[i].logp, sample=i)
                 for i in (1, 2, 5))]  # fmt: skip
     chosen, found = [7, 4, 0, 8, 6], []
     form = Form(VOCAB, shared=True, cp_size=cp, tp_size=tp)

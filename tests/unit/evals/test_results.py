@@ -30,9 +30,7 @@ def sample(number: int) -> Rollout:
     tokens = np.zeros(LENGTHS[number])
     prompt = Prompt(f"p{number // 3}", (), "4")
     finish: Any = FINISH[number]
-    return Rollout(
-        prompt, number // 3, number % 3, tokens, tokens, tokens, tokens, tokens, None, "", finish, tokens, 1.0
-    )
+    return Rollout(prompt, number // 3, number % 3, tokens, tokens, tokens, tokens, 0, None, "", finish, 1.0)
 
 
 def judged(first: int, last: int) -> ScoredBatch:

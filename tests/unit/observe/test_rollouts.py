@@ -26,13 +26,12 @@ def rollout(sample: int, logp: list[float], mask: list[float] | None = None) -> 
         sample=sample,
         prompt_ids=np.arange(3),
         response_ids=ids,
-        mask=np.asarray(mask or [1.0] * len(logp), np.float32),
+        marks=np.asarray(mask or [1] * len(logp), np.int32),
         logp=np.asarray(logp, np.float32),
-        uniform=np.zeros(len(logp)),
+        key=0,
         topk=None,
         text="".join(WORDS[i] for i in ids),
         finish="stop",
-        versions=np.zeros(len(logp), dtype=np.int64),
         temperature=1.0,
     )
 

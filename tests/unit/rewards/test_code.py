@@ -146,7 +146,7 @@ def test_a_test_that_an_answer_can_fail_is_accepted(judge, test):
 
 def rollout(text: str, sample: int = 0) -> Rollout:
     nothing = np.zeros(0)
-    return Rollout(prompt(DOUBLE), 0, sample, *[nothing] * 5, None, text, "stop", nothing, 1.0)
+    return Rollout(prompt(DOUBLE), 0, sample, *[nothing] * 4, 0, None, text, "stop", 1.0)
 
 
 def test_through_the_workers():

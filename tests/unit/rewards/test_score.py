@@ -26,7 +26,7 @@ def rollout(
 ) -> Rollout:
     empty = np.zeros(0)
     prompt = Prompt("p1", (), answer, record, opens_reasoning=opens_reasoning)
-    return Rollout(prompt, 0, sample, empty, empty, empty, empty, empty, None, text, finish, empty, 1.0)
+    return Rollout(prompt, 0, sample, empty, empty, empty, empty, 0, None, text, finish, 1.0)
 
 
 def score(texts, name=PLUGINS + ":Obeys", workers=2, **config):

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_troll.batching.uniforms import token_uniforms
 from megatron_troll.data.rows import DataError
 from megatron_troll.rollout import archive
-from megatron_troll.types import Message, Prompt, Rollout, TokenTopK
+from megatron_troll.types import Message, Prompt, Rollout, TokenTopK, marked
 
 PROMPTS = {name: Prompt(name, (Message("user", name),), "7") for name in ("a", "b")}
 
@@ -20,15 +21,14 @@ def rollout(prompt: str, sample: int, length: int, k: int = 3) -> Rollout:
         prompt=PROMPTS[prompt],
         group=list(PROMPTS).index(prompt),
         sample=sample,
-        prompt_ids=rng.integers(0, 50, 4 + sample),
-        response_ids=rng.integers(0, 50, length),
-        mask=rng.integers(0, 2, length).astype(np.float32),
+        prompt_ids=rng.integers(0, 50, 4 + sample).astype(np.int32),
+        response_ids=rng.integers(0, 50, length).astype(np.int32),
+        marks=marked(rng.integers(0, 2, length), rng.integers(0, 12, length)),
         logp=np.where(rng.random(length) < 0.2, -np.inf, rng.standard_normal(length)).astype(np.float32),
-        uniform=rng.random(length),
+        key=int(rng.integers(0, 2**64, dtype=np.uint64)),
         topk=TokenTopK(ids, rng.standard_normal((length, k)).astype(np.float32)),
         text="13579 \N{SNOWMAN} \ud800",
         finish="length",
-        versions=rng.integers(0, 12, length),
         temperature=0.7,
     )
 
@@ -93,3 +93,31 @@ def test_experts_come_back_to_the_bit(tmp_path: Path) -> None:
 def test_experts_of_some_rollouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no record of their experts"):
         archive.write(tmp_path / "batch", [with_experts(BATCH[0]), *BATCH[1:]])
+
+
+def test_a_rollout_costs_12_bytes_a_token_and_8_an_entry_as_on_disk(tmp_path: Path) -> None:
+    archive.write(tmp_path / "batch", BATCH)
+    for batch in (BATCH, archive.read(tmp_path / "batch", PROMPTS)):
+        tokens = sum(len(one.response_ids) for one in batch)
+        held = sum(one.response_ids.nbytes + one.marks.nbytes + one.logp.nbytes for one in batch)
+        assert held == 12 * tokens
+        assert sum(one.topk.ids.nbytes + one.topk.logp.nbytes for one in batch if one.topk) == 8 * 3 * tokens
+    arrays = [value for value in vars(BATCH[0]).values() if isinstance(value, np.ndarray)]
+    assert sum(map(len, arrays)) == 3 * len(BATCH[0].response_ids) + len(BATCH[0].prompt_ids)
+
+
+def test_files_of_older_versions_are_read(tmp_path: Path) -> None:
+    """They had int64 ids, and the mask, the version and the random number of every token."""
+    archive.write(tmp_path / "batch", BATCH)
+    with np.load(tmp_path / "batch.npz") as file:
+        arrays = dict(file)
+    del arrays["marks"], arrays["keys"]
+    arrays |= {name: arrays[name].astype(np.int64) for name in ("prompt_ids", "response_ids")}
+    arrays["mask"] = np.concatenate([one.mask for one in BATCH]).astype(np.float32)
+    arrays["versions"] = np.concatenate([one.versions for one in BATCH]).astype(np.int64)
+    arrays["uniform"] = np.concatenate([token_uniforms(one.key, len(one.response_ids)) for one in BATCH])
+    np.savez(tmp_path / "batch.npz", allow_pickle=False, **arrays)
+    for one, other in zip(BATCH, archive.read(tmp_path / "batch", PROMPTS), strict=True):
+        assert_same(replace(one, key=other.key), other)
+        uniform = (token_uniforms(each.key, len(each.response_ids)) for each in (one, other))
+        assert_arrays(*uniform)

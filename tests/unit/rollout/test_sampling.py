@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_troll.batching.uniforms import uniforms
 from megatron_troll.config import Sampling
-from megatron_troll.rollout.sampling import keep, sample, sample_key, uniforms
+from megatron_troll.rollout.sampling import keep, sample, sample_key
 
 MASK = 2**64 - 1
 LARGEST_UNIFORM = 1 - 2.0**-53

@@ -21,7 +21,7 @@ from megatron_troll.parallel.groups import Groups
 from megatron_troll.rewards.score import Scorer
 from megatron_troll.rollout.engine import Request
 from megatron_troll.run.collect import RolloutBatch, begin, chosen, collect, informative
-from megatron_troll.types import Message, Prompt, Rollout
+from megatron_troll.types import Message, Prompt, Rollout, marked
 
 SAMPLES = 4
 
@@ -59,13 +59,12 @@ class Fake:
             sample=request.sample,
             prompt_ids=request.prompt_ids,
             response_ids=token,
-            mask=token,
+            marks=marked(np.ones(1), np.full(1, round)),
             logp=token,
-            uniform=token,
+            key=0,
             topk=None,
             text="12" if right else "21",
             finish="stop",
-            versions=np.full(1, round),
             temperature=1.0,
         )
 

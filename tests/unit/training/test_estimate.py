@@ -1,6 +1,6 @@
 """Advantages of a batch, with and without a critic."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from megatron_troll.advantages import Values
 from megatron_troll.advantages.gae import Gae
 from megatron_troll.advantages.grpo import Grpo
 from megatron_troll.training.critic import Critic, estimate, explained_variance
-from megatron_troll.types import Prompt, Rollout
+from megatron_troll.types import Prompt, Rollout, marked
 
 REWARDS = np.array([1.0, 0.0], dtype=np.float32)
 
@@ -19,8 +19,8 @@ def rollout(sample: int, mask: list[float]) -> Rollout:
     ids = np.arange(len(mask))
     logp = np.zeros(len(mask), dtype=np.float32)
     return Rollout(
-        Prompt("p", (), ""), 0, sample, ids[:1], ids, np.array(mask, dtype=np.float32), logp, ids / 10,
-        None, "", "stop", ids, 1.0,
+        Prompt("p", (), ""), 0, sample, ids[:1], ids, marked(np.array(mask), ids), logp, 7,
+        None, "", "stop", 1.0,
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_a_critics_tokens_keep_their_places_beside_masked_ones() -> None:
 
 
 def test_a_response_without_loss_tokens_takes_no_advantage() -> None:
-    masked = replace(rollout(1, [1, 1]), mask=np.zeros(2, dtype=np.float32))
+    masked = rollout(1, [1, 1]).masked()
     critic = Constant(None, None, None)  # pyright: ignore[reportArgumentType]
     found = estimate(Gae(), critic, [rollout(0, [1]), masked], REWARDS, step=1)
     assert np.asarray(found.advantages[1]).tolist() == [0.0, 0.0]

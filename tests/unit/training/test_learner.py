@@ -20,13 +20,12 @@ def rollout(logp: list[float], mask: list[float], topk_logp: list[list[float]] |
         sample=0,
         prompt_ids=np.array([1]),
         response_ids=np.arange(len(logp)),
-        mask=np.array(mask, dtype=np.float32),
+        marks=np.array(mask),
         logp=np.array(logp, dtype=np.float32),
-        uniform=np.zeros(len(logp)),
+        key=0,
         topk=topk,
         text="",
         finish="stop",
-        versions=np.zeros(len(logp), dtype=np.int64),
         temperature=1.0,
     )
 

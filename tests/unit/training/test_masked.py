@@ -11,8 +11,8 @@ from tests.unit.rollout.test_archive import rollout
 
 def test_a_step_carries_loss_if_one_token_of_one_rank_does() -> None:
     whole = rollout("a", 0, 3)
-    masked = replace(whole, mask=np.zeros_like(whole.mask))
-    one = replace(whole, mask=np.array([0, 0, 1], dtype=np.float32))
+    masked = whole.masked()
+    one = replace(whole, marks=np.array([0, 0, 1]))
     batch = [masked, masked, one, masked]
     assert not carries_loss(batch, PlannedStep(0, (((0,),), ((1,),))))
     assert carries_loss(batch, PlannedStep(0, (((3,),), ((2,),))))

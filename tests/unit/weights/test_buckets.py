@@ -1,5 +1,6 @@
 """Tensors come out of buckets as they went in, within the memory that was promised."""
 
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -61,3 +62,35 @@ def test_a_tensor_that_is_not_contiguous(dtype: torch.dtype) -> None:
     tensor = torch.arange(12.0).view(3, 4).to(dtype).t()
     (bucket,) = buckets([("t", tensor)], 1)
     assert torch.equal(next(unpacked(bucket))[1].float(), tensor.float())
+
+
+def test_two_buckets_and_the_tensor_in_hand_are_two_buckets() -> None:
+    """Counted over all storages that are alive, while one bucket is read and the next is filled."""
+    limit, held, peak = 4000, 0, 0
+
+    def tracked(tensor: Tensor) -> Tensor:
+        nonlocal held, peak
+        size = tensor.untyped_storage().nbytes()
+        held += size
+        peak = max(peak, held)
+        weakref.finalize(tensor.untyped_storage(), freed, size)
+        return tensor
+
+    def freed(size: int) -> None:
+        nonlocal held
+        held -= size
+
+    def allocate(size: int, device: torch.device) -> Tensor:
+        return tracked(torch.empty(size, dtype=torch.uint8, device=device))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for i in range(30):
+            yield f"t{i}", tracked(torch.full((50 + 10 * (i % 20),), float(i)))
+
+    total, before = 0, None
+    for bucket in buckets(tensors(), limit, allocate):
+        total += bucket.flat.nbytes
+        assert before is None or before.pieces
+        before = bucket
+    assert total == sum(4 * (50 + 10 * (i % 20)) for i in range(30))
+    assert 1.7 * limit < peak <= 2 * limit

@@ -1,6 +1,8 @@
 """The tables: names of both layer specs, and both directions of every entry."""
 
 import json
+import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megatron_troll.config.load import PRESETS
 from megatron_troll.mcore.shape import ModelShape, shape_of
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.source import TensorSource, check
-from megatron_troll.weights.table import Entry, HFTensor, Table, parameters_of
+from megatron_troll.weights.table import Entry, HFTensor, Place, Table, parameters_of, tensors_of
 from tests.dist.parameters import unshard
 from tests.dist.tiny import DENSE, MOE, NEXT
 from tests.dist.tiny_families import FAMILIES, QWEN3_5_MOE, QWEN3_5_TEXT
@@ -229,3 +232,35 @@ def test_published_sizes() -> None:
         "tie_word_embeddings": True,
     }
     assert parameters_of(table_at(qwen3_0_6b)) == 596_049_920
+
+
+def test_one_parameter_is_held_at_a_time() -> None:
+    alive: list[int] = [0]
+    entry = Entry((HFTensor("layers.{l}.w.weight", (4, 4)),), ("decoder.layers.{l}.w.weight",), axis=0)
+    places = list(Table((entry,), ("full_attention",) * 3, experts=0).places())
+
+    def made() -> Iterator[tuple[Place, tuple[Tensor, ...]]]:
+        for place in places:
+            assert alive == [0]
+            whole = torch.ones(4, 4)
+            alive[0] += 1
+            weakref.finalize(whole.untyped_storage(), lambda: alive.__setitem__(0, alive[0] - 1))
+            parts = (whole,)
+            del whole
+            yield place, parts
+            del parts
+
+    names = [name for name, _ in map(_let_go, tensors_of(made()))]
+    assert len(names) == 3
+
+
+def _let_go(item: tuple[str, Tensor]) -> tuple[str, None]:
+    return item[0], None
+
+
+def test_one_shard_is_not_copied() -> None:
+    whole = torch.arange(16.0).view(4, 4)
+    entry = Entry((HFTensor("w", (4, 4)),), ("w",), axis=0)
+    (part,) = entry.join([whole])
+    assert part.data_ptr() == whole.data_ptr()
+    assert torch.equal(entry.join([*whole.split(2)])[0], whole)

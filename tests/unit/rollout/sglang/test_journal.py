@@ -15,10 +15,10 @@ def answer(length: int, top_k: int = 3) -> Completion:
     generator = np.random.default_rng(length)
     ids = generator.integers(0, 1000, (length, top_k)).astype(np.int32)
     return Completion(
-        ids=generator.integers(0, 2**17, length),
+        ids=generator.integers(0, 2**17, length).astype(np.int32),
         logp=generator.normal(size=length).astype(np.float32),
         topk=TokenTopK(ids, generator.normal(size=(length, top_k)).astype(np.float32)) if top_k else None,
-        versions=np.arange(length) // 3,
+        versions=np.arange(length, dtype=np.int32) // 3,
         finish="stop" if length % 2 else "length",
         experts=generator.integers(0, 512, (length + 3, 4, 2)).astype(np.uint16) if top_k else None,
     )

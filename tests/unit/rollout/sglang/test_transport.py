@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
+import psutil
 import torch
 
 from megatron_troll.rollout.sglang.background import Background
@@ -59,3 +60,15 @@ def test_a_sync_deletes_what_its_own_run_wrote_and_nothing_else(tmp_path: Path) 
     synced(folder, "/runs/a", "a.01234567.3")
     assert {path.name for path in folder.iterdir()} == {*others, "a.01234567.3"}
     assert (folder / "results" / "notes.txt").read_text() == "mine"
+
+
+def test_shared_memory_is_held_only_where_it_is_filled() -> None:
+    """A bucket is seldom full: the pages behind its last tensor must not be written."""
+    size, process = 64 * 2**20, psutil.Process()
+    before = process.memory_info().rss
+    memory = shared(size, torch.device("cpu"))
+    assert memory.is_shared()
+    assert process.memory_info().rss - before < size // 8
+    memory[: size // 2] = 1
+    assert size // 2 <= process.memory_info().rss - before < size * 5 // 8
+    assert memory[size // 2 - 1 : size // 2 + 1].tolist() == [1, 0]
