@@ -104,14 +104,14 @@ def sequences_of(tokens: Tensor) -> list[Tensor]:
 
 def episodes_of(tokens: Tensor) -> list[Rollout]:
     """Samples of two groups, which share their beginnings, and two that share nothing. The first group has a
-    tool's answer of four tokens after a turn of three; three of the four have the turn, and two the answer."""
-    row, mask = tokens.numpy(), [1, 1, 1, 0, 0, 0, 0, *[1] * 10]
+    tool's answer of four tokens after a turn of three; three of the four have the turn, two the answer."""
+    row, mask = tokens.tolist(), [1, 1, 1, 0, 0, 0, 0, *[1] * 10]
     return [
-        rollout(row[0, :7], row[0, 7:]),
-        *(rollout(row[0, :7], [*row[2, 7:14], *row[i, 14:]], mask) for i in (2, 1)),
-        rollout(row[0, :7], [*row[2, 7:10], *row[3, 10:18]], mask[:11]),
-        *(replace(rollout(row[3, :5], row[i, 5:end]), group=1) for i, end in ((2, 16), (0, 14))),
-        *(replace(rollout(row[i, :1], row[i, 1:end]), group=i) for i, end in ((2, 18), (3, 15))),
+        rollout(row[0][:7], row[0][7:]),
+        *(rollout(row[0][:7], [*row[2][7:14], *row[i][14:]], mask) for i in (2, 1)),
+        rollout(row[0][:7], [*row[2][7:10], *row[3][10:18]], mask[:11]),
+        *(replace(rollout(row[3][:5], row[i][5:end]), group=1) for i, end in ((2, 16), (0, 14))),
+        *(replace(rollout(row[i][:1], row[i][1:end]), group=i) for i, end in ((2, 18), (3, 15))),
     ]
 
 
