@@ -114,6 +114,17 @@ def test_more_kept_tokens_than_a_gpu_holds_are_refused_where_there_is_one(
     assert said in refusal(config, *changes)
 
 
+def test_shared_prompts_under_context_parallelism_are_refused_on_a_gpu(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    critic = "models.critic={path: x, layout: {cp: 2}}"
+    changes = "train.share_prefixes=true", "objective.advantage.name=gae", critic
+    said = "train.share_prefixes=true: on a GPU not under context parallelism; models.critic.layout.cp is 2"
+    assert said not in refusal(config, *changes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert said in refusal(config, *changes)
+
+
 def test_a_sparse_head_is_kept_or_refused_before_the_run(config: Path) -> None:
     task(config, "objective.head=sparse")
     task(config, "objective.trust_region={name: clip}")
