@@ -4,7 +4,7 @@ import datetime
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -49,6 +49,18 @@ class Group:
         received = torch.empty_like(tensor)
         dist.all_to_all_single(received, tensor.contiguous(), group=self.handle)
         return received
+
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send the i-th of `size` parts, of any number of rows, to rank i; returns those from every rank, in
+        rank order. Blocks."""
+        if self.size == 1:
+            return [*parts]
+        sizes = [len(part) for part in parts]
+        theirs = self.all_to_all(torch.tensor(sizes, device=parts[0].device)).tolist()
+        sent = torch.cat([*parts])
+        received = sent.new_empty((sum(theirs), *sent.shape[1:]))
+        dist.all_to_all_single(received, sent, theirs, sizes, group=self.handle)
+        return list(received.split(theirs))
 
     def all_gather_objects(self, value: Any) -> list[Any]:
         """One small picklable object per rank, in rank order. Blocks."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -9,8 +10,9 @@ from megatron_troll.batching.build import Advantages
 from megatron_troll.observe.phases import Phases
 from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.reference import ReferenceOutputs
+from megatron_troll.training.regroup import regrouped
 from megatron_troll.training.trainer import OldPolicyOutputs, PolicyTrainer
-from megatron_troll.types import NO_ID, MicroBatch, Rollout
+from megatron_troll.types import NO_ID, HeadOutputs, MicroBatch, Rollout
 
 
 @dataclass(frozen=True)
@@ -39,32 +41,42 @@ class Learner:
         unusable = tuple(i for i, rollout in enumerate(rollouts) if not finite(rollout, self.batcher.topk))
         if unusable:
             return UpdateResult({}, self.batcher.config.train.updates, unusable)
-        planned = self.batcher.updates(rollouts, advantages, step)
+        planned, train = self.batcher.updates(rollouts, advantages, step), self.batcher.config.train
         updates = [update for update in planned if update]
         masked = len(planned) - len(updates)
         if not updates:
             return UpdateResult({}, 0, (), masked)
-        # The first update's forward reads the old policy too: no step has moved the weights before it.
+        # The first update's forward reads the old policy too: no step has moved the weights before it. The
+        # first epoch has every rollout; only experts to replay must be recorded in the order of each epoch.
         first = 1 if self.trainer.old == "trainer" else 0
-        every, later = ([batch for update in part for batch in update] for part in (updates, updates[first:]))
+        epoch = sum(map(bool, planned[: train.updates // train.epochs]))
+        read = len(updates) if first == 0 or self.trainer.replay == "old" else epoch
+        whole, later = (_joined(updates[part]) for part in (slice(epoch), slice(first, read)))
         with self.phases("old_policy"):
             old = self.trainer.old_readings(later) if later else OldPolicyOutputs([], (), [])
         if old.broken:
             return UpdateResult({}, len(updates), old.broken, masked)
-        kept = split(self._references(every), updates)
-        steps = [*updates[:first], *split(old.batches, updates[first:])]
-        readings = [*[None] * first, *split(old.readings, updates[first:])]
-        rows = [self.trainer.spared(every)]
+        references = self._references(whole)
+        kept = split(references, updates[:epoch])
+        steps = [*updates[:first], *split(old.batches, updates[first:read]), *updates[read:]]
+        readings = [*[None] * first, *split(old.readings, updates[first:read])]
+        rows, found = [self.trainer.spared(_joined(updates))], list[HeadOutputs]()
         broken: set[int] = set()
-        for number, (update, before, references) in enumerate(zip(steps, readings, kept)):
+        for number, update in enumerate(steps):
+            if number >= epoch:
+                with self.phases("old_policy"):
+                    kept.append(self._again(whole, references, update))
+                    if number >= read:
+                        readings.append(self._again(whole, found, update))
             with self.phases("forward_backward"):
-                gradients = self.trainer.accumulate(update, before, references)
+                gradients = self.trainer.accumulate(update, readings[number], kept[number])
             if number == 0:
-                found = gradients.old if first else []
-                unusable = self.trainer.unusable(update, found)
+                made = gradients.old if first else []
+                unusable = self.trainer.unusable(update, made)
                 if unusable:
                     return UpdateResult({}, len(updates), unusable, masked)
-                rows[0] |= self.trainer.mismatch(every, [*found, *old.readings])
+                found = [*made, *old.readings][: len(whole)]
+                rows[0] |= self.trainer.mismatch(whole, found)
             with self.phases("optimizer"):
                 grad_norm = self.trainer.trainable.step_if_finite(gradients.loss)
                 if grad_norm is None:
@@ -73,6 +85,15 @@ class Learner:
             rows.append({"loss": gradients.loss, "grad_norm": grad_norm, **gradients.metrics})
         skipped = len(updates) + 1 - len(rows)
         return UpdateResult(combine(rows), skipped, tuple(sorted(broken)), masked)
+
+    def _again(
+        self, batches: Sequence[MicroBatch], readings: Sequence[Any], update: Sequence[MicroBatch]
+    ) -> list[Any]:
+        """The readings of `batches`, which may be None, for the tokens of a later update; [] if there are
+        none (not the last stage). Blocks."""
+        if not readings or readings[0] is None:
+            return [None] * len(update) if readings else []
+        return regrouped(batches, readings, update, self.trainer.trainable.model.groups.dp_cp)
 
     def _references(self, batches: Sequence[MicroBatch]) -> Sequence[ReferenceOutputs | None]:
         if self.trainer.reference is None:
@@ -91,6 +112,10 @@ def finite(rollout: Rollout, topk: int) -> bool:
         return True
     ids, logp = rollout.topk.ids[carries_loss, :topk], rollout.topk.logp[carries_loss, :topk]
     return bool(np.isfinite(logp[ids != NO_ID]).all())
+
+
+def _joined(updates: Sequence[Sequence[MicroBatch]]) -> list[MicroBatch]:
+    return [batch for update in updates for batch in update]
 
 
 def split[T](parts: Sequence[T], updates: Sequence[Sequence[MicroBatch]]) -> list[list[T]]:
