@@ -51,7 +51,7 @@ class Learner:
         first = 1 if self.trainer.old == "trainer" else 0
         epoch = sum(map(bool, planned[: train.updates // train.epochs]))
         read = len(updates) if first == 0 or self.trainer.replay == "old" else epoch
-        whole, later = (_joined(updates[part]) for part in (slice(epoch), slice(first, read)))
+        whole, later = (joined(updates[part]) for part in (slice(epoch), slice(first, read)))
         with self.phases("old_policy"):
             old = self.trainer.old_readings(later) if later else OldPolicyOutputs([], (), [])
         if old.broken:
@@ -60,7 +60,7 @@ class Learner:
         kept = split(references, updates[:epoch])
         steps = [*updates[:first], *split(old.batches, updates[first:read]), *updates[read:]]
         readings = [*[None] * first, *split(old.readings, updates[first:read])]
-        rows, found = [self.trainer.spared(_joined(updates))], list[HeadOutputs]()
+        rows, found = [self.trainer.spared(joined(updates))], list[HeadOutputs]()
         broken: set[int] = set()
         for number, update in enumerate(steps):
             if number >= epoch:
@@ -114,7 +114,8 @@ def finite(rollout: Rollout, topk: int) -> bool:
     return bool(np.isfinite(logp[ids != NO_ID]).all())
 
 
-def _joined(updates: Sequence[Sequence[MicroBatch]]) -> list[MicroBatch]:
+def joined(updates: Sequence[Sequence[MicroBatch]]) -> list[MicroBatch]:
+    """The micro-batches of several updates, in order."""
     return [batch for update in updates for batch in update]
 
 

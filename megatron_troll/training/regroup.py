@@ -40,7 +40,7 @@ class Route:
         return torch.cat(self._group.exchange([rows[sent] for sent in self._sent]))[self._order]
 
 
-def regrouped[T: (HeadOutputs, ReferenceOutputs)](
+def regrouped[T: (HeadOutputs, ReferenceOutputs, TopK)](
     batches: Sequence[MicroBatch], readings: Sequence[T], others: Sequence[MicroBatch], group: Group
 ) -> list[T]:
     """Readings of the tokens of the micro-batches `others`, from those of `batches`, which hold each token
