@@ -28,6 +28,28 @@ class UpdateResult:
 
 
 @dataclass(frozen=True)
+class _Before:
+    """Readings from before the first of several updates, one per micro-batch on the last stage, [] elsewhere.
+
+    steps       the micro-batches of each update
+    old         the old policy's readings of each update; None: not read yet, or read in the first epoch
+    kept        the reference's of each update of the first epoch; [] of later ones
+    whole       the micro-batches of the first epoch
+    read        all readings of the old policy
+    references  the reference's readings of `whole`; None without a reference
+    broken      rollouts whose readings cannot be trained on
+    """
+
+    steps: list[list[MicroBatch]]
+    old: list[list[HeadOutputs] | None]
+    kept: list[list[ReferenceOutputs | None]]
+    whole: list[MicroBatch]
+    read: list[HeadOutputs]
+    references: Sequence[ReferenceOutputs | None]
+    broken: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Learner:
     """Turns rollouts into the optimizer steps that `config.train` asks for."""
 
@@ -46,37 +68,27 @@ class Learner:
         masked = len(planned) - len(updates)
         if not updates:
             return UpdateResult({}, 0, (), masked)
-        # The first update's forward reads the old policy too: no step has moved the weights before it. The
-        # first epoch has every rollout; only experts to replay must be recorded in the order of each epoch.
-        first = 1 if self.trainer.old == "trainer" else 0
         epoch = sum(map(bool, planned[: train.updates // train.epochs]))
-        read = len(updates) if first == 0 or self.trainer.replay == "old" else epoch
-        whole, later = (joined(updates[part]) for part in (slice(epoch), slice(first, read)))
-        with self.phases("old_policy"):
-            old = self.trainer.old_readings(later) if later else OldPolicyOutputs([], (), [])
-        if old.broken:
-            return UpdateResult({}, len(updates), old.broken, masked)
-        references = self._references(whole)
-        kept = split(references, updates[:epoch])
-        steps = [*updates[:first], *split(old.batches, updates[first:read]), *updates[read:]]
-        readings = [*[None] * first, *split(old.readings, updates[first:read])]
-        rows, found = [self.trainer.spared(joined(updates))], list[HeadOutputs]()
+        before = self._read(updates, epoch)
+        if before.broken:
+            return UpdateResult({}, len(updates), before.broken, masked)
+        rows, found = [self.trainer.spared(joined(updates))], before.read
         broken: set[int] = set()
-        for number, update in enumerate(steps):
+        for number, update in enumerate(before.steps):
+            old, kept = before.old[number], before.kept[number]
             if number >= epoch:
                 with self.phases("old_policy"):
-                    kept.append(self._again(whole, references, update))
-                    if number >= read:
-                        readings.append(self._again(whole, found, update))
+                    old = self._again(before.whole, found, update) if old is None else old
+                    kept = self._again(before.whole, before.references, update)
             with self.phases("forward_backward"):
-                gradients = self.trainer.accumulate(update, readings[number], kept[number])
+                gradients = self.trainer.accumulate(update, old, kept)
             if number == 0:
-                made = gradients.old if first else []
+                made = gradients.old if old is None else []
                 unusable = self.trainer.unusable(update, made)
                 if unusable:
                     return UpdateResult({}, len(updates), unusable, masked)
-                found = [*made, *old.readings][: len(whole)]
-                rows[0] |= self.trainer.mismatch(whole, found)
+                found = [*made, *before.read][: len(before.whole)]
+                rows[0] |= self.trainer.mismatch(before.whole, found)
             with self.phases("optimizer"):
                 grad_norm = self.trainer.trainable.step_if_finite(gradients.loss)
                 if grad_norm is None:
@@ -85,6 +97,26 @@ class Learner:
             rows.append({"loss": gradients.loss, "grad_norm": grad_norm, **gradients.metrics})
         skipped = len(updates) + 1 - len(rows)
         return UpdateResult(combine(rows), skipped, tuple(sorted(broken)), masked)
+
+    def _read(self, updates: Sequence[list[MicroBatch]], epoch: int) -> "_Before":
+        """Read what `updates` are made beside; the first `epoch` of them hold every rollout once. Blocks."""
+        # The first update's forward reads the old policy too: no step has moved the weights before it.
+        # Experts to replay must be recorded in the order of each epoch.
+        first = 1 if self.trainer.old == "trainer" else 0
+        end = len(updates) if first == 0 or self.trainer.replay == "old" else epoch
+        whole, later, rest = joined(updates[:epoch]), joined(updates[first:end]), len(updates) - end
+        with self.phases("old_policy"):
+            old = self.trainer.old_readings(later) if later else OldPolicyOutputs([], (), [])
+        references = [] if old.broken else self._references(whole)
+        return _Before(
+            steps=[*updates[:first], *split(old.batches, updates[first:end]), *updates[end:]],
+            old=[*[None] * first, *split(old.readings, updates[first:end]), *[None] * rest],
+            kept=split(references, updates),
+            whole=whole,
+            read=old.readings,
+            references=references,
+            broken=old.broken,
+        )
 
     def _again(
         self, batches: Sequence[MicroBatch], readings: Sequence[Any], update: Sequence[MicroBatch]
