@@ -9,7 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from megatron_troll.batching.waiting import at_rest
+from megatron_troll.batching.held import at_rest
 from megatron_troll.mcore.model import MegatronModel, forward, select_hidden
 from megatron_troll.mcore.parallel import device, inside
 from megatron_troll.mcore.router import share_counts, share_loads, start_counting, start_loads

@@ -58,6 +58,18 @@ class Group:
         dist.all_to_all_single(received, tensor.contiguous(), group=self.handle)
         return received
 
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send the i-th of `size` parts, of any number of rows, to rank i; returns those from every rank, in
+        rank order. Blocks."""
+        if self.size == 1:
+            return [*parts]
+        sizes = [len(part) for part in parts]
+        theirs = self.all_to_all(torch.tensor(sizes, device=parts[0].device)).tolist()
+        sent = torch.cat([*parts])
+        received = sent.new_empty((sum(theirs), *sent.shape[1:]))
+        dist.all_to_all_single(received, sent, theirs, sizes, group=self.handle)
+        return list(received.split(theirs))
+
     def all_gather_objects(self, value: Any) -> list[Any]:
         """One small picklable object per rank, in rank order. Blocks."""
         if self.size == 1:

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from megatron_troll.batching.build import Advantages
-from megatron_troll.batching.waiting import joined
+from megatron_troll.batching.held import HeldBatches, joined
 from megatron_troll.observe.phases import Phases
 from megatron_troll.training.microbatches import MicroBatcher
 from megatron_troll.training.reference import ReferenceOutputs
+from megatron_troll.training.regroup import regrouped
 from megatron_troll.training.trainer import OldPolicyOutputs, PolicyTrainer
-from megatron_troll.types import NO_ID, MicroBatch, Rollout
+from megatron_troll.types import NO_ID, HeadOutputs, MicroBatch, Rollout
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,28 @@ class UpdateResult:
     skipped: int
     broken: tuple[int, ...]
     masked: int = 0
+
+
+@dataclass(frozen=True)
+class _Before:
+    """Readings from before the first of several updates, one per micro-batch on the last stage, [] elsewhere.
+
+    steps       the micro-batches of each update
+    old         the old policy's readings of each update; None: not read yet, or read in the first epoch
+    kept        the reference's of each update of the first epoch; [] of later ones
+    whole       the micro-batches of the first epoch
+    read        all readings of the old policy
+    references  the reference's readings of `whole`; None without a reference
+    broken      rollouts whose readings cannot be trained on
+    """
+
+    steps: list[Sequence[MicroBatch]]
+    old: list[Sequence[HeadOutputs] | None]
+    kept: list[Sequence[ReferenceOutputs | None]]
+    whole: Sequence[MicroBatch]
+    read: list[HeadOutputs]
+    references: Sequence[ReferenceOutputs | None]
+    broken: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -43,33 +67,32 @@ class Learner:
         )
         if unusable:
             return UpdateResult({}, self.batcher.config.train.updates, unusable)
-        planned = self.batcher.updates(rollouts, advantages, step)
+        planned, train = self.batcher.updates(rollouts, advantages, step), self.batcher.config.train
         updates = [update for update in planned if update]
         masked = len(planned) - len(updates)
         if not updates:
             return UpdateResult({}, 0, (), masked)
-        # The first update's forward reads the old policy too: no step has moved the weights before it.
-        first = 1 if self.trainer.old == "trainer" else 0
-        every = joined(updates)
-        later = every[sum(map(len, updates[:first])) :]
-        with self.phases("old_policy"):
-            old = self.trainer.old_readings(later) if later else OldPolicyOutputs([], (), [])
-        if old.broken:
-            return UpdateResult({}, len(updates), old.broken, masked)
-        kept = split(self._references(every), updates)
-        steps = [*updates[:first], *split(old.batches, updates[first:])]
-        readings = [*[None] * first, *split(old.readings, updates[first:])]
-        rows = [self.trainer.spared(every)]
+        epoch = sum(map(bool, planned[: train.updates // train.epochs]))
+        before = self._read(updates, epoch)
+        if before.broken:
+            return UpdateResult({}, len(updates), before.broken, masked)
+        rows, found = [self.trainer.spared(joined(updates))], before.read
         broken: set[int] = set()
-        for number, (update, before, references) in enumerate(zip(steps, readings, kept)):
+        for number, update in enumerate(before.steps):
+            old, kept = before.old[number], before.kept[number]
+            if number >= epoch:
+                with self.phases("old_policy"):
+                    old = self._again(before.whole, found, update) if old is None else old
+                    kept = self._again(before.whole, before.references, update)
             with self.phases("forward_backward"):
-                gradients = self.trainer.accumulate(update, before, references)
+                gradients = self.trainer.accumulate(update, old, kept)
             if number == 0:
-                found = gradients.old if first else []
-                unusable = self.trainer.unusable(update, found)
+                made = gradients.old if old is None else []
+                unusable = self.trainer.unusable(update, made)
                 if unusable:
                     return UpdateResult({}, len(updates), unusable, masked)
-                rows[0] |= self.trainer.mismatch(every, [*found, *old.readings])
+                found = [*made, *before.read][: len(before.whole)]
+                rows[0] |= self.trainer.mismatch(before.whole, found)
             with self.phases("optimizer"):
                 grad_norm = self.trainer.trainable.step_if_finite(gradients.loss)
                 if grad_norm is None:
@@ -78,6 +101,35 @@ class Learner:
             rows.append({"loss": gradients.loss, "grad_norm": grad_norm, **gradients.metrics})
         skipped = len(updates) + 1 - len(rows)
         return UpdateResult(combine(rows), skipped, tuple(sorted(broken)), masked)
+
+    def _read(self, updates: Sequence[HeldBatches], epoch: int) -> "_Before":
+        """Read what `updates` are made beside; the first `epoch` of them hold every rollout once. Blocks."""
+        # The first update's forward reads the old policy too: no step has moved the weights before it.
+        # Experts to replay must be recorded in the order of each epoch.
+        first = 1 if self.trainer.old == "trainer" else 0
+        end = len(updates) if first == 0 or self.trainer.replay == "old" else epoch
+        whole, later, rest = joined(updates[:epoch]), joined(updates[first:end]), len(updates) - end
+        with self.phases("old_policy"):
+            old = self.trainer.old_readings(later) if later else OldPolicyOutputs([], (), [])
+        references = [] if old.broken else self._references(whole)
+        return _Before(
+            steps=[*updates[:first], *split(old.batches, updates[first:end]), *updates[end:]],
+            old=[*[None] * first, *split(old.readings, updates[first:end]), *[None] * rest],
+            kept=split(references, updates),
+            whole=whole,
+            read=old.readings,
+            references=references,
+            broken=old.broken,
+        )
+
+    def _again(
+        self, batches: Sequence[MicroBatch], readings: Sequence[Any], update: Sequence[MicroBatch]
+    ) -> list[Any]:
+        """The readings of `batches`, which may be None, for the tokens of a later update; [] if there are
+        none (not the last stage). Blocks."""
+        if not readings or readings[0] is None:
+            return [None] * len(update) if readings else []
+        return regrouped(batches, readings, update, self.trainer.trainable.model.groups.dp_cp)
 
     def _references(self, batches: Sequence[MicroBatch]) -> Sequence[ReferenceOutputs | None]:
         if self.trainer.reference is None:

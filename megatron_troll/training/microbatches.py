@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_troll.batching.build import Advantages, Form, build
 from megatron_troll.batching.experts import Routing
+from megatron_troll.batching.held import HeldBatches, cut, joined
 from megatron_troll.batching.plan import Capacity, PlannedStep, UpdateSchedule, plan, step_weights
 from megatron_troll.batching.prefixes import Prefixes, shared_prefixes
-from megatron_troll.batching.waiting import Waiting, cut, joined
 from megatron_troll.config import Config, Layout
 from megatron_troll.mcore.model import MegatronModel
 from megatron_troll.mcore.parallel import device
@@ -33,7 +33,7 @@ class MicroBatcher:
     topk: int = 0
     replay: bool = False
 
-    def updates(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> list[Waiting]:
+    def updates(self, rollouts: Sequence[Rollout], advantages: Advantages, step: int) -> list[HeldBatches]:
         """This rank's micro-batches of every optimizer step. `step` seeds the plan, so that models of any
         layout use the same responses in the same steps. A step in which no token on any rank carries loss is
         empty on every rank: without gradients, an optimizer would still decay weights, and follow its
@@ -46,13 +46,13 @@ class MicroBatcher:
             rollouts, advantages, schedule, self.config.objective.aggregation, sampling.temperature
         )
 
-    def once(self, rollouts: Sequence[Rollout], step: int) -> Waiting:
+    def once(self, rollouts: Sequence[Rollout], step: int) -> Sequence[MicroBatch]:
         """Micro-batches that hold every response once, cut as by `updates`, for forward passes only."""
         train = self.config.train
         updates = self.updates(rollouts, [0.0] * len(rollouts), step)
         return joined(updates[: train.updates // train.epochs])
 
-    def supervised(self, rollouts: Sequence[Rollout]) -> Waiting:
+    def supervised(self, rollouts: Sequence[Rollout]) -> HeldBatches:
         """This rank's micro-batches of one optimizer step on all `rollouts`, a mean over their tokens; empty
         on every rank if none carries loss."""
         (update,) = self._cut(
@@ -67,7 +67,7 @@ class MicroBatcher:
         schedule: UpdateSchedule,
         aggregation: Aggregation,
         temperature: float,
-    ) -> list[Waiting]:
+    ) -> list[HeldBatches]:
         config, groups, form = self.config, self.model.groups, self._form(temperature)
         prefixes = self._prefixes(rollouts)
         arranged = plan(
@@ -91,7 +91,7 @@ class MicroBatcher:
         taken = [carries_loss(rollouts, update) for update in arranged.steps]
         mine = [update.ranks[groups.dp.rank] if take else () for update, take in zip(arranged.steps, taken)]
         built = (batch(update, chosen) for update, own in zip(arranged.steps, mine) for chosen in own)
-        return cut(Waiting.of(built, device()), [*map(len, mine)])
+        return cut(HeldBatches.of(built, device()), [*map(len, mine)])
 
     def _prefixes(self, rollouts: Sequence[Rollout]) -> list[Prefixes]:
         """The shared prefixes of all rollouts; those of recorded experts are found where the records are."""

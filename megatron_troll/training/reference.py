@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_troll.batching.waiting import with_experts
+from megatron_troll.batching.held import with_experts
 from megatron_troll.config import Model
 from megatron_troll.mcore.head import Frozen, Head
 from megatron_troll.mcore.model import MegatronModel, build

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_troll.advantages import Advantage
 from megatron_troll.batching.build import Advantages
-from megatron_troll.batching.waiting import joined
+from megatron_troll.batching.held import HeldBatches, joined
 from megatron_troll.config import Config, Distill
 from megatron_troll.config import RolloutModelConfig as RolloutModelConfig
 from megatron_troll.mcore import parallel
@@ -28,6 +28,7 @@ from megatron_troll.task import Task
 from megatron_troll.training.build import open_policy
 from megatron_troll.training.learner import combine, finite, split
 from megatron_troll.training.microbatches import MicroBatcher
+from megatron_troll.training.regroup import regrouped
 from megatron_troll.training.trainer import PolicyTrainer
 from megatron_troll.types import HeadOutputs, HeadRequest, MicroBatch, Rollout, TopK
 
@@ -74,7 +75,7 @@ class RolloutModel:
             planned = self.batcher.updates(rollouts, advantages, step)
             updates = [update for update in planned if update]
             learner = with_weight(self.trainer, weight)
-            records = self._records(joined(updates)) if updates else []
+            records = self._records(planned) if updates else []
             rows = [_step(learner, *parts) for parts in zip(updates, split(records, updates))]
         taken = [row for row in rows if row]
         metrics = combine(taken) | {
@@ -84,8 +85,11 @@ class RolloutModel:
         }
         return DistillResult(metrics, moved(self.distill, weight, metrics.get("distill_kl", math.nan)))
 
-    def _records(self, batches: Sequence[MicroBatch]) -> list[TopK]:
-        """The policy's records, one per micro-batch, on the last stage."""
+    def _records(self, planned: Sequence[HeldBatches]) -> list[TopK]:
+        """The policy's records, one per micro-batch, on the last stage. It reads those of the first epoch."""
+        train = self.batcher.config.train
+        epoch = train.updates // train.epochs
+        batches, later = joined(planned[:epoch]), joined(planned[epoch:])
         reads = HeadRequest(topk=_distillation(self.trainer).record)
 
         def read(i: int, hidden: Tensor) -> TopK:
@@ -93,7 +97,9 @@ class RolloutModel:
             assert record is not None
             return record
 
-        return infer(self.teacher.model, batches, read)
+        records = infer(self.teacher.model, batches, read)
+        again = records and later
+        return records + (regrouped(batches, records, later, self.model.groups.dp_cp) if again else [])
 
 
 def _step(learner: PolicyTrainer, batches: Sequence[MicroBatch], records: Sequence[TopK]) -> dict[str, float]:

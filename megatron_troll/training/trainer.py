@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_troll.batching.waiting import with_experts
+from megatron_troll.batching.held import with_experts
 from megatron_troll.mcore.head import Head, HeadContext, Scan
 from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device

@@ -1,12 +1,14 @@
-"""Trains, exports and generates with the tiny model of a family on the ranks of one layout."""
+"""Trains on shared prompts, exports and generates with the tiny model of a family on the ranks of one
+layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_troll.batching.build import Form
 from megatron_troll.batching.build import build as build_batch
+from megatron_troll.batching.prefixes import shared_prefixes
 from megatron_troll.config import Layout, Model
 from megatron_troll.mcore.decode import Decoder, generation_mode
 from megatron_troll.mcore.head import Head
@@ -14,7 +16,7 @@ from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import trainable
 from megatron_troll.mcore.schedule import accumulate
 from megatron_troll.mcore.shape import read_shape
-from megatron_troll.types import HeadRequest, MicroBatch
+from megatron_troll.types import HeadRequest, MicroBatch, Rollout
 from megatron_troll.weights.export import stream
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
@@ -22,9 +24,9 @@ from megatron_troll.weights.source import FolderSource
 from tests.dist.layout_table import Sizes, formed_groups
 from tests.dist.layouts_batch import OPTIMIZER, Weights
 from tests.dist.layouts_worker import gradients_of
-from tests.dist.plan_worker import response
 from tests.dist.test_weights import Logits, fill_with_nan, read_logits
 from tests.dist.tiny import started
+from tests.unit.batching.samples import rollout
 
 GENERATED = 8
 
@@ -71,7 +73,7 @@ def run(sizes: Sizes, folder: str, tokens: Tensor) -> Result:
 
 
 def gradients_at(model: MegatronModel, tokens: Tensor) -> Weights:
-    """Those of `loss_at`'s, from packed sequences in two micro-batches."""
+    """Those of `loss_at`, from packed episodes that share their beginnings."""
     head = Head(model)
     batches = packed(model, tokens)
 
@@ -86,13 +88,13 @@ def gradients_at(model: MegatronModel, tokens: Tensor) -> Weights:
 
 
 def packed(model: MegatronModel, tokens: Tensor) -> list[MicroBatch]:
-    """This data-parallel rank's sequences, of which `sequences_of` tells the lengths."""
-    groups = model.groups
-    form = Form(model.shape.vocab, cp_rank=groups.cp.rank, cp_size=groups.cp.size, tp_size=groups.tp.size)
-    rollouts = [response(sequence.numpy()) for sequence in sequences_of(tokens)]
-    weights = [weight_of(row) for row in range(len(rollouts))]
-    mine = range(groups.dp.rank, len(rollouts), groups.dp.size)
-    return [build_batch(rollouts, weights, weights, chosen, form) for chosen in (mine[::2], mine[1::2])]
+    """This data-parallel rank's part of the episodes, in two micro-batches."""
+    groups, rollouts = model.groups, episodes_of(tokens)
+    form = Form.of(groups, model.shape.vocab, shared=True)
+    prefixes, weights = shared_prefixes(rollouts), [weight_of(i) for i in range(len(rollouts))]
+    halves = ((0, 1, 2, 3), (6,)), ((4, 5), (7,))
+    mine = halves[groups.dp.rank] if groups.dp.size == 2 else [(*first, *second) for first, second in halves]
+    return [build_batch(rollouts, weights, weights, chosen, form, prefixes) for chosen in mine]
 
 
 def sequences_of(tokens: Tensor) -> list[Tensor]:
@@ -100,18 +102,32 @@ def sequences_of(tokens: Tensor) -> list[Tensor]:
     return [row[: len(row) - 3 * i] for i, row in enumerate(tokens)]
 
 
-def weight_of(row: int) -> float:
-    return (row + 1) / 50
+def episodes_of(tokens: Tensor) -> list[Rollout]:
+    """Samples of two groups, which share their beginnings, and two that share nothing. The first group has a
+    tool's answer of four tokens after a turn of three; three of the four have the turn, two the answer."""
+    row, mask = tokens.tolist(), [1, 1, 1, 0, 0, 0, 0, *[1] * 10]
+    return [
+        rollout(row[0][:7], row[0][7:]),
+        *(rollout(row[0][:7], [*row[2][7:14], *row[i][14:]], mask) for i in (2, 1)),
+        rollout(row[0][:7], [*row[2][7:10], *row[3][10:18]], mask[:11]),
+        *(replace(rollout(row[3][:5], row[i][5:end]), group=1) for i, end in ((2, 16), (0, 14))),
+        *(replace(rollout(row[i][:1], row[i][1:end]), group=i) for i, end in ((2, 18), (3, 15))),
+    ]
+
+
+def weight_of(sample: int) -> float:
+    return (8 - sample) / 50
 
 
 def loss_at(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """-sum of weight x log-prob over the tokens of all sequences, each after its own first token, by Hugging
-    Face's model."""
+    """-sum of weight x log-prob over the tokens of all episodes that are no tool's, by Hugging Face's model,
+    which reads each of them whole and alone."""
     total = torch.zeros(())
-    for row, sequence in enumerate(sequences_of(tokens)):
-        read = torch.cat([sequence[:1], sequence[:-1]])
-        logp = model(read[None]).logits[0].log_softmax(-1).gather(1, sequence[:, None])
-        total = total - weight_of(row) * logp.sum()
+    for i, episode in enumerate(episodes_of(tokens)):
+        ids = torch.tensor([*episode.prompt_ids, *episode.response_ids])
+        logp = model(ids[None, :-1]).logits[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        mask = torch.from_numpy(episode.mask)
+        total = total - weight_of(i) * (mask * logp[-len(mask) :]).sum()
     return total
 
 

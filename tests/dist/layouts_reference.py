@@ -237,15 +237,26 @@ def balancing_loss(read: Read, share: Tensor) -> Tensor:
 
 
 def counted(rollouts: Sequence[Rollout], shared: bool) -> Tensor:
-    """[T] of every sequence: a prompt's tokens count once for all responses of its group, if `shared`: they
-    recorded the same experts, or none."""
-    sizes = Counter(rollout.group for rollout in rollouts)
-    parts = []
-    for rollout in rollouts:
-        part = torch.ones(len(rollout.prompt_ids) + len(rollout.response_ids) - 1, dtype=torch.float64)
-        part[: len(rollout.prompt_ids)] /= sizes[rollout.group] if shared else 1
-        parts.append(part)
-    return torch.cat(parts)
+    """[T] of every sequence: a token counts once for all responses of its group that begin alike up to the
+    end of its prompt or turn, if `shared`: they recorded the same experts, or none."""
+    if not shared:
+        return torch.ones(sum(len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts)).double()
+    begun = [beginnings(rollout) for rollout in rollouts]
+    sizes = Counter(beginning for path in begun for beginning in set(path))
+    return torch.tensor([1 / sizes[beginning] for path in begun for beginning in path]).double()
+
+
+def beginnings(rollout: Rollout) -> list[tuple[object, ...]]:
+    """For each token that is read, all that is read up to the end of its prompt or turn; its own, of the last
+    turn and of a prompt that nothing follows."""
+    ids = [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()][:-1]
+    turns = [-1] * len(rollout.prompt_ids) + (rollout.mask > 0).tolist()
+    ends = [i for i in range(1, len(turns)) if turns[i] != turns[i - 1]]
+    found: list[tuple[object, ...]] = []
+    for i in range(len(ids)):
+        end = next((end for end in ends if end > i), None)
+        found.append((id(rollout),) if end is None else (rollout.group, *ids[:end], *turns[:end]))
+    return found
 
 
 def tokens_of(batch: Batch) -> Tokens:

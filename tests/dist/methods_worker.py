@@ -1,6 +1,7 @@
 """The methods on the fixed batch, cut by the learner's own MicroBatcher and run by the real trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from megatron_troll.config import (
@@ -53,20 +54,25 @@ class Outcome:
     rollouts: list[tuple[int, ...]]
 
 
-def run_methods(cut: Cut, batch: Batch, frozen: str, names: Sequence[str]) -> dict[str, Outcome]:
-    """Old readings at the weights `before`, gradients at the weights `now`, both beside the reference model
-    in the folder `frozen`."""
+@contextmanager
+def opened(cut: Cut, batch: Batch, frozen: str) -> Iterator[tuple[Trainable, Reference | None]]:
+    """The policy at the weights `before`, and the reference model in the folder `frozen`."""
     layout = Layout(**cut.sizes)
     config = Model(path=frozen, dtype="fp32", layout=layout, optimizer=Optimizer(distributed=False))
     with started(layout) as groups:
         model = build(config, shape_of(MOE), groups)
         policy = trainable(model, config.optimizer, total_steps=1)
-        beside = open_reference(config, model, TEMPERATURE, HeadRequest())
-        arranged = {name: arrange(name, cut, batch, model) for name in names}
-        trainers = {name: trainer(name, policy, beside) for name in names}
         load(model, TensorSource(batch.before))
+        yield policy, open_reference(config, model, TEMPERATURE, HeadRequest())
+
+
+def run_methods(cut: Cut, batch: Batch, frozen: str, names: Sequence[str]) -> dict[str, Outcome]:
+    """Old readings at the weights `before`, gradients at the weights `now`."""
+    with opened(cut, batch, frozen) as (policy, beside):
+        arranged = {name: arrange(name, cut, batch, policy.model) for name in names}
+        trainers = {name: trainer(name, policy, beside) for name in names}
         old = {name: trainers[name].old_readings(arranged[name]).readings for name in names}
-        load(model, TensorSource(batch.now))
+        load(policy.model, TensorSource(batch.now))
         return {name: accumulate(trainers[name], arranged[name], old[name]) for name in names}
 
 
@@ -74,16 +80,10 @@ def run_first_steps(
     cut: Cut, batch: Batch, frozen: str, names: Sequence[str]
 ) -> dict[str, tuple[Outcome, Outcome]]:
     """The first optimizer step of an update, beside old readings made in a pass before it and by its own."""
-    layout = Layout(**cut.sizes)
-    config = Model(path=frozen, dtype="fp32", layout=layout, optimizer=Optimizer(distributed=False))
-    with started(layout) as groups:
-        model = build(config, shape_of(MOE), groups)
-        policy = trainable(model, config.optimizer, total_steps=1)
-        beside = open_reference(config, model, TEMPERATURE, HeadRequest())
-        load(model, TensorSource(batch.before))
+    with opened(cut, batch, frozen) as (policy, beside):
         outcomes = {}
         for name in names:
-            batches, learner = arrange(name, cut, batch, model), trainer(name, policy, beside)
+            batches, learner = arrange(name, cut, batch, policy.model), trainer(name, policy, beside)
             old = learner.old_readings(batches).readings
             own = None if METHODS[name].config.old == "trainer" else old
             outcomes[name] = accumulate(learner, batches, old), accumulate(learner, batches, own)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from megatron_troll.advantages.grpo import Grpo
 from megatron_troll.config import (
@@ -16,7 +17,7 @@ from megatron_troll.config import (
     Train,
 )
 from megatron_troll.config import RolloutModelConfig as RolloutModelConfig
-from megatron_troll.mcore import parallel
+from megatron_troll.mcore import parallel, schedule
 from megatron_troll.mcore.checkpoint import Checkpoints
 from megatron_troll.mcore.model import MegatronModel, build
 from megatron_troll.mcore.optimizer import trainable
@@ -24,6 +25,7 @@ from megatron_troll.mcore.shape import shape_of
 from megatron_troll.observe.phases import Phases
 from megatron_troll.parallel.groups import Groups
 from megatron_troll.training.rollout_model import RolloutModel, assembled
+from megatron_troll.types import MicroBatch
 from megatron_troll.weights.families import table_of
 from megatron_troll.weights.load import load
 from megatron_troll.weights.placement import held_parameters, shard_group
@@ -52,6 +54,7 @@ class Cut:
     pupil: dict[str, int]
     token_budget: int
     packed: bool = True
+    epochs: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,23 @@ def learn(cut: Cut, batch: Batch, pupil: Pupil) -> Seen:
         return Seen(taught.metrics, taught.weight, list(shards(model.model, pupil)))
 
 
+def taught(cut: Cut, batch: Batch, pupil: Pupil) -> list[int]:
+    """The rollouts of all micro-batches that the policy reads."""
+    with started(Layout(**cut.policy)) as groups:
+        model, run, found = opened(cut, batch, pupil, groups, distributed=False), schedule._run, list[int]()
+
+        def watched(read: MegatronModel, batches: list[MicroBatch], loss: Any, forward_only: bool) -> Any:
+            if read is model.teacher.model:
+                found.extend(i for each in batches for i in each.rollouts)
+            return run(read, batches, loss, forward_only)
+
+        with mock.patch.object(schedule, "_run", watched):
+            assert (
+                model.learn(batch.rollouts, batch.advantages, 0, None).metrics["rollout_model_skipped"] == 0
+            )
+        return found
+
+
 def opened(cut: Cut, batch: Batch, pupil: Pupil, groups: Groups, *, distributed: bool) -> RolloutModel:
     layout, own = Layout(**cut.policy), Layout(**cut.pupil)
     optimizer = Optimizer(lr=1e-3, grad_norm=CLIPPED_NEVER, distributed=distributed)
@@ -85,7 +105,7 @@ def opened(cut: Cut, batch: Batch, pupil: Pupil, groups: Groups, *, distributed:
             ),
         ),
         rollout=RolloutConfig(sampling=Sampling(temperature=TEMPERATURE)),
-        train=Train(updates=1, packing=cut.packed, token_budget=cut.token_budget),
+        train=Train(updates=cut.epochs, epochs=cut.epochs, packing=cut.packed, token_budget=cut.token_budget),
     )
     policy = build(config.policy, shape_of(batch.config), groups, trained=False)
     load(policy, TensorSource(batch.now))

@@ -1,5 +1,6 @@
 """Every family on real Megatron models gives Hugging Face's logits, gradients and greedy answers, and its
-tensors back, bit for bit, under data, tensor (with sequence), pipeline and context parallelism."""
+tensors back, bit for bit, under data, tensor (with sequence), pipeline and context parallelism. Gradients are
+those of samples that share prompts and turns, which Hugging Face's model reads one by one."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -20,7 +20,17 @@ from tests.dist.layouts_batch import Batch, Weights, make_batch
 from tests.dist.layouts_checks import global_norm, worst_gradient
 from tests.dist.layouts_reference import Tokens, read, tokens_of
 from tests.dist.parameters import unshard
-from tests.dist.rollout_model_worker import KEPT, WEIGHT, Cut, Pupil, Seen, learn, resume, save_and_go_on
+from tests.dist.rollout_model_worker import (
+    KEPT,
+    WEIGHT,
+    Cut,
+    Pupil,
+    Seen,
+    learn,
+    resume,
+    save_and_go_on,
+    taught,
+)
 from tests.dist.tiny import DENSE, MOE, reference
 
 TOLERANCE = 1e-5
@@ -150,3 +160,12 @@ def test_it_goes_on_from_a_checkpoint_to_the_last_bit(
     other = Cut({}, {}, token_budget=4096)
     moved = ranks2.run(resume, other, batch, pupils[kind], str(tmp_path))
     np.testing.assert_allclose(moved[0], uninterrupted[0], rtol=1e-4)
+
+
+def test_the_policy_reads_a_rollout_once_for_all_epochs(
+    batch: Batch, pupils: dict[str, Pupil], ranks2: RankPool
+) -> None:
+    _, kind, _ = CUTS["tp2-experts"]
+    cut = Cut({}, {}, token_budget=48, epochs=2)
+    read = [i for rank in ranks2.run(taught, cut, batch, pupils[kind]) for i in rank]
+    assert sorted(read) == list(range(len(batch.rollouts)))

@@ -76,14 +76,17 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(story: Story) -> None:
     [("on-two-stages", "{tp: 1, ep: 1, pp: 2}"), ("on-one-rank", "{tp: 1, ep: 1}")],
 )
 def test_a_run_continues_on_another_layout(story: Story, finished: Workplace, name: str, layout: str) -> None:
-    """Tokens are drawn by keys: the next step draws the same rollouts on any layout, and learns the same. The
-    copy of a run is the place of its run."""
+    """Tokens are drawn by keys: the next step draws the same rollouts on any layout, and learns the same. On
+    one rank prompts are no longer shared. The copy of a run is the place of its run."""
+    shared = name != "on-one-rank"
     shutil.copytree(finished.run("again"), finished.run(name))
     kept = max(int(path.name[5:]) for path in (finished.run(name) / "checkpoints").glob("step_??????"))
     changes = [f"train.steps={kept + 1}", f"models.policy.layout={layout}", "launch.ranks=null"]
+    changes += [] if shared else ["train.share_prefixes=false"]
     done = succeed(finished.mtroll("train", f"runs/{name}", "resume=true", *changes))
     assert f"continuing from step {kept} of runs/{name}\n" in done.out
     here, there = finished.metrics(name)[kept + 1], finished.metrics("finished")[kept + 1]
+    assert (here["spared_tokens"] > 0.5) == shared
     for figure in ("grad_norm", "entropy", "kl_before", "success"):
         assert here[figure] == pytest.approx(there[figure], rel=1e-5), figure
     # A mean of terms that nearly cancel.
@@ -117,6 +120,7 @@ def test_all_figures_are_those_of_the_run_that_nothing_happened_to(story: Story,
     succeed(finished.mtroll(*CONTINUE, "train.steps=5"))
     rows = finished.metrics("again")
     assert untimed(rows)[:5] == untimed(finished.metrics("finished"))
+    assert all(row["spared_tokens"] > 0.5 for row in rows[1:])
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     drawn = finished.run("again") / "rollouts" / "step_000005.0-of-1.jsonl.gz"
     assert largest_gap(finished.run("finished") / "hf", drawn) < 1e-4

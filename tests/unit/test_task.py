@@ -86,10 +86,7 @@ def test_what_is_fit_comes_back_with_every_default_written_out(config: Path) -> 
         ("objective.kl.name=k3", "models.reference: missing; objective.kl=k3"),
         ("rollout.prompts=10", "rollout.prompts=10 is more than the 9 training prompts"),
         ("train.epochs=3", "make it a multiple of train.epochs=3"),
-        (
-            "train={share_prefixes: true, packing: false}",
-            "true: padded rows share nothing",
-        ),
+        ("train={share_prefixes: true, packing: false}", "true: padded rows share nothing"),
         ("data.files=[none.jsonl]", "none.jsonl: no such file"),
         ("data.max_prompt_tokens=3", "line 1: prompt '0' has 9 tokens, over data.max_prompt_tokens=3"),
         ("data.held_out=0", "data.held_out: got 0, expected an integer >= 1"),
@@ -112,6 +109,13 @@ def test_more_kept_tokens_than_a_gpu_holds_are_refused_where_there_is_one(
     task(config, *changes, "objective.trust_region.k=256")
     said = "objective: k=300: the kernels of a GPU keep at most 256 tokens of a position"
     assert said in refusal(config, *changes)
+
+
+def test_on_a_gpu_context_parallelism_shares_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    critic = ("objective.advantage.name=gae", "models.critic={path: x, layout: {cp: 2}}")
+    said = "train.share_prefixes=true: on a GPU not under context parallelism; models.critic.layout.cp is 2"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert said in refusal(config, "train.share_prefixes=true", *critic)
 
 
 def test_a_sparse_head_is_kept_or_refused_before_the_run(config: Path) -> None:

@@ -1,7 +1,7 @@
 """Bytes of a rollout batch: rollouts and micro-batches in host memory, and the micro-batch in use."""
 
 from megatron_troll.batching.experts import expert_dtype
-from megatron_troll.batching.waiting import WAITING_ENTRY_BYTES, WAITING_LOSS_TOKEN_BYTES, WAITING_TOKEN_BYTES
+from megatron_troll.batching.held import WAITING_ENTRY_BYTES, WAITING_LOSS_TOKEN_BYTES, WAITING_TOKEN_BYTES
 from megatron_troll.config import Config
 from megatron_troll.launch.plan.activations import Work
 from megatron_troll.launch.plan.models import Planned

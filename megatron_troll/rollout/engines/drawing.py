@@ -29,7 +29,7 @@ class Begun:
 
 class Waiting:
     """Requests that wait for a place, in order. A prompt is read once for the neighbours that have it: if
-    only some of them find a place, its prefix is kept for the others."""
+    only some of them find a place, its prefix is kept until the last of the others has one."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._prompts = [request.prompt_ids for request in requests]
@@ -41,7 +41,7 @@ class Waiting:
         begun = Begun()
         while places > len(begun.requests) and self._next < len(self._prompts):
             ids = self._prompts[self._next]
-            if self._next == 0 or not np.array_equal(ids, self._prompts[self._next - 1]):
+            if not self._repeats(self._next):
                 if begun.prompts and sum(map(len, begun.prompts)) + len(ids) > PROMPT_TOKENS:
                     break
                 begun.prompts.append(ids)
@@ -54,8 +54,14 @@ class Waiting:
         """The prefix behind which each request starts, from those of the prompts that were read."""
         found = [self._kept if source == -1 else prefixes[source] for source in begun.sources]
         if found:
-            self._kept = found[-1]
+            self._kept = found[-1] if self._repeats(self._next) else None
         return [prefix for prefix in found if prefix is not None]
+
+    def _repeats(self, request: int) -> bool:
+        """Whether a request has the prompt of the one before it."""
+        if not 0 < request < len(self._prompts):
+            return False
+        return np.array_equal(self._prompts[request - 1], self._prompts[request])
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ def experts_of(
 ) -> list[np.ndarray]:
     """Experts [t, layers, k] of the tokens of each request, from `places`, their numbers among all that were
     read, and the experts of each forward ([n, k] by layer). Blocks on the pipeline."""
+    if not places:
+        return []
     mine = {f"{layer:06d}": torch.cat(of_forward).cpu().numpy() for layer, of_forward in chosen.items()}
     stages = [pp.broadcast_arrays(mine if stage == pp.rank else None, stage) for stage in range(pp.size)]
     every = {layer: experts for stage in stages for layer, experts in stage.items()}

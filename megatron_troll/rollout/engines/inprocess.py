@@ -14,7 +14,7 @@ from megatron_troll.mcore.head import Head
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import recording
 from megatron_troll.rollout.engine import Completion, Engine, Request, Setup, rollout_of
-from megatron_troll.rollout.engines.drawing import Drawn, UnderWay, Waiting, completions, experts_of
+from megatron_troll.rollout.engines.drawing import Begun, Drawn, UnderWay, Waiting, completions, experts_of
 from megatron_troll.rollout.records import on_rank_0
 from megatron_troll.rollout.sampling import sample, sample_key
 from megatron_troll.types import Rollout
@@ -74,16 +74,7 @@ class InProcessEngine(Engine):
                 begun = waiting.take(most - len(rows.requests))
                 if not self._any_rank(bool(rows.requests or begun.requests)):
                     break
-                nothing = [] if begun.prompts or rows.requests else [NOTHING]
-                prefixes, hidden = decoder.extend(begun.prompts or nothing, rows.token)
-                rows.extended(decoder)
-                behind = waiting.behind(prefixes, begun)
-                for request, prefix in zip(begun.requests, behind, strict=True):
-                    decoder.cache.add(prefix)
-                    rows.add(request, prefix)
-                if hidden is not None:
-                    first = [prefix.hidden[None] for prefix in behind if prefix.hidden is not None]
-                    hidden = torch.cat([hidden, *first])
+                hidden = self._read(decoder, waiting, rows, begun)
                 steps.append(self._sample(hidden, rows, keys, sampling))
                 for row in rows.take(steps[-1].token, self.setup.stop_ids, sampling.max_tokens):
                     decoder.cache.remove(row)
@@ -91,6 +82,20 @@ class InProcessEngine(Engine):
         if not self.model.groups.is_last_stage:
             return []
         return completions(steps, rows.counts, self.setup.stop_ids, self._version, experts)
+
+    def _read(self, decoder: Decoder, waiting: Waiting, rows: UnderWay, begun: Begun) -> Tensor | None:
+        """Read the newest token of every row and the prompts of those that begin, which become rows. Returns
+        the hidden states [B, h] of all rows on the last stage."""
+        nothing = [] if begun.prompts or rows.requests else [NOTHING]
+        prefixes, hidden = decoder.extend(begun.prompts or nothing, rows.token)
+        rows.extended(decoder)
+        behind = waiting.behind(prefixes, begun)
+        for request, prefix in zip(begun.requests, behind, strict=True):
+            decoder.cache.add(prefix)
+            rows.add(request, prefix)
+        if hidden is None:
+            return None
+        return torch.cat([hidden, *(prefix.hidden[None] for prefix in behind if prefix.hidden is not None)])
 
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` is true on any rank. Blocks on all ranks."""

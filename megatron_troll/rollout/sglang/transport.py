@@ -100,7 +100,7 @@ def shared(size: int, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return allocated(size, device)
     with _by_file_name():
-        storage = torch.UntypedStorage._new_shared(size, device=device)
+        storage = torch.UntypedStorage._new_shared(size, device=device.type)
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_troll.batching.build import Form, build
-from megatron_troll.batching.waiting import (
+from megatron_troll.batching.held import (
     WAITING_ENTRY_BYTES,
     WAITING_LOSS_TOKEN_BYTES,
     WAITING_TOKEN_BYTES,
-    Waiting,
+    HeldBatches,
     at_rest,
     cut,
     joined,
@@ -48,7 +48,7 @@ def assert_same(one: object, other: object) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_micro_batch_is_used_as_it_was_built(form: Form) -> None:
     batches = built(form)
-    waiting = Waiting.of(batches, CPU)
+    waiting = HeldBatches.of(batches, CPU)
     assert len(waiting) == len(batches)
     for one, other in zip(batches, waiting, strict=True):
         assert_same(one, other)
@@ -63,11 +63,11 @@ def test_an_engines_record_is_used_as_it_was_built() -> None:
     one = rollout([1, 2], [3, 9, 5, 6], topk=TokenTopK(ids, -ids.astype(np.float32)))
     batch = build([one], [1.0], [1.0], [0], Form(VOCAB, topk=3))
     assert batch.rollout_topk is not None
-    assert_same(batch, Waiting.of([batch], CPU)[0])
+    assert_same(batch, HeldBatches.of([batch], CPU)[0])
 
 
 def test_only_the_micro_batch_in_use_has_its_own_types() -> None:
-    waiting = Waiting.of(built(FORMS[0]), CPU)
+    waiting = HeldBatches.of(built(FORMS[0]), CPU)
     first = weakref.ref(waiting[0])
     parts = cut(waiting, [2, 2])
     assert parts[0][0] is first()
@@ -78,7 +78,7 @@ def test_only_the_micro_batch_in_use_has_its_own_types() -> None:
 def test_experts_are_given_to_those_that_wait() -> None:
     batches = built(FORMS[0])
     experts = [{3: torch.full((2, 2), i, dtype=torch.uint8)} for i in range(4)]
-    for given in (with_experts(batches, experts), with_experts(Waiting.of(batches, CPU), experts)):
+    for given in (with_experts(batches, experts), with_experts(HeldBatches.of(batches, CPU), experts)):
         assert [each.experts for each in at_rest(given)] == experts
         assert_same(given[2], replace(batches[2], experts=experts[2]))
 
@@ -91,7 +91,7 @@ def test_the_bytes_of_a_micro_batch_that_waits_are_those_the_plan_counts() -> No
         topk = TokenTopK(entries.astype(np.int32), -entries.astype(np.float32))
         one = rollout([1], list(range(2, 2 + tokens)), mask=[1, 0] * (tokens // 2), topk=topk)
         batch = build([one], [1.0], [1.0], [0], Form(VOCAB, topk=k))
-        (held,) = at_rest(Waiting.of([batch], CPU))
+        (held,) = at_rest(HeldBatches.of([batch], CPU))
         record = held.rollout_topk
         assert record is not None
         own = [value for value in vars(held).values() if isinstance(value, Tensor)]

@@ -24,7 +24,7 @@ class _InUse:
 
 
 @dataclass(frozen=True)
-class Waiting(Sequence[MicroBatch]):
+class HeldBatches(Sequence[MicroBatch]):
     """Micro-batches, of which only the one that was asked for last is on `device`, in its own types: 13 bytes
     a token of the others, 36 in addition for one with loss, and 8 an entry of the engine's top-K. Slices and
     joined sequences share the one in use."""
@@ -34,7 +34,7 @@ class Waiting(Sequence[MicroBatch]):
     _used: _InUse = field(default_factory=_InUse, repr=False, compare=False)
 
     @classmethod
-    def of(cls, batches: Iterable[MicroBatch], device: torch.device) -> "Waiting":
+    def of(cls, batches: Iterable[MicroBatch], device: torch.device) -> "HeldBatches":
         """Micro-batches as `build` makes them, one at a time."""
         return cls(tuple(map(_narrow, batches)), device)
 
@@ -44,8 +44,8 @@ class Waiting(Sequence[MicroBatch]):
     @overload
     def __getitem__(self, at: int) -> MicroBatch: ...
     @overload
-    def __getitem__(self, at: slice) -> "Waiting": ...
-    def __getitem__(self, at: int | slice) -> "MicroBatch | Waiting":
+    def __getitem__(self, at: slice) -> "HeldBatches": ...
+    def __getitem__(self, at: int | slice) -> "MicroBatch | HeldBatches":
         if isinstance(at, slice):
             return replace(self, held=self.held[at])
         held, used = self.held[at], self._used
@@ -58,7 +58,7 @@ class Waiting(Sequence[MicroBatch]):
 
 def at_rest(batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
     """The micro-batches where and as they are held, to read their sizes."""
-    return batches.held if isinstance(batches, Waiting) else batches
+    return batches.held if isinstance(batches, HeldBatches) else batches
 
 
 def with_experts(
@@ -66,15 +66,15 @@ def with_experts(
 ) -> Sequence[MicroBatch]:
     """The same micro-batches with `experts` (`MicroBatch.experts`), one mapping each."""
     given = [replace(batch, experts=each) for batch, each in zip(at_rest(batches), experts, strict=True)]
-    return replace(batches, held=tuple(given)) if isinstance(batches, Waiting) else given
+    return replace(batches, held=tuple(given)) if isinstance(batches, HeldBatches) else given
 
 
-def joined(parts: Sequence[Waiting]) -> Waiting:
-    """The micro-batches of one or more parts, which were cut together, one after the other."""
-    return replace(parts[0], held=tuple(batch for part in parts for batch in part.held))
+def joined(parts: Sequence[HeldBatches]) -> Sequence[MicroBatch]:
+    """The micro-batches of parts that were cut together, one after the other."""
+    return replace(parts[0], held=tuple(batch for part in parts for batch in part.held)) if parts else ()
 
 
-def cut(whole: Waiting, sizes: Sequence[int]) -> list[Waiting]:
+def cut(whole: HeldBatches, sizes: Sequence[int]) -> list[HeldBatches]:
     """Consecutive parts of these sizes."""
     parts, start = [], 0
     for size in sizes:
