@@ -11,6 +11,7 @@ from megatron_troll.config.rewards import RewardConfig
 Schema = Literal["auto", "dapo", "gsm8k", "livecodebench", "math", "messages", "nemo_rl", "slime"]
 AnswerForm = Literal["text", "gsm8k", "boxed", "none"]
 Scalar = str | int | float | bool
+Wanted = Scalar | Annotated[tuple[Scalar, ...], Field(min_length=1)]
 LONGEST_WORD = 64
 LEVELS = 64
 Level = Annotated[int, Field(ge=0, lt=LEVELS)]
@@ -99,7 +100,7 @@ class Origin(Node):
         "commas; boxed: the content of the last \\boxed{}; none: the rows have no answer, the reward needs "
         "none; default: that of the schema, text for `columns.answer`",
     )
-    where: dict[Column, Scalar | tuple[Scalar, ...]] = Field(
+    where: dict[Column, Wanted] = Field(
         default={},
         description="only rows with this value, or one of these, in this column, such as {ability: math}",
     )

@@ -10,6 +10,7 @@ from megatron_troll.data.rows import Malformed
 
 Record = dict[str, Any]
 LEVELS = 3  # of columns inside columns that an error names
+ABSENT = object()
 SHOWN = 40  # characters of a value in an error
 
 
@@ -24,26 +25,15 @@ class NoColumn(Malformed):
 def value_of(record: Record, path: str) -> Any:
     """The value in a column, None included. A name with dots that is no column itself goes into objects by
     key and into lists by number, from the end if that is negative. Raises NoColumn."""
-    if path in record:
-        return record[path]
-    value: Any = record
-    for step in path.split("."):
-        if isinstance(value, dict) and step in value:
-            value = value[step]
-        elif isinstance(value, list) and _is_place(step, value):
-            value = value[int(step)]
-        else:
-            raise NoColumn(path, record)
+    value = _found(record, path)
+    if value is ABSENT:
+        raise NoColumn(path, record)
     return value
 
 
 def has(record: Record, path: str) -> bool:
     """Whether a row has a column, whatever is in it."""
-    try:
-        value_of(record, path)
-    except NoColumn:
-        return False
-    return True
+    return _found(record, path) is not ABSENT
 
 
 def needed(record: Record, path: str) -> Any:
@@ -79,6 +69,20 @@ def shown(record: Record) -> str:
 def without(record: Record, *paths: str | None) -> Record:
     """A row without these columns. One inside another stays."""
     return {name: value for name, value in record.items() if name not in paths}
+
+
+def _found(record: Record, path: str) -> Any:
+    if path in record:
+        return record[path]
+    value: Any = record
+    for step in path.split("."):
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and _is_place(step, value):
+            value = value[int(step)]
+        else:
+            return ABSENT
+    return value
 
 
 def _is_place(step: str, values: list[Any]) -> bool:

@@ -25,7 +25,7 @@ TEXTS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"}
 AROUND = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
 PUBLISHED = (QUESTION, PUBLIC)
 MOST_BYTES = 2**30  # of the unpacked tests of one row
-OF_FUNCTION = "Complete this code:\n\n```python\n{starter}\n```"
+OF_FUNCTION = "Complete this code, with the imports that it needs:\n\n```python\n{starter}\n```"
 OF_PROGRAM = "The program reads its input from stdin and writes its output to stdout."
 # An answer may give a tuple where the test has a list.
 CHECK = """got = Solution().{function}({arguments})

@@ -36,6 +36,7 @@ class RowFormat:
     prepared  makes these columns of the row as published, which has the columns `published`; (): these
     named     whether every row must have its name in the column `id`
     name      the name of a row that has none there; None: it has none
+    mark      what no answer may hold, because it is that of another format; "": there is none
     told      whether `auto` chooses it
     """
 
@@ -47,6 +48,7 @@ class RowFormat:
     prepared: Callable[[Record], Record] = dict
     named: bool = False
     name: Callable[[Record], Any] = lambda record: None
+    mark: str = ""
     told: bool = True
 
     def fits(self, record: Record) -> bool:
@@ -95,6 +97,7 @@ def _taught(record: Record) -> Record:
     return record | {"messages": turns[:-1], "answer": turns[-1]["content"]}
 
 
+GSM8K = "####"
 VERL = RowFormat("prompt", "reward_model.ground_truth", name=_verl_name)
 SCHEMAS: dict[str, tuple[RowFormat, ...]] = {
     "messages": (RowFormat("messages", "answer", id="id"),),
@@ -119,7 +122,7 @@ SCHEMAS: dict[str, tuple[RowFormat, ...]] = {
     "math": (
         RowFormat("problem", "answer"),
         RowFormat("question", "final_answer", prepared=_olympiad),
-        RowFormat("question", "answer"),
+        RowFormat("question", "answer", mark=GSM8K),
         RowFormat("problem", "solution", "boxed"),
     ),
 }
@@ -136,10 +139,12 @@ def format_of(record: Record, origin: Origin, key: str) -> RowFormat:
         id=columns.id or base.id,
         named=columns.id is not None,
     )
-    if form == "none":
-        return replace(row_format, answer=None, form=form)
-    own: AnswerForm = base.form if columns.answer is None else "text"
-    return replace(row_format, answer=columns.answer or base.answer, form=form or own)
+    if form is not None:
+        answer = None if form == "none" else columns.answer or base.answer
+        return replace(row_format, answer=answer, form=form, mark="")
+    if columns.answer is not None:
+        return replace(row_format, answer=columns.answer, form="text", mark="")
+    return row_format
 
 
 def _of_schema(record: Record, origin: Origin, key: str) -> RowFormat:
@@ -183,10 +188,15 @@ def answer_of(record: Record, row_format: RowFormat) -> str:
         if found is None:
             raise Malformed(rf"the column {row_format.answer!r} has no \boxed{{}} that closes: {text!r:.80}")
     elif row_format.form == "gsm8k":
-        _, mark, found = text.rpartition("####")
+        _, mark, found = text.rpartition(GSM8K)
         if not mark:
             raise Malformed(f"the column {row_format.answer!r} has no '#### ANSWER': {text!r:.80}")
         found = found.replace(",", "")
+    elif row_format.mark and row_format.mark in text:
+        raise Malformed(
+            f"the column {row_format.answer!r} holds {row_format.mark!r}, and that of the first row does "
+            f"not: answer_form=gsm8k takes what follows it, answer_form=text all of it: {text!r:.80}"
+        )
     else:
         return text
     if not found.strip():

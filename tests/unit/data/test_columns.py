@@ -122,12 +122,12 @@ def test_answers_are_taken_out_of_solutions(
     assert prompt.record["solved"] == written
 
 
-ROW = {"question": "sort 21", "answer": "12", "level": 3}
+ROW = {"question": "sort 21", "answer": "12", "level": 1}
 ABSENT = [
     (
         {"columns": {"prompt": "questoin", "answer": "answer"}},
         "line 1: no column 'questoin'; did you mean 'question'? (columns.prompt of data); the first row: "
-        "question='sort 21', answer='12', level=3 (data.malformed=skip",
+        "question='sort 21', answer='12', level=1 (data.malformed=skip",
     ),
     (
         {"columns": {"id": "unique_id"}},
@@ -137,6 +137,7 @@ ABSENT = [
         {"where": {"levle": 3}},
         "no column 'levle'; did you mean 'level'? (where of data); the first row: question=",
     ),
+    ({"where": {"level": True}}, "no usable prompt; 2 rows, 2 left out by `where` (first: "),
     ({"where": {"level": "3"}}, "no usable prompt; 2 rows, 2 left out by `where` (first: "),
     (
         {"schema": "dapo"},
@@ -188,6 +189,17 @@ def test_a_set_without_answers_or_prompts_is_refused(
     row: dict[str, Any], said: str, write_jsonl: Any, tokenizer: Any
 ) -> None:
     assert said in refusal(write_jsonl("a.jsonl", row), tokenizer)
+
+
+def test_solutions_of_gsm8k_are_no_answers_because_the_first_row_has_no_mark(
+    write_jsonl: Any, tokenizer: Any
+) -> None:
+    path = write_jsonl("a.jsonl", ROW, {"question": "sort 31", "answer": "so\n#### 13"})
+    said = refusal(path, tokenizer)
+    assert f"{path} line 2: the column 'answer' holds '####', and that of the first row does not" in said
+    prompts, _ = read(path, tokenizer, answer_form="text")
+    assert [prompt.answer for prompt in prompts] == ["12", "so\n#### 13"]
+    assert "line 1: the column 'answer' has no '#### ANSWER'" in refusal(path, tokenizer, schema="gsm8k")
 
 
 def test_a_set_without_answers_is_read_if_the_reward_needs_none(write_jsonl: Any, tokenizer: Any) -> None:

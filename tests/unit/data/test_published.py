@@ -100,9 +100,12 @@ class Opens:
 
 
 def test_packed_tests_are_read_without_running_their_pickle(tmp_path: Path) -> None:
-    hostile = base64.b64encode(zlib.compress(pickle.dumps(Opens()))).decode()
+    hostile, boxed = (
+        base64.b64encode(zlib.compress(pickle.dumps(one))).decode() for one in (Opens(), ["[]"])
+    )
     bad = [
         (hostile, "is a pickle of more than a text"),
+        (boxed, "is a pickle of more than a text"),
         (packed([])[:-8], "'private_test_cases' is"),
         ("!", "is neither JSON nor packed JSON"),
         (packed([{"input": "1"}]), "a test must have the texts 'input' and 'output'"),
