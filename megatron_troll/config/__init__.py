@@ -1,6 +1,16 @@
 """The typed tree of a run's configuration: its sections, the methods named in its slots, its paths."""
 
-from megatron_troll.config.data import Curriculum, Data, Gym, MetricWord, Origin, Reading, Source
+from megatron_troll.config.data import (
+    AnswerForm,
+    Columns,
+    Curriculum,
+    Data,
+    Gym,
+    MetricWord,
+    Origin,
+    Reading,
+    Source,
+)
 from megatron_troll.config.methods import (
     Pairing,
     SlotMethod,
@@ -61,6 +71,8 @@ from megatron_troll.config.tree import (
 )
 
 __all__ = [
+    "AnswerForm",
+    "Columns",
     "Config",
     "ConfigError",
     "CriticConfig",

@@ -8,7 +8,10 @@ from pydantic import AfterValidator, Field, model_validator
 from megatron_troll.config.node import Files, Node, Positive, PositiveFloat, Slot, nearest
 from megatron_troll.config.rewards import RewardConfig
 
-Schema = Literal["auto", "dapo", "gsm8k", "messages"]
+Schema = Literal["auto", "dapo", "gsm8k", "livecodebench", "math", "messages", "nemo_rl", "slime"]
+AnswerForm = Literal["text", "gsm8k", "boxed", "none"]
+Scalar = str | int | float | bool
+Wanted = Scalar | Annotated[tuple[Scalar, ...], Field(min_length=1)]
 LONGEST_WORD = 64
 LEVELS = 64
 Level = Annotated[int, Field(ge=0, lt=LEVELS)]
@@ -64,11 +67,43 @@ class Gym(Slot):
         return {"name": value} if isinstance(value, str) else value
 
 
+Column = Annotated[str, Field(min_length=1)]
+
+
+class Columns(Node):
+    """Columns of files by name, those inside others by dots and numbers: `reward_model.ground_truth`,
+    `turns.0.content`, `turns.-1.content`. What is not named is that of the schema."""
+
+    prompt: Column | None = Field(default=None, description="a text, or a chat of turns")
+    answer: Column | None = Field(default=None, description="the right answer, see `answer_form`")
+    id: Column | None = Field(
+        default=None, description="name of the prompt; default: of the schema, or the hash of its text"
+    )
+
+    def over(self, other: "Columns") -> "Columns":
+        """These columns, and those of `other` where these name none."""
+        return Columns(**(other.model_dump() | self.model_dump(exclude_none=True)))
+
+
 class Origin(Node):
     """The origin of the prompts of one source, and what is added to them."""
 
-    files: Files | None = Field(default=None, description="prompts, JSONL or Parquet")
+    files: Files | None = Field(default=None, description="prompts: JSONL, JSON, Parquet or Arrow")
     gym: Gym | None = None
+    schema_: Schema | None = Field(
+        default="auto", alias="schema", description="auto: told by the first row of each file"
+    )
+    columns: Columns = Columns()
+    answer_form: AnswerForm | None = Field(
+        default=None,
+        description="the answer in its column: text: all of it; gsm8k: what follows the last ####, without "
+        "commas; boxed: the content of the last \\boxed{}; none: the rows have no answer, the reward needs "
+        "none; default: that of the schema, text for `columns.answer`",
+    )
+    where: dict[Column, Wanted] = Field(
+        default={},
+        description="only rows with this value, or one of these, in this column, such as {ability: math}",
+    )
     instruction: str | None = Field(
         default=None,
         description="text appended to the last turn of every prompt after a blank line, or the turn's new "
@@ -93,6 +128,37 @@ class Origin(Node):
             raise ValueError(f"got {got}, expected exactly one of the keys {wanted}")
         return self
 
+    @model_validator(mode="after")
+    def _columns_of_files(self) -> Self:
+        given = self.of_rows
+        if self.gym is not None and given:
+            raise ValueError(f"got {' and '.join(given)} beside gym: they are for files")
+        if self.answer_form == "none" and self.columns.answer is not None:
+            raise ValueError(f"got answer_form=none and columns.answer={self.columns.answer}: leave one out")
+        return self
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether prompt and answer are in columns that are named, and no schema is."""
+        return self.schema_ in (None, "auto") and self.columns.prompt is not None
+
+    def check_columns(self) -> None:
+        """Raise ValueError if one of prompt and answer is named, and no schema tells the other."""
+        columns = self.columns
+        both = columns.prompt is not None and (columns.answer is not None or self.answer_form == "none")
+        one = columns.prompt is not None or columns.answer is not None
+        if self.schema_ in (None, "auto") and one and not both:
+            named, other = ("prompt", "answer") if columns.prompt else ("answer", "prompt")
+            what = f"columns.{named}={getattr(columns, named)} alone"
+            none = ", or answer_form=none for a reward that needs none" if other == "answer" else ""
+            raise ValueError(f"got {what}: name columns.{other} too{none}, or the schema")
+
+    @property
+    def of_rows(self) -> list[str]:
+        """The keys that say how rows of files are read, as far as they are set."""
+        values = {"columns": self.columns != Columns(), "answer_form": self.answer_form, "where": self.where}
+        return [key for key, value in values.items() if value]
+
 
 class Reading(Node):
     """The handling of rows that are not prompts or are too long."""
@@ -114,7 +180,12 @@ class Source(Origin):
     weight: PositiveFloat = Field(
         default=1.0, description="share of the prompts, relative to the other sources"
     )
-    schema_: Schema | None = Field(default=None, alias="schema", description="default: data.schema")
+    schema_: Schema | None = Field(
+        default=None,
+        alias="schema",
+        description="default: data.schema; a source with its own takes over no `columns`, `answer_form` or "
+        "`where` of data",
+    )
     reward: RewardConfig | None = Field(
         default=None,
         description="judges its answers; default: of `gym`, the set's scorer, otherwise `reward`",
@@ -124,9 +195,6 @@ class Source(Origin):
 class Data(Origin, Reading):
     """The prompts of training, and those held out from it: one source, or several."""
 
-    schema_: Schema = Field(
-        default="auto", alias="schema", description="auto: detected from the first record of each file"
-    )
     sources: dict[MetricWord, Source] = Field(default={})
     held_out: Positive | Files | dict[MetricWord, Positive | Files] = Field(
         default=1024,
@@ -160,6 +228,10 @@ class Data(Origin, Reading):
             for name in held_out.keys() - self.sources.keys():
                 raise ValueError(f"held_out.{name}: no such source; {nearest(name, self.sources)}")
         for name, source in self.mixture.items():
+            try:
+                source.check_columns()
+            except ValueError as error:
+                raise ValueError(f"sources.{name}: {error}" if name else str(error)) from error
             of = held_out.get(name) if isinstance(held_out, dict) else held_out
             if source.gym is not None and isinstance(of, tuple):
                 raise ValueError(
@@ -172,14 +244,19 @@ class Data(Origin, Reading):
         """The sources by name, in the order of their names, with what they take over from `data`; the one
         source of the short form has the name ""."""
         if not self.sources:
-            own = self.origins | {"schema": self.schema_, "instruction": self.instruction}
+            keys = ("instruction", "columns", "answer_form", "where")
+            own = self.origins | {key: getattr(self, key) for key in keys} | {"schema": self.schema_}
             return {"": Source.model_validate(own)}
-        return {
-            name: source.model_copy(
-                update={
-                    "schema_": source.schema_ or self.schema_,
-                    "instruction": self.instruction if source.instruction is None else source.instruction,
-                }
-            )
-            for name, source in sorted(self.sources.items())
+        return {name: self._completed(source) for name, source in sorted(self.sources.items())}
+
+    def _completed(self, source: Source) -> Source:
+        """A source with what it takes over."""
+        over: dict[str, object] = {
+            "schema_": source.schema_ or self.schema_,
+            "instruction": self.instruction if source.instruction is None else source.instruction,
         }
+        if source.schema_ is None:
+            over["columns"] = source.columns.over(self.columns)
+            over["answer_form"] = source.answer_form or self.answer_form
+            over["where"] = source.where or self.where
+        return source.model_copy(update=over)

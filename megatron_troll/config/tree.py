@@ -4,11 +4,11 @@ Every field has its unit and range here; `load.py` reads YAML and overrides into
 of their slots next to their formulas (objectives/), rewards next to their code (rewards/).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from megatron_troll.config.data import Data, Origin, Reading, Schema
+from megatron_troll.config.data import Data, Origin, Reading
 from megatron_troll.config.models import (
     Model,
     Models,
@@ -177,9 +177,6 @@ class EvaluationConfig(Node):
 class EvalSet(Origin, Reading):
     """A data set of `mtroll eval`, named by its key."""
 
-    schema_: Schema = Field(
-        default="auto", alias="schema", description="auto: detected from the first record of each file"
-    )
     prompts: Positive | None = Field(
         default=None, description="number of prompts, from the first; default: all"
     )
@@ -195,6 +192,11 @@ class EvalSet(Origin, Reading):
     template_arguments: dict[str, str | int | float | bool] | None = Field(
         default=None, description="arguments of the chat template; default: data.template_arguments"
     )
+
+    @model_validator(mode="after")
+    def _names_both_columns(self) -> Self:
+        self.check_columns()
+        return self
 
     @field_validator("pass_at")
     @classmethod

@@ -1,4 +1,6 @@
-"""Chat turns as stored in files: [{"role": ..., "content": ...}, ...]."""
+"""Chat turns as stored in files: [{"role": ..., "content": ...}, ...], or {"role": [...], "content": [...]}
+as Hugging Face's `Sequence` stores them; a content may be a list of parts {"type": "text", "text": ...}.
+"""
 
 from typing import Any
 
@@ -8,6 +10,8 @@ from megatron_troll.types import Message
 
 def read_turns(value: Any, field: str) -> list[dict[str, Any]]:
     """The turns of a chat, without keys whose value is null. Raises Malformed."""
+    if isinstance(value, dict):
+        value = _rows(value, field)
     if not isinstance(value, list) or not value:
         raise Malformed(f"{field!r} must be a list of one or more chat messages, got {value!r:.80}")
     return [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(value)]
@@ -17,10 +21,38 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise Malformed(f"{name} must be an object with 'role' and 'content', got {turn!r:.80}")
     turn = {key: item for key, item in turn.items() if item is not None}
+    if isinstance(turn.get("content"), list):
+        turn["content"] = _joined(turn["content"], f"{name}.content")
     for key in ("role", "content"):
         if not isinstance(turn.get(key), str):
             raise Malformed(f"{name}.{key} must be text, got {turn.get(key)!r:.80}")
     return turn
+
+
+def _rows(columns: dict[str, Any], field: str) -> list[dict[str, Any]]:
+    """The turns of a chat that is stored as one list for each key; of a single turn."""
+    if isinstance(columns.get("content"), str):
+        return [columns]
+    lists = [value for value in columns.values() if isinstance(value, list)]
+    if len(lists) < len(columns) or len({len(values) for values in lists}) != 1:
+        raise Malformed(f"{field!r} must be a list of chat messages, got {columns!r:.80}")
+    return [dict(zip(columns, values)) for values in zip(*lists)]
+
+
+def _joined(parts: list[Any], name: str) -> str:
+    """The text of a content in parts."""
+    for part in parts:
+        text = isinstance(part, dict) and part.get("type", "text") == "text" and part.get("text")
+        if not isinstance(text, str):
+            raise Malformed(f"{name} must be text, got the part {part!r:.80}")
+    return "".join(part["text"] for part in parts)
+
+
+def prompt_chat(value: Any, field: str) -> tuple[Message, ...]:
+    """A chat whose next turn is the policy's answer; a text is the user's turn. Raises Malformed."""
+    if isinstance(value, str) and value:
+        return (Message("user", value),)
+    return prompt_messages(value, field)
 
 
 def prompt_messages(value: Any, field: str) -> tuple[Message, ...]:

@@ -146,11 +146,10 @@ class _Loading:
         self, name: str, source: Source, wanted: int | tuple[str, ...]
     ) -> tuple[list[Prompt], list[Prompt]]:
         """(training, held-out) prompts."""
-        schema = source.schema_ or "auto"
-        prompts = self._reader(name, source, self.train, "files").files(source.files or (), schema)
+        prompts = self._reader(name, source, self.train, "files").files(source.files or (), source)
         if isinstance(wanted, int):
             return split(prompts, wanted, self.seed, f"data.held_out.{name}" if name else "data.held_out")
-        held_out = self._reader(name, source, self.held_out, "held-out files").files(wanted, schema)
+        held_out = self._reader(name, source, self.held_out, "held-out files").files(wanted, source)
         return prompts, held_out
 
     def _reader(self, name: str, source: Source, seen: Seen, words: str) -> Reader:

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field, replace
 
 from megatron_troll.config import Origin, Reading
 from megatron_troll.data.chat import encoded
+from megatron_troll.data.conversion import Conversion, LeftOut
 from megatron_troll.data.gym.tasks import ASKED
 from megatron_troll.data.rows import DataError, Malformed, Row, read_rows
-from megatron_troll.data.schemas import detect, to_prompt
 from megatron_troll.data.template import ChatTemplate
 from megatron_troll.types import Message, Prompt
 
 Problem = Callable[[Prompt], str | None]
+Converter = Callable[[Row], Prompt]
 QUESTION = "{question}"
 TOGETHER = 1024  # Enough for the tokenizer to keep every core busy.
 
@@ -35,18 +36,22 @@ def instruction_of(origin: Origin) -> str | None:
 @dataclass
 class Counts:
     """Counts of the rows of a source, by how they were handled. `conflicts` are the duplicates whose answer
-    differs from that of the first."""
+    differs from that of the first, `left_out` the rows that `where` left out."""
 
     rows: int = 0
+    left_out: int = 0
     malformed: int = 0
     duplicates: int = 0
     conflicts: int = 0
     overlong: int = 0
     held_out: int = 0
+    first_left_out: str = ""
     first_malformed: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.rows:,} rows"]
+        if self.left_out:
+            parts.append(f"{self.left_out:,} left out by `where` (first: {self.first_left_out})")
         if self.duplicates:
             parts.append(f"{self.duplicates:,} duplicates dropped ({self.conflicts:,} with another answer)")
         if self.held_out:
@@ -82,16 +87,21 @@ class Reader:
     excluded: Set[tuple[Message, ...]] = frozenset()
     counts: Counts = field(default_factory=Counts)
 
-    def files(self, paths: Sequence[str], schema: str) -> list[Prompt]:
-        """The distinct prompts of files in their order. A row with the same text as an earlier one is a
-        duplicate: it is dropped and counted. Raises DataError for a malformed or too long row, unless
-        `limits` says to skip it, and if no prompt is left."""
-        return self._some((prompt for path in paths for prompt in self._file(path, schema)), ", ".join(paths))
+    def files(self, paths: Sequence[str], origin: Origin) -> list[Prompt]:
+        """The distinct prompts of files in their order, read as `origin` says. A row with the same text as an
+        earlier one is a duplicate: it is dropped and counted. Raises DataError for a malformed or too long
+        row, unless `limits` says to skip it, and if no prompt is left."""
+        convert = Conversion(origin, self._place)
+        return self._some((one for path in paths for one in self._file(path, convert)), ", ".join(paths))
 
-    def tasks(self, rows: Iterable[Row], convert: Callable[[Row], Prompt]) -> list[Prompt]:
+    def tasks(self, rows: Iterable[Row], convert: Converter) -> list[Prompt]:
         """The distinct prompts of rows that were made for this source, under the same conditions."""
-        key = f"{self.key}.sources.{self.source}" if self.source else self.key
-        return self._some(self._prompts(rows, convert), f"{key}.gym")
+        return self._some(self._prompts(rows, convert), f"{self._place}.gym")
+
+    @property
+    def _place(self) -> str:
+        """The place of the source in the configuration."""
+        return f"{self.key}.sources.{self.source}" if self.source else self.key
 
     def _some(self, prompts: Iterable[Prompt], of: str) -> list[Prompt]:
         found = list(prompts)
@@ -99,17 +109,11 @@ class Reader:
             raise DataError(f"{of}: no usable prompt; {self.counts}")
         return found
 
-    def _file(self, path: str, schema: str) -> Iterator[Prompt]:
-        known = None if schema == "auto" else schema
-
-        def convert(row: Row) -> Prompt:
-            nonlocal known
-            known = known or detect(row.value)
-            return to_prompt(known, row.value)
-
+    def _file(self, path: str, convert: Conversion) -> Iterator[Prompt]:
+        convert.begin()
         return self._prompts(read_rows(path), convert)
 
-    def _prompts(self, rows: Iterable[Row], convert: Callable[[Row], Prompt]) -> Iterator[Prompt]:
+    def _prompts(self, rows: Iterable[Row], convert: Converter) -> Iterator[Prompt]:
         """The prompts of rows that are new and not too long; TOGETHER of them are tokenized at a time."""
         fresh: list[tuple[Prompt, Row]] = []
         for row in rows:
@@ -127,12 +131,17 @@ class Reader:
                 fresh = []
         yield from self._fitting(fresh)
 
-    def _read(self, row: Row, convert: Callable[[Row], Prompt]) -> Prompt | None:
-        """The prompt of a row; None for a duplicate. Raises Malformed."""
+    def _read(self, row: Row, convert: Converter) -> Prompt | None:
+        """The prompt of a row; None for a duplicate, and for one that is left out. Raises Malformed."""
         self.counts.rows += 1
         if row.problem:
             raise Malformed(row.problem)
-        prompt = self._of_source(convert(row))
+        try:
+            prompt = self._of_source(convert(row))
+        except LeftOut as error:
+            self.counts.left_out += 1
+            self.counts.first_left_out = self.counts.first_left_out or f"{row.where}: {error}"
+            return None
         problem = self.problem(prompt)
         if problem is not None:
             raise Malformed(problem)

@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files, each with its place (file and line or row) for error messages."""
+"""Rows of JSONL, JSON, Parquet and Arrow files, each with its place (file, line or row) for errors."""
 
 import json
 from collections import Counter
@@ -10,10 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+AT_ONCE = 1024  # rows of a table that are converted together
+IPC_FILE = b"ARROW1"  # the first bytes of an IPC file
 DEEPEST = 100  # levels of lists and objects in a record
 TOO_DEEP = f"lists and objects in more than {DEEPEST} levels"
 # Errors of pyarrow for damaged pages and for values without a counterpart in Python.
-UNREADABLE = (OSError, ValueError, OverflowError)
+UNREADABLE = (OSError, ValueError, OverflowError, KeyError)
 
 
 class DataError(ValueError):
@@ -34,12 +36,13 @@ class Row:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Every row of a .jsonl or .parquet file; lines and rows count from 1, blank lines are skipped.
-    Raises DataError for a file that is missing, empty, broken or of another type."""
+    """Every row of a .jsonl, .json (a list of objects, or one on each line), .parquet or .arrow file; lines
+    and rows count from 1, blank lines are skipped. Raises DataError for a file that is missing, empty, broken
+    or of another type."""
     path = Path(path)
-    readers = {".jsonl": _jsonl, ".parquet": _parquet}
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".arrow": _arrow}
     if path.suffix not in readers:
-        raise DataError(f"{path}: expected a file ending with .jsonl or .parquet")
+        raise DataError(f"{path}: expected a file ending with .jsonl, .json, .parquet or .arrow")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     empty = True
@@ -62,12 +65,46 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 yield Row(where, {}, str(error))
 
 
+def _json(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        begin = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not begin.startswith(b"["):
+        yield from _jsonl(path)
+        return
+    try:
+        values = _json_value(path.read_bytes())
+    except Malformed as error:
+        raise DataError(f"{path}: {error}") from error
+    for number, value in enumerate(values, 1):
+        where = f"{path} row {number}"
+        try:
+            _check_object(value)
+            check_value(value)
+            yield Row(where, value)
+        except Malformed as error:
+            yield Row(where, {}, str(error))
+
+
 def _json_object(line: bytes) -> dict[str, Any]:
+    value = _check_object(_json_value(line))
+    if line.count(b"[") + line.count(b"{") > DEEPEST or b"\\u" in line:
+        check_value(value)
+    return value
+
+
+def _check_object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Malformed(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def _json_value(text: bytes) -> Any:
     try:
         # Decoded here: json.loads lets half a character (a lone surrogate) through as bytes.
-        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:
-        raise Malformed(f"not valid JSON: {error.msg} at column {error.colno}") from error
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        raise Malformed(f"not valid JSON: {error.msg} at {line}column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise Malformed(f"not valid UTF-8: {error.reason} at byte {error.start + 1}") from error
     except Malformed:
@@ -76,11 +113,6 @@ def _json_object(line: bytes) -> dict[str, Any]:
         raise Malformed(TOO_DEEP) from error
     except ValueError as error:  # an integer of thousands of digits
         raise Malformed(f"a number that cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise Malformed(f"expected an object, got {type(value).__name__}")
-    if line.count(b"[") + line.count(b"{") > DEEPEST or b"\\u" in line:
-        check_value(value)
-    return value
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,18 +156,46 @@ def _check_text(text: str) -> None:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    number = 0
-    try:
+    def batches() -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             _check_columns(file.schema_arrow)
-            for batch in file.iter_batches(batch_size=1024):
-                for row in _batch_rows(batch, path, number):
-                    number += 1
-                    yield row
+            yield from file.iter_batches(batch_size=AT_ONCE)
+
+    return _table_rows(path, "Parquet", batches())
+
+
+def _arrow(path: Path) -> Iterator[Row]:
+    """The rows of an IPC file (Feather 2), or of an IPC stream, which `datasets` writes."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(path)) as file:
+            if file.read(len(IPC_FILE)) == IPC_FILE:
+                whole = pa.ipc.open_file(file)
+                _check_columns(whole.schema)
+                found = (whole.get_batch(index) for index in range(whole.num_record_batches))
+            else:
+                file.seek(0)
+                stream = pa.ipc.open_stream(file)
+                _check_columns(stream.schema)
+                found = iter(stream)
+            for batch in found:
+                batch.validate(full=True)
+                yield from (batch.slice(at, AT_ONCE) for at in range(0, len(batch), AT_ONCE))
+
+    return _table_rows(path, "Arrow", batches())
+
+
+def _table_rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+    number = 0
+    try:
+        for batch in batches:
+            for row in _batch_rows(batch, path, number):
+                number += 1
+                yield row
     except Malformed as error:
         raise DataError(f"{path}: {error}") from error
     except (pa.ArrowException, *UNREADABLE) as error:
-        raise DataError(f"{path}: cannot be read as Parquet after row {number}: {error}") from error
+        raise DataError(f"{path}: cannot be read as {kind} after row {number}: {error}") from error
 
 
 def _check_columns(fields: Iterable[pa.Field]) -> None:
@@ -160,13 +220,15 @@ def _batch_rows(batch: pa.RecordBatch, path: Path, before: int) -> Iterator[Row]
     """The rows of a batch that follows `before` rows. A value without a counterpart in Python (a timestamp
     beyond year 9999, text that is not UTF-8) makes its own row malformed only."""
     try:
-        values = batch.to_pylist()
+        values = batch.to_pylist(maps_as_pydicts="strict")
     except UNREADABLE:
         values = [None] * len(batch)
     for index, value in enumerate(values):
         where = f"{path} row {before + index + 1}"
         try:
-            value = value if value is not None else batch.slice(index, 1).to_pylist()[0]
+            value = (
+                value if value is not None else batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")[0]
+            )
             check_value(value)
             yield Row(where, value)
         except (Malformed, *UNREADABLE) as error:

@@ -111,7 +111,7 @@ def _data_set(
         tasks = make({name: Wanted(f"{key}.gym", one.gym, train=False, held_out=one.gym.size)})[name]
         prompts = reader.tasks(tasks.held_out, tasks.to_prompt)
     else:
-        prompts = reader.files(one.files or (), one.schema_)
+        prompts = reader.files(one.files or (), one)
     return DataSet(
         name=name,
         config=one,

@@ -35,6 +35,10 @@ CHANGEABLE = (
     "launch.*",
     "serve.*",
 )
+OF_SOURCE = (
+    *("files", "gym", "gym.*", "schema", "columns.*", "answer_form", "where", "where.*", "instruction"),
+    "weight",
+)
 # Keys that may change together with what a run is made with, if `resume.accept` names it.
 ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
     "data": (
@@ -42,12 +46,16 @@ ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
         "data.gym",
         "data.gym.*",
         "data.schema",
+        "data.columns.*",
+        "data.answer_form",
+        "data.where",
+        "data.where.*",
         "data.instruction",
         "data.malformed",
         "data.overlong_prompts",
         "data.max_prompt_tokens",
         "data.sources",
-        *(f"data.sources.*.{key}" for key in ("files", "gym", "gym.*", "schema", "instruction", "weight")),
+        *(f"data.sources.*.{key}" for key in OF_SOURCE),
     ),
     "held_out": ("data.held_out", "data.held_out.*"),
     "tokenizer": ("models.policy.path", "models.rollout.path"),
@@ -59,6 +67,12 @@ ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
 }
 # Keys that runs of earlier versions lack, with the values at which they continue.
 ADDED: dict[str, Any] = {
+    "data.columns.*": None,
+    "data.answer_form": None,
+    "data.where": {},
+    "data.sources.*.columns.*": None,
+    "data.sources.*.answer_form": None,
+    "data.sources.*.where": {},
     "data.gym": None,
     "data.instruction": None,
     "data.sources": {},
@@ -254,7 +268,8 @@ def config_differences(old: Path, new_yaml: str) -> dict[str, tuple[Any, Any]]:
 
 def with_added(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """The dotted keys `before`, with those of `after` that a run of an earlier version lacks (ADDED)."""
-    return {key: value for key, value in ADDED.items() if key in after} | dict(before)
+    added = {key: value for key in after for pattern, value in ADDED.items() if fnmatchcase(key, pattern)}
+    return added | dict(before)
 
 
 def flat_config(config_yaml: str) -> dict[str, Any]:

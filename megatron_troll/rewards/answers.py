@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-# A box, an escaped character, or a brace. Escaped braces, as in \{1,2\}, do not count.
-BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=(?P<bare>[^\s{\\$]+)))|\\.|[{}]", re.DOTALL)
+from megatron_troll.data.boxed import last_box
+
 LINE = re.compile(
     r"^[^\w\n]*(?:(?:so|thus|therefore|hence|my|the|final|correct)[ ,]+)*answer(?: is)?[ *_]*[:\uff1a](.*)$",
     re.IGNORECASE | re.MULTILINE,
@@ -47,30 +47,9 @@ def stated(text: str) -> Stated | None:
     return max(found, key=lambda one: one.start, default=None)
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces close; None if there is none. Linear in the text."""
-    box = _last_box(text)
-    return None if box is None else box.text
-
-
 def _last_box(text: str) -> Stated | None:
-    last: Stated | None = None
-    opened: list[tuple[int, int, bool]] = []
-    for mark in BRACES.finditer(text):
-        token = mark[0]
-        if mark["bare"] is not None:
-            last = _later(last, mark.start(), mark["bare"])
-        elif token.endswith("{") and token != r"\{":
-            opened.append((mark.start(), mark.end(), token != "{"))
-        elif token == "}" and opened:
-            start, inside, box = opened.pop()
-            if box and (last is None or start > last.start):
-                last = Stated(text[inside : mark.start()], start, "box")
-    return last
-
-
-def _later(last: Stated | None, start: int, content: str) -> Stated:
-    return last if last is not None and last.start > start else Stated(content, start, "box")
+    box = last_box(text)
+    return None if box is None else Stated(box.content, box.start, "box")
 
 
 def _last_line(text: str) -> Stated | None:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from megatron_troll.data.boxed import last_boxed
 from megatron_troll.data.gym.encoding import decode
 from megatron_troll.data.gym.library import Library, judged, open_set
-from megatron_troll.rewards.answers import last_boxed, last_tagged
+from megatron_troll.rewards.answers import last_tagged
 from megatron_troll.rewards.reward import Reward
 from megatron_troll.types import Prompt
 

@@ -11,8 +11,9 @@ from math_verify import parse, verify
 from pydantic import Field
 
 from megatron_troll.config import Positive
+from megatron_troll.data.boxed import last_boxed
 from megatron_troll.rewards import notation
-from megatron_troll.rewards.answers import last_boxed, stated
+from megatron_troll.rewards.answers import stated
 from megatron_troll.rewards.notation import Notation
 from megatron_troll.rewards.reward import Reward
 from megatron_troll.types import Prompt

@@ -29,8 +29,9 @@ def dapo(index, text: str, answer: str = "34") -> dict:
 
 
 def read(path, tokenizer, **config):
-    reader = Reader(Data(files=(path,), **config), "data", ChatTemplate(tokenizer))
-    return reader.files((path,), config.get("schema", "auto")), reader.counts
+    data = Data.model_validate({"files": (path,)} | config)
+    reader = Reader(data, "data", ChatTemplate(tokenizer))
+    return reader.files((path,), data), reader.counts
 
 
 def refusal(path, tokenizer, **config) -> str:
@@ -82,8 +83,8 @@ MALFORMED = [
     ("[1]", "line 3: expected an object, got list"),
     ({"messages": [], "answer": "1"}, "'messages' must be a list of one or more"),
     ({"messages": [{"role": "user"}], "answer": "1"}, "messages[0].content must be text, got None"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "field 'answer' is missing"),
-    (ours(3) | {"answer": ""}, "'answer' must be text that is not empty"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "no column 'answer'; known: messages"),
+    (ours(3) | {"answer": ""}, "the column 'answer' must hold text that is not empty"),
     (
         {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}], "answer": "1"},
         "messages[0] has keys that are not read: tool_calls",
@@ -120,7 +121,7 @@ def test_a_malformed_parquet_row_is_named_by_its_number(tmp_path, tokenizer):
     rows = [dapo("a", "one"), dapo("b", "two") | {"reward_model": {"ground_truth": None, "style": "rule"}}]
     path = str(tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_pylist(rows), path)
-    assert f"{path} row 2: field 'ground_truth' is missing" in refusal(path, tokenizer)
+    assert f"{path} row 2: the column 'reward_model.ground_truth' is empty" in refusal(path, tokenizer)
 
 
 def test_bytes_that_are_not_utf8_are_malformed(tmp_path, tokenizer):
@@ -134,7 +135,7 @@ def test_bytes_that_are_not_utf8_are_malformed(tmp_path, tokenizer):
     [
         ("a.jsonl", b"\n\n", "the file holds no records"),
         ("a.parquet", b"not parquet at all", "cannot be read as Parquet"),
-        ("a.csv", b"a,b", "expected a file ending with .jsonl or .parquet"),
+        ("a.csv", b"a,b", "expected a file ending with .jsonl, .json, .parquet or .arrow"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, tokenizer, name, content, said):
@@ -149,7 +150,8 @@ def test_a_missing_file(tmp_path, tokenizer):
 
 def test_a_file_of_no_known_schema(write_jsonl, tokenizer):
     message = refusal(write_jsonl("a.jsonl", {"text": "a"}), tokenizer)
-    assert "no known schema has the fields ['text']" in message
+    assert "no known schema has the columns text: name the columns, data.columns={prompt: COLUMN" in message
+    assert "the first row: text='a'" in message
 
 
 def test_too_long_prompts_are_refused_or_counted(write_jsonl, tokenizer):

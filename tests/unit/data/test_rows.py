@@ -44,12 +44,12 @@ def test_a_line_that_cannot_be_used_is_named_or_skipped(tmp_path, tokenizer, bad
     path = two_lines(tmp_path, bad)
     config = Data(files=(path,))
     with pytest.raises(DataError) as caught:
-        Reader(config, "data", ChatTemplate(tokenizer)).files((path,), "auto")
+        Reader(config, "data", ChatTemplate(tokenizer)).files((path,), config)
     assert str(caught.value).startswith(f"{path} line 1: ")
     assert said in str(caught.value)
     skipping = config.model_copy(update={"malformed": "skip"})
     reader = Reader(skipping, "data", ChatTemplate(tokenizer))
-    prompts = reader.files((path,), "auto")
+    prompts = reader.files((path,), config)
     assert ([prompt.messages[0].content for prompt in prompts], reader.counts.malformed) == (["sort 32"], 1)
     assert f"first: {path} line 1: " in str(reader.counts)
 

@@ -88,6 +88,33 @@ def test_an_instruction_without_a_place_for_the_question_follows_it() -> None:
     assert instructed("how many?", "Answer in {}.") == "how many?\n\nAnswer in {}."
 
 
+def test_each_source_has_columns_and_a_reward_of_its_own(
+    tmp_path: Path, base: Path, write_jsonl: Any
+) -> None:
+    one = write_jsonl(
+        "one.jsonl", *({"asked": f"sort {i}", "solved": f"\\boxed{{{i}}}"} for i in range(40, 48))
+    )
+    two = write_jsonl("two.jsonl", *({"question": f"sort {i}", "answer": f"so {i}"} for i in range(60, 68)))
+    (tmp_path / "run.yaml").write_text(
+        f"name: trial\nmodels: {{policy: {{path: {base}, init: random, layout: {{tp: 2, ep: 2}}}}}}\n"
+        f"data:\n  sources:\n    one: {{files: [{one}], columns: {{prompt: asked, answer: solved}}, "
+        f"answer_form: boxed, reward: {{name: math_verify}}}}\n    two: {{files: [{two}]}}\n"
+        "  held_out: 2\n  max_prompt_tokens: 32\n"
+        "rollout: {prompts: 4, sampling: {max_tokens: 8}}\nreward: {name: exact}\n"
+    )
+    task = prepare(load(tmp_path / "run.yaml"))
+    assert {name: reward.name for name, reward in task.rewards.items()} == {
+        "one": "math_verify",
+        "two": "exact",
+    }
+    answers = {source.name: {one.answer for one in source.train} for source in task.prompts.sources}
+    assert answers["one"] < {str(i) for i in range(40, 48)}
+    assert answers["two"] < {f"so {i}" for i in range(60, 68)}
+    other = "data.sources.two.reward={name: regex, pattern: x, ignore: 'so 0123456789'}"
+    with pytest.raises(DataError, match=r"two\.jsonl line 1: nothing is left of the answer 'so 60'"):
+        prepare(load(tmp_path / "run.yaml", [other]))
+
+
 BAD = [
     ("sources: {a: {files: [a.jsonl], weight: 0}}", "data.sources.a.weight: got 0, expected a number > 0"),
     ("sources: {a: {files: [a.jsonl], weight: -1}}", "data.sources.a.weight: got -1, expected a number > 0"),

@@ -288,6 +288,22 @@ def test_a_run_of_a_version_without_a_key_continues_at_the_value_it_had(tmp_path
         RunFolder(tmp_path).check(CONFIG + added.replace("VALUE", "keep"), resume=True)
 
 
+def test_so_does_one_whose_sources_named_no_columns(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).open(CONFIG, resume=False):
+        RunFolder(tmp_path).metrics.write_text("{}\n")
+    source = "data: {sources: {a: {files: [a]ADDED}}}\n"
+    unnamed = ", columns: {prompt: null}, answer_form: null, where: {}"
+    RunFolder(tmp_path).config.write_text(CONFIG + source.replace("ADDED", ""))
+    RunFolder(tmp_path).check(CONFIG + source.replace("ADDED", unnamed), resume=True)
+    other = CONFIG + source.replace("ADDED", ", columns: {prompt: q}, where: {level: 3}")
+    with pytest.raises(RunFolderError) as caught:
+        RunFolder(tmp_path).check(other, resume=True)
+    assert "data.sources.a.columns.prompt: None there, q now" in str(caught.value)
+    assert "data.sources.a.where.level: (absent) there, 3 now" in str(caught.value)
+    assert "resume.accept=[data]" in str(caught.value)
+    RunFolder(tmp_path).check(other, resume=True, accepted=("data",))
+
+
 def test_what_a_check_refuses_leaves_the_folder_as_it_was(folder: RunFolder) -> None:
     finished(folder)
     write_atomic(folder.stopped, "1\n")

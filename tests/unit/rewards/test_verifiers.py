@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from megatron_troll.config import ConfigError, RewardConfig
-from megatron_troll.rewards.answers import last_boxed
+from megatron_troll.data.boxed import last_boxed
 from megatron_troll.rewards.reward import Votes, build
 from megatron_troll.rewards.terms import resolve
 from megatron_troll.rewards.verifiers.code import Code

@@ -76,6 +76,8 @@ CHANGES = [
     ("data.sources.sums.gym.size=9", "data", "data.sources.sums.gym.size 12 there, 9 now"),
     ("data.sources.sums.weight=1", "data", "data.sources.sums.weight 2.0 there, 1.0 now"),
     ("data.sources.sort.instruction=now {question}", "data", "instruction None there, 'now {question}' now"),
+    ("data.sources.sort.columns={id: id}", "data", "data.sources.sort.columns.id None there, 'id' now"),
+    ("data.sources.sort.answer_form=text", "data", "data.sources.sort.answer_form None there, 'text' now"),
     ("data.held_out.sums=3", "held_out", "data.held_out.sums 4 there, 3 now"),
     (
         "data.sources.sums.reward={name: gym, credit: partial}",
