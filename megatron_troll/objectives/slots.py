@@ -9,7 +9,7 @@ old policy, and the trust region limits that ratio (`surrogate`). All tensors ar
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +92,15 @@ class Method(SlotMethod):
 class TrustRegion(Method):
     """Limits how far an update moves the policy. Default: the full-softmax policy, without a limit."""
 
+    @classmethod
+    def defaults(cls, ratio: "Ratio") -> dict[str, object]:
+        """Fields whose defaults depend on the ratio that is limited, by name."""
+        return {}
+
+    def remarks(self, ratio: "Ratio") -> tuple[str, ...]:
+        """Notes on this method with that ratio, for the summary of a run."""
+        return ()
+
     @property
     def reads(self) -> HeadRequest:
         return HeadRequest(logp=True)
@@ -125,7 +134,12 @@ class TrustRegion(Method):
 
 class Ratio(Method):
     """Compares the policy with the old one. A method whose weights are not computed token by token (group
-    transforms) overrides `score`."""
+    transforms) overrides `score`.
+
+    clip  (eps_low, eps_high) of a clip of this ratio, where the configuration says nothing
+    """
+
+    clip: ClassVar[tuple[float, float]] = (0.2, 0.2)
 
     @abstractmethod
     def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
