@@ -75,6 +75,10 @@ class Origin(Node):
         "text with {question} in the place of the old one; default: of `gym`, to write the answer between "
         "<answer> and </answer>",
     )
+    system: str | None = Field(
+        default=None,
+        description='text of a system turn before every prompt, none of which may have its own; "": none',
+    )
 
     @property
     def origins(self) -> dict[str, object]:
@@ -172,13 +176,15 @@ class Data(Origin, Reading):
         """The sources by name, in the order of their names, with what they take over from `data`; the one
         source of the short form has the name ""."""
         if not self.sources:
-            own = self.origins | {"schema": self.schema_, "instruction": self.instruction}
+            own = self.origins | {"schema": self.schema_}
+            own |= {"instruction": self.instruction, "system": self.system}
             return {"": Source.model_validate(own)}
         return {
             name: source.model_copy(
                 update={
                     "schema_": source.schema_ or self.schema_,
                     "instruction": self.instruction if source.instruction is None else source.instruction,
+                    "system": self.system if source.system is None else source.system,
                 }
             )
             for name, source in sorted(self.sources.items())

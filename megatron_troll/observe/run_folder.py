@@ -22,6 +22,7 @@ CHANGEABLE = (
     "runs",
     "train.steps",
     "train.token_budget",
+    "train.head_chunk",
     "train.share_prefixes",
     "rollout.max_sequences",
     "rollout.sglang.*",
@@ -35,6 +36,8 @@ CHANGEABLE = (
     "launch.*",
     "serve.*",
 )
+# Keys of a source that choose its prompts and their share.
+SOURCE = ("files", "gym", "gym.*", "schema", "instruction", "system", "weight")
 # Keys that may change together with what a run is made with, if `resume.accept` names it.
 ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
     "data": (
@@ -43,11 +46,12 @@ ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
         "data.gym.*",
         "data.schema",
         "data.instruction",
+        "data.system",
         "data.malformed",
         "data.overlong_prompts",
         "data.max_prompt_tokens",
         "data.sources",
-        *(f"data.sources.*.{key}" for key in ("files", "gym", "gym.*", "schema", "instruction", "weight")),
+        *(f"data.sources.*.{key}" for key in SOURCE),
     ),
     "held_out": ("data.held_out", "data.held_out.*"),
     "tokenizer": ("models.policy.path", "models.rollout.path"),
@@ -62,8 +66,11 @@ ADDED: dict[str, Any] = {
     "data.gym": None,
     "data.instruction": None,
     "data.sources": {},
+    "data.system": None,
     "data.template_arguments": {},
     "date": None,
+    "train.head_chunk": None,
+    "reward.overlong.soft": None,
     "reward.reasoning": "drop",
 }
 ABSENT = "(absent)"
