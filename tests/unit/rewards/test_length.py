@@ -1,19 +1,25 @@
 """DAPO's soft overlong punishment, by numbers worked out by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_troll.config import ConfigError, RewardConfig
+from megatron_troll.config.load import load
 from megatron_troll.parallel.groups import Group
 from megatron_troll.rewards.batch import judge
 from megatron_troll.rewards.length import LengthPenalty, length_penalty
 from megatron_troll.rewards.mixed import MixedScorer
 from megatron_troll.rewards.terms import terms
+from megatron_troll.task import prepare
 from megatron_troll.types import Rollout
+from tests.unit.demo_task import write_config
 from tests.unit.rewards.test_mixed import of, sum_of
+
+CONFIG = Path(__file__).parents[3] / "examples" / "configs" / "cpu_troll.yaml"
 
 
 def config(soft: dict[str, Any] | None, name: str = "exact", **overlong: Any) -> RewardConfig:
@@ -74,7 +80,14 @@ def test_an_answer_that_is_masked_has_it_too() -> None:
     assert (scores.reward.tolist(), scores.keep.tolist()) == ([0], [False])
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_what_makes_no_sense_is_refused(base: Path, tmp_path: Path) -> None:
+    run = write_config(CONFIG, base, tmp_path)
+    longest = load(run).rollout.sampling.max_tokens
+    prepare(load(run, [f"reward.overlong={{soft: {{cache: {longest}}}}}"]))
+    with pytest.raises(
+        ConfigError, match=f"soft.cache={longest + 1} is more than rollout.sampling.max_tokens"
+    ):
+        prepare(load(run, [f"reward.overlong={{soft: {{cache: {longest + 1}}}}}"]))
     with pytest.raises(
         ConfigError, match=r"reward\.overlong\.soft\.cache=11 is more than rollout.*max_tokens=10"
     ):
