@@ -19,7 +19,12 @@ from megatron_troll.types import Rollout
 from tests.unit.demo_task import write_config
 from tests.unit.rewards.test_mixed import of, sum_of
 
-CONFIG = Path(__file__).parents[3] / "examples" / "configs" / "cpu_troll.yaml"
+CONFIG = """
+name: trial
+models: {{policy: {{path: {base}, init: random, layout: {{tp: 2, ep: 2}}}}}}
+data: {{files: [{prompts}], held_out: 1, max_prompt_tokens: 32}}
+rollout: {{prompts: 4, sampling: {{max_tokens: 8}}}}
+"""
 
 
 def config(soft: dict[str, Any] | None, name: str = "exact", **overlong: Any) -> RewardConfig:
@@ -82,16 +87,9 @@ def test_an_answer_that_is_masked_has_it_too() -> None:
 
 def test_what_makes_no_sense_is_refused(base: Path, tmp_path: Path) -> None:
     run = write_config(CONFIG, base, tmp_path)
-    longest = load(run).rollout.sampling.max_tokens
-    prepare(load(run, [f"reward.overlong={{soft: {{cache: {longest}}}}}"]))
-    with pytest.raises(
-        ConfigError, match=f"soft.cache={longest + 1} is more than rollout.sampling.max_tokens"
-    ):
-        prepare(load(run, [f"reward.overlong={{soft: {{cache: {longest + 1}}}}}"]))
-    with pytest.raises(
-        ConfigError, match=r"reward\.overlong\.soft\.cache=11 is more than rollout.*max_tokens=10"
-    ):
-        length_penalty(config({"cache": 11}), 10)
+    prepare(load(run, ["reward.overlong={soft: {cache: 8}}"]))
+    with pytest.raises(ConfigError, match=r"soft\.cache=9 is more than rollout\.sampling\.max_tokens=8"):
+        prepare(load(run, ["reward.overlong={soft: {cache: 9}}"]))
     with pytest.raises(ConfigError, match=r"data\.x.*cache=9 is more than longest=8"):
         length_penalty(config({"cache": 9, "longest": 8}), 10, "data.x")
     with pytest.raises(ValueError, match="two penalties for one answer"):
