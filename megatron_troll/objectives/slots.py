@@ -25,10 +25,14 @@ LARGEST_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class Term:
-    """A differentiable value [N] and detached diagnostics, name -> [N]."""
+    """A differentiable value [N] and detached diagnostics, name -> [N].
+
+    weight  [N] of a surrogate or score: what multiplies grad log pi, clipped or not; None: the value
+    """
 
     value: Tensor
     per_token: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,9 @@ class Ratio(Method):
         """[N] surrogate times advantage."""
         ratio = self.ratio(policy, inputs)
         limited = region.surrogate(ratio, policy, inputs, statistics)
-        return Term(limited.value * inputs.advantage, {"ratio": ratio.detach()} | limited.per_token)
+        weight = limited.value if limited.weight is None else limited.weight
+        per_token = {"ratio": ratio.detach()} | limited.per_token
+        return Term(limited.value * inputs.advantage, per_token, weight.detach() * inputs.advantage)
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -40,6 +40,7 @@ RUN = (
     ),
     Field("reward", "", "reward.name=sum or reward.overlong.soft: mean reward over all those responses"),
     Field("reward_std", "", "standard deviation of the rewards"),
+    Field("asymmetry", "", "Asym: variance of weight x advantage over the answers to a prompt; not with gae"),
     Field("held_out_success", "share", "success on held-out prompts; on evaluation steps only"),
     Field(
         "frac_zero_std_groups",
@@ -201,7 +202,6 @@ SEQUENCES = (
     ),
     Field("group_imbalance_relative", "", "dfpo: |sum A s| / sum |A s| after the transform", True),
     Field("asymmetry_before", "", "dfpo: variance of A s in a group before the transform", True),
-    Field("asymmetry", "", "dfpo: variance of A s in a group after the transform", True),
 )
 
 # ALGORITHMS 3

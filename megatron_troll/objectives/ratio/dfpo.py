@@ -111,7 +111,6 @@ class Dfpo(Ratio):
             "group_imbalance": ("mean", "max"),
             "group_imbalance_relative": ("mean", "max"),
             "asymmetry_before": ("mean",),
-            "asymmetry": ("mean",),
         }
 
     def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
@@ -160,7 +159,8 @@ class Dfpo(Ratio):
 
         report = self._report(groups, counted, weights)
         per_token = {name: once(on_tokens(values), inputs) for name, values in report.items()}
-        return Term(on_tokens(coefficient) * unit(policy.logp), per_token)
+        weighted = on_tokens(weights * groups.advantage)
+        return Term(on_tokens(coefficient) * unit(policy.logp), per_token, weighted)
 
     def weights(self, groups: ResponseGroups, log_s: Tensor, region: TrustRegion) -> tuple[Tensor, Tensor]:
         """s_bar and s~ [P]."""
@@ -213,7 +213,6 @@ class Dfpo(Ratio):
             "group_imbalance": imbalance,
             "group_imbalance_relative": imbalance / torch.where(scale > 0, scale, 1.0),
             "asymmetry_before": variance(counted * a),
-            "asymmetry": variance(weights * a),
         }
 
 
