@@ -39,7 +39,7 @@ def warm_start(task: Task, interrupts: Interrupts) -> bool:
         for line in layer_remarks(policy.model):
             session.progress.say(line)
         evaluator = Evaluator(task, session, engine, scorer)
-        trainer = PolicyTrainer(policy, Supervised(), Head(policy.model))
+        trainer = PolicyTrainer(policy, Supervised(), Head(policy.model, chunk=config.train.head_chunk))
         batcher = MicroBatcher(config, policy.model, config.policy.layout)
         session.begin_at(0)
         engine.sync(0)

@@ -31,6 +31,7 @@ from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.observe.run_folder import RunFolder
 from megatron_troll.rewards import terms as rewarding
+from megatron_troll.rewards.length import length_penalty
 
 PROBLEMS = (ConfigError, DataError, OSError)
 
@@ -95,6 +96,10 @@ def prepare(config: Config) -> Task:
     tokenizer = tokenizer_of(config.policy, shape)
     config = dated(config, tokenizer)
     rewards = {name: source.reward or config.reward for name, source in data.mixture.items()}
+    for name, one in rewards.items():
+        own = name in data.sources and data.sources[name].reward is not None
+        place = f"data.sources.{name}.reward" if own else "reward"
+        length_penalty(one, config.rollout.sampling.max_tokens, place)
     if any(term.config.reasoning == "drop" for one in rewards.values() for term in rewarding.terms(one)):
         check_reasoning_tags(tokenizer)
     template = ChatTemplate(tokenizer, data.template_arguments, config.date)

@@ -301,12 +301,13 @@ class LossTerms:
     """The result of an objective for one micro-batch.
 
     loss        scalar, -sum weight * J, connected to the graph even when every weight is 0
-    per_token   name -> [N] detached diagnostics; the loop reduces them over the step as the
-                objective's `diagnostics` table specifies
+    per_token   name -> [N] detached diagnostics, reduced over the step as `diagnostics` of the objective says
+    pulls       [S] w_i A_i (objectives/asymmetry.py); None if advantages differ within a response
     """
 
     loss: Tensor
     per_token: dict[str, Tensor]
+    pulls: Tensor | None = None
 
 
 # What a token counts for where routers count tokens: divided by 2 to 1,000 responses, still a large integer.

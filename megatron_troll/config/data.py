@@ -110,6 +110,10 @@ class Origin(Node):
         "text with {question} in the place of the old one; default: of `gym`, to write the answer between "
         "<answer> and </answer>",
     )
+    system: str | None = Field(
+        default=None,
+        description='text of a system turn before every prompt, none of which may have its own; "": none',
+    )
 
     @property
     def origins(self) -> dict[str, object]:
@@ -244,7 +248,7 @@ class Data(Origin, Reading):
         """The sources by name, in the order of their names, with what they take over from `data`; the one
         source of the short form has the name ""."""
         if not self.sources:
-            keys = ("instruction", "columns", "answer_form", "where")
+            keys = ("instruction", "system", "columns", "answer_form", "where")
             own = self.origins | {key: getattr(self, key) for key in keys} | {"schema": self.schema_}
             return {"": Source.model_validate(own)}
         return {name: self._completed(source) for name, source in sorted(self.sources.items())}
@@ -254,6 +258,7 @@ class Data(Origin, Reading):
         over: dict[str, object] = {
             "schema_": source.schema_ or self.schema_,
             "instruction": self.instruction if source.instruction is None else source.instruction,
+            "system": self.system if source.system is None else source.system,
         }
         if source.schema_ is None:
             over["columns"] = source.columns.over(self.columns)

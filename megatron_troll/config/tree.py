@@ -131,6 +131,10 @@ class Train(Node):
     token_budget: Positive = Field(
         default=8192, description="tokens of one micro-batch on one data-parallel rank"
     )
+    head_chunk: Positive | None = Field(
+        default=None,
+        description="tokens whose logits the LM head holds at once; default: 2048 on a GPU, 128 on a CPU",
+    )
     packing: bool = Field(
         default=True, description="sequences end to end in one row; false: a padded row each"
     )

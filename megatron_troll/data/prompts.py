@@ -153,7 +153,16 @@ class _Loading:
         return prompts, held_out
 
     def _reader(self, name: str, source: Source, seen: Seen, words: str) -> Reader:
-        made = Reader(self.config, "data", self.template, self.problem, name, instruction_of(source), seen)
+        made = Reader(
+            self.config,
+            "data",
+            self.template,
+            self.problem,
+            name,
+            instruction_of(source),
+            source.system,
+            seen,
+        )
         self.counts[f"{name}, {words}" if name else words] = made.counts
         return made
 

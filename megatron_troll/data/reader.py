@@ -83,6 +83,7 @@ class Reader:
     problem: Problem = no_problem
     source: str = ""
     instruction: str | None = None
+    system: str | None = None
     seen: Seen = field(default_factory=Seen)
     excluded: Set[tuple[Message, ...]] = frozenset()
     counts: Counts = field(default_factory=Counts)
@@ -148,7 +149,14 @@ class Reader:
         return prompt if self._is_new(prompt, row) else None
 
     def _of_source(self, prompt: Prompt) -> Prompt:
-        """The prompt with the instruction, and an id that no other source has."""
+        """The prompt with the system turn and the instruction, and an id that no other source has."""
+        if self.system:
+            if prompt.messages[0].role == "system":
+                raise Malformed(
+                    f"the prompt has a system turn of its own, {prompt.messages[0].content!r:.60}, and a key "
+                    'system is set: leave it out, or set that of the source to ""'
+                )
+            prompt = replace(prompt, messages=(Message("system", self.system), *prompt.messages))
         if self.instruction:
             *before, last = prompt.messages
             asked = replace(last, content=instructed(last.content, self.instruction))

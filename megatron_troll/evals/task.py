@@ -106,7 +106,8 @@ def _data_set(
 ) -> DataSet:
     one, key = config.eval[name], f"eval.{name}"
     template = _template(config, name, tokenizer)
-    reader = Reader(one, key, template, Judges(reward).problem, instruction=instruction_of(one))
+    problem = Judges(reward).problem
+    reader = Reader(one, key, template, problem, instruction=instruction_of(one), system=one.system)
     if one.gym is not None:
         tasks = make({name: Wanted(f"{key}.gym", one.gym, train=False, held_out=one.gym.size)})[name]
         prompts = reader.tasks(tasks.held_out, tasks.to_prompt)

@@ -46,6 +46,21 @@ def places(owner: Tensor) -> Tensor:
     return scan(torch.ones_like(owner), owner, torch.add) - 1
 
 
+def quantile(values: Tensor, owner: Tensor, share: float) -> Tensor:
+    """[L] the `share` quantile of the values of each token's response, linear between the two nearest of them
+    in order: at `share` (T - 1) of 0, ..., T - 1. owner must be sorted."""
+    order = values.argsort()
+    order = order[owner[order].argsort(stable=True)]
+    place = places(owner)
+    first = torch.arange(len(owner), device=owner.device) - place
+    size = scan(place.flip(0), owner.flip(0), torch.maximum).flip(0) + 1
+    at = share * (size - 1).double()
+    inside, low = values[order], at.floor()
+    below, above = inside[first + low.long()], inside[first + at.ceil().long()]
+    # Two infinite values have no difference.
+    return torch.where(below == above, below, below + (at - low).to(values.dtype) * (above - below))
+
+
 # The paper's (delta, delta_b) for each divergence (sections 4.1 and 4.3).
 TV, KL = (0.15, 0.02), (0.1, 0.002)
 # Every delta and every delta_b of the paper's runs with TV.
@@ -62,7 +77,8 @@ def schedule(step: Tensor, horizon: Tensor | float, w_min: float) -> Tensor:
 def raw_thresholds(
     divergence: Tensor, weight: Tensor, owner: Tensor, delta: float, delta_b: float | Tensor
 ) -> Tensor:
-    """c_t when S accumulates the unchanged divergences. Negative once the budget is overspent."""
+    """c_t when S accumulates the unchanged divergences; delta_b: one number, or [L], one for each response.
+    Negative once the budget is overspent."""
     left = scan(delta_b * weight - weight * divergence.double(), owner, torch.add)
     return (delta + before(left, owner, 0.0)).clamp(max=delta)
 

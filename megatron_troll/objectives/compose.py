@@ -1,7 +1,7 @@
 """Compose the objective that a configuration names, and check which methods go together (ALGORITHMS 7).
 
 Each method declares the partners it is not defined with (`SlotMethod.refuses`). The only method known by name
-here is TROLL, for the entropy of its sparse policy and for remarks on its bound.
+here is TROLL, for the entropy of its sparse policy.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from megatron_troll.config import (
 from megatron_troll.objectives.entropy import FullEntropy, SparseEntropy
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Correction, Kl, Ratio, TrustRegion
-from megatron_troll.objectives.trust_region.troll import Budget, Troll
+from megatron_troll.objectives.trust_region.troll import Troll
 
 OBJECTIVES = "megatron_troll.objectives"
 SLOTS: dict[str, tuple[str, type[SlotMethod]]] = {
@@ -92,12 +92,7 @@ def remarks(config: ObjectiveConfig, objective: Objective) -> tuple[str, ...]:
         for pairing in one.method.cautions
         if any(other.is_one_of(pairing) for other in chosen)
     ]
-    region = objective.trust_region
-    if isinstance(region, Troll) and isinstance(region.bound, Budget):
-        found.append("the bound is CPPO's budget on KL(new || old); CPPO itself measures KL(mu || new)")
-        if region.bound.remark:
-            found.append(region.bound.remark)
-    return tuple(found)
+    return (*found, *objective.trust_region.remarks(objective.ratio))
 
 
 def head_remarks(objective: Objective, vocab: int) -> Iterator[str]:
@@ -213,7 +208,16 @@ def partners(one: Chosen, key: str) -> list[str]:
 
 
 def _methods(config: ObjectiveConfig) -> dict:
+    """The method of each slot. Defaults of a trust region that depend on the ratio count as if they were
+    set."""
+    ratio = build_method(config.ratio, *SLOTS["ratio"], "objective.ratio")
+    assert isinstance(ratio, Ratio)
+    folder, kind = SLOTS["trust_region"]
+    region = find_class(config.trust_region.name, folder, kind, "objective.trust_region.name")
+    assert issubclass(region, TrustRegion)
+    fields = region.defaults(ratio) | config.trust_region.model_dump()
+    chosen = config.model_copy(update={"trust_region": Slot.model_validate(fields)})
     return {
-        slot: build_method(getattr(config, slot), folder, kind, f"objective.{slot}")
-        for slot, (folder, kind) in SLOTS.items()
+        slot: build_method(getattr(chosen, slot), *place, f"objective.{slot}")
+        for slot, place in SLOTS.items()
     }

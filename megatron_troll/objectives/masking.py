@@ -91,7 +91,8 @@ class Masking(TrustRegion):
         rho = limited(log_rho).exp().clamp(max=self.cap)
         masked = (gate.value == 0).to(rho.dtype)
         per_token = {"divergence": divergence, "masked": masked} | by_decile("masked", masked, inputs)
-        return Term(gate.value * rho * policy.logp, per_token | gate.per_token)
+        weight = gate.value * rho
+        return Term(weight * policy.logp, per_token | gate.per_token, weight)
 
     def compare(self, logp: Tensor, behind: Tensor, inputs: ObjectiveInputs) -> Tensor:
         """D [N], from the log-probs of the sampled token under pi and mu."""

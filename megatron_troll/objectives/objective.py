@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_troll.advantages import Advantage
+from megatron_troll.objectives.asymmetry import pulls_of
 from megatron_troll.objectives.energy import Energy
 from megatron_troll.objectives.slots import (
     Bonus,
@@ -134,7 +135,9 @@ class Objective:
         total = (inputs.weight * objective).sum()
         if self.energy is not None:
             per_token |= self.energy.measure(total, policy.logp, inputs)
-        return LossTerms(-total, per_token)
+        if inputs.response_advantage is None or score.weight is None:
+            return LossTerms(-total, per_token)
+        return LossTerms(-total, per_token, pulls_of(score.weight, inputs))
 
     def _seen_by(self, method: Method, inputs: ObjectiveInputs) -> ObjectiveInputs:
         """The inputs, with the records that `method` asked for in their `topk` fields."""

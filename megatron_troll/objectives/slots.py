@@ -9,7 +9,7 @@ old policy, and the trust region limits that ratio (`surrogate`). All tensors ar
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,10 +25,14 @@ LARGEST_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class Term:
-    """A differentiable value [N] and detached diagnostics, name -> [N]."""
+    """A differentiable value [N] and detached diagnostics, name -> [N].
+
+    weight  [N] of a surrogate or score: what multiplies grad log pi, clipped or not; None: the value
+    """
 
     value: Tensor
     per_token: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,15 @@ class Method(SlotMethod):
 class TrustRegion(Method):
     """Limits how far an update moves the policy. Default: the full-softmax policy, without a limit."""
 
+    @classmethod
+    def defaults(cls, ratio: "Ratio") -> dict[str, object]:
+        """Fields whose defaults depend on the ratio that is limited, by name."""
+        return {}
+
+    def remarks(self, ratio: "Ratio") -> tuple[str, ...]:
+        """Notes on this method with that ratio, for the summary of a run."""
+        return ()
+
     @property
     def reads(self) -> HeadRequest:
         return HeadRequest(logp=True)
@@ -125,7 +138,12 @@ class TrustRegion(Method):
 
 class Ratio(Method):
     """Compares the policy with the old one. A method whose weights are not computed token by token (group
-    transforms) overrides `score`."""
+    transforms) overrides `score`.
+
+    clip  (eps_low, eps_high) of a clip of this ratio, where the configuration says nothing
+    """
+
+    clip: ClassVar[tuple[float, float]] = (0.2, 0.2)
 
     @abstractmethod
     def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
@@ -141,7 +159,9 @@ class Ratio(Method):
         """[N] surrogate times advantage."""
         ratio = self.ratio(policy, inputs)
         limited = region.surrogate(ratio, policy, inputs, statistics)
-        return Term(limited.value * inputs.advantage, {"ratio": ratio.detach()} | limited.per_token)
+        weight = limited.value if limited.weight is None else limited.weight
+        per_token = {"ratio": ratio.detach()} | limited.per_token
+        return Term(limited.value * inputs.advantage, per_token, weight.detach() * inputs.advantage)
 
     @property
     def diagnostics(self) -> Diagnostics:

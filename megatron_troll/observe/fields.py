@@ -38,8 +38,9 @@ RUN = (
         "mean reward over all responses sampled for the batch, dropped ones included; of a sum of rewards "
         "the mean of the part that is its success",
     ),
-    Field("reward", "", "reward.name=sum: mean reward over all those responses"),
+    Field("reward", "", "reward.name=sum or reward.overlong.soft: mean reward over all those responses"),
     Field("reward_std", "", "standard deviation of the rewards"),
+    Field("asymmetry", "", "Asym: variance of weight x advantage over the answers to a prompt; not with gae"),
     Field("held_out_success", "share", "success on held-out prompts; on evaluation steps only"),
     Field(
         "frac_zero_std_groups",
@@ -80,9 +81,9 @@ RUN = (
     Field("critic_skipped", "updates", "updates of the critic skipped because of NaN or Inf"),
 )
 
-# reward.name=sum
+# reward.name=sum, reward.overlong.soft
 PARTS_OF_REWARDS = (
-    Field("reward/PART", "", "mean of one part, without its weight, over the responses that it judged"),
+    Field("reward/PART", "", "mean of a part (overlong: of the soft penalty), unweighted, where it judged"),
 )
 
 # data.sources
@@ -201,7 +202,6 @@ SEQUENCES = (
     ),
     Field("group_imbalance_relative", "", "dfpo: |sum A s| / sum |A s| after the transform", True),
     Field("asymmetry_before", "", "dfpo: variance of A s in a group before the transform", True),
-    Field("asymmetry", "", "dfpo: variance of A s in a group after the transform", True),
 )
 
 # ALGORITHMS 3

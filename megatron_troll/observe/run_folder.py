@@ -22,6 +22,7 @@ CHANGEABLE = (
     "runs",
     "train.steps",
     "train.token_budget",
+    "train.head_chunk",
     "train.share_prefixes",
     "rollout.max_sequences",
     "rollout.sglang.*",
@@ -35,8 +36,18 @@ CHANGEABLE = (
     "launch.*",
     "serve.*",
 )
+# Keys of a source that choose its prompts and their share.
 OF_SOURCE = (
-    *("files", "gym", "gym.*", "schema", "columns.*", "answer_form", "where", "where.*", "instruction"),
+    "files",
+    "gym",
+    "gym.*",
+    "schema",
+    "columns.*",
+    "answer_form",
+    "where",
+    "where.*",
+    "instruction",
+    "system",
     "weight",
 )
 # Keys that may change together with what a run is made with, if `resume.accept` names it.
@@ -51,6 +62,7 @@ ACCEPTABLE: dict[MadeWith, tuple[str, ...]] = {
         "data.where",
         "data.where.*",
         "data.instruction",
+        "data.system",
         "data.malformed",
         "data.overlong_prompts",
         "data.max_prompt_tokens",
@@ -76,8 +88,11 @@ ADDED: dict[str, Any] = {
     "data.gym": None,
     "data.instruction": None,
     "data.sources": {},
+    "data.system": None,
     "data.template_arguments": {},
     "date": None,
+    "train.head_chunk": None,
+    "reward.overlong.soft": None,
     "reward.reasoning": "drop",
 }
 ABSENT = "(absent)"

@@ -7,6 +7,8 @@ from types import TracebackType
 import numpy as np
 
 from megatron_troll.config import RewardConfig
+from megatron_troll.rewards.length import NAME as LENGTH
+from megatron_troll.rewards.length import length_penalty
 from megatron_troll.rewards.score import ScoredVotes, Scorer, Scores
 from megatron_troll.rewards.terms import Term, terms
 from megatron_troll.types import Rollout
@@ -14,21 +16,28 @@ from megatron_troll.types import Rollout
 
 class MixedScorer:
     """Scores each rollout with the reward of its source (`Prompt.source`). Equal verifiers share their
-    processes, `workers` each. Close it, or use it in a `with` block. Raises ConfigError for an unknown
-    verifier or field."""
+    processes, `workers` each. `limit`: the longest answer that is sampled, in tokens, for penalties on
+    length; None: answers have none, as in evaluations. Close it, or use it in a `with` block. Raises
+    ConfigError for an unknown verifier or field."""
 
     def __init__(
         self,
         rewards: Mapping[str, RewardConfig],
         workers: int = 2,
         progress: Callable[[], object] = lambda: None,
+        limit: int | None = None,
     ) -> None:
         self._rewards = dict(rewards)
+        penalties = {
+            source: None if limit is None else length_penalty(one, limit) for source, one in rewards.items()
+        }
+        self._penalties = {source: one for source, one in penalties.items() if one is not None}
         self._terms = {source: terms(config) for source, config in rewards.items()}
         every = [term.config for found in self._terms.values() for term in found]
         distinct = {config.model_dump_json(): config for config in every}
         self._scorers = {key: Scorer(config, workers, progress) for key, config in distinct.items()}
-        self._parts = sorted({term.name for found in self._terms.values() for term in found if term.name})
+        names = {term.name for found in self._terms.values() for term in found if term.name}
+        self._parts = sorted(names | ({LENGTH} if self._penalties else set()))
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Score all rollouts, source after source and part after part; blocks. See Scorer.score. A call of a
@@ -56,6 +65,9 @@ class MixedScorer:
                 first_error = first_error or scores.first_error
             counts["unclosed"] += unclosed
             self._penalise(source, chosen, places, reward)
+            if penalty := self._penalties.get(source):
+                parts[LENGTH][places] = [penalty.of(len(rollout.response_ids)) for rollout in chosen]
+                reward[places] += np.float32(penalty.weight) * parts[LENGTH][places]
         return Scores(reward, keep, **counts, first_error=first_error, success=success, parts=parts)
 
     def _penalise(

@@ -22,6 +22,7 @@ from megatron_troll.config import (
     nearest,
 )
 from megatron_troll.config.validate import read_fields
+from megatron_troll.rewards.length import NAME as LENGTH
 from megatron_troll.rewards.reward import Reward, build, problem
 from megatron_troll.types import Prompt
 
@@ -68,6 +69,10 @@ def terms(config: RewardConfig, key: str = "reward") -> tuple[Term, ...]:
         raise ConfigError(f"{key}.success: no part {success!r}; {nearest(success, read.parts)}")
     if not any(part.weight for part in read.parts.values()):
         raise ConfigError(f"{key}.parts: every weight is 0, so every answer would earn 0")
+    if config.overlong.soft is not None and LENGTH in read.parts:
+        raise ConfigError(
+            f"{key}.parts.{LENGTH}: {key}.overlong.soft is logged under this name; choose another"
+        )
     for name, part in read.parts.items():
         if part.name == SUM:
             raise ConfigError(f"{key}.parts.{name}.name: a part is no sum itself: name its parts here")

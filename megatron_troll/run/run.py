@@ -181,7 +181,7 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
         task = of_one_day(task, session.world, prepare)
         session.progress.say(str(task))
         say_made_with(session, made_with)
-        scorer = stack.enter_context(MixedScorer(task.rewards, progress=session.watchdog.beat))
+        scorer = stack.enter_context(_scorer(task, session))
         policy = open_policy(
             config.policy,
             task.shape,
@@ -220,6 +220,11 @@ def open_run(task: Task, interrupts: Interrupts) -> Iterator[Run]:
         )
 
 
+def _scorer(task: Task, session: Session) -> MixedScorer:
+    longest = task.config.rollout.sampling.max_tokens
+    return MixedScorer(task.rewards, progress=session.watchdog.beat, limit=longest)
+
+
 def say_made_with(session: Session, found: Sequence[Continued]) -> None:
     """Say and note in the run folder which changes a run continues with. `found`: on rank 0 only. Blocks."""
     for one in found:
@@ -235,11 +240,12 @@ def open_trainer(task: Task, policy: Trainable) -> PolicyTrainer:
     if objective.needs_reference:
         assert config.models.reference is not None
         model = config.policy.model_copy(update={"path": config.models.reference.path})
-        reference = open_reference(model, policy.model, temperature, objective.reads_reference)
+        reads = objective.reads_reference
+        reference = open_reference(model, policy.model, temperature, reads, config.train.head_chunk)
     return PolicyTrainer(
         policy,
         objective,
-        Head(policy.model, temperature),
+        Head(policy.model, temperature, config.train.head_chunk),
         config.objective.old,
         reference,
         config.objective.aggregation,

@@ -62,12 +62,14 @@ class Reference:
         return HeadOutputs(kept.logp, first, None, others=records)
 
 
-def open_reference(model: Model, policy: MegatronModel, temperature: float, reads: HeadRequest) -> Reference:
+def open_reference(
+    model: Model, policy: MegatronModel, temperature: float, reads: HeadRequest, head_chunk: int | None = None
+) -> Reference:
     """The reference with the weights of `model`'s folder, in the shape and layout of `policy`, without
-    gradient buffers or optimizer. Blocks on every rank."""
+    gradient buffers or optimizer. temperature and head_chunk: see Head. Blocks on every rank."""
     built = build(model, policy.shape, policy.groups, trained=False, progress=policy.progress)
     load(built, open_checked(model.path, policy.shape, policy.groups.world))
     for chunk in built.chunks:
         chunk.requires_grad_(False)
     built.train(False)
-    return Reference(built, Head(built, temperature), reads)
+    return Reference(built, Head(built, temperature, head_chunk), reads)

@@ -166,7 +166,7 @@ def assembled(
     phases: Phases,
 ) -> RolloutModel:
     """Assemble the rollout model from its built model `trained` and its teacher `policy`."""
-    temperature = config.rollout.sampling.temperature
+    temperature, chunk = config.rollout.sampling.temperature, config.train.head_chunk
     objective = Objective(
         advantage=advantage,
         ratio=Token(),
@@ -174,8 +174,7 @@ def assembled(
         kl=Distillation(coef=model.distill.weight, k=model.distill.k),
         correction=NoCorrection(),
     )
-    trainer = PolicyTrainer(
-        trained, objective, Head(trained.model, temperature), "engine", None, config.objective.aggregation
-    )
+    head = Head(trained.model, temperature, chunk)
+    trainer = PolicyTrainer(trained, objective, head, "engine", None, config.objective.aggregation)
     batcher = MicroBatcher(config, trained.model, model.layout)
-    return RolloutModel(trainer, Head(policy, temperature), batcher, model.distill, phases)
+    return RolloutModel(trainer, Head(policy, temperature, chunk), batcher, model.distill, phases)

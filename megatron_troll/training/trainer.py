@@ -13,6 +13,7 @@ from megatron_troll.mcore.optimizer import Trainable
 from megatron_troll.mcore.parallel import device
 from megatron_troll.mcore.router import expert_loads, recording, replay_tallies, routers
 from megatron_troll.mcore.schedule import accumulate, infer, step_loss, survey
+from megatron_troll.objectives.asymmetry import asymmetry, totals_of
 from megatron_troll.objectives.mismatch import effective_sample_size
 from megatron_troll.objectives.objective import Objective
 from megatron_troll.objectives.slots import Diagnostics, Statistics
@@ -166,8 +167,7 @@ class PolicyTrainer:
         statistics = None if alone else self._statistics(batches, beside, kept)
         read_already = bool(beside)
         reducer = self._reducer({**self.objective.diagnostics, **PROBED, "entropy": ("mean",)})
-        losses: list[Tensor] = []
-        objectives: list[Tensor] = []
+        losses, objectives, pulls = list[Tensor](), list[Tensor](), list[Tensor]()
 
         def loss(i: int, hidden: Tensor) -> tuple[Tensor, None]:
             inputs = self._inputs(batches[i], hidden, beside[i] if read_already else None, kept[i])
@@ -182,6 +182,7 @@ class PolicyTrainer:
             reducer.add({**terms.per_token, **extra, **self._probed(hidden, inputs, terms)})
             losses.append(terms.loss.detach())
             objectives.append(terms.per_token["objective"])
+            pulls.extend([] if terms.pulls is None else [totals_of(terms.pulls, inputs)])
             return terms.loss, None
 
         model = self.trainable.model
@@ -193,7 +194,7 @@ class PolicyTrainer:
             for batch, values in zip(batches, objectives)
             for i in rollouts_of(batch, ~torch.isfinite(values))
         }
-        metrics = self._from_last_stage(reducer) | expert_metrics(loads)
+        metrics = self._from_last_stage(reducer, pulls) | expert_metrics(loads)
         metrics |= effective_sample_size(metrics)
         if self.replay != "none":
             metrics |= replay_metrics(
@@ -294,9 +295,19 @@ class PolicyTrainer:
     def _reducer(self, table: Diagnostics) -> Reducer:
         return Reducer(table, self.trainable.model.groups.dp_cp, device())
 
-    def _from_last_stage(self, reducer: Reducer) -> dict[str, float]:
-        pp = self.trainable.model.groups.pp
-        return pp.broadcast_object(reducer.result() if self._last else None, pp.size - 1)
+    def _from_last_stage(self, reducer: Reducer, pulls: Sequence[Tensor] = ()) -> dict[str, float]:
+        """The last stage's reduced diagnostics, and the asymmetry of `pulls`, the totals of each micro-batch
+        (objectives/asymmetry.py)."""
+        groups = self.trainable.model.groups
+        found: dict[str, float] | None = None
+        if self._last:
+            found = reducer.result()
+            if (
+                pulls
+                and (spread := asymmetry(groups.dp_cp.all_reduce(torch.stack([*pulls]).sum(0)))) is not None
+            ):
+                found["asymmetry"] = spread
+        return groups.pp.broadcast_object(found, groups.pp.size - 1)
 
 
 def engine_readings(batch: MicroBatch) -> HeadOutputs:

@@ -68,6 +68,10 @@ class Oracle:
         means = {name: values.nanmean().item() for name, values in terms.per_token.items()}
         if (weights := terms.per_token.get("correction_weight")) is not None:
             means["effective_sample_size"] = kish_share(weights)
+        if terms.pulls is not None:
+            of_group = [terms.pulls[rows.group == group] for group in rows.group.unique()]
+            told = [values[values.isfinite()].numpy() for values in of_group]
+            means["asymmetry"] = float(np.mean([np.var(values) for values in told if len(values) > 1]))
         return Expected(terms.loss.item(), {name: source.read(name).clone() for name in source.shapes}, means)
 
     def slope(self, method: Method, shake: float) -> Tensor:

@@ -80,7 +80,12 @@ METHODS = {
     "cppo-adaptive": method(
         "masked_by_weight",
         "masked_by_budget",
-        trust_region={"name": "cppo", "k": 8, "delta": 0.12, "adaptive_b": 0.035},
+        trust_region={"name": "cppo", "k": 8, "delta": 0.12, "delta_b_min": 0.06, "gate_shape": "soft"},
+    ),
+    "cppo-step": method(
+        "masked_by_weight",
+        "masked_by_budget",
+        trust_region={"name": "cppo", "k": 8, "delta": 0.12, "delta_b_step": 0.035},
     ),
     "dppo": method("masked", trust_region={"name": "dppo", "delta": 0.03}),
     "dppo-old": method(

@@ -27,7 +27,7 @@ SHAKE = 1e-5  # of logits, as rounding does
 MARGIN = 1e-4
 EVERY = tuple(METHODS)
 # Whatever crosses responses, ranks or records, one of each kind.
-FEW = ("gspo", "dfpo-qp", "cppo-adaptive", "trm-max", "minpro", "tike-sparse-own", "exact", "jackpot", "gae")
+FEW = ("gspo", "dfpo-qp", "cppo-step", "trm-max", "minpro", "tike-sparse-own", "exact", "jackpot", "gae")
 LAYOUTS = {
     "one-rank": (1, Cut({}, packed=False, token_budget=96), EVERY),
     "cp2-packed": (2, Cut({"cp": 2}, packed=True, token_budget=48), EVERY),
@@ -140,10 +140,16 @@ def test_a_method_acts_on_some_tokens_and_not_on_others(name: str, expected: dic
         assert 0 < expected[name].means[share] < 1, share
 
 
-def test_the_budget_that_adapts_is_within_its_limits(expected: dict[str, Expected]) -> None:
-    least = METHODS["cppo-adaptive"].config.trust_region.fields["adaptive_b"]
+@pytest.mark.parametrize(
+    ("name", "key", "lowest", "highest"),
+    [("cppo-adaptive", "delta_b_min", 1, 2), ("cppo-step", "delta_b_step", 2, 4)],
+)
+def test_a_budget_that_adapts_is_within_its_limits(
+    name: str, key: str, lowest: int, highest: int, expected: dict[str, Expected]
+) -> None:
+    least = METHODS[name].config.trust_region.fields[key]
     assert isinstance(least, float)
-    assert 2 * least < expected["cppo-adaptive"].means["delta_b"] < 4 * least
+    assert lowest * least < expected[name].means["delta_b"] < highest * least
 
 
 def test_no_two_methods_are_the_same(expected: dict[str, Expected]) -> None:

@@ -138,7 +138,7 @@ def plan(config: Config, ranks: int | None = None) -> Plan:
         parameters=[_parameters(planned) for planned in models],
         work=work,
         stages=[_stage(config, models, objective, work, stage) for stage in range(policy.model.layout.pp)],
-        logits=head.logits_of(flow, objective),
+        logits=head.logits_of(flow, objective, config.train.head_chunk),
         traffic=_traffic(config, models, objective, work),
         servers=servers_of(
             drawing.shape, drawn, work.tokens, _limit(launch.device_gib * server_share(config))
@@ -217,7 +217,7 @@ def _beside(
     answers = work.responses * config.rollout.sampling.max_tokens // layout.cp
     return {
         "head": head.saved_by_head(flow, objective) if last else 0,
-        "logits": head.logits_of(flow, objective).used if last else 0,
+        "logits": head.logits_of(flow, objective, config.train.head_chunk).used if last else 0,
         "records": head.records_of(answers, flow, objective, config.models.rollout) if last else 0,
         "batch": batches.in_use(config, objective, work, layout.cp),
         "replay": _replayed(config, policy, stage, tokens),

@@ -36,12 +36,13 @@ class Logits:
         return {name: value for name, value in asdict(self).items() if name not in ("used", "mode")}
 
 
-def logits_of(flow: Flow, objective: Objective) -> Logits:
+def logits_of(flow: Flow, objective: Objective, chunk: int | None = None) -> Logits:
+    """Bytes in every mode. chunk: `train.head_chunk`; None: the default of a GPU."""
     rows = flow.shape.padded_vocab(flow.model.layout.tp) // flow.model.layout.tp
-    chunk = flow.width * min(GPU_CHUNK, flow.tokens) * rows
+    held = flow.width * min(chunk or GPU_CHUNK, flow.tokens) * rows
     record = flow.tokens * SHORT * max(1, _kept(objective.reads))
     statistics = flow.tokens * STATISTICS
-    modes = {"dense": chunk + statistics, "own": chunk + statistics + record, "old": record}
+    modes = {"dense": held + statistics, "own": held + statistics + record, "old": record}
     mode = _mode(objective.reads)
     return Logits(FLOAT * flow.tokens * rows, **modes, used=modes[mode], mode=mode)
 

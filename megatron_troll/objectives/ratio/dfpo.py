@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_troll.config import Pairing, PositiveFloat
 from megatron_troll.objectives import transforms
-from megatron_troll.objectives.ratio.gspo import LARGEST, log_ratio
+from megatron_troll.objectives.ratio.gspo import CLIP, LARGEST, log_ratio
 from megatron_troll.objectives.slots import (
     Diagnostics,
     Policy,
@@ -47,7 +47,7 @@ class Dfpo(Ratio):
 
     s_bar_i is GSPO's s_i after the trust region's limit: under clip, min(s, clip(s)) for A >= 0, else
     max(s, clip(s)) (eq. 47). s~ is detached; reported values are s~_i A_i. A sequence that GSPO clips keeps
-    its gradient unless `drop_clipped`. The paper does not print its clip range; use GSPO's 3e-4, 4e-4.
+    its gradient unless `drop_clipped`. The paper does not print its clip range; GSPO's is the default.
 
     alpha_it of eq. 68 is the aggregation: 1/T_i (the paper) under seq-mean-token-mean, and a constant under
     token-mean and seq-mean-token-sum-norm, with which prefixes shared by a whole group cancel exactly.
@@ -60,6 +60,7 @@ class Dfpo(Ratio):
     """
 
     family: ClassVar[str] = "response"
+    clip: ClassVar[tuple[float, float]] = CLIP
 
     transform: Literal["min", "qp", "truncate", "orth"] = Field(
         default="qp", description="how the weights of a group are made to cancel"
@@ -110,7 +111,6 @@ class Dfpo(Ratio):
             "group_imbalance": ("mean", "max"),
             "group_imbalance_relative": ("mean", "max"),
             "asymmetry_before": ("mean",),
-            "asymmetry": ("mean",),
         }
 
     def ratio(self, policy: Policy, inputs: ObjectiveInputs) -> Tensor:
@@ -159,7 +159,8 @@ class Dfpo(Ratio):
 
         report = self._report(groups, counted, weights)
         per_token = {name: once(on_tokens(values), inputs) for name, values in report.items()}
-        return Term(on_tokens(coefficient) * unit(policy.logp), per_token)
+        weighted = on_tokens(weights * groups.advantage)
+        return Term(on_tokens(coefficient) * unit(policy.logp), per_token, weighted)
 
     def weights(self, groups: ResponseGroups, log_s: Tensor, region: TrustRegion) -> tuple[Tensor, Tensor]:
         """s_bar and s~ [P]."""
@@ -212,7 +213,6 @@ class Dfpo(Ratio):
             "group_imbalance": imbalance,
             "group_imbalance_relative": imbalance / torch.where(scale > 0, scale, 1.0),
             "asymmetry_before": variance(counted * a),
-            "asymmetry": variance(weights * a),
         }
 
 

@@ -44,4 +44,4 @@ class Cispo(TrustRegion):
     ) -> Term:
         weight = self.limit(ratio, inputs.advantage).detach()
         clipped = (weight != ratio.detach()).to(ratio.dtype)
-        return Term(weight * policy.logp, {"clipped": clipped})
+        return Term(weight * policy.logp, {"clipped": clipped}, weight)

@@ -4,19 +4,38 @@ from pydantic import Field
 from torch import Tensor, where
 
 from megatron_troll.config import Fraction, NonNegative
-from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, Term, TrustRegion
+from megatron_troll.objectives.slots import Diagnostics, Policy, Ratio, Statistics, Term, TrustRegion
 from megatron_troll.types import ObjectiveInputs
+
+# Bounds larger or smaller than those of the ratio by this factor are remarked on.
+FAR = 20.0
 
 
 class Clip(TrustRegion):
     """score = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A).
 
     For A >= 0 that is min(r, 1 + eps_high) A, otherwise max(r, 1 - eps_low) A. No gradient strictly
-    beyond the bound.
+    beyond the bound. The bounds that are not set are those of the ratio (`Ratio.clip`).
     """
 
-    eps_low: Fraction = Field(default=0.2, description="how far below 1 the ratio counts; 1: no lower bound")
-    eps_high: NonNegative = Field(default=0.2, description="how far above 1 the ratio counts")
+    eps_low: Fraction = Field(
+        default=0.2,
+        description="how far below 1 the ratio counts; 1: no lower bound; default with gspo and dfpo: 3e-4",
+    )
+    eps_high: NonNegative = Field(
+        default=0.2, description="how far above 1 the ratio counts; default with gspo and dfpo: 4e-4"
+    )
+
+    @classmethod
+    def defaults(cls, ratio: Ratio) -> dict[str, object]:
+        return dict(zip(("eps_low", "eps_high"), ratio.clip))
+
+    def remarks(self, ratio: Ratio) -> tuple[str, ...]:
+        usual = ratio.clip[1]
+        if usual / FAR <= self.eps_high <= usual * FAR:
+            return ()
+        said = f"clip: eps_low={self.eps_low}, eps_high={self.eps_high} are not on the scale of this ratio"
+        return (f"{said}, whose defaults are {ratio.clip[0]}, {usual}",)
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -49,8 +49,13 @@ class Cppo(Masking):
     `gate_shape: soft` scales an outward token over its threshold by 1 / x_t, where x_t is the larger of
     w_t D_t / delta and S_t / (delta + delta_b W_{t-1})   (eq. 19, 20).
 
-    `adaptive_b` is not the paper's rule, which gives every response its own delta_b: the 90th percentile of
-    its D_t, within [1, 2] times a minimum (eq. 22). Here the whole step has one value.
+    `delta_b_min` is the paper's adaptive budget: each response has its own delta_b (eq. 22),
+
+        min(2 b, max(b, P90(D_1, ..., D_T))),   b = delta_b_min,
+
+    of the unweighted D of all its tokens under the current policy. How its percentile interpolates is not
+    said; ours is linear between the two nearest of the sorted D, as torch.quantile and numpy.percentile have
+    it. `delta_b_step` is a rule of our own, with one value for the whole step.
     """
 
     divergence: Divergence = Field(
@@ -64,10 +69,15 @@ class Cppo(Masking):
         default_factory=_constant(1),
         description="budget that each token adds for those after it; 0.02 for TV, 0.002 for KL",
     )
-    adaptive_b: PositiveFloat | None = Field(
+    delta_b_min: PositiveFloat | None = Field(
         default=None,
-        description="delta_b from the step instead: the 90th percentile over its responses of S_T / W_T, "
-        "within [2, 4] times this (0.01 for TV)",
+        description="b of the paper's adaptive budget, in place of delta_b: the 90th percentile of the "
+        "response's D, within [1, 2] times this (0.02 for TV)",
+    )
+    delta_b_step: PositiveFloat | None = Field(
+        default=None,
+        description="in place of delta_b, one value for the step: the 90th percentile over its responses of "
+        "S_T / W_T, within [2, 4] times this (0.01 for TV)",
     )
     w_min: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.8, description="weight of the last token; the first has 1"
@@ -86,8 +96,11 @@ class Cppo(Masking):
 
     @model_validator(mode="after")
     def _budget_is_used(self) -> Self:
-        if self.adaptive_b is not None and not self.use_budget:
-            raise ValueError("adaptive_b sets what the budget grows by; it needs use_budget: true")
+        adaptive = [key for key in ("delta_b_min", "delta_b_step") if getattr(self, key) is not None]
+        if len(adaptive) > 1:
+            raise ValueError("delta_b_min and delta_b_step are two rules for one delta_b; set one to null")
+        if adaptive and not self.use_budget:
+            raise ValueError(f"{adaptive[0]} is about a budget: use_budget: false needs {adaptive[0]}: null")
         return self
 
     @property
@@ -104,11 +117,11 @@ class Cppo(Masking):
 
     @property
     def needs_statistics(self) -> bool:
-        return self.adaptive_b is not None
+        return self.delta_b_step is not None
 
     def statistics(self, inputs: ObjectiveInputs) -> Statistics:
         """S_T and W_T of every response of the rollout batch, [rollouts] each."""
-        if self.adaptive_b is None:
+        if self.delta_b_step is None:
             return {}
         behind = logp_of(inputs.old, "old") if self.against == "old" else inputs.rollout_logp
         divergence = self.compare(logp_of(inputs.new, "new").detach(), behind, inputs)
@@ -123,7 +136,7 @@ class Cppo(Masking):
     def gate(
         self, divergence: Tensor, log_rho: Tensor, inputs: ObjectiveInputs, statistics: Statistics | None
     ) -> Term:
-        delta_b = self._delta_b(statistics)
+        delta_b = self._delta_b(divergence, inputs, statistics)
         accounts = self.accounts(divergence, inputs, delta_b)
         mine, dtype = inputs.segments.mine, divergence.dtype
         charge, threshold = mine(accounts.charge).to(dtype), mine(accounts.threshold).to(dtype)
@@ -135,12 +148,12 @@ class Cppo(Masking):
             "masked_by_weight": heavy.to(dtype),
             "masked_by_budget": (over & ~heavy).to(dtype),
             "threshold": threshold,
-            "delta_b": torch.zeros_like(charge) + delta_b,
+            "delta_b": mine(torch.zeros_like(accounts.weight) + delta_b).to(dtype),
         }
         return Term(torch.where(over, left, 1.0), per_token | self._of_responses(accounts, inputs))
 
     def accounts(self, divergence: Tensor, inputs: ObjectiveInputs, delta_b: float | Tensor) -> Accounts:
-        """Accounts of every token of the micro-batch's responses, from D [N]."""
+        """Accounts of every token of the micro-batch's responses, from D [N] and delta_b, one or [L]."""
         owner = inputs.segments.owner
         whole = inputs.segments.whole(divergence).double()
         weight = self._weights(inputs)
@@ -170,14 +183,21 @@ class Cppo(Masking):
         horizon = segments.whole(lengths(inputs)).double() if self.t_ref is None else self.t_ref
         return budget.schedule(step, horizon, self.w_min)
 
-    def _delta_b(self, statistics: Statistics | None) -> float | Tensor:
-        if self.adaptive_b is None:
+    def _delta_b(
+        self, divergence: Tensor, inputs: ObjectiveInputs, statistics: Statistics | None
+    ) -> float | Tensor:
+        """One delta_b, or that of each token's response [L]."""
+        if self.delta_b_min is not None:
+            whole, owner = inputs.segments.whole(divergence).double(), inputs.segments.owner
+            own = budget.quantile(whole, owner, QUANTILE)
+            return own.clamp(self.delta_b_min, 2 * self.delta_b_min)
+        if self.delta_b_step is None:
             return self.delta_b
         if statistics is None:
-            raise ValueError("cppo with adaptive_b needs the statistics of the step")
+            raise ValueError("cppo with delta_b_step needs the statistics of the step")
         weight = statistics["cppo_weight"]
         mean = torch.where(weight > 0, statistics["cppo_spent"] / weight, float("nan"))
-        return mean.nanquantile(QUANTILE).clamp(2 * self.adaptive_b, 4 * self.adaptive_b)
+        return mean.nanquantile(QUANTILE).clamp(2 * self.delta_b_step, 4 * self.delta_b_step)
 
     def _of_responses(self, accounts: Accounts, inputs: ObjectiveInputs) -> dict[str, Tensor]:
         """Diagnostics of each response, on its last token: whether its budget ran out, and S_T / W_T."""

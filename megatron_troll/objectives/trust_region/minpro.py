@@ -43,4 +43,4 @@ class MinPro(TrustRegion):
         weight = free * prefix
         limited = weight.clamp(max=1.0 + self.eps_high)
         per_token = {"clipped": (limited != weight).to(ratio.dtype), "prefix_minimum": prefix}
-        return Term(limited * policy.logp, per_token)
+        return Term(limited * policy.logp, per_token, limited)

@@ -1,8 +1,8 @@
 """TRM: a response is kept or masked as a whole (arXiv 2512.23075, the sequence mask; ALGORITHMS 6.2)."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_troll.config import NonNegative
@@ -18,7 +18,7 @@ class Trm(Masking):
     """M = 1 for every token of a response with max_t D_t <= delta (`max`) or mean_t D_t <= delta (`avg`).
 
     Taken from the abstract, and from CPPO's paper (appendix D): KL(mu || pi), with the thresholds of its
-    ablation. They are the defaults for TV too, although TV has another scale: set delta for TV.
+    ablation. No threshold on a TV is known to us, so that it has no default.
     """
 
     divergence: Divergence = Field(
@@ -29,8 +29,19 @@ class Trm(Masking):
     )
     delta: NonNegative = Field(
         default_factory=lambda data: DELTA[data["over"]],
-        description="largest divergence of a response that is kept; 0.1 for max, 0.002 for avg",
+        description="largest divergence of a response that is kept; default, of a KL only: 0.1 for max, "
+        "0.002 for avg",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _delta_is_on_the_scale(cls, data: Any) -> Any:
+        if isinstance(data, dict) and str(data.get("divergence")).endswith("tv") and "delta" not in data:
+            raise ValueError(
+                f"divergence: {data['divergence']} needs a delta: the defaults are thresholds on a KL, and a "
+                "KL of 0.1 allows a TV of up to 0.22, one of 0.002 up to 0.03 (Pinsker)"
+            )
+        return data
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -12,7 +12,15 @@ from troll_kernels.sparsify import sparse_logp
 from megatron_troll.config import Node, NonNegative, Positive
 from megatron_troll.objectives import budget, support
 from megatron_troll.objectives.budget import places
-from megatron_troll.objectives.slots import Diagnostics, Policy, Statistics, TrustRegion, lengths, refuse_rows
+from megatron_troll.objectives.slots import (
+    Diagnostics,
+    Policy,
+    Ratio,
+    Statistics,
+    TrustRegion,
+    lengths,
+    refuse_rows,
+)
 from megatron_troll.objectives.sparse import Sparse
 from megatron_troll.types import HeadOutputs, HeadRequest, ObjectiveInputs, Support, TopK
 
@@ -42,15 +50,16 @@ class Budget(Node):
     )
 
     @property
-    def remark(self) -> str | None:
-        """A warning if delta and delta_b are CPPO's constants for another divergence, TV; otherwise None."""
+    def remarks(self) -> tuple[str, ...]:
+        """Notes on the KL that is bounded, and on delta and delta_b if they are CPPO's for TV."""
+        found = ["the bound is CPPO's budget on KL(new || old); CPPO itself measures KL(mu || new)"]
         deltas, deltas_b = budget.OF_TV
         if self.delta in deltas and self.delta_b in deltas_b:
-            return (
+            found.append(
                 f"bound: delta={self.delta}, delta_b={self.delta_b} are CPPO's constants for TV; "
                 f"the bound is a KL, for which they are delta={budget.KL[0]}, delta_b={budget.KL[1]}"
             )
-        return None
+        return tuple(found)
 
     def bounds(self, kl: Tensor, inputs: ObjectiveInputs) -> Tensor:
         """eps [N] from KL(new' || old') [N], detached."""
@@ -79,6 +88,9 @@ class Troll(Sparse, TrustRegion):
     alpha: NonNegative = Field(
         default=1.0, description="weight of the regression of new' onto its projection"
     )
+
+    def remarks(self, ratio: Ratio) -> tuple[str, ...]:
+        return self.bound.remarks if isinstance(self.bound, Budget) else ()
 
     @property
     def reads_old(self) -> HeadRequest:

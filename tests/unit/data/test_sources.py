@@ -75,6 +75,25 @@ def test_an_instruction_joins_the_last_turn(write_jsonl: Any, tokenizer: Any) ->
     )
 
 
+def test_a_system_turn_comes_before_every_prompt(write_jsonl: Any, tokenizer: Any) -> None:
+    path, held = write_jsonl("a.jsonl", record(1), record(2)), write_jsonl("h.jsonl", record(3))
+    found = loaded(tokenizer, files=(path,), held_out=(held,), system="be brief")
+    plain = loaded(tokenizer, files=(path,), held_out=(held,))
+    for with_system, without in ((found.train, plain.train), (found.held_out, plain.held_out)):
+        first = with_system[0].messages[0]
+        assert (first.role, first.content) == ("system", "be brief")
+        assert with_system[0].messages[1:] == without[0].messages
+        assert len(with_system[0].ids) > len(without[0].ids)
+    own = write_jsonl(
+        "o.jsonl", record(4, messages=[{"role": "system", "content": "a"}, *record(4)["messages"]])
+    )
+    sources = {"a": {"files": (path,)}, "o": {"files": (own,), "system": ""}}
+    mixed = loaded(tokenizer, sources=sources, held_out={"a": 1}, system="be brief")
+    assert [prompt.messages[0].content for prompt in mixed.train] == ["be brief", "a"]
+    with pytest.raises(DataError, match="has a system turn of its own, 'a'"):
+        loaded(tokenizer, files=(own,), held_out=(held,), system="be brief")
+
+
 def test_a_held_out_prompt_of_one_source_may_not_be_a_training_prompt_of_another(
     write_jsonl: Any, tokenizer: Any
 ) -> None:

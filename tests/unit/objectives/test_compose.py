@@ -208,39 +208,11 @@ def test_resolving_writes_out_every_field():
     assert compose(resolved) == compose(ObjectiveConfig(trust_region=slot("troll", bound=0.1)))
 
 
-@pytest.mark.parametrize(
-    ("region", "constants"),
-    [
-        (slot("cppo"), {"delta": 0.15, "delta_b": 0.02}),
-        (slot("cppo", divergence="topk_kl"), {"delta": 0.1, "delta_b": 0.002}),
-        (slot("dppo"), {"delta": 0.15}),
-        (slot("dppo", divergence="topk_kl"), {"delta": 0.05}),
-        (slot("trm"), {"delta": 0.1}),
-        (slot("trm", over="avg"), {"delta": 0.002}),
-        (slot("troll", bound={"from": "cppo"}),
-         {"bound": {"from": "cppo", "delta": 0.1, "delta_b": 0.002, "w_min": 0.8, "t_ref": None,
-                    "accumulate": "projected"}}),
-    ],
-)  # fmt: skip
-def test_constants_follow_the_divergence_and_survive_resolving(region, constants):
-    resolved = resolve(ObjectiveConfig(trust_region=region))
-    fields = resolved.trust_region.fields
-    assert {name: fields[name] for name in constants} == constants
-    assert resolve(resolved) == resolved
-
-
 def test_what_a_reader_must_know():
     troll_with_budget = config("dfpo", slot("troll", bound={"from": "cppo"}), "none")
     experimental, direction = remarks(troll_with_budget, compose(troll_with_budget))
     assert experimental.startswith("experimental: dfpo")
     assert "KL(mu || new)" in direction
-
-
-@pytest.mark.parametrize(("delta", "delta_b"), [(0.15, 0.02), (0.2, 0.015)])
-def test_constants_of_another_divergence_are_remarked_upon(delta: float, delta_b: float):
-    bound = {"from": "cppo", "delta": delta, "delta_b": delta_b}
-    of_tv = config("token", slot("troll", bound=bound), "none")
-    assert "constants for TV" in remarks(of_tv, compose(of_tv))[-1]
 
 
 KEPT_ALONE = "LM head: gradient through the kept top-K columns only; no method needs the full softmax"

@@ -145,7 +145,7 @@ def test_a_test_that_an_answer_can_fail_is_accepted(judge, test):
 
 
 def rollout(text: str, sample: int = 0) -> Rollout:
-    nothing = np.zeros(0)
+    nothing = np.zeros(0, dtype=np.int32)
     return Rollout(prompt(DOUBLE), 0, sample, *[nothing] * 4, 0, None, text, "stop", 1.0)
 
 

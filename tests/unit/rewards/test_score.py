@@ -24,7 +24,7 @@ PLUGINS = "tests.unit.rewards.plugin_rewards"
 def rollout(
     text: str, answer: str = "12", finish="stop", sample: int = 0, opens_reasoning=False, **record
 ) -> Rollout:
-    empty = np.zeros(0)
+    empty = np.zeros(0, dtype=np.int32)
     prompt = Prompt("p1", (), answer, record, opens_reasoning=opens_reasoning)
     return Rollout(prompt, 0, sample, empty, empty, empty, empty, 0, None, text, finish, 1.0)
 
@@ -212,7 +212,7 @@ class Broken:
 @pytest.mark.parametrize("broken", [0, 1])
 def test_an_error_of_one_rank_ends_the_scoring_on_all(act, broken):
     first = Threads(None, 0, 2)
-    ranks = [first, Threads(None, 1, 2, first.gathered, first.barrier_of)]
+    ranks = [first, Threads(None, 1, 2, None, first.gathered, first.barrier_of)]
     with ThreadPoolExecutor(2) as threads:
         waiting = [
             threads.submit(act, Broken(broken, rank.rank), [rollout("12")] * 4, rank, print) for rank in ranks

@@ -19,3 +19,5 @@ def test_whole_rows_of_2048_tokens_are_formed_at_a_time() -> None:
     logits = logits_of(flow, compose(ObjectiveConfig()))
     assert logits.dense == 2048 * (151_936 // 2) * 2 + 8192 * 12
     assert logits.whole == 8192 * (151_936 // 2) * 4
+    fewer = logits_of(flow, compose(ObjectiveConfig()), chunk=512)
+    assert fewer.dense == 512 * (151_936 // 2) * 2 + 8192 * 12
