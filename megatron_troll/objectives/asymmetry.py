@@ -18,11 +18,13 @@ def pulls_of(weighted: Tensor, inputs: ObjectiveInputs) -> Tensor:
     return total / inputs.segments.sum(torch.ones_like(weighted, dtype=torch.float64))
 
 
-def totals_of(pulls: Tensor, inputs: ObjectiveInputs) -> Tensor:
-    """[3, rollouts] float64: times counted, sum of w_i A_i, sum of the group's index. To be added up over
-    micro-batches and ranks; context-parallel ranks all count the responses that they share."""
+def totals_of(pulls: Tensor | None, inputs: ObjectiveInputs) -> Tensor:
+    """[3, rollouts] float64: times counted, sum of w_i A_i, sum of the group's index; 0 without pulls. To be
+    added up over micro-batches and ranks; context-parallel ranks all count the responses that they share."""
+    zeros = torch.zeros(3, inputs.rollouts, dtype=torch.float64, device=inputs.group.device)
+    if pulls is None:
+        return zeros
     columns = torch.stack((torch.ones_like(pulls), pulls, inputs.group.double()))
-    zeros = columns.new_zeros(3, inputs.rollouts)
     return zeros.index_add(1, inputs.rollout, torch.where(pulls.isfinite(), columns, 0.0))
 
 

@@ -182,7 +182,7 @@ class PolicyTrainer:
             reducer.add({**terms.per_token, **extra, **self._probed(hidden, inputs, terms)})
             losses.append(terms.loss.detach())
             objectives.append(terms.per_token["objective"])
-            pulls.extend([] if terms.pulls is None else [totals_of(terms.pulls, inputs)])
+            pulls.append(totals_of(terms.pulls, inputs))
             return terms.loss, None
 
         model = self.trainable.model
@@ -302,11 +302,9 @@ class PolicyTrainer:
         found: dict[str, float] | None = None
         if self._last:
             found = reducer.result()
-            if (
-                pulls
-                and (spread := asymmetry(groups.dp_cp.all_reduce(torch.stack([*pulls]).sum(0)))) is not None
-            ):
-                found["asymmetry"] = spread
+            # All ranks, or none: with a critic, a micro-batch without responses tells nothing of advantages.
+            spread = asymmetry(groups.dp_cp.all_reduce(torch.stack([*pulls]).sum(0))) if pulls else None
+            found |= {} if spread is None else {"asymmetry": spread}
         return groups.pp.broadcast_object(found, groups.pp.size - 1)
 
 

@@ -24,7 +24,7 @@ def measured(method: Objective, rows: Rows, parts: list[list[int]]) -> float | N
     inputs = [rows.only(part).inputs(method) for part in parts]
     statistics = statistics_of(method, inputs)
     found = [(method.loss(one, statistics).pulls, one) for one in inputs]
-    return asymmetry(torch.stack([totals_of(pulls, one) for pulls, one in found if pulls is not None]).sum(0))
+    return asymmetry(torch.stack([totals_of(pulls, one) for pulls, one in found]).sum(0))
 
 
 def spread(rows: Rows, weight: list[float]) -> float:
@@ -107,4 +107,5 @@ def test_without_groups_there_is_none() -> None:
     rows, method = sample(LENGTHS), objective("token", {"name": "clip"})
     inputs = replace(rows.inputs(method), response_advantage=None)
     assert method.loss(inputs).pulls is None
+    assert asymmetry(totals_of(None, inputs)) is None
     assert measured(method, rows, [[0], [3]]) is None
