@@ -12,7 +12,7 @@ from tests.dist.layouts_batch import Weights, make_batch
 from tests.dist.layouts_reference import read
 from tests.dist.tiny import MOE, reference
 
-SEED = 2
+SEED = 5
 ENGINE_K = 14
 # How far the rollout engine's logits lie from those of the weights it was given, as its arithmetic differs.
 ENGINE_NOISE = 0.15

@@ -80,7 +80,7 @@ METHODS = {
     "cppo-adaptive": method(
         "masked_by_weight",
         "masked_by_budget",
-        trust_region={"name": "cppo", "k": 8, "delta": 0.12, "delta_b_min": 0.06, "gate_shape": "soft"},
+        trust_region={"name": "cppo", "k": 8, "delta": 0.12, "delta_b_min": 0.045, "gate_shape": "soft"},
     ),
     "cppo-step": method(
         "masked_by_weight",
