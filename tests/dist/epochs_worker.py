@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+from megatron_troll.batching.held import joined
 from megatron_troll.config import (
     Config,
     Data,
@@ -84,7 +85,7 @@ def differences(sizes: dict[str, int], batch: Batch, frozen: str) -> dict[str, f
     of each."""
     with opened(sizes, batch, frozen) as (learner, batcher):
         planned = batcher.updates(batch.rollouts, batch.advantages, step=0)
-        first, second = (joined(planned[:2]), joined(planned[2:]))
+        first, second = joined(planned[:2]), joined(planned[2:])
         group, reference = learner.trainable.model.groups.dp_cp, learner.reference
         assert reference is not None
         read, kept = learner.old_readings(first).readings, reference.keep(first)
@@ -134,7 +135,3 @@ def forwards(sizes: dict[str, int], batch: Batch, frozen: str) -> Forwards:
         with mock.patch.object(schedule, "_run", watched):
             result = Learner(learner, batcher, Phases()).learn(batch.rollouts, batch.advantages, step=0)
         return Forwards(seen.old, seen.trained, seen.reference, result.skipped)
-
-
-def joined(updates: list[list[MicroBatch]]) -> list[MicroBatch]:
-    return [each for update in updates for each in update]
